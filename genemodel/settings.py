@@ -1,8 +1,9 @@
 """Composed values to frozen dataclasses, strictly.
 
-A settings dataclass is the only description of what may be set: the command line, a YAML file and
-Python fill the same one. :func:`parse` refuses what it does not know instead of ignoring it, because
-a setting that silently does nothing makes its user believe a result that was never produced.
+A settings dataclass is the only description of what may be set: the command line, a YAML file
+and Python fill the same one. :func:`parse` refuses what it does not know instead of ignoring it,
+because a setting that silently does nothing makes its user believe a result that was never
+produced.
 """
 
 import dataclasses
@@ -78,10 +79,10 @@ def parse[T](cls: type[T], values: Mapping[str, object], *, where: str = "") -> 
     Parameters
     ----------
     cls
-        A dataclass. Its fields may be ``bool``, ``int``, ``float``, ``str``, ``Path``, ``Literal``,
-        other settings dataclasses, ``tuple[X, ...]``, ``tuple[X, Y]``, ``list[X]``, ``dict[str, X]``
-        and unions of these. A union of several dataclasses is told apart by a ``Literal`` field that
-        they share, for example ``kind``.
+        A dataclass. Its fields may be ``bool``, ``int``, ``float``, ``str``, ``Path``,
+        ``Literal``, other settings dataclasses, ``tuple[X, ...]``, ``tuple[X, Y]``, ``list[X]``,
+        ``dict[str, X]`` and unions of these. A union of several dataclasses is told apart by a
+        ``Literal`` field that they share, for example ``kind``.
     values
         Plain values as YAML or JSON give them: mappings, sequences, numbers, strings, None.
     where
@@ -389,7 +390,8 @@ def _parse_sequence(
     if origin is tuple and not (len(inner) == 2 and inner[1] is Ellipsis):
         if len(value) != len(inner):
             raise ConfigError(
-                f"{_named(where)} must be {_expected(hint)}, not {len(value)} values {_shown(value)}"
+                f"{_named(where)} must be {_expected(hint)}, "
+                f"not {len(value)} values {_shown(value)}"
             )
         kinds: list[Any] = list(inner)
     else:

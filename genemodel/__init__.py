@@ -1,0 +1,33 @@
+"""Cross-species foundation models of single-cell expression, from raw counts to AnnData.
+
+The public names are reached on first use, so that ``import genemodel`` stays light and pulls in
+no training, plotting or configuration library.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> (module, attribute); an empty attribute means the module itself.
+_PUBLIC: dict[str, tuple[str, str]] = {
+    "Corpus": ("genemodel.cells.corpus", "Corpus"),
+    "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
+    "synthetic": ("genemodel.cells.synthetic", "synthetic"),
+}
+
+__all__ = ["Corpus", "GeneVocabulary", "__version__", "synthetic"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'genemodel' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    found = importlib.import_module(module)
+    value = getattr(found, attribute) if attribute else found
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
