@@ -1,0 +1,1 @@
+"""Scores, baselines and reports: arrays and AnnData in, numbers and figures out."""

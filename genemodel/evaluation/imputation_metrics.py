@@ -1,0 +1,515 @@
+"""Scores of denoised counts against molecules that the method never saw.
+
+Molecular cross-validation (Batson, Royer & Webber 2019): every molecule of the data is put at
+random into a training part, with probability `keep`, or into a test part. The method denoises the
+training part and is judged on the test part, which is an independent, unbiased draw from the same
+cells, so no ground truth is needed. The 0.9/0.1 split and the two headline scores are those of the
+denoising task of Open Problems in Single-Cell Analysis.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from genemodel.errors import DataError
+
+KEEP = 0.9
+_TARGET_SUM = 1e4
+_TINY_RATE = 1e-6
+_ROWS = 512  # cells made dense at a time
+_SAMPLED_CELLS, _SAMPLED_GENES = 1_000, 2_000  # for the correlations
+
+Matrix = np.ndarray | sp.csr_matrix | sp.csr_array
+
+
+@dataclass(frozen=True)
+class MolecularSplit:
+    """The two parts of the molecules.
+
+    Attributes
+    ----------
+    train, test
+        Integer counts, CSR of shape (n_cells, n_genes kept); on all genes they add up to the input.
+    gene_kept_G
+        Which genes of the input have a molecule in the training part. The others are dropped
+        from both parts, since no method could know of them.
+    keep
+        Probability of a molecule to be in the training part.
+    """
+
+    train: sp.csr_matrix
+    test: sp.csr_matrix
+    gene_kept_G: np.ndarray
+    keep: float
+
+    @property
+    def test_per_train(self) -> float:
+        """Molecules in the test part ÷ molecules in the training part, on the genes kept."""
+        return float(self.test.sum()) / float(self.train.sum())
+
+
+def mcv_split(
+    counts: Matrix, keep: float = KEEP, seed: int = 0, *, drop_unseen: bool = True
+) -> MolecularSplit:
+    """Split the molecules: train ~ Binomial(counts, keep), test = counts - train.
+
+    Parameters
+    ----------
+    counts
+        Raw counts of shape (n_cells, n_genes), whole numbers.
+    keep
+        Probability of a molecule to stay in the training part.
+    seed
+        The same seed and counts give the same split.
+    drop_unseen
+        Drop the genes without any molecule in the training part, as Open Problems does.
+
+    Returns
+    -------
+    MolecularSplit
+
+    Raises
+    ------
+    DataError
+        Counts that are negative or not whole, ``keep`` outside (0, 1), or an empty training part.
+    """
+    if not 0.0 < keep < 1.0:
+        raise DataError(f"keep = {keep}: the share of molecules kept must lie between 0 and 1")
+    whole = sp.csr_matrix(counts, copy=True)
+    whole.sum_duplicates()
+    values_N = np.rint(whole.data)
+    if len(values_N) and (np.abs(values_N - whole.data).max() > 1e-6 or values_N.min() < 0):
+        raise DataError(
+            "the counts hold negative or fractional values: molecular cross-validation splits "
+            "molecules and needs raw counts; name the layer that holds them"
+        )
+    values_N = values_N.astype(np.int64)
+    train_N = np.random.default_rng(seed).binomial(values_N, keep)
+    parts = []
+    for part_N in (train_N, values_N - train_N):
+        part = sp.csr_matrix((part_N, whole.indices.copy(), whole.indptr.copy()), whole.shape)
+        part.eliminate_zeros()
+        parts.append(part)
+    train, test = parts
+    if train.nnz == 0:
+        raise DataError("no molecule is left in the training part: the counts are all zero")
+    gene_kept_G = np.ones(whole.shape[1], dtype=bool)
+    if drop_unseen:
+        gene_kept_G = np.bincount(train.indices, minlength=whole.shape[1]) > 0
+        train, test = train[:, gene_kept_G].tocsr(), test[:, gene_kept_G].tocsr()
+    return MolecularSplit(train, test, gene_kept_G, keep)
+
+
+def score_denoised(
+    denoised: Mapping[str, Matrix],
+    split: MolecularSplit,
+    *,
+    correlations: bool = True,
+) -> pd.DataFrame:
+    r"""Score denoised training counts on the test molecules.
+
+    With test counts :math:`y_{cg}`, denoised training counts :math:`d_{cg} \ge 0` (in units of
+    training molecules: what the method believes the training part would be without noise),
+    :math:`n` cells × genes:
+
+    - ``mse`` :math:`= \frac1n\sum (\ell(y)_{cg} - \ell(d)_{cg})^2` with
+      :math:`\ell(x)_{cg} = \log(1 + 10^4 x_{cg} / \sum_{g'} x_{cg'})`, a cell without any count
+      staying at zero. Depth does not matter here.
+    - ``poisson`` :math:`= \frac1n\sum (r_{cg} - y_{cg}\log(r_{cg} + 10^{-6}))` with
+      :math:`r_{cg} = d_{cg} \cdot \sum y / \sum x`, :math:`x` the training counts: one factor for
+      all cells, from the training to the test depth.  Depth matters, and a zero where a
+      molecule turns up costs 13.8.
+    - ``deviance`` :math:`= \frac2n\sum (y\log\frac{y}{r+10^{-6}} - y + r)`: the same with the
+      part that no method can influence taken away, hence ≥ 0 and comparable across data sets.
+    - ``mse_ratio``, ``poisson_ratio``, ``deviance_ratio``: ÷ the score of the training counts
+      themselves ("no denoising"). Below 1 = better than doing nothing.
+
+    The first two are those of the denoising task of Open Problems. One difference: it takes
+    :math:`\sum x` before genes without training molecules are dropped, which changes nothing here
+    as these genes have none.
+
+    Parameters
+    ----------
+    denoised
+        Name to array or CSR of shape (n_cells, n_genes) in the order of ``split.train``.
+    split
+        What `mcv_split` returned.
+    correlations
+        Add, over *all* entries, zeros included, between :math:`\ell(y)` and :math:`\ell(d)`:
+        ``pearson_cell``, ``spearman_cell``, ``pearson_gene``, ``spearman_gene``: means over
+        1,000 cells, and over 2,000 of the genes with at least 3 test molecules (the same random
+        ones for every method; all of them where there are fewer).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per method. "none" is always a row. ``zero_fraction_error``, ``mean_error``
+        and ``variance_error`` say whether counts drawn from the denoised rates would look like the
+        data: see `count_agreement`.
+
+    Raises
+    ------
+    DataError
+        Shapes that do not match, negative or not finite values.
+    """
+    rows = {}
+    given = dict(denoised)
+    given.setdefault("none", split.train)
+    for name, matrix in given.items():
+        _check_denoised(name, matrix, split)
+        row = _losses(matrix, split)
+        row |= count_agreement(matrix, split)
+        if correlations:
+            row |= _correlations(matrix, split)
+        rows[name] = row
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "method"
+    for score in ("deviance", "poisson", "mse"):
+        table.insert(0, f"{score}_ratio", table[score] / table.at["none", score])
+    return table
+
+
+def _check_denoised(name: str, matrix: Matrix, split: MolecularSplit) -> None:
+    if matrix.shape != split.train.shape:
+        raise DataError(
+            f"denoised {name!r} has shape {matrix.shape}; expected {split.train.shape}, the shape of "
+            "the training part (genes without training molecules are dropped)"
+        )
+    values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    if not np.isfinite(values).all() or (values.size and values.min() < 0):
+        raise DataError(
+            f"denoised {name!r} holds negative or not finite values: expected counts ≥ 0 (undo the "
+            "log transform and clip at zero)"
+        )
+
+
+def _dense(matrix: Matrix, start: int, rows: int = _ROWS) -> np.ndarray:
+    block = matrix[start : start + rows]
+    return np.asarray(block.toarray() if sp.issparse(block) else block, dtype=np.float64)
+
+
+def log_scaled(count_CG: np.ndarray) -> np.ndarray:
+    """log(1 + 10,000 × share of the cell's counts); a cell without counts stays zero."""
+    total_C1 = count_CG.sum(axis=1, keepdims=True)
+    return np.log1p(_TARGET_SUM * count_CG / np.where(total_C1 > 0, total_C1, 1.0))
+
+
+def _losses(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
+    squared = poisson = deviance = 0.0
+    for start in range(0, split.test.shape[0], _ROWS):
+        test_CG, denoised_CG = _dense(split.test, start), _dense(matrix, start)
+        squared += float(((log_scaled(test_CG) - log_scaled(denoised_CG)) ** 2).sum())
+        rate_CG = denoised_CG * split.test_per_train
+        there = test_CG > 0
+        log_rate_N = np.log(rate_CG[there] + _TINY_RATE)
+        test_N = test_CG[there]
+        gain = float((test_N * log_rate_N).sum())
+        poisson += float(rate_CG.sum()) - gain
+        saturated = float((test_N * (np.log(test_N) - 1.0)).sum())
+        deviance += 2.0 * (float(rate_CG.sum()) - gain + saturated)
+    n = float(split.test.shape[0] * split.test.shape[1])
+    return {"mse": squared / n, "poisson": poisson / n, "deviance": deviance / n}
+
+
+def count_agreement(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
+    """Would Poisson counts drawn from the denoised rates look like the test counts?
+
+    - ``zero_fraction_error``: mean over genes of \\|share of zeros in the test counts - the mean
+      of exp(-rate)\\|.
+    - ``mean_error``: mean over the genes with a mean test count ≥ 0.01 of
+      \\|log2((mean test + e) / (mean rate + e))\\|, e = 1 / cells.
+    - ``variance_error``: over the same genes, the same for the variance of the test counts
+      against the variance of the draws, which is mean rate + variance of the rates.
+
+    Rates are denoised counts × test molecules ÷ training molecules. "none" is scored the same
+    way, so its error is that of taking each count for a rate.
+    """
+    n_cells, n_genes = split.test.shape
+    zeros_G, mean_G, square_G = (np.zeros(n_genes) for _ in range(3))
+    for start in range(0, n_cells, _ROWS):
+        rate_CG = _dense(matrix, start) * split.test_per_train
+        zeros_G += np.exp(-rate_CG).sum(axis=0)
+        mean_G += rate_CG.sum(axis=0)
+        square_G += (rate_CG**2).sum(axis=0)
+    zeros_G, mean_G, square_G = zeros_G / n_cells, mean_G / n_cells, square_G / n_cells
+    drawn_variance_G = mean_G + np.maximum(square_G - mean_G**2, 0.0)
+    test = sp.csc_matrix(split.test, dtype=np.float64)
+    test_zeros_G = 1.0 - np.diff(test.indptr) / n_cells
+    test_mean_G = np.asarray(test.mean(axis=0)).ravel()
+    test_square_G = np.asarray(test.multiply(test).mean(axis=0)).ravel()
+    test_variance_G = test_square_G - test_mean_G**2
+    tiny = 1.0 / n_cells
+    seen_G = test_mean_G >= 0.01
+    mean_error_G = np.abs(np.log2((test_mean_G + tiny) / (mean_G + tiny)))
+    variance_error_G = np.abs(np.log2((test_variance_G + tiny) / (drawn_variance_G + tiny)))
+    return {
+        "zero_fraction_error": float(np.abs(test_zeros_G - zeros_G).mean()),
+        "mean_error": _mean(mean_error_G[seen_G]),
+        "variance_error": _mean(variance_error_G[seen_G]),
+    }
+
+
+def _correlations(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
+    """Means over a fixed sample of the cells and of the genes: ranking every entry is slow."""
+    draw = np.random.default_rng(0)
+    n_cells, n_genes = split.test.shape
+    cells = np.sort(draw.permutation(n_cells)[:_SAMPLED_CELLS])
+    enough = np.flatnonzero(np.asarray(split.test.sum(axis=0)).ravel() >= 3)
+    genes = np.sort(draw.permutation(enough)[:_SAMPLED_GENES])
+    test_CG, denoised_CG = (_log_rows(m, cells) for m in (split.test, matrix))
+    test_GC, denoised_GC = (_log_columns(m, genes) for m in (split.test, matrix))
+    return {
+        "pearson_cell": _mean(rowwise_pearson(test_CG, denoised_CG)),
+        "spearman_cell": _mean(rowwise_spearman(test_CG, denoised_CG)),
+        "pearson_gene": _mean(rowwise_pearson(test_GC, denoised_GC)),
+        "spearman_gene": _mean(rowwise_spearman(test_GC, denoised_GC)),
+    }
+
+
+def _log_rows(matrix: Matrix, cells: np.ndarray) -> np.ndarray:
+    """Log-scaled profiles of some cells, (cells, genes)."""
+    return log_scaled(_dense(matrix[cells], 0, len(cells))).astype(np.float32)
+
+
+def _log_columns(matrix: Matrix, genes: np.ndarray) -> np.ndarray:
+    """Log-scaled values of some genes in all cells, (genes, cells)."""
+    value_GC = np.empty((len(genes), matrix.shape[0]), dtype=np.float32)
+    for start in range(0, matrix.shape[0], _ROWS):
+        value_GC[:, start : start + _ROWS] = log_scaled(_dense(matrix, start))[:, genes].T
+    return value_GC
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def rowwise_pearson(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each row of two arrays of shape (n, m).
+
+    A row that is constant on one side says nothing about the other and scores 0; constant on the
+    left, the truth, it cannot be scored and is nan.
+    """
+    result = np.empty(len(left))
+    for start in range(0, len(left), _ROWS):
+        a = left[start : start + _ROWS].astype(np.float64)
+        b = right[start : start + _ROWS].astype(np.float64)
+        a -= a.mean(axis=1, keepdims=True)
+        b -= b.mean(axis=1, keepdims=True)
+        norm_a, norm_b = np.sqrt((a * a).sum(axis=1)), np.sqrt((b * b).sum(axis=1))
+        product = (a * b).sum(axis=1)
+        flat_b = norm_b <= 1e-12 * np.sqrt(a.shape[1])
+        value = np.where(flat_b, 0.0, product / np.where(flat_b, 1.0, norm_a * norm_b + 1e-300))
+        result[start : start + _ROWS] = np.where(norm_a > 0, value, np.nan)
+    return result
+
+
+def rowwise_spearman(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Spearman correlation of each row; equal values share their mean rank."""
+    from scipy.stats import rankdata
+
+    result = np.empty(len(left))
+    for start in range(0, len(left), _ROWS):
+        ranks_left = rankdata(left[start : start + _ROWS], axis=1)
+        ranks_right = rankdata(right[start : start + _ROWS], axis=1)
+        result[start : start + _ROWS] = rowwise_pearson(ranks_left, ranks_right)
+    return result
+
+
+def interval_coverage(
+    lower: Matrix,
+    upper: Matrix,
+    observed: Matrix,
+    *,
+    expression_G: np.ndarray | None = None,
+    bins: int = 10,
+) -> pd.DataFrame:
+    """Share of held-out counts inside their prediction interval, overall and per expression decile.
+
+    Parameters
+    ----------
+    lower, upper
+        Bounds of shape (n_cells, n_genes), both ends inside, at the depth of ``observed``.
+    observed
+        Held-out counts of the same shape.
+    expression_G
+        What genes are binned by; by default their mean observed count. Genes that are zero
+        everywhere in ``expression_G`` are left out of the deciles (and kept in "all").
+    bins
+        Number of equally large groups of genes.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows "all", "nonzero" (entries with a count), "1" … "10" (lowest to highest expression);
+        columns ``coverage``, ``width`` (mean upper - lower), ``below`` and ``above`` (share of
+        counts under the lower and over the upper bound), ``n_entries``.
+
+    Raises
+    ------
+    DataError
+        Shapes that differ, or a lower bound above its upper bound.
+    """
+    if not lower.shape == upper.shape == observed.shape:
+        raise DataError(
+            f"lower {lower.shape}, upper {upper.shape} and observed {observed.shape} must have one shape"
+        )
+    n_cells, n_genes = observed.shape
+    columns = ("below", "above", "width")
+    sums = {name: np.zeros(n_genes) for name in columns}
+    inside_nonzero = n_nonzero = width_nonzero = below_nonzero = 0.0
+    for start in range(0, n_cells, _ROWS):
+        low, high, count = (_dense(matrix, start) for matrix in (lower, upper, observed))
+        if (low > high).any():
+            raise DataError("a lower bound lies above its upper bound: pass lower, then upper")
+        below, above = count < low, count > high
+        sums["below"] += below.sum(axis=0)
+        sums["above"] += above.sum(axis=0)
+        sums["width"] += (high - low).sum(axis=0)
+        there = count > 0
+        n_nonzero += float(there.sum())
+        inside_nonzero += float((there & ~below & ~above).sum())
+        below_nonzero += float((there & below).sum())
+        width_nonzero += float((high - low)[there].sum())
+    if expression_G is None:
+        expression_G = np.asarray(observed.mean(axis=0)).ravel()
+    groups: dict[str, np.ndarray] = {"all": np.ones(n_genes, dtype=bool)}
+    groups |= expression_bins(np.asarray(expression_G), bins)
+    rows = {}
+    for name, genes_G in groups.items():
+        n = float(n_cells * genes_G.sum())
+        if n == 0:
+            continue
+        share = {column: float(sums[column][genes_G].sum()) / n for column in columns}
+        rows[name] = {"coverage": 1.0 - share["below"] - share["above"], **share, "n_entries": n}
+    if n_nonzero:
+        rows["nonzero"] = {
+            "coverage": inside_nonzero / n_nonzero,
+            "below": below_nonzero / n_nonzero,
+            "above": 1.0 - (inside_nonzero + below_nonzero) / n_nonzero,
+            "width": width_nonzero / n_nonzero,
+            "n_entries": n_nonzero,
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "entries"
+    return table.astype({"n_entries": int})
+
+
+def expression_bins(expression_G: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
+    """Equally large groups of the genes with any expression, "1" the lowest; ties by gene order."""
+    order = np.argsort(expression_G, kind="stable")
+    order = order[expression_G[order] > 0]
+    groups = {}
+    for number, members in enumerate(np.array_split(order, bins), start=1):
+        mask_G = np.zeros(len(expression_G), dtype=bool)
+        mask_G[members] = True
+        groups[str(number)] = mask_G
+    return groups
+
+
+def mixture_expectation(
+    counts: Matrix, proportions_CP: np.ndarray, *, group_C: np.ndarray | None = None
+) -> np.ndarray:
+    """Expected profile of every cell of a mixture of known proportions.
+
+    Cells that are mixtures of P sources in known proportions have expected gene shares that are
+    linear in the proportions. The sources' shares are fitted to all cells by non-negative
+    least squares, gene by gene, weighting each cell by its depth, within each group (protocol).
+
+    Parameters
+    ----------
+    counts
+        Raw counts of shape (n_cells, n_genes).
+    proportions_CP
+        Proportion of each of the P sources in each cell; rows sum to 1.
+    group_C
+        Cells that share a protocol; one fit per group.
+
+    Returns
+    -------
+    numpy.ndarray
+        Expected share of the cell's counts, float32 of shape (n_cells, n_genes), rows sum to 1.
+
+    Raises
+    ------
+    DataError
+        Proportions that do not match the cells or do not sum to 1.
+    """
+    proportions_CP = np.asarray(proportions_CP, dtype=np.float64)
+    if proportions_CP.ndim != 2 or len(proportions_CP) != counts.shape[0]:
+        raise DataError(
+            f"proportions have shape {proportions_CP.shape}; expected ({counts.shape[0]}, sources)"
+        )
+    if np.abs(proportions_CP.sum(axis=1) - 1.0).max() > 0.02:
+        raise DataError("the proportions of a cell must sum to 1")
+    proportions_CP = proportions_CP / proportions_CP.sum(axis=1, keepdims=True)
+    whole = sp.csr_matrix(counts, dtype=np.float64)
+    group_C = np.zeros(whole.shape[0], dtype=int) if group_C is None else np.asarray(group_C)
+    expected_CG = np.zeros(whole.shape, dtype=np.float32)
+    for group in pd.unique(group_C):
+        rows = np.flatnonzero(group_C == group)
+        source_PG = _source_shares(whole[rows], proportions_CP[rows])
+        mixed_CG = proportions_CP[rows] @ source_PG
+        expected_CG[rows] = mixed_CG / mixed_CG.sum(axis=1, keepdims=True)
+    return expected_CG
+
+
+def _source_shares(counts: sp.csr_matrix, proportions_CP: np.ndarray) -> np.ndarray:
+    """Maximum-likelihood shares of the sources: count ~ Poisson(depth × proportions · shares)."""
+    depth_C = np.asarray(counts.sum(axis=1)).ravel()
+    exposure_CP = proportions_CP * depth_C[:, None]
+    start_G = np.asarray(counts.sum(axis=0)).ravel() / depth_C.sum()
+    share_PG = np.tile(np.maximum(start_G, 1e-12), (proportions_CP.shape[1], 1))
+    coo = counts.tocoo()
+    for _ in range(200):  # expectation-maximisation: monotone, keeps the shares positive
+        rate_N = np.einsum("np,np->n", exposure_CP[coo.row], share_PG.T[coo.col])
+        ratio = sp.csr_matrix((coo.data / rate_N, (coo.row, coo.col)), shape=counts.shape)
+        share_PG *= (ratio.T @ exposure_CP).T / exposure_CP.sum(axis=0)[:, None]
+    return share_PG
+
+
+def score_against_expectation(
+    denoised: Mapping[str, Matrix], expected_CG: np.ndarray, *, min_share: float = 1e-5
+) -> pd.DataFrame:
+    """Correlation of denoised profiles with known expected profiles, both as log(1 + 10⁴ × share).
+
+    Parameters
+    ----------
+    denoised
+        Name to array or CSR of shape (n_cells, n_genes).
+    expected_CG
+        Expected shares, e.g. from `mixture_expectation`.
+    min_share
+        Genes with a mean expected share below it are left out: their truth is itself noise.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per method: ``truth_pearson_cell``, ``truth_spearman_cell``,
+        ``truth_pearson_gene``, ``truth_spearman_gene``, ``truth_mse``, ``truth_genes`` (how many).
+    """
+    genes_G = expected_CG.mean(axis=0) >= min_share
+    truth_CG = np.log1p(_TARGET_SUM * expected_CG[:, genes_G].astype(np.float64))
+    truth_GC = np.ascontiguousarray(truth_CG.T)
+    rows = {}
+    for name, matrix in denoised.items():
+        if matrix.shape != expected_CG.shape:
+            raise DataError(f"denoised {name!r}: shape {matrix.shape}, truth {expected_CG.shape}")
+        profile_CG = np.vstack(
+            [log_scaled(_dense(matrix, i))[:, genes_G] for i in range(0, matrix.shape[0], _ROWS)]
+        )
+        profile_GC = np.ascontiguousarray(profile_CG.T)
+        rows[name] = {
+            "truth_pearson_cell": _mean(rowwise_pearson(truth_CG, profile_CG)),
+            "truth_spearman_cell": _mean(rowwise_spearman(truth_CG, profile_CG)),
+            "truth_pearson_gene": _mean(rowwise_pearson(truth_GC, profile_GC)),
+            "truth_spearman_gene": _mean(rowwise_spearman(truth_GC, profile_GC)),
+            "truth_mse": float(((truth_CG - profile_CG) ** 2).mean()),
+            "truth_genes": int(genes_G.sum()),
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "method"
+    return table
