@@ -1,0 +1,295 @@
+"""The command ``genemodel VERB [group=choice] [key=value ...]``.
+
+A verb is one line of :data:`VERBS` and one file under ``configs/``. The line names a settings
+dataclass and a function that takes it; both are reached only when the verb runs, so that the help
+answers before any heavy library is imported. Whatever a verb does, the library can do without this
+module.
+"""
+
+import importlib
+import logging
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genemodel import __version__, config_files
+from genemodel.errors import ConfigError, GenemodelError
+from genemodel.settings import MissingSettingError, nearest, parse, setting_types, to_values
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a word on the command line stands for.
+
+    Attributes
+    ----------
+    summary
+        One line for the list of verbs. The opening comment of the YAML file says the rest.
+    config
+        The file under ``configs/``, without ``.yaml``.
+    settings
+        The settings dataclass, ``module:Class``.
+    function
+        What runs, ``module:function``: takes the settings, returns text or a path to print or None.
+    examples
+        Two command lines that show the verb at work, without the leading ``genemodel``.
+    """
+
+    summary: str
+    config: str
+    settings: str
+    function: str
+    examples: tuple[str, str]
+
+
+VERBS: dict[str, Verb] = {}
+
+_CONFIG_SUMMARY = "print the settings that a verb would run with"
+_OPTIONS = ("--help", "-h", "--version", "--config-dir")
+_USER_ERROR = 2
+_STOPPED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Parameters
+    ----------
+    argv
+        The words after ``genemodel``; those of the process by default.
+
+    Returns
+    -------
+    0 when done, 2 after an error that the user can mend, 130 when stopped with Ctrl-C. A mistake of
+    the program itself is raised, so that its traceback can be reported.
+    """
+    _log_to_stderr()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except GenemodelError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("genemodel: stopped", file=sys.stderr)
+        return _STOPPED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        # A full disk or a forbidden folder is the machine's, not the program's.
+        if error.filename is None and error.errno is None:
+            raise
+        return _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
+    except Exception as error:
+        error.add_note(
+            f"This is a mistake in genemodel {__version__}, not in what you typed: please report "
+            "it with the text above and the command."
+        )
+        raise
+
+
+def _complain(message: str) -> int:
+    print(f"genemodel: error: {message}", file=sys.stderr)
+    return _USER_ERROR
+
+
+def _log_to_stderr() -> None:
+    """Show the library's progress lines; other libraries speak only to warn."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("genemodel").setLevel(logging.INFO)
+
+
+def _run(words: list[str]) -> int:
+    words, user_folder, asked = _options(words)
+    if "--version" in asked:
+        print(f"genemodel {__version__}")
+        return 0
+    if not words:
+        print(_overview())
+        return 0
+    if words[0] == "config":
+        return _show_config(words[1:], user_folder, wants_help="--help" in asked)
+    name, overrides = _verb_of(words)
+    if name not in VERBS:  # the first word of several verbs, such as `corpus`
+        print(_overview(name))
+        return 0 if "--help" in asked else _USER_ERROR
+    if "--help" in asked:
+        print(_verb_help(name, user_folder))
+        return 0
+    verb = VERBS[name]
+    settings = parse(_reach(verb.settings), _values(name, overrides, user_folder))
+    outcome = _reach(verb.function)(settings)
+    if isinstance(outcome, str | Path):
+        print(outcome)
+    return 0
+
+
+def _options(words: list[str]) -> tuple[list[str], Path | None, set[str]]:
+    """Take the options out of the words; they may stand anywhere."""
+    rest: list[str] = []
+    asked: set[str] = set()
+    folder: str | None = None
+    queue = iter(words)
+    for word in queue:
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            rest.append(word)
+        elif option == "--config-dir":
+            folder = value if equals else next(queue, "")
+            if not folder:
+                raise ConfigError("--config-dir needs a folder: --config-dir DIR")
+        elif word in _OPTIONS:
+            asked.add("--help" if word == "-h" else word)
+        else:
+            near = nearest(option, _OPTIONS) or nearest(option.lstrip("-"), _OPTIONS)
+            raise ConfigError(
+                f"unknown option {option!r}"
+                + (f": did you mean {near!r}?" if near else f"; there are {', '.join(_OPTIONS)}")
+                + " Settings are written key=value, without dashes."
+            )
+    user_folder = None if folder is None else config_files.checked_user_folder(Path(folder))
+    return rest, user_folder, asked
+
+
+def _first_words() -> list[str]:
+    return list(dict.fromkeys(name.split()[0] for name in VERBS))
+
+
+def _verb_of(words: list[str]) -> tuple[str, list[str]]:
+    """Split the words into the verb (one word or two) and its overrides."""
+    first, second = words[0], words[1] if len(words) > 1 else ""
+    if f"{first} {second}" in VERBS:
+        return f"{first} {second}", words[2:]
+    if first in VERBS:
+        return first, words[1:]
+    seconds = [name.split()[1] for name in VERBS if name.split()[0] == first]
+    if seconds:
+        if not second:
+            return first, []
+        near = nearest(second, seconds)
+        raise ConfigError(
+            f"unknown verb '{first} {second}'"
+            + (f": did you mean '{first} {near}'?" if near else "")
+            + f" There are: {', '.join(f'{first} {word}' for word in seconds)}"
+        )
+    near = nearest(first, [*_first_words(), "config"])
+    raise ConfigError(
+        f"unknown verb {first!r}"
+        + (f": did you mean {near!r}?" if near else "")
+        + " `genemodel --help` lists the verbs."
+    )
+
+
+def _reach(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _values(name: str, overrides: Iterable[str], user_folder: Path | None) -> dict[str, Any]:
+    """Compose the values of a verb and refuse top-level names that nothing reads."""
+    verb = VERBS[name]
+    values = config_files.compose(verb.config, list(overrides), user_folder=user_folder)
+    fields = setting_types(_reach(verb.settings))
+    known = [*fields, *config_files.defaults_of(verb.config)]
+    for key in values:
+        near = nearest(key, known)
+        # Groups such as `experiment` leave no field of their own; settings.parse cannot name them.
+        if key not in fields and near is not None and near not in fields:
+            raise ConfigError(f"unknown setting {key!r}: did you mean {near!r}?")
+    return values
+
+
+def _show_config(words: list[str], user_folder: Path | None, *, wants_help: bool) -> int:
+    """Print what a verb would run with: composed, checked, complete."""
+    if not words or wants_help:
+        print(
+            f"genemodel config VERB ...: {_CONFIG_SUMMARY}\n\n"
+            "Takes the same words as the verb itself, checks them and runs nothing.\n\nexamples"
+        )
+        for name in list(VERBS)[:2]:
+            print(f"  genemodel config {VERBS[name].examples[0]}")
+        return 0
+    name, overrides = _verb_of(words)
+    if name not in VERBS:
+        raise ConfigError(f"'{name}' is not a complete verb; `genemodel {name}` lists them")
+    values = _values(name, overrides, user_folder)
+    try:
+        values = to_values(parse(_reach(VERBS[name].settings), values))
+    except MissingSettingError as missing:
+        print(f"genemodel: to run this, {missing}", file=sys.stderr)
+    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _width() -> int:
+    return max(60, min(100, shutil.get_terminal_size().columns))
+
+
+def _table(rows: Sequence[tuple[str, str]], indent: int = 2) -> str:
+    """Lay out names and their meaning in two columns, the second one wrapped."""
+    column = min(34, max((len(left) for left, _ in rows), default=0)) + 2
+    lines: list[str] = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, max(20, _width() - column - indent)) or [""]
+        if len(left) + 2 > column:
+            lines.append(left)
+        else:
+            lines.append(f"{left:<{column}}{wrapped.pop(0)}".rstrip())
+        lines += [f"{'':<{column}}{line}" for line in wrapped if line]
+    return textwrap.indent("\n".join(lines), " " * indent)
+
+
+def _overview(first_word: str | None = None) -> str:
+    names = [name for name in VERBS if first_word in (None, name.split()[0])]
+    rows = [(name, VERBS[name].summary) for name in names]
+    if first_word is None:
+        rows.append(("config VERB ...", _CONFIG_SUMMARY))
+    verb = "VERB" if first_word is None else f"{first_word} VERB"
+    return "\n".join(
+        [
+            f"genemodel {__version__}: foundation models of single-cell expression",
+            "",
+            f"usage: genemodel {verb} [group=choice] [key=value ...] [--config-dir DIR]",
+            "",
+            "verbs",
+            _table(rows),
+            "",
+            f"`genemodel {verb} --help` shows what a verb does, its settings and two examples.",
+        ]
+    )
+
+
+def _verb_help(name: str, user_folder: Path | None) -> str:
+    verb = VERBS[name]
+    file = config_files.config_folder() / f"{verb.config}.yaml"
+    parts = [f"genemodel {name}: {verb.summary}"]
+    if opening := config_files.opening_comment(file):
+        parts += ["", textwrap.fill(opening, _width())]
+    groups = config_files.defaults_of(verb.config)
+    groups.pop("_self_", None)
+    if rows := [_setting_row(entry) for entry in config_files.entries(file)]:
+        parts += ["", "settings (key=value)", _table(rows)]
+    for group, chosen in groups.items():
+        known = config_files.choices(group, user_folder)
+        if not known:
+            continue
+        parts += ["", f"group {group} ({group}=choice; {chosen or 'none'} by default)"]
+        parts.append(_table(list(known.items())))
+        chosen_file = config_files.config_folder() / group / f"{chosen}.yaml"
+        if chosen is not None and chosen_file.is_file():
+            inner = [_setting_row(e, f"{group}.") for e in config_files.entries(chosen_file)]
+            parts.append(_table(inner, indent=4))
+    parts += ["", "examples", *(f"  genemodel {example}" for example in verb.examples)]
+    return "\n".join(parts)
+
+
+def _setting_row(entry: config_files.Entry, prefix: str = "") -> tuple[str, str]:
+    value = "(required)" if entry.value == "???" else entry.value
+    return f"{prefix}{entry.key}={value}", entry.comment
