@@ -91,6 +91,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+_S32 = np.uint64(32)
+_LOW_32 = np.uint64(0xFFFFFFFF)
 _TO_UNIT = 1.0 / (1 << 53)
 
 
@@ -143,6 +145,22 @@ def _poisson(state, mean):  # type: ignore[no-untyped-def]
         bound = -mean + k * math.log(mean) - math.lgamma(k + 1.0)
         if math.log(v) + math.log(inverse_alpha) - math.log(a / (us * us) + b) <= bound:
             return k
+
+
+@numba.njit
+def _gamma(state, shape):  # type: ignore[no-untyped-def]
+    """Draw a gamma variate of scale 1 (Marsaglia and Tsang 2000)."""
+    boost = 1.0
+    if shape < 1.0:
+        boost = _uniform(state) ** (1.0 / shape)
+        shape += 1.0
+    d = shape - 1.0 / 3.0
+    c = 1.0 / math.sqrt(9.0 * d)
+    while True:
+        x = _normal(state)
+        v = (1.0 + c * x) ** 3
+        if v > 0.0 and math.log(_uniform(state)) < 0.5 * x * x + d - d * v + d * math.log(v):
+            return boost * d * v
 
 
 @numba.njit(inline="always")
@@ -219,20 +237,23 @@ def _describe(  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _count(  # type: ignore[no-untyped-def]
-    start, batch_C, library_C, share_CK, state_C, profile_BKG, keep_BKG, other_BKG, size_G,
-    dropout_B, reference_library, indptr_C1, gene_N, count_N,
+    order_C, start, batch_C, library_C, share_CK, state_C, profile_BKG, alias_BKG2, size_G,
+    dropout_B, reference_library, begin_C, length_C, gene_N, count_N,
 ):  # fmt: skip
-    """Draw counts from cell ``start`` on; return (first cell that no longer fitted, counts written)."""
+    """Draw the counts of cells ``order_C[start:]``; return (where room ran out, counts written)."""
     n_genes = len(size_G)
+    n_genes_64 = np.uint64(n_genes)
     n_components = share_CK.shape[1]
     points_G = np.zeros(n_genes, np.int32)
     slot_K = np.empty(n_components, np.int64)
-    cum_K = np.empty(n_components, np.float64)
+    mean_K = np.empty(n_components, np.float64)
     state = np.empty(1, np.uint64)
     n = 0
-    for i in range(start, len(batch_C)):
+    for at in range(start, len(order_C)):
         if n + n_genes > len(gene_N):
-            return i, n
+            return at, n
+        i = order_C[at]
+        begin_C[i] = n
         state[0] = state_C[i]
         b = batch_C[i]
         library = library_C[i]
@@ -243,13 +264,19 @@ def _count(  # type: ignore[no-untyped-def]
                 used += 1
         for j in range(used):
             k = slot_K[j]
-            for _ in range(_poisson(state, library * share_CK[i, k])):
-                scaled = _uniform(state) * n_genes
-                g = int(scaled)
-                if scaled - g >= keep_BKG[b, k, g]:
-                    g = other_BKG[b, k, g]
+            n_points = _poisson(state, library * share_CK[i, k])
+            alias_G2 = alias_BKG2[b, k]
+            stream = state[0]
+            for _ in range(n_points):
+                # The high half of one draw picks a gene, the low half decides between it and its alias.
+                stream += _GOLDEN
+                bits = _mix(stream)
+                g = ((bits >> _S32) * n_genes_64) >> _S32
+                if (bits & _LOW_32) >= alias_G2[g, 0]:
+                    g = np.uint64(alias_G2[g, 1])
                 points_G[g] += 1
-            cum_K[j] = library * share_CK[i, k]
+            state[0] = stream
+            mean_K[j] = library * share_CK[i, k]
         strength = min(0.6, dropout_B[b] * math.sqrt(reference_library / library))
         for g in range(n_genes):
             points = points_G[g]
@@ -258,23 +285,43 @@ def _count(  # type: ignore[no-untyped-def]
             points_G[g] = 0
             mean = 0.0
             for j in range(used):
-                mean += cum_K[j] * profile_BKG[b, slot_K[j], g]
-            ratio = mean / size_G[g]
-            log1p_ratio = math.log1p(ratio)
-            count = 0
-            for _ in range(points):
-                count += _cluster(state, ratio, log1p_ratio)
+                mean += mean_K[j] * profile_BKG[b, slot_K[j], g]
+            if mean > 20.0:
+                # Loud genes take the direct road: the chance that they had no point at all is e**-20.
+                count = _poisson(state, mean * _gamma(state, size_G[g]) / size_G[g])
+            else:
+                ratio = mean / size_G[g]
+                if ratio < 0.05:
+                    log1p_ratio = ratio * (1.0 - ratio * (0.5 - ratio * (1 / 3 - ratio * (0.25 - 0.2 * ratio))))
+                else:
+                    log1p_ratio = math.log1p(ratio)
+                count = 0
+                for _ in range(points):
+                    count += _cluster(state, ratio, log1p_ratio)
             if count > 0 and _uniform(state) * (1.0 + 2.0 * mean) >= strength:
                 gene_N[n] = g
                 count_N[n] = count
                 n += 1
-        indptr_C1[i + 1] = n
-    return len(batch_C), n
+        length_C[i] = n - begin_C[i]
+    return len(order_C), n
+
+
+@numba.njit(nogil=True, cache=True)
+def _scatter(cells_C, begin_C, length_C, indptr_C1, gene_N, count_N, gene_out_N, count_out_N):  # type: ignore[no-untyped-def]
+    """Copy what was drawn for some cells to their places in the CSR arrays."""
+    for i in cells_C:
+        for j in range(length_C[i]):
+            gene_out_N[indptr_C1[i] + j] = gene_N[begin_C[i] + j]
+            count_out_N[indptr_C1[i] + j] = count_N[begin_C[i] + j]
 
 
 @numba.njit(cache=True)
-def _alias_tables(profile_KG, keep_KG, other_KG):  # type: ignore[no-untyped-def]
-    """Fill Walker alias tables (Vose's construction) for rows that sum to one."""
+def _alias_tables(profile_KG, alias_KG2):  # type: ignore[no-untyped-def]
+    """Fill Walker alias tables (Vose's construction) for rows that sum to one.
+
+    ``alias_KG2[..., 0]`` is the chance of keeping the gene, in 2**-32; ``[..., 1]`` the other gene.
+    """
+    top = 2.0**32
     n_rows, n = profile_KG.shape
     scaled = np.empty(n, np.float64)
     small = np.empty(n, np.int32)
@@ -284,8 +331,8 @@ def _alias_tables(profile_KG, keep_KG, other_KG):  # type: ignore[no-untyped-def
         n_large = 0
         for g in range(n):
             scaled[g] = profile_KG[r, g] * n
-            keep_KG[r, g] = 1.0
-            other_KG[r, g] = g
+            alias_KG2[r, g, 0] = np.uint32(_LOW_32)
+            alias_KG2[r, g, 1] = g
             if scaled[g] < 1.0:
                 small[n_small] = g
                 n_small += 1
@@ -296,8 +343,8 @@ def _alias_tables(profile_KG, keep_KG, other_KG):  # type: ignore[no-untyped-def
             n_small -= 1
             s = small[n_small]
             large_g = large[n_large - 1]
-            keep_KG[r, s] = scaled[s]
-            other_KG[r, s] = large_g
+            alias_KG2[r, s, 0] = np.uint32(min(scaled[s] * top, top - 1.0))
+            alias_KG2[r, s, 1] = large_g
             scaled[large_g] -= 1.0 - scaled[s]
             if scaled[large_g] < 1.0:
                 n_large -= 1
@@ -316,8 +363,7 @@ class _SpeciesWorld:
     size_G: np.ndarray
     clean_KG: np.ndarray  # profiles without platform effects; the ambient row is that of an average batch
     profile_BKG: np.ndarray
-    keep_BKG: np.ndarray
-    other_BKG: np.ndarray
+    alias_BKG2: np.ndarray
     depth_B: np.ndarray
     spread_B: np.ndarray
     ambient_B: np.ndarray
@@ -603,10 +649,9 @@ class SyntheticWorld:
             depth_B[b] = platform[1] * np.exp(rng.normal(0.0, 0.15))
             spread_B[b], ambient_B[b], dropout_B[b] = platform[2:]
         clean_KG[-1] = ambient_profile
-        keep_BKG = np.empty(profile_BKG.shape, np.float32)
-        other_BKG = np.empty(profile_BKG.shape, np.int32)
+        alias_BKG2 = np.empty((*profile_BKG.shape, 2), np.uint32)
         for b in range(n_batches):
-            _alias_tables(profile_BKG[b], keep_BKG[b], other_BKG[b])
+            _alias_tables(profile_BKG[b], alias_BKG2[b])
         size_G = self._size_V[token_G]
         weight_B = rng.dirichlet(np.full(n_batches, 10.0))
         depth_B *= _scale_for(
@@ -631,8 +676,7 @@ class SyntheticWorld:
             size_G=size_G,
             clean_KG=clean_KG.astype(np.float32),
             profile_BKG=profile_BKG.astype(np.float32),
-            keep_BKG=keep_BKG,
-            other_BKG=other_BKG,
+            alias_BKG2=alias_BKG2,
             depth_B=depth_B,
             spread_B=spread_B,
             ambient_B=ambient_B,
@@ -728,39 +772,40 @@ class SyntheticWorld:
     ) -> sparse.csr_matrix:
         n = len(batch_C)
         n_threads = min(4, os.cpu_count() or 1) if threads is None else max(1, threads)
-        bounds = np.linspace(0, n, min(n_threads, max(1, n // 64)) + 1).astype(int)
         reference = float(np.median(world.depth_B))
         # Room for about what is expected; a part that overflows goes on in a second buffer.
         room = max(4 * len(world.size_G), 1)
 
-        def part(first: int, last: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-            genes, counts, lengths = [], [], []
-            at = 0
-            while at < last - first:
-                capacity = room + round(1.3 * self.genes_per_cell * (last - first - at))
-                gene_N, count_N = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
-                indptr_C1 = np.zeros(last - first + 1, np.int64)
-                after, used = _count(
-                    at, batch_C[first:last], library_C[first:last], share_CK[first:last], state_C[first:last],
-                    world.profile_BKG, world.keep_BKG, world.other_BKG, world.size_G, world.dropout_B,
-                    reference, indptr_C1, gene_N, count_N,
-                )  # fmt: skip
-                genes.append(gene_N[:used])
-                counts.append(count_N[:used])
-                lengths.append(np.diff(indptr_C1[at : after + 1]))
-                at = after
-            return genes, counts, lengths
+        begin_C, length_C = np.empty(n, np.int64), np.empty(n, np.int64)
 
-        spans = list(zip(bounds[:-1], bounds[1:], strict=True))
+        def part(order_C: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+            found = []
+            at = 0
+            while at < len(order_C):
+                capacity = room + round(1.3 * self.genes_per_cell * (len(order_C) - at))
+                gene_N, count_N = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+                after, _ = _count(
+                    order_C, at, batch_C, library_C, share_CK, state_C, world.profile_BKG,
+                    world.alias_BKG2, world.size_G, world.dropout_B, reference, begin_C, length_C,
+                    gene_N, count_N,
+                )  # fmt: skip
+                found.append((order_C[at:after], gene_N, count_N))
+                at = after
+            return found
+
+        # Cells of one batch and type read the same tables: drawing them together keeps the tables in cache.
+        order_C = np.lexsort((np.argmax(share_CK, axis=1), batch_C))
+        spans = np.array_split(order_C, min(n_threads, max(1, n // 64)))
         if len(spans) == 1:
-            parts = [part(*spans[0])]
+            parts = [part(spans[0])]
         else:
             with ThreadPoolExecutor(len(spans)) as pool:
-                parts = list(pool.map(lambda span: part(*span), spans))
-        gene_N = np.concatenate([a for p in parts for a in p[0]])
-        count_N = np.concatenate([a for p in parts for a in p[1]])
-        length_C = np.concatenate([a for p in parts for a in p[2]])
+                parts = list(pool.map(part, spans))
         indptr_C1 = np.concatenate([[0], np.cumsum(length_C)])
+        gene_N, count_N = np.empty(indptr_C1[-1], np.int32), np.empty(indptr_C1[-1], np.int32)
+        for found in parts:
+            for cells_C, gene_part_N, count_part_N in found:
+                _scatter(cells_C, begin_C, length_C, indptr_C1, gene_part_N, count_part_N, gene_N, count_N)
         if len(gene_N) < 2**31:
             indptr_C1 = indptr_C1.astype(np.int32)
         X = sparse.csr_matrix((count_N, gene_N, indptr_C1), shape=(n, len(world.size_G)))
