@@ -1,0 +1,96 @@
+"""Reading the tab-separated tables that people bring: genes, orthologs, foreign tokens."""
+
+import csv
+import gzip
+import zlib
+from pathlib import Path
+
+import pandas as pd
+
+from genemodel.errors import DataError
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Return the text of a plain or gzipped UTF-8 file.
+
+    Raises
+    ------
+    DataError
+        The file is missing, not UTF-8, or its gzip stream is damaged.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{what}: {path} does not exist") from error
+    except OSError as error:
+        raise DataError(f"{what}: {path} cannot be read ({error.strerror})") from error
+    return decoded(data, f"{what}: {path}")
+
+
+def decoded(data: bytes, where: str) -> str:
+    """Return the text of plain or gzipped UTF-8 bytes; `where` starts the message of a refusal."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(
+                f"{where} is a damaged or cut-off gzip file ({error}): copy or build it again"
+            ) from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not a UTF-8 text table (byte {error.start})") from error
+
+
+def read_table(path: str | Path, what: str) -> pd.DataFrame:
+    """Read a tab- or comma-separated table with a header; every value stays a string.
+
+    Lines that begin with ``#`` before the header are comments. The first line of the header decides
+    the separator.
+    """
+    lines = read_text(path, what).splitlines()
+    start = 0
+    while start < len(lines) and (lines[start].startswith("#") or not lines[start].strip()):
+        start += 1
+    if start == len(lines):
+        raise DataError(f"{what}: {path} has no header line")
+    separator = "\t" if "\t" in lines[start] or "," not in lines[start] else ","
+    reader = csv.reader(
+        lines[start:],
+        delimiter=separator,
+        quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
+    )
+    header = [name.strip() for name in next(reader)]
+    if len(set(header)) != len(header):
+        raise DataError(f"{what}: {path} has the same column twice in {header}")
+    rows = []
+    for offset, row in enumerate(reader, start=start + 2):
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise DataError(
+                f"{what}: line {offset} of {path} has {len(row)} fields, the header has "
+                f"{len(header)}"
+            )
+        rows.append(row)
+    return pd.DataFrame(rows, columns=header, dtype=object)
+
+
+def first_column(table: pd.DataFrame, names: tuple[str, ...]) -> str | None:
+    """Return the first of `names` that the table has (any case), or None."""
+    lowered = {str(c).lower(): str(c) for c in table.columns}
+    return next((lowered[name] for name in names if name in lowered), None)
+
+
+def required_column(
+    table: pd.DataFrame, names: tuple[str, ...], *, what: str, path: str | Path
+) -> str:
+    """Return the first of `names` that the table has, or refuse with the columns it does have."""
+    found = first_column(table, names)
+    if found is None:
+        raise DataError(
+            f"{what}: {path} has no column {' or '.join(names)}; it has "
+            f"{', '.join(map(str, table.columns))}"
+        )
+    return found
