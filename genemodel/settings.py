@@ -162,7 +162,7 @@ def _same_number(old: object, new: object) -> bool:
 def _leaves(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value
@@ -232,7 +232,7 @@ def _parse_dataclass(
 def _unknown(key: str, where: str, hints: Mapping[str, Any], root: type) -> str:
     message = f"unknown setting {_join(where, key)!r}"
     elsewhere = [
-        name for name in _all_names(root) if name.rpartition(".")[2] == key.rpartition(".")[2]
+        name for name in _all_names(root) if _folded(name.rpartition(".")[2]) == _folded(key)
     ]
     near = nearest(key, hints)
     if near is not None:
