@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
@@ -103,6 +104,16 @@ def old_ids(knowledge: dict[str, pd.DataFrame], known: set[str]) -> dict[str, st
     return found
 
 
+def former_symbols(knowledge: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """Symbols (lower case) that were official in 2018 -> id: these beat another gene's nickname."""
+    hgnc = knowledge["hgnc_complete_set_2018"]
+    return {
+        symbol.lower(): gene
+        for symbol, gene in zip(hgnc["symbol"], hgnc["ensembl_gene_id"], strict=True)
+        if gene
+    }
+
+
 def aliases_of(
     knowledge: dict[str, pd.DataFrame],
     species: str,
@@ -118,17 +129,18 @@ def aliases_of(
     by_symbol = {s.lower(): g for s, g in zip(genes["symbol"], genes["ensembl_id"], strict=True)}
     retired = old_ids(knowledge, known) if species == "human" else {}
 
-    spellings: dict[str, str] = {}
-    owners: dict[str, set[str]] = defaultdict(set)
+    official = former_symbols(knowledge) if species == "human" else {}
+
+    owners: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name, gene in alias_pairs(knowledge, species):
         lowered = name.lower()
         if lowered in current or not usable_alias(name):
             continue
         if gene in retired:
             gene = by_symbol.get(retired[gene].lower(), gene)
-        if gene in known or gene in canonical:
-            owners[lowered].add(canonical.get(gene, gene))
-            spellings[lowered] = min(spellings.get(lowered, name), name)
+        gene = canonical.get(gene, gene)
+        if gene in known and canonical.get(official.get(lowered, gene)) in (gene, None):
+            owners[lowered][gene].add(name)
 
     result: dict[str, list[str]] = {g: list(further.get(g, ())) for g in genes["ensembl_id"]}
     for gene, symbol in sorted(retired.items()):
@@ -138,17 +150,23 @@ def aliases_of(
         # A name shared with a gene outside the vocabulary is as ambiguous as one shared inside,
         # but could not be reported as such: it is left out.
         if all(gene in result for gene in owners[lowered]):
-            for gene in sorted(owners[lowered]):
-                result[gene].append(spellings[lowered])
+            for gene, spellings in sorted(owners[lowered].items()):
+                # Spellings matter only where they tell two genes apart.
+                several = len(owners[lowered]) > 1
+                result[gene] += sorted(spellings)[: None if several else 1]
     return result
 
 
 def orthologs(
-    knowledge: dict[str, pd.DataFrame], human: dict[str, str], mouse: dict[str, str]
+    knowledge: dict[str, pd.DataFrame],
+    human: dict[str, str],
+    mouse: dict[str, str],
+    coding: set[str],
 ) -> dict[str, str]:
     """Mouse id -> human id for the genes that share a token.
 
-    `human` and `mouse` map every accepted id to the canonical one.
+    `human` and `mouse` map every accepted id to the canonical one; `coding` holds the
+    protein-coding ids of both.
     """
     hcop = knowledge["orthologs_human_mouse_hcop"]
     predicted = pd.DataFrame(
@@ -156,11 +174,20 @@ def orthologs(
             "known": hcop["human_ensembl"].map(human),
             "new": hcop["mouse_ensembl"].map(mouse),
             "support": hcop["n_support"].astype(float),
+            "curated": hcop["support"].str.split(",").map(lambda names: "HGNC" in names),
         }
     ).dropna()
+    curated = set(
+        predicted.loc[predicted["curated"], ["known", "new"]].itertuples(index=False, name=None)
+    )
     support = predicted.groupby(["known", "new"])["support"].max().to_dict()
     strong = one_to_one(predicted)
-    strong = strong[strong["support"] >= HCOP_SUPPORT]
+    # Most prediction databases know proteins only: for RNA genes the curators' word decides.
+    by_curators = [
+        (k, n) in curated and k not in coding and n not in coding
+        for k, n in zip(strong["known"], strong["new"], strict=True)
+    ]
+    strong = strong[(strong["support"] >= HCOP_SUPPORT) | np.array(by_curators)]
     by_human = {k: (n, s) for k, n, s in strong.itertuples(index=False)}
     by_mouse = {n: (k, s) for k, n, s in strong.itertuples(index=False)}
 
@@ -212,7 +239,9 @@ def build(folder: Path) -> GeneVocabulary:
     human, mouse = genes["human"], genes["mouse"]
     human["token"] = range(N_SPECIAL, N_SPECIAL + len(human))
     token_of = dict(zip(human["ensembl_id"], human["token"], strict=True))
-    shared = orthologs(knowledge, canonical["human"], canonical["mouse"])
+    both = pd.concat([human, mouse])
+    coding = set(both["ensembl_id"][both["biotype"] == "protein_coding"])
+    shared = orthologs(knowledge, canonical["human"], canonical["mouse"], coding)
     mouse["token"] = [token_of[shared[g]] if g in shared else -1 for g in mouse["ensembl_id"]]
     own = mouse["token"] < 0
     first = N_SPECIAL + len(human)

@@ -1,6 +1,7 @@
 """Genes, species and tokens: what a column of a count matrix means to the model."""
 
 from genemodel.genes.match import GeneMatch
+from genemodel.genes.medians import NonzeroMedians
 from genemodel.genes.species import SPECIES, Species
 from genemodel.genes.vocabulary import CELL, MASK, N_SPECIAL, PAD, GeneVocabulary
 
@@ -12,5 +13,6 @@ __all__ = [
     "SPECIES",
     "GeneMatch",
     "GeneVocabulary",
+    "NonzeroMedians",
     "Species",
 ]

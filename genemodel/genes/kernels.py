@@ -75,3 +75,58 @@ def project(
     if n < 0.9 * len(data):
         out_indices, out_data = out_indices[:n].copy(), out_data[:n].copy()
     return out_indptr, out_indices[:n], out_data[:n], bool(fits)
+
+
+SLOTS = 128  # bins of one page
+
+
+@numba.njit(nogil=True, cache=True)
+def count_pages(start, indices, page_N, slot_N, data, page_VP, pages, n_pages, sum_V, nonzero_V):  # type: ignore[no-untyped-def]
+    """Add entries to the paged histograms, from entry `start` until the pages run out.
+
+    Returns the first entry not added (all of them, when it equals their number) and the number of
+    pages in use. ``page_VP`` holds 1 + the page's row in ``pages``, 0 where there is none.
+    """
+    for k in range(start, len(indices)):
+        if data[k] == 0:
+            continue
+        token = indices[k]
+        page = page_VP[token, page_N[k]]
+        if page == 0:
+            if n_pages == len(pages):
+                return k, n_pages
+            n_pages += 1
+            page = n_pages
+            page_VP[token, page_N[k]] = page
+        pages[page - 1, slot_N[k]] += 1
+        sum_V[token] += data[k]
+        nonzero_V[token] += 1
+    return len(indices), n_pages
+
+
+@numba.njit(nogil=True, cache=True)
+def middle_bins(page_VP, pages, nonzero_V):  # type: ignore[no-untyped-def]
+    """Bins (V, 2) that hold the lower and upper middle entry of every gene; -1 where unseen."""
+    bins = np.full((len(nonzero_V), 2), -1, dtype=np.int64)
+    for token in range(len(nonzero_V)):
+        n = nonzero_V[token]
+        if n == 0:
+            continue
+        lower, upper = (n - 1) // 2, n // 2
+        seen = 0
+        for p in range(page_VP.shape[1]):
+            if page_VP[token, p] == 0:
+                continue
+            row = pages[page_VP[token, p] - 1]
+            for slot in range(SLOTS):
+                if row[slot] == 0:
+                    continue
+                seen += row[slot]
+                if bins[token, 0] < 0 and seen > lower:
+                    bins[token, 0] = p * SLOTS + slot
+                if seen > upper:
+                    bins[token, 1] = p * SLOTS + slot
+                    break
+            if bins[token, 1] >= 0:
+                break
+    return bins

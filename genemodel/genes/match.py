@@ -47,6 +47,7 @@ _UNKNOWN = -1
 # Another species is named as the better one when it explains this much more of the names.
 _BETTER = 0.1
 _MANY = 0.5
+_CLEARLY_MORE = 0.02
 _EXAMPLES = 5
 
 
@@ -62,6 +63,7 @@ class SpeciesIndex:
     by_symbol: dict[str, int]
     by_lowered: dict[str, int]
     by_alias: dict[str, int]
+    by_lowered_alias: dict[str, int]
 
     @classmethod
     def build(cls, species: str, rows: dict[str, Any]) -> "SpeciesIndex":
@@ -71,18 +73,31 @@ class SpeciesIndex:
         by_symbol: dict[str, int] = {}
         by_lowered: dict[str, int] = {}
         by_alias: dict[str, int] = {}
+        by_lowered_alias: dict[str, int] = {}
         for row, symbol in enumerate(symbols):
             if symbol:
                 _claim(by_symbol, symbol, row)
                 _claim(by_lowered, symbol.lower(), row)
         for row, aliases in enumerate(rows["aliases"]):
             if aliases:
-                for alias in aliases.lower().split("|"):
-                    if _VERSIONED.match(alias):
-                        by_id.setdefault(alias, row)
+                for alias in aliases.split("|"):
+                    lowered = alias.lower()
+                    if _VERSIONED.match(lowered):
+                        by_id.setdefault(lowered, row)
                     else:
                         _claim(by_alias, alias, row)
-        return cls(species, rows["token"], ids, symbols, by_id, by_symbol, by_lowered, by_alias)
+                        _claim(by_lowered_alias, lowered, row)
+        return cls(
+            species=species,
+            token_R=rows["token"],
+            ids=ids,
+            symbols=symbols,
+            by_id=by_id,
+            by_symbol=by_symbol,
+            by_lowered=by_lowered,
+            by_alias=by_alias,
+            by_lowered_alias=by_lowered_alias,
+        )
 
 
 def _claim(table: dict[str, int], name: str, row: int) -> None:
@@ -101,6 +116,10 @@ class _Found:
     @property
     def n_matched(self) -> int:
         return int((self.row_G >= 0).sum())
+
+    @property
+    def n_by_id(self) -> int:
+        return int(((self.row_G >= 0) & (self.how_G == 1)).sum())
 
     @property
     def n_exact(self) -> int:
@@ -128,6 +147,7 @@ class _Names:
         """Rows of `index` for every name."""
         by_id, by_symbol = index.by_id, index.by_symbol
         by_lowered, by_alias = index.by_lowered, index.by_alias
+        by_lowered_alias = index.by_lowered_alias
         rows: list[int] = []
         kinds: list[int] = []
         for plain, lowered, assembly in zip(self.plain, self.lowered, self.assembly, strict=True):
@@ -140,7 +160,9 @@ class _Names:
                 kind = 2
             elif (row := by_lowered.get(lowered, _UNKNOWN)) != _UNKNOWN:
                 kind = 3
-            elif (row := by_alias.get(lowered, _UNKNOWN)) != _UNKNOWN:
+            elif (row := by_alias.get(plain, _UNKNOWN)) != _UNKNOWN:
+                kind = 4
+            elif (row := by_lowered_alias.get(lowered, _UNKNOWN)) != _UNKNOWN:
                 kind = 4
             else:
                 row = _decorated_id(lowered, by_id)
@@ -346,7 +368,10 @@ def match(
     for label, values in candidates.items():
         cleaned = _Names(values)
         found = cleaned.find(index)
-        if best is None or found.n_matched > best[2].n_matched:
+        # Ids are the surer names: symbols must find clearly more to be preferred.
+        by_id = best is not None and 2 * best[2].n_by_id > best[2].n_matched
+        edge = _CLEARLY_MORE if by_id else 0.0
+        if best is None or found.n_matched > best[2].n_matched + edge * len(values):
             best = (label, cleaned, found)
     if best is None or not best[1].given:
         raise DataError("there are no gene names: the file has no genes")
