@@ -49,7 +49,20 @@ class Verb:
     examples: tuple[str, str]
 
 
-VERBS: dict[str, Verb] = {}
+VERBS: dict[str, Verb] = {
+    "species": Verb(
+        summary="add a species to a gene vocabulary",
+        config="species",
+        settings="genemodel.verbs:SpeciesSettings",
+        function="genemodel.verbs:species",
+        examples=(
+            "species name=zebrafish genes=genes_zebrafish.tsv.gz orthologs=human_zebrafish.tsv.gz "
+            "out=human_mouse_zebrafish.tsv.gz",
+            "species name=rat genes=rat.tsv orthologs=mouse_rat.tsv to=mouse "
+            "vocabulary=human_mouse_zebrafish.tsv.gz out=four_species.tsv.gz",
+        ),
+    ),
+}
 
 _CONFIG_SUMMARY = "print the settings that a verb would run with"
 _OPTIONS = ("--help", "-h", "--version", "--config-dir")
@@ -214,7 +227,7 @@ def _show_config(words: list[str], user_folder: Path | None, *, wants_help: bool
             "Takes the same words as the verb itself, checks them and runs nothing.\n\nexamples"
         )
         for name in list(VERBS)[:2]:
-            print(f"  genemodel config {VERBS[name].examples[0]}")
+            print(_example(f"config {VERBS[name].examples[0]}"))
         return 0
     name, overrides = _verb_of(words)
     if name not in VERBS:
@@ -273,7 +286,6 @@ def _verb_help(name: str, user_folder: Path | None) -> str:
     if opening := config_files.opening_comment(file):
         parts += ["", textwrap.fill(opening, _width())]
     groups = config_files.defaults_of(verb.config)
-    groups.pop("_self_", None)
     if rows := [_setting_row(entry) for entry in config_files.entries(file)]:
         parts += ["", "settings (key=value)", _table(rows)]
     for group, chosen in groups.items():
@@ -286,8 +298,16 @@ def _verb_help(name: str, user_folder: Path | None) -> str:
         if chosen is not None and chosen_file.is_file():
             inner = [_setting_row(e, f"{group}.") for e in config_files.entries(chosen_file)]
             parts.append(_table(inner, indent=4))
-    parts += ["", "examples", *(f"  genemodel {example}" for example in verb.examples)]
+    parts += ["", "examples", *map(_example, verb.examples)]
     return "\n".join(parts)
+
+
+def _example(words: str) -> str:
+    """Lay out a command line so that it can be copied, over several lines where it is long."""
+    lines = textwrap.wrap(
+        f"genemodel {words}", _width() - 6, break_long_words=False, break_on_hyphens=False
+    )
+    return "  " + " \\\n      ".join(lines)
 
 
 def _setting_row(entry: config_files.Entry, prefix: str = "") -> tuple[str, str]:

@@ -17,14 +17,14 @@ from genemodel.errors import ConfigError
 from genemodel.settings import nearest
 
 # A group of files, or one file of a group, and the dataclass whose fields it must list, all of
-# them and no others. tests/test_config_files.py holds every YAML file to this table.
+# them and no others. tests/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {}
-
-EXPERIMENT = "experiment"
 
 # Keys by which a file would ask Hydra to build an object, that is to run code.
 _BUILDING_KEY = re.compile(r"_(target|partial|recursive|convert|args)_")
-_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+_SETTING_NAME = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+# How a YAML file says that a value must be given.
+_REQUIRED = "???"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"{text!r} is not of the form key=value or group=choice")
     if "@" in key:
         raise ConfigError(f"{text!r}: a group has one place only; write {key.split('@')[0]}=...")
-    if not _KEY.fullmatch(key):
+    if not _SETTING_NAME.fullmatch(key):
         raise ConfigError(
             f"{text!r}: {key!r} is not the name of a setting; write key=value, "
             "with dots for nested settings"
@@ -309,7 +309,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     place = values
     for depth, step in enumerate(path):
         inner = place.get(step)
-        if inner is None:
+        if inner is None or inner == _REQUIRED:
             inner = place[step] = {}
         if not isinstance(inner, dict):
             above = ".".join(path[: depth + 1])
@@ -348,7 +348,7 @@ def _without_missing(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _without_missing(value) if isinstance(value, dict) else value
         for key, value in values.items()
-        if value != "???"
+        if value != _REQUIRED
     }
 
 
