@@ -1,0 +1,323 @@
+"""A released model as a directory; the only reader and writer of weights.
+
+::
+
+    bundle.json          format, architecture, tokens, objectives, provenance, checksums
+    weights.safetensors  backbone ("model.*") and heads ("heads.*")
+    vocabulary.tsv.gz    genes and tokens
+    statistics.tsv.gz    per-gene non-zero medians of the training corpus
+
+No file holds code, and reading needs neither Lightning nor Hydra.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from genemodel.cells.tokens import TokenSettings
+from genemodel.errors import DataError
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.model.gene_model import GeneModel
+from genemodel.model.settings import ModelSettings
+from genemodel.settings import parse, to_values
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+ABOUT, WEIGHTS, VOCABULARY, STATISTICS = (
+    "bundle.json",
+    "weights.safetensors",
+    "vocabulary.tsv.gz",
+    "statistics.tsv.gz",
+)
+
+
+@dataclass
+class Bundle:
+    """A backbone with all that is needed to use it.
+
+    Attributes
+    ----------
+    model
+        The backbone.
+    vocabulary
+        Its genes.
+    tokens
+        Context and packing.
+    medians_V
+        Per-gene non-zero medians of the training corpus, counts per 10⁴.
+    heads
+        Weights of heads by name ("heads.count_decoder.log_theta_V" without the prefix), to be
+        taken up by whoever knows the objective.
+    settings
+        Settings of the objectives behind the heads, plain values by name.
+    provenance
+        How it was made: corpus fingerprint, steps, versions, validation losses.
+    """
+
+    model: GeneModel
+    vocabulary: GeneVocabulary
+    tokens: TokenSettings
+    medians_V: np.ndarray
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embedding.token.weight.device
+
+    @property
+    def species(self) -> tuple[str, ...]:
+        """Species of the vocabulary; the position is the species code."""
+        return self.vocabulary.species
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over vocabulary and weights, to name the model in what it writes."""
+        digest = hashlib.sha256(self.vocabulary.fingerprint.encode())
+        for name, tensor in sorted(self._weights().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights; returns the bundle itself."""
+        self.model.to(device)
+        self.heads = {name: tensor.to(device) for name, tensor in self.heads.items()}
+        return self
+
+    def head(self, name: str, module: nn.Module) -> nn.Module:
+        """Load the weights saved as ``name`` into a module made for them."""
+        prefix = f"{name}."
+        state = {k.removeprefix(prefix): v for k, v in self.heads.items() if k.startswith(prefix)}
+        if not state:
+            known = sorted({key.split(".")[0] for key in self.heads})
+            raise DataError(
+                f"This bundle has no head {name!r} (it has {', '.join(known) or 'none'}): use a "
+                "bundle trained with that objective."
+            )
+        module.load_state_dict(state)
+        return module.to(self.device)
+
+    def _weights(self) -> dict[str, Tensor]:
+        weights = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        return weights | {f"heads.{k}": v for k, v in self.heads.items()}
+
+    def describe(self) -> str:
+        """Say in a few lines what this is."""
+        shape = self.model.settings
+        n = sum(p.numel() for p in self.model.parameters())
+        lines = [
+            f"{shape.layers} layers × {shape.width}, {n:,} parameters, context "
+            f"{self.tokens.context:,}",
+            f"{len(self.vocabulary):,} tokens, species: {', '.join(self.species)}",
+            f"heads: {', '.join(sorted({k.split('.')[0] for k in self.heads})) or 'none'}",
+        ]
+        lines += [f"{key}: {value}" for key, value in self.provenance.items()]
+        return "\n".join(lines)
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the bundle as directory ``path``, replacing a bundle that is there.
+
+        Raises
+        ------
+        DataError
+            If ``path`` exists and is not a bundle.
+        """
+        path = Path(path)
+        if path.exists() and not (path / ABOUT).is_file():
+            raise DataError(
+                f"{path} exists and is not a model bundle (no {ABOUT}): choose another directory."
+            )
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = {k: v.detach().cpu().contiguous() for k, v in self._weights().items()}
+        save_file(weights, partial / WEIGHTS)
+        self.vocabulary.save(partial / VOCABULARY)
+        write_medians(partial / STATISTICS, self.medians_V)
+        about = {
+            "format": FORMAT,
+            "model": to_values(self.model.settings),
+            "tokens": to_values(self.tokens),
+            "settings": self.settings,
+            "vocabulary": self.vocabulary.fingerprint,
+            "provenance": self.provenance,
+            "knowledge": {
+                name: int(part.table_VP.shape[1])
+                for name, part in self.model.embedding.knowledge.items()
+            },
+            "sha256": {
+                name: _sha256(partial / name) for name in (WEIGHTS, VOCABULARY, STATISTICS)
+            },
+        }
+        (partial / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
+        """Read a bundle.
+
+        Parameters
+        ----------
+        path
+            Directory written by :meth:`save`.
+        device
+            Where to put the weights; ``auto`` takes a GPU where there is one.
+
+        Raises
+        ------
+        DataError
+            If a file is missing, damaged, or of a newer format.
+        """
+        path = Path(path)
+        about = _read_about(path)
+        for name, expected in about["sha256"].items():
+            if not (path / name).is_file():
+                raise DataError(f"{path}: {name} is missing. Copy the whole bundle directory again.")
+            if _sha256(path / name) != expected:
+                raise DataError(
+                    f"{path / name} is damaged: its checksum is not the one in {ABOUT}. Copy the "
+                    "bundle again from where it was made."
+                )
+        settings = parse(ModelSettings, about["model"], where=f"{path / ABOUT}: model")
+        tokens = parse(TokenSettings, about["tokens"], where=f"{path / ABOUT}: tokens")
+        vocabulary = GeneVocabulary.read(path / VOCABULARY)
+        try:
+            weights = load_file(path / WEIGHTS)
+        except SafetensorError as error:
+            raise DataError(f"{path / WEIGHTS} cannot be read ({error}).") from error
+        knowledge = {
+            name: (
+                torch.zeros(len(vocabulary), width),
+                torch.zeros(len(vocabulary), dtype=torch.bool),
+            )
+            for name, width in about["knowledge"].items()
+        }
+        model = GeneModel(
+            settings,
+            n_tokens=len(vocabulary),
+            n_species=len(vocabulary.species),
+            context=tokens.context,
+            knowledge=knowledge,
+        )
+        own = {
+            k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")
+        }
+        _load_exactly(model, own, path)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            logger.info("Model on %s.", device)
+        bundle = cls(
+            model=model.eval(),
+            vocabulary=vocabulary,
+            tokens=tokens,
+            medians_V=read_medians(path / STATISTICS, len(vocabulary)),
+            heads={
+                k.removeprefix("heads."): v for k, v in weights.items() if k.startswith("heads.")
+            },
+            settings=about["settings"],
+            provenance=about["provenance"],
+        )
+        return bundle.to(device)
+
+
+def load(path: str | Path, *, device: str | torch.device = "auto") -> Bundle:
+    """Read a model bundle; see :meth:`Bundle.load`."""
+    return Bundle.load(path, device=device)
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise DataError(
+            f"No model at {path}: the directory does not exist. Pre-training writes one to "
+            "<run>/bundle."
+        )
+    if not (path / ABOUT).is_file():
+        inside = " It is a training run: use its bundle/ directory." if (
+            path / "bundle" / ABOUT
+        ).is_file() else ""
+        raise DataError(f"{path} is not a model bundle: it has no {ABOUT}.{inside}")
+    try:
+        about: dict[str, Any] = json.loads((path / ABOUT).read_text())
+        number = int(about["format"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path / ABOUT} cannot be read ({error}): copy the bundle again from where it was "
+            "made."
+        ) from error
+    if number > FORMAT:
+        raise DataError(
+            f"{path} has bundle format {number}; this version reads up to {FORMAT}. Upgrade "
+            "genemodel."
+        )
+    missing = {"model", "tokens", "settings", "provenance", "knowledge", "sha256"} - set(about)
+    if missing:
+        raise DataError(f"{path / ABOUT} lacks {', '.join(sorted(missing))}: copy the bundle again.")
+    return about
+
+
+def _load_exactly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if expected != found:
+        wrong = sorted(set(expected.items()) ^ set(found.items()))
+        raise DataError(
+            f"{path / WEIGHTS} does not fit the architecture in {ABOUT}; first difference: "
+            f"{wrong[0][0]} {tuple(wrong[0][1])}. The bundle was put together from two models."
+        )
+    model.load_state_dict(dict(weights))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_medians(path: Path, medians_V: np.ndarray) -> None:
+    """Write token and median, one line a gene that was seen; the same bytes every time."""
+    text = io.StringIO()
+    text.write("token\tnonzero_median_per_10k\n")
+    for token in np.flatnonzero(np.isfinite(medians_V)):
+        text.write(f"{token}\t{float(np.float32(medians_V[token]))!r}\n")
+    with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
+        file.write(text.getvalue().encode())
+
+
+def read_medians(path: Path, n_tokens: int) -> np.ndarray:
+    """Read what :func:`write_medians` wrote: float32, NaN where a gene was never seen."""
+    medians_V = np.full(n_tokens, np.nan, np.float32)
+    with gzip.open(path, "rt") as file:
+        next(file)
+        for line in file:
+            token, median = line.split("\t")
+            medians_V[int(token)] = float(median)
+    return medians_V

@@ -1,0 +1,98 @@
+"""``CellBatch``: the one type that every room knows.
+
+Legend, kept from the loader to the logits. An array's suffix names its axes::
+
+    T  packed tokens: a fixed budget; cells lie end to end, the tail is one dummy cell
+    C  cells: a fixed number of places, the first ``n_cells`` of which are real
+    N  expressed genes of the real cells, end to end (not cut by the context)
+    D  width      H  heads      K  width of a head      V  vocabulary
+    M  masked tokens            P  knowledge tables     S  species
+
+=================  =======  ==================================================================
+field              dtype    meaning
+=================  =======  ==================================================================
+gene_T             int64    token; ``CELL`` opens every cell, ``PAD`` fills the dummy tail
+value_T            float32  log1p(count ÷ library × 10⁴); 0 at ``CELL`` and ``PAD``
+rank_T             int64    place in its cell by count ÷ median, 0 = ``CELL``
+segment_T          int64    which place in C the token belongs to
+starts_C1          int32    first token of every cell; repeated ``T`` after the tail
+species_C          int64    position in ``vocabulary.species``
+library_C          float32  counts of the cell over the whole vocabulary
+batch_C            int64    technical batch code, −1 unknown
+panel_C            int64    source code: which genes were measured, −1 unknown
+cell_C             int64    permanent cell number in its corpus, −1 dummy
+full_gene_N        int64    every expressed gene of the real cells, ascending within a cell
+full_count_N       float32  its count
+full_cell_N        int64    which place in C it belongs to
+=================  =======  ==================================================================
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class CellBatch:
+    """Packed cells of one micro-batch; see the legend at the top of this file.
+
+    ``n_cells``, ``n_tokens`` (both without the dummy tail) and ``epoch`` are plain integers:
+    they are known on the host, so reading them never waits for a device.
+    """
+
+    gene_T: Tensor
+    value_T: Tensor
+    rank_T: Tensor
+    segment_T: Tensor
+    starts_C1: Tensor
+    species_C: Tensor
+    library_C: Tensor
+    batch_C: Tensor
+    panel_C: Tensor
+    cell_C: Tensor
+    full_gene_N: Tensor
+    full_count_N: Tensor
+    full_cell_N: Tensor
+    n_cells: int
+    n_tokens: int
+    epoch: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Copy every tensor to ``device``."""
+        return replace(
+            self,
+            **{
+                field.name: value.to(device, non_blocking=non_blocking)
+                for field in fields(self)
+                if isinstance(value := getattr(self, field.name), Tensor)
+            },
+        )
+
+    def pin_memory(self) -> Self:
+        """Copy every tensor to page-locked memory, from which a GPU copy can overlap work."""
+        return replace(
+            self,
+            **{
+                field.name: value.pin_memory()
+                for field in fields(self)
+                if isinstance(value := getattr(self, field.name), Tensor)
+            },
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.gene_T.device
+
+    @property
+    def fill(self) -> float:
+        """Share of the token budget that real cells use."""
+        return self.n_tokens / self.gene_T.shape[0]
+
+    def lengths_C(self) -> np.ndarray:
+        """Tokens of every real cell, its ``CELL`` token included; shape (n_cells,)."""
+        starts_C1 = self.starts_C1.cpu().numpy()
+        return np.diff(starts_C1[: self.n_cells + 1])

@@ -1,0 +1,71 @@
+"""Which cells share a micro-batch: a plan from lengths alone, before anything is tokenised."""
+
+import numpy as np
+from numba import njit
+
+# A bin looks this many waiting cells ahead for one that still fits. 256 keeps the fill above 0.99
+# at 16k tokens while a cell never moves far from its place in the shuffled order.
+LOOK_AHEAD = 256
+
+
+@njit(nogil=True, cache=True)
+def _plan(length_C, budget, max_cells, look_ahead, order_C, bins_C1):
+    n = length_C.shape[0]
+    waiting = np.empty(look_ahead, np.int64)
+    n_waiting = 0
+    arrived = 0
+    placed = 0
+    n_bins = 0
+    bins_C1[0] = 0
+    while placed < n:
+        room = budget
+        in_bin = 0
+        i = 0
+        while True:
+            while n_waiting < look_ahead and arrived < n:
+                waiting[n_waiting] = arrived
+                n_waiting += 1
+                arrived += 1
+            # First come, first served: the earliest waiting cell that fits.
+            while i < n_waiting and length_C[waiting[i]] > room:
+                i += 1
+            if i >= n_waiting or in_bin >= max_cells:
+                break
+            cell = waiting[i]
+            order_C[placed] = cell
+            placed += 1
+            in_bin += 1
+            room -= length_C[cell]
+            for j in range(i, n_waiting - 1):
+                waiting[j] = waiting[j + 1]
+            n_waiting -= 1
+        n_bins += 1
+        bins_C1[n_bins] = placed
+    return n_bins
+
+
+def plan_bins(
+    length_C: np.ndarray, budget: int, max_cells: int, look_ahead: int = LOOK_AHEAD
+) -> list[np.ndarray]:
+    """Distribute cells over bins of ``budget`` tokens, in order, filling gaps from a look-ahead.
+
+    Parameters
+    ----------
+    length_C
+        Tokens of every cell, at most ``budget`` each.
+    budget, max_cells
+        Most tokens and most cells of a bin.
+    look_ahead
+        How many waiting cells are considered for a gap.
+
+    Returns
+    -------
+    One array of positions into ``length_C`` a bin; every cell is in exactly one. Deterministic.
+    """
+    length_C = np.ascontiguousarray(length_C, np.int64)
+    if length_C.size and length_C.max() > budget:
+        raise AssertionError(f"a cell of {length_C.max()} tokens in bins of {budget}")
+    order_C = np.empty(length_C.size, np.int64)
+    bins_C1 = np.empty(length_C.size + 1, np.int64)
+    n_bins = _plan(length_C, budget, max_cells, look_ahead, order_C, bins_C1)
+    return [order_C[bins_C1[b] : bins_C1[b + 1]] for b in range(n_bins)]

@@ -1,0 +1,129 @@
+"""What a gene does on average: the trivial predictors that a model must beat, and starts from.
+
+Axes: S species, V vocabulary, X panels (sources, each with its own measured genes).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from genemodel.cells.corpus import Corpus
+
+# Cells looked at. Gene means are known to about a per cent long before this many.
+SAMPLE = 50_000
+
+
+@dataclass(frozen=True)
+class GeneStatistics:
+    """Per-species gene averages over (a sample of) training cells.
+
+    Attributes
+    ----------
+    frequency_SV
+        Share of all detections that fall on a gene; sums to 1 over the species' genes.
+    mean_value_SV
+        Mean of log1p(count ÷ library × 10⁴) where the gene was detected.
+    rate_SV
+        Counts of a gene per count of library, over cells whose panel measured it.
+    dispersion_V
+        Negative-binomial size θ by moments around ``rate × library``: variance = μ + μ² ÷ θ.
+    present_SV
+        Genes that belong to the species.
+    """
+
+    frequency_SV: np.ndarray
+    mean_value_SV: np.ndarray
+    rate_SV: np.ndarray
+    dispersion_V: np.ndarray
+    present_SV: np.ndarray
+
+    @classmethod
+    def empty(cls, n_species: int, n_tokens: int) -> Self:
+        """Hold places for heads whose parameters are about to be loaded."""
+        shape = (n_species, n_tokens)
+        return cls(
+            frequency_SV=np.ones(shape),
+            mean_value_SV=np.zeros(shape),
+            rate_SV=np.ones(shape),
+            dispersion_V=np.ones(n_tokens),
+            present_SV=np.ones(shape, bool),
+        )
+
+    @classmethod
+    def measure(
+        cls, corpus: "Corpus", cells: np.ndarray, *, seed: int = 0, sample: int = SAMPLE
+    ) -> Self:
+        """Measure over at most ``sample`` of ``cells``, chosen block-wise at random."""
+        names = corpus.vocabulary.species
+        n_species, n_tokens = len(names), len(corpus.vocabulary)
+        species_codes, categories = corpus.codes("species")
+        species_of = np.array([names.index(c) for c in categories])[species_codes]
+        detections = np.zeros((n_species, n_tokens))
+        value = np.zeros((n_species, n_tokens))
+        total = np.zeros((n_species, n_tokens))
+        square = np.zeros((n_species, n_tokens))
+        cross = np.zeros((n_species, n_tokens))  # Σ count × library
+        library = np.zeros((n_species, n_tokens))  # Σ library over cells that measured the gene
+        library_square = np.zeros((n_species, n_tokens))
+        for run in _blocks(np.asarray(cells), sample, seed):
+            block = corpus.read(int(run[0]), int(run[-1]) + 1)
+            lengths = np.diff(block.starts_C1)
+            all_cells = np.arange(run[0], run[-1] + 1)
+            used = np.isin(all_cells, run)
+            row_N = np.repeat(np.arange(all_cells.size), lengths)
+            kept = used[row_N]
+            row_N, gene = row_N[kept], block.gene_N[kept]
+            count = block.count_N[kept].astype(np.float64)
+            depth = corpus.library_C[all_cells].astype(np.float64)
+            at = species_of[all_cells][row_N] * n_tokens + gene
+            for into, weight in (
+                (detections, None),
+                (value, np.log1p(count / depth[row_N] * 1e4)),
+                (total, count),
+                (square, count**2),
+                (cross, count * depth[row_N]),
+            ):
+                into += np.bincount(at, weight, n_species * n_tokens).reshape(into.shape)
+            pairs = np.stack([species_of[run], corpus.source_C[run]], 1)
+            for s, x in np.unique(pairs, axis=0):
+                here = depth[used][(pairs == (s, x)).all(1)]
+                library[s] += here.sum() * corpus.measured_SV[x]
+                library_square[s] += (here**2).sum() * corpus.measured_SV[x]
+        present = np.zeros((n_species, n_tokens), bool)
+        for s, name in enumerate(names):
+            present[s, corpus.vocabulary.tokens_of(name)] = True
+        # A gene never seen gets half a detection, so that no probability is zero.
+        smoothed = np.where(present, detections + 0.5, 0.0)
+        frequency = smoothed / np.maximum(smoothed.sum(1, keepdims=True), 1.0)
+        overall = value.sum() / max(detections.sum(), 1.0)
+        rate = np.where(present, (total + 0.01) / np.maximum(library, 1.0), 0.0)
+        rate = np.where(present & (library == 0), 1e-7, rate)
+        mean = rate * library  # Σ μ, and with rate² Σ library² = Σ μ²
+        mean_square = rate**2 * library_square
+        excess = (square - 2 * rate * cross + mean_square - mean).sum(0)
+        dispersion = np.clip(mean_square.sum(0) / np.maximum(excess, 1e-9), 0.05, 100.0)
+        return cls(
+            frequency_SV=frequency,
+            mean_value_SV=np.where(detections > 0, value / np.maximum(detections, 1), overall),
+            rate_SV=rate,
+            dispersion_V=np.where(total.sum(0) > 10, dispersion, 1.0),
+            present_SV=present,
+        )
+
+
+def _blocks(cells: np.ndarray, sample: int, seed: int) -> list[np.ndarray]:
+    """Runs of nearby cells, at random, until ``sample`` cells are covered."""
+    blocks = np.array_split(cells, max(1, cells.size // 512))
+    blocks = [
+        run for block in blocks for run in np.split(block, np.flatnonzero(np.diff(block) > 512) + 1)
+    ]
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    chosen, n = [], 0
+    for b in order:
+        if n >= sample:
+            break
+        chosen.append(blocks[b])
+        n += blocks[b].size
+    return chosen

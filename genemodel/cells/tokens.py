@@ -1,0 +1,323 @@
+"""From counts to ranked tokens, at read time.
+
+A gene's rank value is its count divided by the gene's non-zero median; dividing by the cell's
+library as well cannot change the order, so the native tokeniser does not. Ties go to the smaller
+token, always. The published models' own sequences are made by :func:`published_sequence`, in
+float64 and in their order of operations, because there the last bit decides the rank.
+
+Axes: C cells, N stored genes of the cells end to end, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numba import njit
+
+from genemodel.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """How a cell becomes tokens.
+
+    Attributes
+    ----------
+    context
+        Most tokens of a cell, its cell token included. The genes kept are those with the largest
+        count ÷ median.
+    budget
+        Tokens of a packed micro-batch; every micro-batch has this shape.
+    """
+
+    context: int = 2048
+    budget: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ConfigError(
+                f"tokens.context is {self.context}: it must hold the cell token and at least one "
+                "gene. Set tokens.context to 2 or more."
+            )
+        if self.budget < self.context:
+            raise ConfigError(
+                f"tokens.budget is {self.budget} but tokens.context is {self.context}: one cell "
+                "might not fit into a micro-batch. Set tokens.budget to at least tokens.context."
+            )
+
+    @property
+    def max_cells(self) -> int:
+        """Places for cells in a micro-batch, the dummy tail's included (C)."""
+        # 32 tokens a cell is far below any usable cell; shallower cells only lower the fill.
+        return max(8, self.budget // 32)
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def _rank_cell(gene, count, inverse_median_V, key_a, key_b, order_a, order_b, histogram):
+    """Stable descending radix sort of one cell; the order lies in ``order_a[:n]`` afterwards."""
+    n = gene.shape[0]
+    for i in range(n):
+        order_a[i] = i
+    if n < 2:
+        return
+    value = np.empty(n, np.float32)
+    for i in range(n):
+        value[i] = np.float32(count[i]) * inverse_median_V[gene[i]]
+    bits = value.view(np.uint32)
+    for i in range(n):
+        # Positive floats order like their bits; inverting the bits makes ascending descending.
+        key_a[i] = ~bits[i]
+    # Three passes of 11 bits cover the 32-bit key. Input is ascending by token and every pass is
+    # stable, so equal values stay ascending by token.
+    histogram[:, :] = 0
+    for i in range(n):
+        key = key_a[i]
+        histogram[0, key & 2047] += 1
+        histogram[1, (key >> 11) & 2047] += 1
+        histogram[2, key >> 22] += 1
+    for p in range(3):
+        total = 0
+        for b in range(2048):
+            here = histogram[p, b]
+            histogram[p, b] = total
+            total += here
+    for i in range(n):
+        key = key_a[i]
+        b = key & 2047
+        at = histogram[0, b]
+        histogram[0, b] = at + 1
+        key_b[at] = key
+        order_b[at] = order_a[i]
+    for i in range(n):
+        key = key_b[i]
+        b = (key >> 11) & 2047
+        at = histogram[1, b]
+        histogram[1, b] = at + 1
+        key_a[at] = key
+        order_a[at] = order_b[i]
+    for i in range(n):
+        key = key_a[i]
+        b = key >> 22
+        at = histogram[2, b]
+        histogram[2, b] = at + 1
+        order_b[at] = order_a[i]
+    for i in range(n):
+        order_a[i] = order_b[i]
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def rank_cells(starts_C1, gene_N, count_N, inverse_median_V, limit, out_starts_C1, out_index):
+    """Rank every cell's genes by count ÷ median, descending; ties by token, ascending.
+
+    Parameters
+    ----------
+    starts_C1
+        First stored gene of every cell and the end, int64.
+    gene_N, count_N
+        Tokens (ascending within a cell) and their counts.
+    inverse_median_V
+        1 ÷ non-zero median of every token, float32.
+    limit
+        Most genes kept of a cell.
+    out_starts_C1
+        Filled with the first ranked gene of every cell.
+    out_index
+        Filled with positions into ``gene_N``: the ranked, truncated cells end to end.
+    """
+    longest = 0
+    for c in range(starts_C1.shape[0] - 1):
+        longest = max(longest, starts_C1[c + 1] - starts_C1[c])
+    key_a = np.empty(longest, np.uint32)
+    key_b = np.empty(longest, np.uint32)
+    order_a = np.empty(longest, np.int32)
+    order_b = np.empty(longest, np.int32)
+    histogram = np.empty((3, 2048), np.int32)
+    at = 0
+    out_starts_C1[0] = 0
+    for c in range(starts_C1.shape[0] - 1):
+        lo, hi = starts_C1[c], starts_C1[c + 1]
+        _rank_cell(
+            gene_N[lo:hi],
+            count_N[lo:hi],
+            inverse_median_V,
+            key_a,
+            key_b,
+            order_a,
+            order_b,
+            histogram,
+        )
+        kept = min(limit, hi - lo)
+        for i in range(kept):
+            out_index[at + i] = lo + order_a[i]
+        at += kept
+        out_starts_C1[c + 1] = at
+
+
+@njit(nogil=True, cache=True, boundscheck=False)
+def pack_cells(
+    begin_C,
+    end_C,
+    gene_N,
+    count_N,
+    inverse_median_V,
+    library_C,
+    limit,
+    cell_token,
+    pad_token,
+    gene_T,
+    value_T,
+    rank_T,
+    segment_T,
+    out_starts_C1,
+):
+    """Rank cells and lay them end to end into one micro-batch.
+
+    Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending by token. Every cell opens with ``cell_token``; the tail of
+    the budget becomes one dummy cell of ``pad_token``. Returns the number of real tokens.
+    """
+    budget = gene_T.shape[0]
+    longest = 0
+    for c in range(begin_C.shape[0]):
+        longest = max(longest, end_C[c] - begin_C[c])
+    key_a = np.empty(longest, np.uint32)
+    key_b = np.empty(longest, np.uint32)
+    order_a = np.empty(longest, np.int32)
+    order_b = np.empty(longest, np.int32)
+    histogram = np.empty((3, 2048), np.int32)
+    at = 0
+    for place in range(begin_C.shape[0]):
+        lo, hi = begin_C[place], end_C[place]
+        _rank_cell(
+            gene_N[lo:hi],
+            count_N[lo:hi],
+            inverse_median_V,
+            key_a,
+            key_b,
+            order_a,
+            order_b,
+            histogram,
+        )
+        out_starts_C1[place] = at
+        gene_T[at] = cell_token
+        value_T[at] = 0.0
+        rank_T[at] = 0
+        segment_T[at] = place
+        at += 1
+        scale = np.float32(1e4) / np.float32(library_C[place])
+        for i in range(min(limit, hi - lo)):
+            j = lo + order_a[i]
+            gene_T[at] = gene_N[j]
+            value_T[at] = np.log1p(np.float32(count_N[j]) * scale)
+            rank_T[at] = i + 1
+            segment_T[at] = place
+            at += 1
+    n_cells = begin_C.shape[0]
+    for place in range(n_cells, out_starts_C1.shape[0]):
+        out_starts_C1[place] = budget
+    out_starts_C1[n_cells] = at
+    for t in range(at, budget):
+        gene_T[t] = pad_token
+        value_T[t] = 0.0
+        rank_T[t] = 0
+        segment_T[t] = n_cells
+    return at
+
+
+def rank_cells_reference(
+    starts_C1: np.ndarray,
+    gene_N: np.ndarray,
+    count_N: np.ndarray,
+    inverse_median_V: np.ndarray,
+    limit: int,
+) -> list[np.ndarray]:
+    """Say slowly what :func:`rank_cells` does: one array of positions into ``gene_N`` a cell."""
+    cells = []
+    for lo, hi in zip(starts_C1[:-1], starts_C1[1:], strict=True):
+        value = count_N[lo:hi].astype(np.float32) * inverse_median_V[gene_N[lo:hi]]
+        order = np.lexsort((gene_N[lo:hi], -value))
+        cells.append(lo + order[:limit])
+    return cells
+
+
+PublishedStyle = Literal["geneformer_v1", "geneformer_v2", "genecompass"]
+
+
+@dataclass(frozen=True)
+class PublishedSequence:
+    """One cell as a published model reads it, unpadded.
+
+    Attributes
+    ----------
+    token
+        Token ids in the model's own vocabulary, int64, shape (length,).
+    value
+        log2(1 + count ÷ median) for GeneCompass, else None.
+    species
+        0 human, 1 mouse for GeneCompass, else None.
+    """
+
+    token: np.ndarray
+    value: np.ndarray | None = None
+    species: int | None = None
+
+
+def published_sequence(
+    style: PublishedStyle,
+    token: np.ndarray,
+    count: np.ndarray,
+    median: np.ndarray,
+    *,
+    library: float | None = None,
+    cls: int | None = None,
+    eos: int | None = None,
+    species: int | None = None,
+) -> PublishedSequence:
+    """Tokenise one cell exactly as Geneformer V1, V2 or GeneCompass would.
+
+    Parameters
+    ----------
+    style
+        Which model's sequence.
+    token, count, median
+        Of the cell's genes that the model's dictionary holds: token ids, raw counts, non-zero
+        medians of the model's corpus; shape (genes,). Explicit zeros are left out.
+    library
+        Total counts of the cell over *all* its genes (Geneformer only), also those without token.
+    cls, eos
+        Ids of ``<cls>`` and ``<eos>`` (Geneformer V2 only).
+    species
+        0 human, 1 mouse (GeneCompass only).
+
+    Notes
+    -----
+    Geneformer ranks x ÷ n × 10⁴ ÷ median in float64, in that order of operations (V1: 2,048 genes;
+    V2: 4,096 with ``<cls>`` and ``<eos>``). GeneCompass ranks log2(1 + x ÷ median) and keeps 2,048
+    genes with their values. Upstream sorts are unstable; here ties go to the smaller token.
+    """
+    count = np.asarray(count, np.float64)
+    expressed = count > 0
+    token = np.asarray(token, np.int64)[expressed]
+    count, median = count[expressed], np.asarray(median, np.float64)[expressed]
+    if style == "genecompass":
+        if species not in (0, 1):
+            raise ConfigError(
+                f"GeneCompass knows species 0 (human) and 1 (mouse), not {species!r}: pass one."
+            )
+        value = np.log2(1.0 + count / median)
+        order = np.lexsort((token, -value))[:2048]
+        return PublishedSequence(token[order], value[order].astype(np.float32), species)
+    if library is None or library <= 0:
+        raise ConfigError(
+            f"Geneformer divides by the cell's total counts, but library is {library!r}: pass the "
+            "positive sum over all genes of the cell."
+        )
+    value = count / library * 10_000.0 / median
+    order = np.lexsort((token, -value))
+    if style == "geneformer_v1":
+        return PublishedSequence(token[order[:2048]])
+    if cls is None or eos is None:
+        raise ConfigError(
+            "Geneformer V2 frames a cell with <cls> and <eos>: pass cls= and eos= as its "
+            "dictionary has them."
+        )
+    return PublishedSequence(np.concatenate([[cls], token[order[:4094]], [eos]]))

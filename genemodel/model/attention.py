@@ -1,0 +1,167 @@
+"""The one door to attention: packed cells in, packed cells out, whatever the device.
+
+``attend`` lets every token see the tokens of its own cell and no others. On CUDA in half precision
+it is torch's own ``varlen_attn``; everywhere else a loop over cells around the fused CPU kernel,
+which beats padding with a mask because nothing is computed on padding. Both stand behind one
+custom operator, so a compiled model stays one graph.
+
+Axes: T tokens, H heads, K head width, C cells.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longest: int) -> Tensor:
+    """Softmax attention within every cell.
+
+    Parameters
+    ----------
+    q_THK, k_THK, v_THK
+        Queries, keys and values of the packed tokens.
+    starts_C1
+        First token of every cell, int32; the last entry is T; empty cells are allowed.
+    longest
+        No cell is longer; only an upper bound, so a constant keeps compiled shapes constant.
+
+    Returns
+    -------
+    Tensor of shape (T, H, K).
+    """
+    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q_THK, k_THK, v_THK, starts_C1, starts_C1, longest, longest)
+    out, _ = _per_cell(q_THK, k_THK, v_THK, starts_C1)
+    return out
+
+
+def _spans(starts_C1: Tensor) -> list[tuple[int, int]]:
+    edges = starts_C1.tolist()
+    return [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+
+def _heads_first(x_THK: Tensor, a: int, b: int) -> Tensor:
+    return x_THK[a:b].transpose(0, 1).unsqueeze(0)  # (1, H, tokens, K)
+
+
+@torch.library.custom_op("genemodel::attend_per_cell", mutates_args=())
+def _per_cell(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor
+) -> tuple[Tensor, Tensor]:
+    out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
+    logsumexp_TH = q_THK.new_zeros(q_THK.shape[:2], dtype=torch.float32)
+    for a, b in _spans(starts_C1):
+        q, k, v = (_heads_first(x, a, b) for x in (q_THK, k_THK, v_THK))
+        if q_THK.is_cuda:
+            out, logsumexp = _dense(q, k, v)
+        else:
+            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out_THK[a:b] = out[0].transpose(0, 1)
+        logsumexp_TH[a:b] = logsumexp[0].transpose(0, 1)
+    return out_THK, logsumexp_TH
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Full-precision attention on CUDA, where the variable-length kernel is half precision only."""
+    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return F.softmax(score, -1) @ v, torch.logsumexp(score, -1)
+
+
+@_per_cell.register_fake
+def _(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q_THK, memory_format=torch.contiguous_format), q_THK.new_empty(
+        q_THK.shape[:2], dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("genemodel::attend_per_cell_backward", mutates_args=())
+def _per_cell_backward(
+    grad_THK: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    out_THK: Tensor,
+    logsumexp_TH: Tensor,
+    starts_C1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_THK, v_THK)
+    )
+    for a, b in _spans(starts_C1):
+        grad, q, k, v, out = (
+            _heads_first(x, a, b) for x in (grad_THK, q_THK, k_THK, v_THK, out_THK)
+        )
+        if q_THK.is_cuda:
+            scale = q.shape[-1] ** -0.5
+            p = torch.exp(
+                q @ k.transpose(-1, -2) * scale - logsumexp_TH[a:b].transpose(0, 1)[None, ..., None]
+            )
+            grad_score = p * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
+            pieces = (
+                grad_score @ k * scale,
+                grad_score.transpose(-1, -2) @ q * scale,
+                p.transpose(-1, -2) @ grad,
+            )
+        else:
+            # The kernel reads the log-sum-exp with heads outside and tokens inside.
+            logsumexp = logsumexp_TH[a:b].transpose(0, 1).unsqueeze(0)
+            pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, logsumexp, 0.0, False
+            )
+        for total, piece in zip(grads, pieces, strict=True):
+            total[a:b] = piece[0].transpose(0, 1)
+    return grads
+
+
+@_per_cell_backward.register_fake
+def _(
+    grad_THK: Tensor,
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    out_THK: Tensor,
+    logsumexp_TH: Tensor,
+    starts_C1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_THK, v_THK)
+    )
+    return q, k, v
+
+
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - the types are torch's own
+    q_THK, k_THK, v_THK, starts_C1 = inputs
+    ctx.save_for_backward(q_THK, k_THK, v_THK, *output, starts_C1)
+
+
+def _backward(ctx, grad_THK: Tensor, _grad_logsumexp_TH: Tensor):  # noqa: ANN001, ANN202
+    return *_per_cell_backward(grad_THK, *ctx.saved_tensors), None
+
+
+_per_cell.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.genemodel.attend_per_cell, get_raw=True)
+def _flops(q_THK, k_THK, v_THK, starts_C1, *args, out_val=None, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
+    return sum(4 * (b - a) ** 2 for a, b in _spans(starts_C1)) * q_THK.shape[1] * q_THK.shape[2]
+
+
+@register_flop_formula(torch.ops.genemodel.attend_per_cell_backward, get_raw=True)
+def _flops_backward(grad_THK, q_THK, k_THK, v_THK, out, lse, starts_C1, *args, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
+    # Five matrix products against the forward's two: the scores are computed once more.
+    return sum(10 * (b - a) ** 2 for a, b in _spans(starts_C1)) * q_THK.shape[1] * q_THK.shape[2]
+
+
+def attend_reference(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longest: int
+) -> Tensor:
+    """Say slowly what :func:`attend` does: one block-diagonal score matrix, then softmax."""
+    assert int(starts_C1.diff().max()) <= longest
+    token = torch.arange(q_THK.shape[0], device=q_THK.device)
+    cell_T = torch.searchsorted(starts_C1[1:].contiguous(), token.to(starts_C1.dtype), right=True)
+    score_HTT = torch.einsum("thk,shk->hts", q_THK, k_THK) * q_THK.shape[-1] ** -0.5
+    score_HTT = score_HTT.masked_fill(cell_T[:, None] != cell_T[None, :], float("-inf"))
+    return torch.einsum("hts,shk->thk", score_HTT.softmax(-1), v_THK)

@@ -1,0 +1,269 @@
+"""``GeneModel``: a transformer over the expressed genes of a cell.
+
+Axes as in ``genemodel.cells.batch``: T tokens, C cells, D width, H heads, K head width, V
+vocabulary, P knowledge tables, S species.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genemodel.cells.batch import CellBatch
+from genemodel.model.attention import attend
+from genemodel.model.settings import ModelSettings
+
+# value_T below this asks for the learned "value hidden" vector (see genemodel.tasks.masking).
+HIDDEN_VALUE = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the backbone returns: ``hidden_TD`` of every token and ``cell_CD`` of every cell."""
+
+    hidden_TD: Tensor
+    cell_CD: Tensor
+
+
+class NumberEmbedding(nn.Module):
+    """A continuous number as a vector: a two-layer network over fixed, smooth features of it."""
+
+    def __init__(self, width: int, top: float, features: int = 32) -> None:
+        super().__init__()
+        # Gaussian bumps over [0, top] let the network treat low and high values differently
+        # without binning them.
+        self.register_buffer("centre_F", torch.linspace(0.0, top, features), persistent=False)
+        self.spread = top / (features - 1)
+        self.up = nn.Linear(features + 1, width)
+        self.down = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_T: Tensor) -> Tensor:
+        """Embed numbers of any shape (…,) as (…, D)."""
+        bump = torch.exp(-0.5 * ((x_T[..., None] - self.centre_F) / self.spread) ** 2)
+        return self.down(F.gelu(self.up(torch.cat([bump, x_T[..., None]], -1))))
+
+
+class GeneEmbedding(nn.Module):
+    """Gene, value, rank, species and depth as the first hidden state of every token."""
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        n_tokens: int,
+        n_species: int,
+        knowledge: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        super().__init__()
+        width = settings.width
+        self.token = nn.Embedding(n_tokens, width)
+        self.species = nn.Embedding(n_species, width)
+        self.depth = NumberEmbedding(width, top=15.0)  # ln of 3 million counts
+        self.value = NumberEmbedding(width, top=9.3) if settings.values else None  # log1p(10⁴)
+        self.hidden_value_D = nn.Parameter(torch.empty(width)) if settings.values else None
+        self.rank = (
+            nn.Embedding(settings.max_rank + 1, width) if settings.position == "rank" else None
+        )
+        self.norm = (
+            nn.LayerNorm(width, eps=settings.norm_eps) if settings.embedding_norm else nn.Identity()
+        )
+        self.knowledge = nn.ModuleDict()
+        for name, (table_VP, present_V) in knowledge.items():
+            self.knowledge[name] = KnowledgeEmbedding(table_VP, present_V, width)
+
+    def genes(self, gene_T: Tensor) -> Tensor:
+        """Embed gene identities alone, knowledge included: (…,) → (…, D)."""
+        x_TD = self.token(gene_T)
+        for table in self.knowledge.values():
+            x_TD = x_TD + table(gene_T)
+        return x_TD
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """Embed a packed batch: (T,) → (T, D)."""
+        x_TD = self.genes(batch.gene_T)
+        if self.value is not None and self.hidden_value_D is not None:
+            hidden_T1 = (batch.value_T <= HIDDEN_VALUE)[:, None]
+            x_TD = x_TD + torch.where(
+                hidden_T1, self.hidden_value_D.to(x_TD.dtype), self.value(batch.value_T)
+            )
+        if self.rank is not None:
+            x_TD = x_TD + self.rank(batch.rank_T.clamp(max=self.rank.num_embeddings - 1))
+        # Species and depth belong to the cell: they are added to its opening token only.
+        cell_CD = self.species(batch.species_C) + self.depth(torch.log1p(batch.library_C))
+        opens_T1 = (batch.rank_T == 0)[:, None]
+        x_TD = x_TD + torch.where(opens_T1, cell_CD[batch.segment_T], 0.0)
+        return self.norm(x_TD)
+
+
+class KnowledgeEmbedding(nn.Module):
+    """A fixed table of gene vectors, projected; genes absent from it share a learned vector."""
+
+    table_VP: Tensor
+    present_V: Tensor
+
+    def __init__(self, table_VP: Tensor, present_V: Tensor, width: int) -> None:
+        super().__init__()
+        self.register_buffer("table_VP", table_VP.float())
+        self.register_buffer("present_V", present_V.bool())
+        self.project = nn.Linear(table_VP.shape[1], width, bias=False)
+        self.absent_D = nn.Parameter(torch.empty(width))
+
+    def forward(self, gene_T: Tensor) -> Tensor:
+        """Look up and project: (…,) → (…, D)."""
+        return torch.where(
+            self.present_V[gene_T][..., None], self.project(self.table_VP[gene_T]), self.absent_D
+        )
+
+
+class FeedForward(nn.Module):
+    """Two matrices with an activation between them, or three when gated."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        self.gated = settings.activation == "swiglu"
+        self.relu = settings.activation == "relu"
+        self.up = nn.Linear(
+            settings.width, settings.ffn * (2 if self.gated else 1), bias=settings.bias
+        )
+        self.down = nn.Linear(settings.ffn, settings.width, bias=settings.bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) → (T, D)."""
+        x = self.up(x_TD)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            x = F.silu(gate) * x
+        else:
+            x = F.relu(x) if self.relu else F.gelu(x)
+        return self.down(x)
+
+
+class Block(nn.Module):
+    """Attention within cells, then feed-forward, each added to the stream."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        super().__init__()
+        width = settings.width
+        self.heads = settings.heads
+        self.pre = settings.norm == "pre"
+        self.norm1 = nn.LayerNorm(width, eps=settings.norm_eps)
+        self.qkv = nn.Linear(width, 3 * width, bias=settings.bias)
+        self.out = nn.Linear(width, width, bias=settings.bias)
+        self.norm2 = nn.LayerNorm(width, eps=settings.norm_eps)
+        self.ffn = FeedForward(settings)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def attention(self, x_TD: Tensor, starts_C1: Tensor, longest: int) -> Tensor:
+        """Multi-head attention: (T, D) → (T, D)."""
+        q, k, v = self.qkv(x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
+        return self.out(attend(q, k, v, starts_C1, longest).flatten(1))
+
+    def forward(self, x_TD: Tensor, starts_C1: Tensor, longest: int) -> Tensor:
+        """(T, D) → (T, D)."""
+        if self.pre:
+            x_TD = x_TD + self.dropout(self.attention(self.norm1(x_TD), starts_C1, longest))
+            return x_TD + self.dropout(self.ffn(self.norm2(x_TD)))
+        x_TD = self.norm1(x_TD + self.dropout(self.attention(x_TD, starts_C1, longest)))
+        return self.norm2(x_TD + self.dropout(self.ffn(x_TD)))
+
+
+class GeneModel(nn.Module):
+    """The backbone of every size.
+
+    Parameters
+    ----------
+    settings
+        Shape.
+    n_tokens
+        Size of the vocabulary, special tokens included (V).
+    n_species
+        Species of the vocabulary (S).
+    knowledge
+        For every name in ``settings.knowledge``: a (V, P) table and a (V,) mask of known genes.
+    context
+        No cell is longer; a constant for compiled attention.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        n_tokens: int,
+        n_species: int,
+        context: int,
+        knowledge: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.context = context
+        self.embedding = GeneEmbedding(settings, n_tokens, n_species, knowledge or {})
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
+        self.final_norm = (
+            nn.LayerNorm(settings.width, eps=settings.norm_eps)
+            if settings.norm == "pre"
+            else nn.Identity()
+        )
+        initialise(self)
+
+    @property
+    def n_tokens(self) -> int:
+        """Size of the vocabulary (V)."""
+        return self.embedding.token.num_embeddings
+
+    def forward(self, batch: CellBatch, layer: int | None = None) -> Encoded:
+        """Encode packed cells.
+
+        Parameters
+        ----------
+        batch
+            Packed cells; the dummy tail is encoded as a cell of its own and means nothing.
+        layer
+            Stop after this many blocks (default: all), without the final norm when fewer.
+        """
+        x_TD = self.embedding(batch)
+        stop = len(self.blocks) if layer is None else layer
+        for block in self.blocks[:stop]:
+            # The dummy tail can be longer than the context: it needs the budget as bound.
+            x_TD = block(x_TD, batch.starts_C1, batch.gene_T.shape[0])
+        if stop == len(self.blocks):
+            x_TD = self.final_norm(x_TD)
+        first_C = batch.starts_C1[:-1].long().clamp(max=x_TD.shape[0] - 1)
+        return Encoded(hidden_TD=x_TD, cell_CD=x_TD[first_C])
+
+
+def initialise(module: nn.Module) -> None:
+    """Initialise every parameter below ``module``; the only place where that happens.
+
+    ==================================  ====================================================
+    parameter                           start
+    ==================================  ====================================================
+    embeddings                          normal, 0.02
+    linear weights                      normal, 1 / √(inputs)
+    … that write to the stream          … / √(2 × layers), so the stream's size does not grow
+    biases                              0
+    layer norms                         1 and 0
+    vectors (hidden value, absent gene) normal, 0.02
+    ==================================  ====================================================
+
+    Heads set their output biases from corpus statistics afterwards (``genemodel.tasks``).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+        elif isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+        else:
+            for parameter in part.parameters(recurse=False):
+                nn.init.normal_(parameter, std=0.02)
+    if isinstance(module, GeneModel):
+        scale = (2 * len(module.blocks)) ** -0.5
+        for block in module.blocks:
+            for out in (block.out, block.ffn.down):
+                with torch.no_grad():
+                    out.weight.mul_(scale)

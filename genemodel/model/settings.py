@@ -1,0 +1,71 @@
+"""Settings of the architecture; four named sizes live in ``configs/model``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from genemodel.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of the encoder.
+
+    Attributes
+    ----------
+    layers, width, heads, ffn
+        Blocks, width of a token (D), attention heads, hidden width of the feed-forward part.
+    norm
+        ``pre`` normalises before attention and feed-forward and once at the end; ``post`` after
+        each addition, as BERT does (needed to host imported checkpoints).
+    activation
+        Of the feed-forward part: ``relu``, ``gelu`` or ``swiglu`` (gated, three matrices).
+    position
+        ``none``: a cell is a set of genes. ``rank``: a learned vector per rank, as Geneformer has.
+    max_rank
+        Ranks with a vector of their own when ``position`` is ``rank``.
+    bias
+        Biases in attention and feed-forward.
+    values
+        Embed the expression value of every token; off for models that know ranks only.
+    embedding_norm
+        Normalise the sum of the embeddings before the first block (BERT does).
+    dropout
+        On the outputs of attention and feed-forward, in training.
+    norm_eps
+        Added to the variance in every layer norm.
+    knowledge
+        Gene knowledge tables (files: gene id, then numbers) projected and added to the gene
+        embedding; a gene missing from a table gets a learned vector instead.
+    """
+
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    ffn: int = 256
+    norm: Literal["pre", "post"] = "pre"
+    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+    position: Literal["none", "rank"] = "none"
+    max_rank: int = 2048
+    bias: bool = False
+    values: bool = True
+    embedding_norm: bool = False
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    knowledge: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(
+                f"model.width {self.width} does not divide by model.heads {self.heads}: choose "
+                f"heads among the divisors of {self.width}."
+            )
+        for name in ("layers", "width", "heads", "ffn", "max_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model.dropout is {self.dropout}: it must be in [0, 1).")
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head (K)."""
+        return self.width // self.heads

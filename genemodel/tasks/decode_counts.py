@@ -1,0 +1,162 @@
+"""Decode a cell's counts from its one vector: the bottleneck that makes it a cell embedding.
+
+rate = softmax over the measured genes of ⟨W·cell + shift of the technical batch, gene⟩ + base,
+times the library. The technical batch enters here and nowhere else, so the cell vector need not
+carry it (the idea of scVI, Lopez et al. 2018). Counts are negative binomial with one dispersion a
+gene; a gene that was measured and not seen counts as a zero, a gene outside the panel as nothing.
+
+Axes: C cells, D width, V vocabulary, S species, B technical batches, X panels, N expressed genes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genemodel.cells.statistics import GeneStatistics
+from genemodel.errors import ConfigError
+from genemodel.model.gene_model import initialise
+
+
+@dataclass(frozen=True)
+class DecodeCountsSettings:
+    """Count decoding from the cell vector.
+
+    Attributes
+    ----------
+    weight
+        Of this objective in the total; 0 switches it off.
+    batch_key
+        obs column of the technical batch, known to the decoder only; empty for none.
+    batch_dropout
+        Share of cells decoded as if their batch were unknown, so that the unknown batch stays a
+        meaningful average.
+    """
+
+    weight: float = 1.0
+    batch_key: str = "batch"
+    batch_dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.batch_dropout <= 1:
+            raise ConfigError(
+                f"task.decode_counts.batch_dropout is {self.batch_dropout}: it is a share of "
+                "cells, between 0 and 1."
+            )
+
+
+def negative_binomial_loss(
+    log_rate_CV: Tensor,
+    log_theta_V: Tensor,
+    measured_CV: Tensor,
+    cell_N: Tensor,
+    gene_N: Tensor,
+    count_N: Tensor,
+) -> Tensor:
+    """Negative log-likelihood of sparse counts, without the terms that need lgamma at zeros.
+
+    Parameters
+    ----------
+    log_rate_CV
+        Log mean μ of every gene (unmeasured ones may hold anything finite).
+    log_theta_V
+        Log size θ; variance = μ + μ² ÷ θ.
+    measured_CV
+        Which genes count.
+    cell_N, gene_N, count_N
+        The non-zero counts.
+
+    Returns
+    -------
+    Scalar: sum over cells and measured genes, in nats.
+    """
+    # A zero costs θ·log(1 + μ/θ); a positive count x adds the difference, non-zeros only:
+    # x·log((μ+θ)/μ) − log Γ(x+θ) + log Γ(θ) + log Γ(x+1), with θ·log((μ+θ)/θ) already paid.
+    log_ratio_CV = F.softplus(log_rate_CV - log_theta_V)  # log(1 + μ/θ)
+    zeros = (log_theta_V.exp() * log_ratio_CV * measured_CV).sum()
+    log_rate_N = log_rate_CV[cell_N, gene_N]
+    log_theta_N = log_theta_V[gene_N]
+    theta_N = log_theta_N.exp()
+    log_sum_N = log_theta_N + F.softplus(log_rate_N - log_theta_N)  # log(μ + θ)
+    positive_N = (
+        count_N * (log_sum_N - log_rate_N)
+        - torch.lgamma(count_N + theta_N)
+        + torch.lgamma(theta_N)
+        + torch.lgamma(count_N + 1)
+    )
+    return zeros + (positive_N * measured_CV[cell_N, gene_N]).sum()
+
+
+class CountDecoder(nn.Module):
+    """Cell vector → distribution of counts over the vocabulary."""
+
+    measured_XV: Tensor
+    trivial_SV: Tensor
+    trivial_theta_V: Tensor
+
+    def __init__(
+        self, width: int, statistics: GeneStatistics, n_batches: int, measured_XV: Tensor
+    ) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.batch = nn.Embedding(max(n_batches, 1), width)
+        initialise(self)
+        nn.init.zeros_(self.batch.weight)  # batches start alike
+        log_rate_SV = torch.from_numpy(statistics.rate_SV).clamp_min(1e-9).log().float()
+        log_theta_V = torch.from_numpy(statistics.dispersion_V).log().float()
+        self.base_SV = nn.Parameter(log_rate_SV.clone())
+        self.log_theta_V = nn.Parameter(log_theta_V.clone())
+        self.register_buffer("trivial_SV", log_rate_SV, persistent=False)
+        self.register_buffer("trivial_theta_V", log_theta_V.clone(), persistent=False)
+        # The panels belong to the corpus, not to the model: not saved with the weights.
+        self.register_buffer("measured_XV", measured_XV, persistent=False)
+
+    def log_rate(
+        self,
+        cell_CD: Tensor,
+        gene_VD: Tensor,
+        species_C: Tensor,
+        batch_C: Tensor,
+        library_C: Tensor,
+        measured_CV: Tensor,
+    ) -> Tensor:
+        """Log mean count of every measured gene; shape (C, V)."""
+        shift_CD = torch.where(
+            (batch_C >= 0)[:, None], self.batch(batch_C.clamp_min(0)), 0.0
+        )
+        z_CD = self.norm(self.project(cell_CD)) + shift_CD
+        # 1/√D keeps the product of a normalised vector with trained gene vectors near one.
+        logit_CV = (z_CD @ gene_VD.T).float() + self.base_SV[species_C]
+        return _per_library(logit_CV, library_C, measured_CV)
+
+    def forward(
+        self,
+        cell_CD: Tensor,
+        gene_VD: Tensor,
+        species_C: Tensor,
+        batch_C: Tensor,
+        library_C: Tensor,
+        panel_C: Tensor,
+        cell_N: Tensor,
+        gene_N: Tensor,
+        count_N: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the negative log-likelihood of the cells, and the pseudobulk's own."""
+        measured_CV = self.measured_XV[panel_C]
+        log_rate_CV = self.log_rate(
+            cell_CD, gene_VD, species_C, batch_C, library_C, measured_CV
+        )
+        counts = (measured_CV, cell_N, gene_N, count_N)
+        loss = negative_binomial_loss(log_rate_CV, self.log_theta_V, *counts)
+        with torch.no_grad():
+            trivial_CV = _per_library(self.trivial_SV[species_C], library_C, measured_CV)
+            trivial = negative_binomial_loss(trivial_CV, self.trivial_theta_V, *counts)
+        return loss, trivial
+
+
+def _per_library(logit_CV: Tensor, library_C: Tensor, measured_CV: Tensor) -> Tensor:
+    """Share the library out over the measured genes; unmeasured ones get a finite nothing."""
+    logit_CV = logit_CV.masked_fill(~measured_CV, -60.0)
+    return logit_CV.log_softmax(-1) + library_C.log()[:, None]

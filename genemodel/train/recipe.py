@@ -1,0 +1,306 @@
+"""Pre-train: from a corpus and settings to a run directory with a bundle in it."""
+
+import json
+import logging
+import os
+import platform
+import signal
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+import genemodel
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.corpus import Corpus
+from genemodel.cells.loader import CellStream, inverse_medians
+from genemodel.cells.order import Position
+from genemodel.cells.split import split_cells
+from genemodel.cells.statistics import GeneStatistics
+from genemodel.errors import ConfigError
+from genemodel.genes.knowledge import KnowledgeTable
+from genemodel.model.gene_model import GeneModel
+from genemodel.settings import difference, to_values
+from genemodel.tasks.pretraining import PretrainingObjectives
+from genemodel.train.checkpoint import Checkpoint, CheckpointDirectory, newest_checkpoint
+from genemodel.train.data import StepData
+from genemodel.train.module import TrainingModule
+from genemodel.train.settings import PretrainSettings, TrainerSettings
+from genemodel.train.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ when a run goes on: they change what is shown, kept or waited for, never
+# a number that is learnt.
+FREE_ON_RESUME = (
+    "out",
+    "log.",
+    "trainer.max_minutes",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_checkpoints",
+)
+
+
+class Interrupted(SystemExit):
+    """A run was stopped by a signal after saving; carries the shell's code for that signal."""
+
+
+def pretrain(settings: PretrainSettings) -> Path:
+    """Pre-train a model, or go on with the run that is in ``settings.out``.
+
+    Parameters
+    ----------
+    settings
+        See :class:`~genemodel.train.settings.PretrainSettings`.
+
+    Returns
+    -------
+    Directory of the bundle with the best held-out loss.
+
+    Raises
+    ------
+    ConfigError
+        If the run directory holds a run with other settings, or a setting is impossible here.
+    DataError
+        If the corpus cannot be used.
+    """
+    run = Path(settings.out)
+    trainer_settings = settings.trainer
+    values = to_values(settings)
+    corpus = Corpus.open(settings.corpus)
+    checkpoint = find_checkpoint(run, values, corpus.fingerprint)
+    if checkpoint is not None and checkpoint.step >= trainer_settings.max_steps:
+        logger.info(
+            "%s is complete (%s steps): nothing to do. Choose another out= for a new run.",
+            run, f"{checkpoint.step:,}",
+        )  # fmt: skip
+        return run / "bundle"
+    accelerator, precision = choose_device(trainer_settings)
+
+    train_cells, held_out = split_cells(
+        corpus,
+        by=settings.holdout.by,
+        holdout=list(settings.holdout.groups) or settings.holdout.fraction,
+        seed=settings.holdout.seed,
+    )
+    logger.info(
+        "Corpus %s: %s cells to train on, %s held out by %s.",
+        settings.corpus, f"{train_cells.size:,}", f"{held_out.size:,}", settings.holdout.by,
+    )  # fmt: skip
+    batch_codes, n_batches = training_batches(
+        corpus, settings.task.decode_counts.batch_key, train_cells
+    )
+    inverse_median_V = inverse_medians(corpus.medians_V)
+
+    def stream(cells: np.ndarray, rank: int, world: int, **options: Any) -> CellStream:
+        return CellStream(
+            corpus, cells, settings.tokens, seed=settings.seed,
+            inverse_median_V=inverse_median_V, batch_codes=batch_codes,
+            rank=rank, world_size=world, **options,
+        )  # fmt: skip
+
+    position = Position(**checkpoint.about["position"]) if checkpoint else Position()
+    data = StepData(
+        lambda rank, world: stream(train_cells, rank, world, position=position),
+        lambda rank, world: stream(held_out, rank, world, endless=False),
+        accumulate=trainer_settings.accumulate,
+        validation_batches=trainer_settings.validation_batches,
+    )
+
+    torch.manual_seed(settings.seed)
+    model, objectives = build(settings, corpus, train_cells, n_batches)
+    if trainer_settings.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+    module = TrainingModule(
+        model,
+        objectives,
+        optim=settings.optim,
+        max_steps=trainer_settings.max_steps,
+        seed=settings.seed,
+        about={"settings": values, "corpus": corpus.fingerprint},
+    )
+    n = sum(p.numel() for p in model.parameters())
+    logger.info("Model: %s parameters, %s, %s.", f"{n:,}", accelerator, precision)
+
+    begin = time.time()
+
+    def release(trained: TrainingModule) -> None:
+        provenance = {
+            "genemodel": genemodel.__version__,
+            "torch": version("torch"),
+            "python": platform.python_version(),
+            "corpus": corpus.fingerprint,
+            "cells": int(train_cells.size),
+            "steps": trained.steps_done,
+            "seed": settings.seed,
+            "validation": trained.validation,
+            "session_minutes": round((time.time() - begin) / 60, 1),
+        }
+        bundle_of(trained, corpus, settings, provenance).save(run / "bundle")
+
+    watch = Watch(
+        run, trainer_settings, settings.log, on_improvement=release, values=values
+    )
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=trainer_settings.devices,
+        num_nodes=trainer_settings.num_nodes,
+        strategy="ddp" if _world(trainer_settings) > 1 else "auto",
+        precision=precision,
+        max_epochs=-1,
+        max_steps=-1,  # Watch counts steps: with two optimisers Lightning counts each twice
+        val_check_interval=trainer_settings.validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[watch],
+        plugins=[CheckpointDirectory()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+    if trainer.is_global_zero:
+        (run / "settings.json").write_text(json.dumps(values, indent=1) + "\n")
+    trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
+
+    if watch.signal is not None and not watch.finished:
+        logger.info(
+            "Stopped by %s after step %s, saved. The same command goes on from there.",
+            signal.Signals(watch.signal).name, f"{module.steps_done:,}",
+        )  # fmt: skip
+        raise Interrupted(128 + watch.signal)
+    if trainer.is_global_zero:
+        if not (run / "bundle").exists():
+            # Too short for a validation: look once, so that the bundle says how good it is.
+            trainer.validate(module, data, verbose=False)
+        logger.info("Bundle: %s", run / "bundle")
+    return run / "bundle"
+
+
+def _world(settings: TrainerSettings) -> int:
+    """Processes of the run: our own, or those of torchrun or srun."""
+    return int(os.environ.get("WORLD_SIZE", settings.devices * settings.num_nodes))
+
+
+def find_checkpoint(run: Path, values: dict[str, Any], corpus: str) -> Checkpoint | None:
+    """Return where an earlier session of the same run stopped, or refuse another run's directory."""
+    checkpoint = newest_checkpoint(run / "checkpoints") if run.exists() else None
+    if checkpoint is None:
+        return None
+    changed = [
+        line
+        for line in difference(checkpoint.about["settings"], values)
+        if not line.startswith(FREE_ON_RESUME)
+    ]
+    if checkpoint.about["corpus"] != corpus:
+        changed.append("corpus: its content is not what the run started with")
+    if changed:
+        raise ConfigError(
+            f"{run} holds a run of {checkpoint.step:,} steps with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nSet them back to go on with that run, or choose another out= for a new one."
+        )
+    logger.info("Going on from %s.", checkpoint.path)
+    return checkpoint
+
+
+def choose_device(settings: TrainerSettings) -> tuple[str, str]:
+    """Resolve ``auto`` for accelerator and precision, and refuse what is not here."""
+    cuda = torch.cuda.is_available()
+    accelerator = settings.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if cuda else "cpu"
+    if accelerator == "gpu" and not cuda:
+        raise ConfigError(
+            "trainer.accelerator=gpu, but torch sees no GPU here: set trainer.accelerator=cpu, or "
+            "check the driver with nvidia-smi."
+        )
+    if accelerator == "gpu" and settings.devices > torch.cuda.device_count():
+        raise ConfigError(
+            f"trainer.devices={settings.devices}, but this node has {torch.cuda.device_count()} "
+            "GPUs: set trainer.devices to at most that."
+        )
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
+    return accelerator, precision
+
+
+def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple[np.ndarray, int]:
+    """Technical batch of every cell, numbered over the training cells; −1 for all others.
+
+    A batch is named together with its data set, because names like "1" recur between data sets.
+    """
+    unknown = np.full(len(corpus), -1, np.int64)
+    if not key:
+        return unknown, 0
+    batch_C, _ = corpus.codes(key)
+    dataset_C, _ = corpus.codes("dataset")
+    pair_C = dataset_C.astype(np.int64) * (int(batch_C.max(initial=0)) + 2) + batch_C
+    known = train_cells[batch_C[train_cells] >= 0]
+    names, codes = np.unique(pair_C[known], return_inverse=True)
+    unknown[known] = codes
+    return unknown, int(names.size)
+
+
+def build(
+    settings: PretrainSettings, corpus: Corpus, train_cells: np.ndarray, n_batches: int
+) -> tuple[GeneModel, PretrainingObjectives]:
+    """Build backbone and objectives with their starting points from the training cells."""
+    vocabulary = corpus.vocabulary
+    knowledge = {}
+    for name in settings.model.knowledge:
+        table = KnowledgeTable.read(name, vocabulary)
+        key = Path(name).name.split(".")[0]
+        knowledge[key] = (torch.from_numpy(table.table_VP), torch.from_numpy(table.present_V))
+    model = GeneModel(
+        settings.model,
+        n_tokens=len(vocabulary),
+        n_species=len(vocabulary.species),
+        context=settings.tokens.context,
+        knowledge=knowledge,
+    )
+    statistics = GeneStatistics.measure(corpus, train_cells, seed=settings.seed)
+    objectives = PretrainingObjectives(
+        settings.task,
+        width=settings.model.width,
+        statistics=statistics,
+        n_batches=n_batches,
+        measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
+        seed=settings.seed,
+    )
+    return model, objectives
+
+
+def bundle_of(
+    module: TrainingModule,
+    corpus: Corpus,
+    settings: PretrainSettings,
+    provenance: dict[str, Any],
+) -> Bundle:
+    """Release what was trained."""
+    assert isinstance(module.model, GeneModel)
+    heads = {
+        name.removeprefix("heads."): tensor.detach().cpu().clone()
+        for name, tensor in module.objectives.state_dict().items()
+    }
+    return Bundle(
+        model=module.model,
+        vocabulary=corpus.vocabulary,
+        tokens=settings.tokens,
+        medians_V=np.asarray(corpus.medians_V, np.float32),
+        heads=heads,
+        settings={"pretraining": to_values(settings.task)},
+        provenance=provenance,
+    )
+
+

@@ -1,0 +1,134 @@
+"""Ranking against a slow oracle; published sequences against a transcription of their papers."""
+
+import numpy as np
+import pytest
+
+from genemodel.cells.tokens import (
+    TokenSettings,
+    pack_cells,
+    published_sequence,
+    rank_cells,
+    rank_cells_reference,
+)
+from genemodel.errors import ConfigError
+
+
+def ragged(rng, n_cells=40, n_vocabulary=500, longest=200):
+    lengths = rng.integers(0, longest, n_cells)
+    lengths[:3] = 0, 1, longest
+    starts_C1 = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    gene_N = np.concatenate(
+        [np.sort(rng.choice(n_vocabulary, n, replace=False)) for n in lengths]
+    ).astype(np.int32)
+    count_N = (rng.geometric(0.4, gene_N.size)).astype(np.float32)
+    # Few distinct medians, so that ties are common.
+    inverse_median_V = rng.choice([1.0, 0.5, 0.25, 0.37], n_vocabulary).astype(np.float32)
+    return starts_C1, gene_N, count_N, inverse_median_V
+
+
+@pytest.mark.parametrize("limit", [1, 17, 1000])
+def test_radix_ranking_equals_the_slow_oracle(limit):
+    starts_C1, gene_N, count_N, inverse = ragged(np.random.default_rng(0))
+    out_starts = np.empty_like(starts_C1)
+    out = np.empty(gene_N.size, np.int64)
+    rank_cells(starts_C1, gene_N, count_N, inverse, limit, out_starts, out)
+    expected = rank_cells_reference(starts_C1, gene_N, count_N, inverse, limit)
+    for c, cell in enumerate(expected):
+        np.testing.assert_array_equal(out[out_starts[c] : out_starts[c + 1]], cell)
+
+
+def test_ties_go_to_the_smaller_token():
+    starts = np.array([0, 4], np.int64)
+    gene = np.array([3, 5, 7, 9], np.int32)
+    count = np.array([2, 2, 5, 2], np.float32)
+    out, out_starts = np.empty(4, np.int64), np.empty(2, np.int64)
+    rank_cells(starts, gene, count, np.ones(10, np.float32), 10, out_starts, out)
+    assert gene[out].tolist() == [7, 3, 5, 9]
+
+
+def test_packed_cells_keep_values_and_open_with_the_cell_token():
+    rng = np.random.default_rng(1)
+    starts_C1, gene_N, count_N, inverse = ragged(rng)
+    cells = np.array([5, 2, 0, 7])
+    library = np.array([1000.0, 2000.0, 1.0, 500.0], np.float32)
+    budget = 600
+    gene_T, rank_T, segment_T = (np.empty(budget, np.int64) for _ in range(3))
+    value_T = np.empty(budget, np.float32)
+    out_starts = np.empty(9, np.int32)
+    n = pack_cells(
+        starts_C1[cells], starts_C1[cells + 1], gene_N, count_N, inverse, library, 50, 2, 0,
+        gene_T, value_T, rank_T, segment_T, out_starts,
+    )  # fmt: skip
+    expected = rank_cells_reference(starts_C1, gene_N, count_N, inverse, 50)
+    for place, c in enumerate(cells):
+        a, b = out_starts[place], out_starts[place + 1]
+        assert gene_T[a] == 2 and value_T[a] == 0 and rank_T[a] == 0
+        np.testing.assert_array_equal(gene_T[a + 1 : b], gene_N[expected[c]])
+        np.testing.assert_allclose(
+            value_T[a + 1 : b],
+            np.log1p(count_N[expected[c]] / library[place] * 1e4),
+            rtol=1e-5,
+        )
+        np.testing.assert_array_equal(rank_T[a:b], np.arange(b - a))
+        assert (segment_T[a:b] == place).all()
+    assert n == out_starts[4]
+    assert (out_starts[5:] == budget).all()
+    assert (gene_T[n:] == 0).all() and (segment_T[n:] == 4).all()
+
+
+def test_geneformer_v1_sequence():
+    """Transcription of the published steps, one gene at a time, in float64."""
+    rng = np.random.default_rng(2)
+    token = rng.permutation(30_000)[:3000]
+    count = rng.integers(0, 40, 3000)
+    median = rng.uniform(0.5, 3.0, 3000)
+    library = float(count.sum() + 17)  # genes without a token count too
+    scored = []
+    for t, x, m in zip(token, count, median, strict=True):
+        if x > 0:
+            scored.append((-(float(x) / library * 10_000.0 / float(m)), int(t)))
+    expected = [t for _, t in sorted(scored)][:2048]
+    got = published_sequence("geneformer_v1", token, count, median, library=library)
+    assert got.token.tolist() == expected
+    assert got.value is None and got.species is None
+    v2 = published_sequence(
+        "geneformer_v2", token, count, median, library=library, cls=25_001, eos=25_002
+    )
+    full = [t for _, t in sorted(scored)][:4094]
+    assert v2.token.tolist() == [25_001, *full, 25_002]
+
+
+def test_genecompass_sequence_with_values_and_species():
+    rng = np.random.default_rng(3)
+    token = rng.permutation(50_000)[:2600]
+    count = rng.integers(1, 30, 2600)
+    median = rng.uniform(0.5, 3.0, 2600)
+    scored = sorted(
+        (-np.log2(1.0 + float(x) / float(m)), int(t))
+        for t, x, m in zip(token, count, median, strict=True)
+    )[:2048]
+    got = published_sequence("genecompass", token, count, median, species=1)
+    assert got.token.tolist() == [t for _, t in scored]
+    np.testing.assert_allclose(got.value, [-v for v, _ in scored], rtol=1e-6)
+    assert got.species == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (dict(style="geneformer_v1", library=None), "library is None"),
+        (dict(style="geneformer_v2", library=10.0), "cls= and eos="),
+        (dict(style="genecompass", species=None), "species 0 (human) and 1 (mouse)"),
+    ],
+)
+def test_published_sequences_refuse_what_they_cannot_do(call, words):
+    style = call.pop("style")
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        published_sequence(style, np.array([1]), np.array([1]), np.array([1.0]), **call)
+
+
+def test_settings_refuse_impossible_shapes():
+    with pytest.raises(ConfigError, match="tokens.budget is 100"):
+        TokenSettings(context=200, budget=100)
+    with pytest.raises(ConfigError, match="tokens.context is 1"):
+        TokenSettings(context=1)
