@@ -38,3 +38,44 @@ def shared_data() -> Path:
 def shared_knowledge() -> Path:
     """Folder of gene and ortholog tables; skips where there is none."""
     return _folder("knowledge", "genes_*.tsv.gz")
+
+
+@pytest.fixture(scope="session")
+def pack_random():
+    """Make a packed batch of random cells: ``pack_random(seed, lengths=...)``."""
+    import numpy as np
+
+    from genemodel.cells.loader import Window, pack
+    from genemodel.cells.tokens import TokenSettings
+
+    def make(seed=0, *, lengths=(40, 7, 90, 23), n_tokens=203, budget=256, context=128, cells=None):
+        """Cells ``cells`` (default all) of a fixed random set with ``n_tokens`` tokens."""
+        rng = np.random.default_rng(seed)
+        ends = np.cumsum(lengths)
+        gene_N = np.concatenate(
+            [np.sort(rng.choice(np.arange(3, n_tokens), n, replace=False)) for n in lengths]
+        ).astype(np.int32)
+        count_N = rng.geometric(0.3, gene_N.size).astype(np.float32)
+        n_cells = len(lengths)
+        window = Window(
+            begin_C=ends - np.asarray(lengths),
+            end_C=ends,
+            gene_N=gene_N,
+            count_N=count_N,
+            library_C=np.add.reduceat(count_N, ends - np.asarray(lengths)),
+            species_C=np.arange(n_cells) % 2,
+            batch_C=np.arange(n_cells) % 3 - 1,
+            panel_C=np.zeros(n_cells, np.int64),
+            cell_C=np.arange(n_cells) + 1000,
+        )
+        chosen = np.arange(n_cells) if cells is None else np.asarray(cells)
+        return pack(
+            window,
+            chosen,
+            np.ones(n_tokens, np.float32),
+            TokenSettings(context=context, budget=max(budget, context)),
+            budget=budget,
+            max_cells=8,
+        )
+
+    return make

@@ -1,0 +1,219 @@
+"""Objectives: masks with an address, losses against slow oracles, no leak, trivial predictors."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import NegativeBinomial
+
+from genemodel.cells.statistics import GeneStatistics
+from genemodel.errors import ConfigError
+from genemodel.genes.vocabulary import MASK, N_SPECIAL
+from genemodel.model.gene_model import HIDDEN_VALUE, GeneModel
+from genemodel.model.settings import ModelSettings
+from genemodel.tasks.decode_counts import negative_binomial_loss
+from genemodel.tasks.masked_gene import MaskedGeneSettings
+from genemodel.tasks.masking import choose, uniform
+from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
+
+N_TOKENS = 203
+
+
+def statistics(seed=0):
+    rng = np.random.default_rng(seed)
+    frequency = rng.dirichlet(np.ones(N_TOKENS), 2)
+    present = np.ones((2, N_TOKENS), bool)
+    present[:, :N_SPECIAL] = False
+    return GeneStatistics(
+        frequency_SV=frequency,
+        mean_value_SV=rng.uniform(1, 5, (2, N_TOKENS)),
+        rate_SV=rng.dirichlet(np.ones(N_TOKENS), 2),
+        dispersion_V=rng.uniform(0.5, 3, N_TOKENS),
+        present_SV=present,
+    )
+
+
+def objectives(settings=None, seed=0):
+    torch.manual_seed(0)
+    measured = torch.ones(1, N_TOKENS, dtype=torch.bool)
+    measured[:, :N_SPECIAL] = False
+    return PretrainingObjectives(
+        settings or PretrainingSettings(), width=32, statistics=statistics(), n_batches=2,
+        measured_XV=measured, seed=seed,
+    )  # fmt: skip
+
+
+def backbone():
+    torch.manual_seed(0)
+    return GeneModel(
+        ModelSettings(layers=1, width=32, heads=2, ffn=32),
+        n_tokens=N_TOKENS, n_species=2, context=128,
+    )  # fmt: skip
+
+
+def test_uniform_numbers_are_uniform_and_depend_on_the_address_only():
+    cell, gene = torch.arange(2000)[:, None], torch.arange(100)[None, :]
+    u = uniform(1, 1, 0, cell, gene)
+    assert abs(float(u.mean()) - 0.5) < 0.005 and abs(float(u.var()) - 1 / 12) < 0.002
+    assert float(u.min()) >= 0 and float(u.max()) < 1
+    # Neighbouring addresses are unrelated.
+    assert abs(float(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1])) < 0.01
+    assert torch.equal(u[7:9, 3:5], uniform(1, 1, 0, cell[7:9], gene[:, 3:5]))
+    for other in ((2, 1, 0), (1, 2, 0), (1, 1, 1)):
+        assert (uniform(*other, cell, gene) != u).float().mean() > 0.99
+
+
+def test_masks_do_not_depend_on_packing(pack_random):
+    task = objectives()
+
+    def hidden(cells, budget):
+        batch = pack_random(cells=cells, budget=budget)
+        prepared = task.prepare(batch)
+        found = set()
+        for kind, chosen in (("gene", prepared.genes), ("value", prepared.values)):
+            at = chosen.index_M[chosen.real_M]
+            cell = batch.cell_C[batch.segment_T[at]]
+            found |= {
+                (kind, int(c), int(g)) for c, g in zip(cell, batch.gene_T[at], strict=True)
+            }
+        return found
+
+    together = hidden([0, 1, 2, 3], 256)
+    assert together == hidden([2, 0], 256) | hidden([3, 1], 300)
+    assert len(together) > 10
+
+
+def test_epochs_hide_other_tokens_and_validation_always_the_same(pack_random):
+    task, batch = objectives(), pack_random()
+    later = dataclasses.replace(batch, epoch=1)
+    masks = [task.prepare(b).seen.gene_T for b in (batch, later)]
+    assert not torch.equal(*masks)
+    fixed = [task.prepare(b, validation=True).seen.gene_T for b in (batch, later)]
+    assert torch.equal(*fixed)
+
+
+def test_hidden_tokens_lose_one_thing_and_special_tokens_nothing(pack_random):
+    batch = pack_random()
+    prepared = objectives().prepare(batch)
+    seen = prepared.seen
+    lost_gene = seen.gene_T == MASK
+    lost_value = seen.value_T == HIDDEN_VALUE
+    assert not (lost_gene & lost_value).any()
+    assert int(lost_gene.sum()) == int(prepared.items["masked_gene"]) > 0
+    assert int(lost_value.sum()) == int(prepared.items["masked_value"]) > 0
+    special = batch.gene_T < N_SPECIAL
+    assert torch.equal(seen.gene_T[special], batch.gene_T[special])
+    assert torch.equal(seen.value_T[special], batch.value_T[special])
+    # What is not hidden is as it was.
+    assert torch.equal(seen.gene_T[~lost_gene], batch.gene_T[~lost_gene])
+    assert torch.equal(seen.value_T[~lost_value], batch.value_T[~lost_value])
+
+
+def test_the_number_of_masked_places_is_constant():
+    u = torch.rand(1000)
+    can = torch.rand(1000) > 0.5
+    a, b = choose(u, can, 0.0, 0.15), choose(torch.rand(1000), can, 0.0, 0.15)
+    assert a.index_M.shape == b.index_M.shape
+    wanted = torch.nonzero(can & (u < 0.15))[:, 0]
+    assert torch.equal(a.index_M[a.real_M], wanted[: a.index_M.shape[0]])
+
+
+def test_a_hidden_value_and_a_hidden_gene_do_not_leak(pack_random):
+    """Changing only what is hidden must not change what the model sees or says."""
+    task, model = objectives(), backbone().eval()
+    batch = pack_random()
+    prepared = task.prepare(batch)
+    at = prepared.values.index_M[prepared.values.real_M]
+    other = dataclasses.replace(batch, value_T=batch.value_T.clone())
+    other.value_T[at] += 3.0
+    again = task.prepare(other)
+    assert torch.equal(again.seen.value_T, prepared.seen.value_T)
+    with torch.no_grad():
+        assert torch.equal(
+            model(prepared.seen).hidden_TD, model(again.seen).hidden_TD
+        )
+
+
+def test_negative_binomial_loss_equals_torchs_distribution():
+    torch.manual_seed(0)
+    log_rate = torch.randn(5, 12)
+    log_theta = torch.randn(12)
+    counts = torch.poisson(log_rate.exp() * 2)
+    measured = torch.rand(5, 12) > 0.3
+    counts[~measured] = 0
+    cell, gene = counts.nonzero(as_tuple=True)
+    got = negative_binomial_loss(log_rate, log_theta, measured, cell, gene, counts[cell, gene])
+    # torch: total_count = θ, logits = log(μ/θ)
+    log_p = NegativeBinomial(log_theta.exp(), logits=log_rate - log_theta).log_prob(counts)
+    torch.testing.assert_close(got, -(log_p * measured).sum(), rtol=1e-5, atol=1e-4)
+
+
+def test_every_objective_starts_near_its_trivial_predictor_and_learns(pack_random):
+    task, model = objectives(), backbone()
+    optimiser = torch.optim.AdamW([*task.parameters(), *model.parameters()], lr=3e-3)
+    first = last = None
+    for step in range(80):
+        batch = dataclasses.replace(pack_random(seed=0), epoch=step)
+        prepared = task.prepare(batch)
+        parts = task(model, model(prepared.seen), prepared)
+        ratio = {
+            n: float(p.total.detach() / p.trivial) for n, p in parts.items()
+        }
+        first = first or ratio
+        last = ratio
+        loss = sum(p.total / p.items for p in parts.values())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert all(0.8 < r < 1.25 for r in first.values()), first
+    assert all(last[n] < first[n] - 0.03 for n in first), (first, last)
+
+
+def test_the_decoder_knows_the_batch_and_the_cell_vector_does_not(pack_random):
+    task, model, batch = objectives().eval(), backbone().eval(), pack_random()
+    moved = dataclasses.replace(batch, batch_C=torch.where(batch.batch_C >= 0, 1, -1))
+    with torch.no_grad():
+        assert torch.equal(model(batch).cell_CD, model(moved).cell_CD)
+        torch.nn.init.normal_(task.heads["decode_counts"].batch.weight)
+        losses = [
+            float(task(model, model(b), task.prepare(b))["decode_counts"].total)
+            for b in (batch, moved)
+        ]
+    assert losses[0] != losses[1]
+
+
+def test_unmeasured_genes_cost_nothing(pack_random):
+    task, model, batch = objectives().eval(), backbone().eval(), pack_random()
+    head = task.heads["decode_counts"]
+    unused = torch.ones(N_TOKENS, dtype=torch.bool)
+    unused[batch.full_gene_N] = False
+    unused[:N_SPECIAL] = False
+    assert unused.any()
+    head.measured_XV[:, unused] = False
+    with torch.no_grad():
+        before = task(model, model(batch), task.prepare(batch))["decode_counts"].total
+        head.base_SV[:, unused] += 5.0
+        head.log_theta_V[unused] -= 2.0
+        after = task(model, model(batch), task.prepare(batch))["decode_counts"].total
+    torch.testing.assert_close(before, after)
+
+
+def test_switched_off_objectives_cost_nothing(pack_random):
+    settings = PretrainingSettings(masked_gene=MaskedGeneSettings(weight=0))
+    task = objectives(settings)
+    assert set(task.weights) == {"masked_value", "decode_counts"}
+    prepared = task.prepare(pack_random())
+    assert prepared.genes is None and not (prepared.seen.gene_T == MASK).any()
+
+
+def test_impossible_weights_are_refused():
+    with pytest.raises(ConfigError, match="at least one must be positive"):
+        dataclasses.replace(
+            PretrainingSettings(),
+            masked_gene=MaskedGeneSettings(weight=0),
+            masked_value=dataclasses.replace(PretrainingSettings().masked_value, weight=0),
+            decode_counts=dataclasses.replace(PretrainingSettings().decode_counts, weight=0),
+        )
+    with pytest.raises(ConfigError, match=r"task\.masked_gene\.fraction is 1\.5"):
+        MaskedGeneSettings(fraction=1.5)
