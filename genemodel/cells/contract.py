@@ -1,0 +1,479 @@
+"""The counts contract: what genemodel reads must be raw counts, and proves to be.
+
+Raw counts are whole numbers ≥ 0: molecules or reads per gene and cell. A model that ranks genes by
+count ÷ median, and decodes counts, is silently wrong on anything else, so nothing else passes. A
+sample of cells gives the early refusal with its reason and the way out; then every block is
+checked again while it is read, so that one corrupt value deep in a file is found too.
+
+Axes: C cells, G genes of the file.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from genemodel.cells.matrices import Rows, rows_of
+from genemodel.errors import DataError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+log = logging.getLogger(__name__)
+
+# Cells of the first look: three stretches, because files are often sorted by batch.
+LOOK_CELLS = 192
+# A count that does not fit int32 is no count of a cell.
+LARGEST = 2**31 - 1
+# Relative spread below which the sums of all cells count as equal.
+_EQUAL_SUMS = 2e-3
+# Share of values that must fit a pattern.
+_MOST = 0.95
+# Distance from a whole number that floating-point arithmetic explains.
+_NOISE = 1e-3
+# exp() of more than this is no expression value; keeps the logarithm test finite.
+_LARGEST_LOG = 30.0
+_LOGARITHMS = (("log1p", 1.0), ("log2(x + 1)", np.log(2.0)), ("log10(x + 1)", np.log(10.0)))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a matrix holds.
+
+    Attributes
+    ----------
+    kind
+        ``counts``, ``fractional`` or ``noise`` (both acceptable after rounding), or the name of
+        what makes it unusable.
+    text
+        The same in words, with the evidence.
+    """
+
+    kind: str
+    text: str
+
+    @property
+    def is_counts(self) -> bool:
+        """Whether these are raw counts as they stand."""
+        return self.kind == "counts"
+
+    @property
+    def can_be_rounded(self) -> bool:
+        """Whether rounding gives counts."""
+        return self.kind in ("fractional", "noise")
+
+
+def diagnose(sample: sp.csr_matrix) -> Finding:
+    """Say what the values of some cells are.
+
+    Parameters
+    ----------
+    sample
+        (C, G); any real type.
+    """
+    from genemodel.cells.corpus_kernels import scan
+
+    values = sample.data
+    nans, infinite, negative, fractional, zeros, largest = scan(values)
+    n = values.size
+    if nans:
+        return Finding("nan", f"NaN in {nans:,} of {n:,} stored values")
+    if infinite:
+        return Finding("infinite", f"infinite values ({infinite:,} of {n:,} stored)")
+    if negative:
+        return Finding(
+            "negative",
+            f"negative values ({negative / n:.0%} of those stored, smallest "
+            f"{values.min():.3g}): scaled, centred or corrected data",
+        )
+    if zeros == n:
+        return Finding("zero", "nothing but zeros")
+    if largest > LARGEST:
+        return Finding("large", f"values up to {largest:.3g}, more than a cell can hold")
+    if fractional:
+        return _diagnose_fractional(sample)
+    return Finding("counts", "raw counts")
+
+
+def _diagnose_fractional(sample: sp.csr_matrix) -> Finding:
+    """Tell logarithms, rescaled counts and expected counts apart."""
+    sample = sp.csr_matrix(sample, dtype=np.float64)
+    sample.eliminate_zeros()
+    values = sample.data
+    whole = np.rint(values)
+    noise = np.where(whole == 0, 1e-5, np.clip(1e-4 * whole, _NOISE, 0.05))
+    if (np.abs(values - whole) <= noise).all():
+        distance = np.abs(values - whole).max()
+        return Finding(
+            "noise", f"whole numbers with floating-point noise (up to {distance:.1g} beside)"
+        )
+    total = _equal_sums(sample)
+    if total is not None:
+        return _diagnose_total(sample, total)
+    if values.max() <= _LARGEST_LOG:
+        for name, base in _LOGARITHMS:
+            back = sample.copy()
+            back.data = np.expm1(values * base)
+            total = _equal_sums(back)
+            if total is not None:
+                return Finding(
+                    "log",
+                    f"{name} of normalised counts (undone, every cell sums to {total:,.0f})",
+                )
+            # Whole numbers are what log2 makes of 1, 3, 7 …, but expected counts have them too.
+            back.data[values == whole] = 0
+            back.eliminate_zeros()
+            if _near_whole(back.data):
+                return Finding("log", f"{name} of counts (undone, the values are whole numbers)")
+            if _whole_ratios(back):
+                return Finding(
+                    "log",
+                    f"{name} of normalised counts (undone, the values of a cell are whole "
+                    "multiples of its smallest)",
+                )
+    if (values == whole).mean() < 0.5 and _whole_ratios(sample):
+        return Finding(
+            "normalised",
+            "counts divided by a size factor (the values of a cell are whole multiples of its "
+            "smallest)",
+        )
+    share = float((np.abs(values - whole) > _NOISE).mean())
+    return Finding("fractional", f"fractional values ({share:.0%} of those stored)")
+
+
+def _diagnose_total(sample: sp.csr_matrix, total: float) -> Finding:
+    if abs(total - 1e6) < 0.01 * 1e6:
+        if _whole_ratios(sample):
+            return Finding("cpm", "CPM, counts per million (every cell sums to 1,000,000)")
+        return Finding(
+            "tpm", "TPM or CPM, transcripts per million (every cell sums to 1,000,000)"
+        )
+    if abs(total - 1e4) < 0.01 * 1e4:
+        return Finding("cp10k", "CP10k, counts per 10,000 (every cell sums to 10,000)")
+    return Finding("normalised", f"normalised counts (every cell sums to {total:,.5g})")
+
+
+def _equal_sums(sample: sp.csr_matrix) -> float | None:
+    """Return the sum that all cells share, or None."""
+    sums = np.asarray(sample.sum(axis=1)).ravel()
+    sums = sums[sums > 0]
+    if sums.size < 3 or sums.std() > _EQUAL_SUMS * sums.mean():
+        return None
+    return float(sums.mean())
+
+
+def _near_whole(values: npt.NDArray[np.float64]) -> bool:
+    close = np.abs(values - np.rint(values)) <= _NOISE * np.maximum(values, 1.0)
+    return bool(close[values < 200].mean() > _MOST) if (values < 200).any() else False
+
+
+def _whole_ratios(sample: sp.csr_matrix) -> bool:
+    """Whether the values of each cell are whole multiples of its smallest value."""
+    ratios = np.concatenate(
+        [
+            sample.data[start:stop] / sample.data[start:stop].min()
+            for start, stop in zip(sample.indptr[:-1], sample.indptr[1:], strict=True)
+            if stop - start >= 3
+        ]
+        or [np.empty(0)]
+    )
+    informative = ratios[(ratios > 1.0 + _NOISE) & (ratios < 200)]
+    if informative.size < 0.02 * ratios.size or informative.size < 10:
+        return False
+    return bool((np.abs(informative - np.rint(informative)) < 2e-3 * informative).mean() > _MOST)
+
+
+@dataclass
+class Tally:
+    """What reading has met so far."""
+
+    explicit_zeros: int = 0
+    rounded: int = 0
+    largest: int = 0
+
+
+@dataclass
+class Counts:
+    """A matrix that holds raw counts, read in checked blocks.
+
+    Attributes
+    ----------
+    name
+        Where it stands: ``X``, ``layers['counts']``, ``raw``.
+    where
+        File and name, for messages.
+    rows
+        The reader beneath.
+    genes
+        The ``var`` table that belongs to it (that of ``raw`` may differ), index = gene names.
+    allow_fractional
+        Round expected counts instead of refusing them.
+    notes
+        What a curator should know, in words.
+    tally
+        Counted while reading.
+    """
+
+    name: str
+    where: str
+    rows: Rows
+    genes: pd.DataFrame
+    allow_fractional: bool = False
+    notes: tuple[str, ...] = ()
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, G)."""
+        return self.rows.shape
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """Counts of cells ``start`` to ``stop``.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            (stop − start, G) int32; genes ascending, none twice, no explicit zeros.
+
+        Raises
+        ------
+        DataError
+            A value of the block is not a count; the message names the first such cell.
+        """
+        block = self.rows.read(start, stop)
+        zeros, rounded, largest = _prove(block, start, self.where, self.allow_fractional)
+        # Copies, because sorting happens in place and the arrays may be the user's own.
+        block = sp.csr_matrix(
+            (block.data.astype(np.int32), block.indices.copy(), block.indptr.copy()),
+            shape=block.shape,
+        )
+        # Before zeros go: rounding may have made some.
+        if zeros or rounded:
+            block.eliminate_zeros()
+        block.sum_duplicates()
+        self.tally.explicit_zeros += zeros
+        self.tally.rounded += rounded
+        self.tally.largest = max(self.tally.largest, largest)
+        return block
+
+
+def _prove(
+    block: sp.csr_matrix, first_cell: int, where: str, allow_fractional: bool
+) -> tuple[int, int, int]:
+    """Refuse a block that holds anything but counts; rounds in place where that is allowed."""
+    from genemodel.cells.corpus_kernels import scan
+
+    nans, infinite, negative, fractional, zeros, largest = scan(block.data)
+    if not (nans or infinite or negative or fractional or largest > LARGEST):
+        return zeros, 0, int(largest)
+    finding = diagnose(block)
+    if allow_fractional and finding.can_be_rounded:
+        block.data = np.rint(block.data)
+        return int((block.data == 0).sum()), fractional, int(np.rint(largest))
+    values = block.data
+    if values.dtype.kind == "f":
+        wrong = ~(np.isfinite(values) & (values >= 0) & (values <= LARGEST))
+        if not wrong.any():
+            wrong = values != np.rint(values)
+    else:
+        wrong = (values < 0) | (values > LARGEST)
+    at = int(np.argmax(wrong))
+    cell = int(np.searchsorted(block.indptr, at, side="right")) - 1
+    raise DataError(
+        f"{where}: holds {finding.text}, not raw counts; the first is {values[at]:.6g} in cell "
+        f"number {first_cell + cell:,} (counted from 0). {_way_out(finding)}"
+    )
+
+
+def _way_out(finding: Finding) -> str:
+    if finding.can_be_rounded:
+        return (
+            "If these are expected counts (RSEM, salmon, ambient correction), "
+            "allow_fractional=True rounds them; otherwise use the raw counts"
+        )
+    return "Use the file with raw counts, or name the layer that holds them: layer="
+
+
+def look(rows: Rows) -> sp.csr_matrix:
+    """Return a few cells from the beginning, the middle and the end (where these are at hand)."""
+    n = rows.shape[0]
+    each = LOOK_CELLS // 3
+    if n <= LOOK_CELLS or rows.from_the_start:
+        starts = [0]
+        each = min(n, LOOK_CELLS)
+    else:
+        starts = [0, (n - each) // 2, n - each]
+    parts = []
+    for start in starts:
+        at = start
+        while at < start + each:
+            stop = rows.stop_of(at, start + each - at)
+            parts.append(rows.read(at, stop))
+            at = stop
+    if not parts:
+        return sp.csr_matrix(rows.shape, dtype=np.float32)
+    return sp.vstack(parts, format="csr") if len(parts) > 1 else parts[0]
+
+
+def examine(rows: Rows) -> Finding:
+    """Say what a matrix holds, from a first look."""
+    if rows.shape[0] == 0 or rows.shape[1] == 0:
+        return Finding("empty", f"no cells or no genes ({rows.shape[0]:,} × {rows.shape[1]:,})")
+    finding = diagnose(look(rows))
+    if finding.kind == "zero" and rows.shape[0] > LOOK_CELLS:
+        # The first look may have met empty droplets only: those are dropped, not refused.
+        return Finding("counts", "raw counts")
+    return finding
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One matrix of a file that may hold the counts: its name, how to set it, how to read it."""
+
+    name: str
+    setting: str
+    matrix: Any
+    genes: Any
+    """The var table, or a function that reads it."""
+
+
+def choose_counts(
+    candidates: list[Candidate],
+    *,
+    layer: str | None,
+    where: str,
+    allow_fractional: bool,
+    n_cells: int | None = None,
+) -> Counts:
+    """Take the matrix that ``layer`` names, prove it, and name the others where it is refused."""
+    wanted = "X" if layer is None else layer
+    chosen = next((c for c in candidates if c.setting == wanted), None)
+    if chosen is None:
+        raise DataError(
+            f"{where}: has no layer {wanted!r}; it has "
+            f"{', '.join(c.setting for c in candidates) or 'no matrix at all'}. "
+            f"{_alternatives(candidates, wanted, allow_fractional)}"
+        )
+    place = f"{where}, {chosen.name}"
+    try:
+        rows = rows_of(chosen.matrix, place)
+        finding = examine(rows)
+    except DataError as error:
+        raise DataError(
+            f"{error}. {_alternatives(candidates, wanted, allow_fractional)}"
+        ) from error
+    if n_cells is not None and rows.shape[0] != n_cells:
+        raise DataError(
+            f"{place}: has {rows.shape[0]:,} rows, obs has {n_cells:,}. The file does not fit "
+            "together: make it again"
+        )
+    if finding.kind == "empty":
+        raise DataError(f"{place}: holds {finding.text}. Leave this file out")
+    if not finding.is_counts and not (allow_fractional and finding.can_be_rounded):
+        advice = _alternatives(candidates, wanted, allow_fractional)
+        if finding.can_be_rounded:
+            advice = f"{_way_out(finding)}. {advice}"
+        raise DataError(f"{place}: holds {finding.text}, not raw counts. {advice}")
+    genes = chosen.genes() if callable(chosen.genes) else chosen.genes
+    if len(genes) != rows.shape[1]:
+        raise DataError(
+            f"{place}: has {rows.shape[1]:,} columns, its var table {len(genes):,} genes. The "
+            "file does not fit together: make it again"
+        )
+    notes = _notes(rows)
+    for note in notes:
+        log.warning("%s: %s", place, note)
+    return Counts(chosen.name, place, rows, genes, allow_fractional, notes)
+
+
+def _alternatives(candidates: list[Candidate], refused: str, allow_fractional: bool) -> str:
+    """Name the matrices that would do; where none does, what they hold."""
+    good, others = [], []
+    for candidate in candidates:
+        if candidate.setting == refused:
+            continue
+        try:
+            finding = examine(rows_of(candidate.matrix, candidate.name))
+        except DataError:
+            others.append(f"{candidate.name}: not readable")
+            continue
+        if finding.is_counts or (allow_fractional and finding.can_be_rounded):
+            good.append(candidate)
+        else:
+            others.append(f"{candidate.name}: {finding.text}")
+    if good:
+        return "; ".join(f"{c.name} holds raw counts: set layer={c.setting}" for c in good)
+    if others:
+        return f"None of the others will do ({'; '.join(others)}): use the file with raw counts"
+    return "There is no other matrix in it: use the file with raw counts"
+
+
+def _notes(rows: Rows) -> tuple[str, ...]:
+    """Oddities that are no reason to refuse."""
+    sample = look(rows)
+    notes = []
+    if rows.dtype.kind == "b" or (sample.nnz and sample.data.max() == 1 and sample.nnz > 1000):
+        notes.append(
+            "the cells looked at hold only 0 and 1: detection, not counts; genes cannot be ranked"
+        )
+    total = _equal_sums(sp.csr_matrix(sample, dtype=np.float64)) if sample.shape[0] > 9 else None
+    if total is not None and total > 100:
+        notes.append(
+            f"every cell sums to about {total:,.0f}: rounded normalised values or downsampled "
+            "counts"
+        )
+    return tuple(notes)
+
+
+def find_counts(
+    adata: "AnnData",
+    *,
+    layer: str | None = None,
+    allow_fractional: bool = False,
+    where: str = "AnnData",
+) -> Counts:
+    """Prove that an AnnData holds raw counts, and give a reader for them.
+
+    Parameters
+    ----------
+    adata
+        In memory or backed.
+    layer
+        ``None`` or ``"X"`` for ``X``, ``"raw"`` for ``adata.raw``, else the name of a layer. No
+        other matrix is ever taken instead.
+    allow_fractional
+        Accept expected counts (RSEM, salmon) and round them; how many is in ``tally.rounded``.
+    where
+        Name of the object in messages.
+
+    Returns
+    -------
+    Counts
+
+    Raises
+    ------
+    DataError
+        The matrix holds anything but whole numbers ≥ 0: the message says what it is (log1p, CPM,
+        scaled, NaN …) and which layers would do.
+    """
+    candidates = [Candidate("X", "X", adata.X, adata.var)]
+    candidates += [
+        Candidate(f"layers[{name!r}]", name, adata.layers[name], adata.var)
+        for name in adata.layers
+        if name is not None
+    ]
+    if adata.raw is not None:
+        raw = adata.raw
+        candidates = [c for c in candidates if c.setting != "raw"]
+        candidates.append(Candidate("raw", "raw", raw.X, raw.var))
+    return choose_counts(
+        candidates,
+        layer=layer,
+        where=where,
+        allow_fractional=allow_fractional,
+        n_cells=adata.n_obs,
+    )

@@ -1,0 +1,539 @@
+"""Opening any file of counts and streaming its cells in bounded memory.
+
+The content of a file decides what it is, not its name. Whatever the format, a source gives blocks
+of checked counts (genes of the file, not yet of the vocabulary) with the obs columns that a
+corpus keeps. Every cell is given, empty ones too: dropping is the business of whoever builds.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from genemodel.cells.contract import Candidate, Counts, choose_counts, find_counts
+from genemodel.cells.matrices import SequentialRows, refuse_damage
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.species import species_name
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+log = logging.getLogger(__name__)
+
+# obs columns every corpus knows; each is there, or missing, in every source.
+COLUMNS = ("species", "dataset", "batch", "donor", "cell_type", "assay", "tissue")
+CHUNK_CELLS = 8192
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_TEXT = (".csv", ".tsv", ".txt", ".tab")
+_MISSING = frozenset({"", "nan", "NaN", "<NA>"})
+_ADVICE = {
+    ".rds": "an R object: convert it in R, e.g. with zellkonverter::writeH5AD",
+    ".rda": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
+    ".rdata": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
+    ".h5seurat": "a Seurat file: convert it with SeuratDisk::Convert(dest='h5ad')",
+    ".mtx": "the matrix of a 10x folder: give the folder, which also holds genes and barcodes",
+    ".zip": "an archive: unpack it and give what is inside",
+    ".tar": "an archive: unpack it and give the folder inside",
+    ".tgz": "an archive: unpack it and give the folder inside",
+    ".xlsx": "a spreadsheet: export it as csv",
+    ".parquet": "a parquet table: write it as h5ad with anndata",
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive cells of a source: ``counts_CG`` int32 CSR, and their ``obs``."""
+
+    start: int
+    counts_CG: sp.csr_matrix
+    obs: pd.DataFrame
+
+
+@dataclass
+class Source:
+    """An opened source of cells.
+
+    Attributes
+    ----------
+    name
+        File stem, or what the caller said; the ``dataset`` of cells that name none.
+    where
+        The file, for messages.
+    file
+        Name of the file or folder without its path; empty for data in memory.
+    kind
+        ``h5ad``, ``zarr``, ``10x h5``, ``10x mtx``, ``loom``, ``csv``, ``AnnData`` or ``stream``.
+    counts
+        Reader of the checked counts.
+    obs
+        One row per cell, index = cell names; columns renamed to those of the corpus, missing
+        values as None.
+    """
+
+    name: str
+    where: str
+    file: str
+    kind: str
+    counts: Counts
+    obs: pd.DataFrame
+    closer: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def n_cells(self) -> int:
+        """C, all cells, empty ones included."""
+        return self.counts.shape[0]
+
+    @property
+    def genes(self) -> pd.DataFrame:
+        """The ``var`` table of the counts, index = gene names."""
+        return self.counts.genes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a curator should know about the counts, in words."""
+        return self.counts.notes
+
+    def chunks(self, chunk_cells: int = CHUNK_CELLS) -> Iterator[Chunk]:
+        """Yield all cells in order, at most ``chunk_cells`` at a time (fewer where cells are rich).
+
+        Raises
+        ------
+        DataError
+            A value that is not a count, or damage, is met on the way.
+        """
+        start = 0
+        while start < self.n_cells:
+            stop = self.counts.rows.stop_of(start, chunk_cells)
+            yield Chunk(start, self.counts.read(start, stop), self.obs.iloc[start:stop])
+            start = stop
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.closer is not None:
+            self.closer()
+            self.closer = None
+
+    def __enter__(self) -> Self:
+        """Return the source itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self.close()
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Which obs column of a source becomes which column of the corpus.
+
+    ``wanted``: corpus column -> obs column, demanded; ``optional``: the same, absent is allowed.
+    ``species``: a constant, or None where it comes from a column.
+    """
+
+    wanted: Mapping[str, str]
+    optional: Mapping[str, str]
+    species: str | None
+
+    @classmethod
+    def of(
+        cls, species: str | None, columns: Mapping[str, str] | None, keep: Iterable[str]
+    ) -> Self:
+        """Plan from what the caller said."""
+        wanted = dict(columns or {})
+        for name, column in wanted.items():
+            if not isinstance(column, str) or not column:
+                raise ConfigError(
+                    f"columns: {name!r} is mapped to {column!r}; give the name of an obs column"
+                )
+        constant = None
+        if species is not None:
+            if species.startswith("obs:"):
+                wanted["species"] = species.removeprefix("obs:")
+            else:
+                constant = species_name(species)
+                wanted.pop("species", None)
+        optional = {name: name for name in (*COLUMNS, *keep) if name not in wanted}
+        if constant is not None:
+            optional.pop("species", None)
+        return cls(wanted, optional, constant)
+
+    def names(self) -> list[str]:
+        """Corpus columns in order: the usual ones, then the further ones."""
+        further = [n for n in (*self.wanted, *self.optional) if n not in COLUMNS]
+        return [*COLUMNS, *dict.fromkeys(further)]
+
+    def without_columns(self, names: Sequence[str], where: str, name: str) -> pd.DataFrame:
+        """Make the obs table of a source that has cell names only."""
+        return self.apply(pd.Index(names, dtype=str), (), _no_column, where, name)
+
+    def apply(
+        self,
+        index: pd.Index,
+        present: Sequence[str],
+        read: Callable[[str], Any],
+        where: str,
+        name: str,
+    ) -> pd.DataFrame:
+        """Make the obs table of a source from its columns."""
+        taken: dict[str, Any] = {}
+        for column, key in self.wanted.items():
+            if key not in present:
+                raise DataError(
+                    f"{where}: has no obs column {key!r} (wanted for {column}); it has "
+                    f"{', '.join(map(str, present)) or 'none'}. Name one of these, or leave "
+                    f"{column} out"
+                )
+            taken[column] = read(key)
+        for column, key in self.optional.items():
+            if key in present:
+                taken[column] = read(key)
+        obs = pd.DataFrame(index=pd.Index(index.astype(str), name=None))
+        for column in self.names():
+            values = taken.get(column)
+            if values is not None and len(values) != len(obs):
+                raise DataError(
+                    f"{where}: obs column {column!r} has {len(values):,} values for "
+                    f"{len(obs):,} cells. The file is damaged: make it again"
+                )
+            rename = species_name if column == "species" else str
+            obs[column] = _texts(values, len(obs), rename)
+        if self.species is not None:
+            obs["species"] = pd.Categorical([self.species] * len(obs))
+        elif "species" not in taken:
+            raise ConfigError(
+                f"{where}: the species of its cells is not stated. Set species=human (or "
+                f"another), or species=obs:COLUMN with one of its obs columns: "
+                f"{', '.join(map(str, present)) or '(it has none)'}"
+            )
+        if obs["dataset"].isna().all():
+            obs["dataset"] = pd.Categorical([name] * len(obs))
+        return obs
+
+
+def _no_column(column: str) -> Any:
+    raise KeyError(column)
+
+
+def _texts(values: Any, n: int, rename: Callable[[str], str]) -> pd.Categorical:
+    """Categories of text, codes −1 where the value is missing."""
+    if values is None:
+        return pd.Categorical.from_codes(np.full(n, -1, np.int8), pd.Index([], dtype=str))
+    array = values.array if isinstance(values, pd.Series) else values
+    if isinstance(array, pd.Categorical):
+        codes, categories = array.codes, array.categories
+    else:
+        codes, categories = pd.factorize(pd.Series(array))
+    texts = [_text(c) for c in categories]
+    # Different values may be one text (1 and "1"), and texts may say "missing".
+    renamed = ["" if t in _MISSING else rename(t) for t in texts]
+    kept = list(dict.fromkeys(t for t in renamed if t))
+    place = {t: i for i, t in enumerate(kept)}
+    table = np.array([place.get(t, -1) for t in renamed] + [-1], np.int64)
+    return pd.Categorical.from_codes(table[codes], pd.Index(kept, dtype=str))
+
+
+def _text(value: Any) -> str:
+    """Text of a category; 3.0 becomes 3, because a missing value makes integers floats."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to read a source; see :func:`open_source`."""
+
+    layer: str | None
+    plan: ColumnPlan
+    allow_fractional: bool
+    genome: str | None
+    transpose: bool
+    name: str
+
+
+def open_source(
+    data: "str | Path | AnnData | Source",
+    *,
+    layer: str | None = None,
+    species: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    keep: Iterable[str] = (),
+    name: str | None = None,
+    allow_fractional: bool = False,
+    genome: str | None = None,
+    transpose: bool = False,
+) -> Source:
+    """Open a source of raw counts and prove it, without loading it.
+
+    Parameters
+    ----------
+    data
+        h5ad, zarr (anndata), 10x h5, 10x mtx folder, loom, csv/tsv (gzipped or not); an AnnData in
+        memory or backed; or a Source, returned as it is.
+    layer
+        Where the raw counts are: None or ``"X"``, ``"raw"``, or the name of a layer.
+    species
+        ``"human"`` for all cells, or ``"obs:COLUMN"`` for a species per cell. By default the obs
+        column ``species``, which must then exist.
+    columns
+        Corpus column -> obs column, for example ``{"donor": "patient_id"}``. Columns that bear
+        the corpus' own names (``COLUMNS``) are found without.
+    keep
+        Further obs columns to keep where they exist.
+    name
+        Name of the source; by default the file's stem.
+    allow_fractional
+        Round expected counts (RSEM, salmon) instead of refusing them.
+    genome
+        Of a 10x file with several genomes, the one to take.
+    transpose
+        The text table has genes as rows.
+
+    Returns
+    -------
+    Source
+
+    Raises
+    ------
+    DataError
+        Missing, empty, damaged or foreign file; not raw counts; a column that is not there.
+    ConfigError
+        The species is not stated.
+    """
+    if isinstance(data, Source):
+        return data
+    plan = ColumnPlan.of(species, columns, keep)
+    if not isinstance(data, str | Path):
+        return _open_anndata(
+            data, OpenOptions(layer, plan, allow_fractional, genome, transpose, name or "AnnData")
+        )
+    text = str(data)
+    if re.match(r"^[a-z0-9]+://", text):
+        raise DataError(f"{text}: is an address, not a local file. Download it first")
+    path = Path(data)
+    options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
+    if path.is_dir():
+        return _open_folder(path, options)
+    if not path.exists():
+        raise DataError(f"{path}: does not exist{_nearby(path)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
+    if not head:
+        raise DataError(f"{path}: is empty (0 bytes). Copy or make it again")
+    if head == _HDF5:
+        return _open_hdf5(path, options)
+    suffixes = [s.lower() for s in path.suffixes]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else "".join(suffixes[-1:])
+    if kind in _TEXT:
+        from genemodel.cells.sources_text import open_table
+
+        return open_table(path, options)
+    if kind in _ADVICE:
+        raise DataError(f"{path}: is {_ADVICE[kind]}")
+    if kind in (".h5ad", ".h5", ".hdf5", ".loom"):
+        raise DataError(
+            f"{path}: is named like an HDF5 file but begins with {head!r}: it is cut off, "
+            "compressed or of another kind. Copy or unpack it again"
+        )
+    raise DataError(
+        f"{path}: is of no known kind (begins with {head!r}). Known are h5ad, zarr, 10x h5, 10x "
+        "mtx folders, loom, csv and tsv"
+    )
+
+
+def stem(path: Path) -> str:
+    """File name without its endings (``cells.counts.csv.gz`` -> ``cells.counts``)."""
+    name = path.name or path.resolve().name
+    for ending in (".gz", ".h5ad", ".zarr", ".h5", ".loom", *_TEXT):
+        if name.lower().endswith(ending) and len(name) > len(ending):
+            name = name[: -len(ending)]
+    return name
+
+
+def _nearby(path: Path) -> str:
+    """Return what else is there that may have been meant."""
+    from genemodel.settings import nearest
+
+    if not path.parent.is_dir():
+        return f": there is no folder {path.parent}"
+    close = nearest(path.name, [p.name for p in path.parent.iterdir()])
+    return f"; did you mean {path.parent / close}?" if close else ""
+
+
+def _open_folder(path: Path, options: OpenOptions) -> Source:
+    names = sorted(p.name for p in path.iterdir())
+    if {"zarr.json", ".zgroup", ".zmetadata"} & set(names):
+        return _open_zarr(path, options)
+    if {"matrix.mtx", "matrix.mtx.gz"} & set(names):
+        from genemodel.cells.sources_tenx import open_folder
+
+        return open_folder(path, options)
+    if "manifest.json" in names and "cells.zarr" in names:
+        raise DataError(f"{path}: is a genemodel corpus already, not a source of one")
+    listed = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
+    inner = next((n for n in names if "feature_bc_matrix" in n or "gene_bc_matrices" in n), None)
+    hint = f" Give {path / inner} instead." if inner else ""
+    raise DataError(
+        f"{path}: is a folder without matrix.mtx(.gz) (10x) and without zarr.json or .zgroup "
+        f"(zarr); it holds {listed or 'nothing'}.{hint}"
+    )
+
+
+def _open_hdf5(path: Path, options: OpenOptions) -> Source:
+    import h5py
+
+    where = path.name
+    with refuse_damage(str(path)):
+        file = h5py.File(path, "r")
+    try:
+        keys = set(file)
+        if "obs" in keys and ("X" in keys or "layers" in keys):
+            return _open_stored(file, path, "h5ad", options, file.close)
+        if {"row_attrs", "col_attrs", "matrix"} <= keys:
+            from genemodel.cells.sources_text import open_loom
+
+            return open_loom(file, path, options)
+        from genemodel.cells.sources_tenx import is_tenx, open_hdf5
+
+        if is_tenx(file):
+            return open_hdf5(file, path, options)
+        raise DataError(
+            f"{where}: is an HDF5 file, but neither h5ad (obs, X), 10x (matrix/barcodes) nor loom "
+            f"(row_attrs, col_attrs); it holds {', '.join(sorted(keys)[:10]) or 'nothing'}"
+        )
+    except BaseException:
+        file.close()
+        raise
+
+
+def _open_zarr(path: Path, options: OpenOptions) -> Source:
+    import zarr
+
+    with refuse_damage(str(path)):
+        group = zarr.open_group(path, mode="r")
+        keys = set(group.keys())
+    if "obs" not in keys or not {"X", "layers"} & keys:
+        raise DataError(
+            f"{path}: is a zarr store, but not one of anndata (obs, X); it holds "
+            f"{', '.join(sorted(keys)[:10]) or 'nothing'}"
+        )
+    return _open_stored(group, path, "zarr", options, None)
+
+
+def _open_stored(
+    root: Any,
+    path: Path,
+    kind: str,
+    options: OpenOptions,
+    closer: Callable[[], None] | None,
+) -> Source:
+    """Open anndata's own layout without loading more than obs, var and row pointers."""
+    import anndata as ad
+
+    where = path.name
+    with refuse_damage(f"{where}, obs"):
+        obs_group = root["obs"]
+        if not hasattr(obs_group, "keys"):
+            raise DataError(
+                f"{where}: was written by an anndata older than 0.7. Read it once with "
+                "anndata.read_h5ad and write it again"
+            )
+        attributes = obs_group.attrs
+        index = pd.Index(ad.io.read_elem(obs_group[attributes.get("_index", "_index")]))
+        if "__categories" in obs_group:
+            frame = ad.io.read_elem(obs_group)
+            present, read = list(map(str, frame.columns)), frame.__getitem__
+        else:
+            present = [str(c) for c in attributes.get("column-order", [])]
+
+            def read(column: str) -> Any:
+                return ad.io.read_elem(obs_group[column])
+
+        obs = options.plan.apply(index, present, read, where, options.name)
+
+    def var() -> pd.DataFrame:
+        with refuse_damage(f"{where}, var"):
+            return ad.io.read_elem(root["var"])
+
+    def raw_var() -> pd.DataFrame:
+        with refuse_damage(f"{where}, raw/var"):
+            return ad.io.read_elem(root["raw"]["var"])
+
+    candidates = [Candidate("X", "X", root["X"], var)] if "X" in root else []
+    if "layers" in root:
+        candidates += [
+            Candidate(f"layers[{n!r}]", n, root["layers"][n], var) for n in root["layers"]
+        ]
+    if "raw" in root and "X" in root["raw"]:
+        candidates = [c for c in candidates if c.setting != "raw"]
+        candidates.append(Candidate("raw", "raw", root["raw"]["X"], raw_var))
+    counts = choose_counts(
+        candidates,
+        layer=options.layer,
+        where=where,
+        allow_fractional=options.allow_fractional,
+        n_cells=len(obs),
+    )
+    return Source(options.name, where, path.name, kind, counts, obs, closer)
+
+
+def _open_anndata(adata: Any, options: OpenOptions) -> Source:
+    import anndata as ad
+
+    if not isinstance(adata, ad.AnnData):
+        raise DataError(
+            f"a source must be a path or an AnnData, not {type(adata).__module__}."
+            f"{type(adata).__name__}"
+        )
+    obs = options.plan.apply(
+        adata.obs_names,
+        list(map(str, adata.obs.columns)),
+        adata.obs.__getitem__,
+        options.name,
+        options.name,
+    )
+    counts = find_counts(
+        adata, layer=options.layer, allow_fractional=options.allow_fractional, where=options.name
+    )
+    return Source(options.name, options.name, "", "AnnData", counts, obs)
+
+
+def stream_source(
+    name: str,
+    genes: Sequence[str],
+    obs: pd.DataFrame,
+    blocks: Callable[[], Iterator[sp.csr_matrix]],
+    *,
+    species: str | None = None,
+) -> Source:
+    """Make a source of cells that a program generates or converts on the fly.
+
+    Parameters
+    ----------
+    name
+        Name of the source.
+    genes
+        Names of the G genes.
+    obs
+        One row per cell, index = cell names; columns of the corpus (``COLUMNS``).
+    blocks
+        Starts a new pass: CSR blocks of counts in cell order.
+    species
+        As in :func:`open_source`.
+    """
+    plan = ColumnPlan.of(species, None, [c for c in obs.columns if c not in COLUMNS])
+    table = plan.apply(obs.index, list(map(str, obs.columns)), obs.__getitem__, name, name)
+    rows = SequentialRows((len(obs), len(genes)), blocks, name, np.int64)
+    var = pd.DataFrame(index=pd.Index(list(genes), dtype=str))
+    return Source(name, name, "", "stream", Counts("X", name, rows, var), table)
