@@ -1,8 +1,8 @@
 """Generated counts that behave like real ones, for demonstrations, tests and benchmarks.
 
-Gene ids are real and come from the vocabulary. Cell types are programs over *tokens*, so a type looks
-alike in two species wherever they share orthologs, and every species adds genes of its own. A batch
-sees its cells through a platform: depth, gene-wise efficiency, ambient RNA, dropout.
+Gene ids are real and come from the vocabulary. Cell types are programs over *tokens*, so a type
+looks alike in two species wherever they share orthologs, and every species adds genes of its own. A
+batch sees its cells through a platform: depth, gene-wise efficiency, ambient RNA, dropout.
 
 How one count comes about (every step is a known distribution, so the truth is known too)::
 
@@ -11,12 +11,13 @@ How one count comes about (every step is a known distribution, so the truth is k
     mean_CG    library_C * share_CK @ profile_BKG[batch]          profile rows sum to 1
     count_CG   negative binomial(mean_CG, size_G), then dropout that is likelier in shallow cells
 
-Cell ``c`` of a species is a pure function of (seed, settings, species, c): neither the chunk size, nor
-the number of threads, nor how many cells follow it can change it.
+Cell ``c`` of a species is a pure function of (seed, settings, species, c): neither the chunk size,
+nor the number of threads, nor how many cells follow it can change it.
 
-Sampling costs as much as there are transcripts, not as there are genes: Poisson points are thrown onto
-the genes through alias tables, and every gene that was hit turns its points into a negative binomial
-count by the compound form (a negative binomial is a Poisson number of logarithmic clusters).
+Sampling costs as much as there are transcripts, not as there are genes: Poisson points are thrown
+onto the genes through alias tables, and every gene that was hit turns its points into a negative
+binomial count by the compound form (a negative binomial is a Poisson number of logarithmic
+clusters).
 
 Axes: C cells, G genes of one species, B batches, K components, T cell types, V vocabulary tokens.
 """
@@ -72,11 +73,12 @@ _PROGRAMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("interferon", ("ISG15", "IFI6", "IFIT1", "IFIT3", "MX1", "OAS1", "STAT1", "IRF7", "IFI44")),
     ("metabolism", ("PGK1", "LDHA", "ENO1", "ALDOA", "PKM", "TPI1", "GAPDH", "HIF1A", "VEGFA")),
 )
-_HOUSEKEEPING = (
-    "ACTB", "ACTG1", "B2M", "EEF1A1", "EEF2", "TPT1", "TMSB4X", "TMSB10", "FTL", "FTH1", "GAPDH", "UBC",
-    "UBB", "PTMA", "NACA", "FAU", "HNRNPA1", "EIF1", "CFL1", "PFN1", "MYL6", "OAZ1", "SERF2", "H3-3B",
-    "PPIA", "MALAT1", "NEAT1", "HSP90AB1",
-)  # fmt: skip
+_HOUSEKEEPING = tuple(
+    (
+        "ACTB ACTG1 B2M EEF1A1 EEF2 TPT1 TMSB4X TMSB10 FTL FTH1 GAPDH UBC UBB PTMA NACA "
+        "FAU HNRNPA1 EIF1 CFL1 PFN1 MYL6 OAZ1 SERF2 H3-3B PPIA MALAT1 NEAT1 HSP90AB1 "
+    ).split()
+)
 # Assay, depth relative to the first, spread of the log library, ambient share, strength of dropout.
 _PLATFORMS: tuple[tuple[str, float, float, float, float], ...] = (
     ("10x 3' v3", 1.00, 0.40, 0.02, 0.06),
@@ -117,7 +119,7 @@ def _normal(state):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _poisson(state, mean):  # type: ignore[no-untyped-def]
-    """Draw an exact Poisson count: inversion below 10, transformed rejection (Hörmann 1993) above."""
+    """Draw an exact Poisson count (above 10 by Hörmann's transformed rejection, 1993)."""
     if mean <= 0.0:
         return 0
     if mean < 10.0:
@@ -165,7 +167,7 @@ def _gamma(state, shape):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _cluster(state, ratio, log1p_ratio):  # type: ignore[no-untyped-def]
-    """Turn one Poisson point into the size of a negative binomial cluster, 0 if the point is refused.
+    """Turn one Poisson point into the size of a negative binomial cluster, or refuse it (0).
 
     With ``ratio`` = mean / size, clusters come at rate size * log1p(ratio), a share
     log1p(ratio) / ratio of the Poisson points, and their sizes are logarithmic with parameter
@@ -268,7 +270,8 @@ def _count(  # type: ignore[no-untyped-def]
             alias_G2 = alias_BKG2[b, k]
             stream = state[0]
             for _ in range(n_points):
-                # The high half of one draw picks a gene, the low half decides between it and its alias.
+                # The high half of one draw picks a gene, the low half decides between it and its
+                # alias.
                 stream += _GOLDEN
                 bits = _mix(stream)
                 g = ((bits >> _S32) * n_genes_64) >> _S32
@@ -287,12 +290,15 @@ def _count(  # type: ignore[no-untyped-def]
             for j in range(used):
                 mean += mean_K[j] * profile_BKG[b, slot_K[j], g]
             if mean > 20.0:
-                # Loud genes take the direct road: the chance that they had no point at all is e**-20.
+                # Loud genes take the direct road: the chance that they had no point at all is
+                # e**-20.
                 count = _poisson(state, mean * _gamma(state, size_G[g]) / size_G[g])
             else:
                 ratio = mean / size_G[g]
                 if ratio < 0.05:
-                    log1p_ratio = ratio * (1.0 - ratio * (0.5 - ratio * (1 / 3 - ratio * (0.25 - 0.2 * ratio))))
+                    log1p_ratio = ratio * (
+                        1.0 - ratio * (0.5 - ratio * (1 / 3 - ratio * (0.25 - 0.2 * ratio)))
+                    )
                 else:
                     log1p_ratio = math.log1p(ratio)
                 count = 0
@@ -361,7 +367,9 @@ class _SpeciesWorld:
     var: pd.DataFrame
     token_G: np.ndarray
     size_G: np.ndarray
-    clean_KG: np.ndarray  # profiles without platform effects; the ambient row is that of an average batch
+    clean_KG: (
+        np.ndarray
+    )  # profiles without platform effects; the ambient row is that of an average batch
     profile_BKG: np.ndarray
     alias_BKG2: np.ndarray
     depth_B: np.ndarray
@@ -381,21 +389,23 @@ class SyntheticWorld:
     species
         Names of species in the vocabulary.
     n_batches
-        Batches per species. Each belongs to one donor; ``donors_per_dataset`` donors make a data set,
-        and a data set has one platform.
+        Batches per species. Each belongs to one donor; ``donors_per_dataset`` donors make a data
+        set, and a data set has one platform.
     n_cell_types
         Cell types, shared by all species.
     n_genes
         Genes per species (real Ensembl ids).
     genes_per_cell
-        Expected number of expressed genes in a cell, averaged over types and batches; sets the depth.
+        Expected number of expressed genes in a cell, averaged over types and batches; sets the
+        depth.
     batch_strength
-        Multiplies the gene-wise platform, donor and batch effects; 0 leaves only differences in depth,
-        ambient RNA, dropout and composition.
+        Multiplies the gene-wise platform, donor and batch effects; 0 leaves only differences in
+        depth, ambient RNA, dropout and composition.
     missing
         Share of (batch, cell type) pairs that are absent.
     trajectory
-        Let the first two types of one lineage be the ends of a continuous path (``obs["pseudotime"]``).
+        Let the first two types of one lineage be the ends of a continuous path
+        (``obs["pseudotime"]``).
     batches_per_donor, donors_per_dataset
         How batches nest.
     seed
@@ -425,7 +435,7 @@ class SyntheticWorld:
         seed: int = 0,
         vocabulary: GeneVocabulary | None = None,
     ) -> None:
-        species = (species,) if isinstance(species, str) else tuple(species)
+        species = tuple(species)
         for name, value, least in (
             ("n_batches", n_batches, 1),
             ("n_cell_types", n_cell_types, 1),
@@ -439,8 +449,9 @@ class SyntheticWorld:
                 raise ConfigError(f"synthetic: {name}={value}; it must be at least {least}.")
         if genes_per_cell > 0.6 * n_genes:
             raise ConfigError(
-                f"synthetic: genes_per_cell={genes_per_cell} with n_genes={n_genes}: no more than 60 % of the "
-                f"genes can be expressed in an average cell. Raise n_genes to {math.ceil(genes_per_cell / 0.6)}."
+                f"synthetic: genes_per_cell={genes_per_cell} with n_genes={n_genes}: no more than "
+                "60 % of the genes can be expressed in an average cell. Raise n_genes to "
+                f"{math.ceil(genes_per_cell / 0.6)}."
             )
         if not 0 <= missing < 1 or batch_strength < 0:
             raise ConfigError(
@@ -448,7 +459,9 @@ class SyntheticWorld:
                 f"batch_strength={batch_strength} must not be negative."
             )
         if not species:
-            raise ConfigError("synthetic: species is empty; name at least one, for instance 'human'.")
+            raise ConfigError(
+                "synthetic: species is empty; name at least one, for instance 'human'."
+            )
         self.vocabulary = GeneVocabulary.builtin() if vocabulary is None else vocabulary
         for name in species:
             if name not in self.vocabulary.species:
@@ -503,14 +516,18 @@ class SyntheticWorld:
         return 0, 1
 
     def _tokens(self, symbols: tuple[str, ...]) -> np.ndarray:
-        return np.array([self._token_of_symbol[s] for s in symbols if s in self._token_of_symbol], np.int64)
+        return np.array(
+            [self._token_of_symbol[s] for s in symbols if s in self._token_of_symbol], np.int64
+        )
 
     def _draw_programs(self) -> None:
         """Draw what species share: mean expression and programs per vocabulary token."""
         rng = np.random.default_rng([self.seed, 1])
         n_types = self.n_cell_types
         n = self._n_tokens
-        symbol_of_token = pd.Series(self._table["symbol"].astype(str).to_numpy(), index=self._table["token"])
+        symbol_of_token = pd.Series(
+            self._table["symbol"].astype(str).to_numpy(), index=self._table["token"]
+        )
         symbol_of_token = symbol_of_token[~symbol_of_token.index.duplicated()]
         symbol_V = symbol_of_token.reindex(range(n)).fillna("").str.upper()
         coding = self._table.loc[self._table["biotype"] == "protein_coding", "token"].to_numpy()
@@ -564,8 +581,8 @@ class SyntheticWorld:
         own = table[table["species"] == name].drop_duplicates("token").copy()
         if len(own) < self._n_genes:
             raise ConfigError(
-                f"synthetic: n_genes={self._n_genes}, but the vocabulary has {len(own):,} genes of {name}. "
-                "Lower n_genes."
+                f"synthetic: n_genes={self._n_genes}, but the vocabulary has {len(own):,} genes of "
+                f"{name}. Lower n_genes."
             )
         token = own["token"].to_numpy()
         own["shared"] = n_species.reindex(token).to_numpy() > 1
@@ -618,7 +635,9 @@ class SyntheticWorld:
         program_PG[:, mito_G] = 0.0
         program_PG[program_PG.sum(axis=1) == 0] = 1.0
         mito = np.where(mito_G, rng.gamma(4.0, 1.0, n_genes), 0.0)
-        clean_KG = _rows_to_one(np.vstack([core_TG, sub_TG, program_PG, mito[None], np.ones((1, n_genes))]))
+        clean_KG = _rows_to_one(
+            np.vstack([core_TG, sub_TG, program_PG, mito[None], np.ones((1, n_genes))])
+        )
 
         batches = self._batch_table(name)
         platform_of: dict[str, np.ndarray] = {}
@@ -670,7 +689,9 @@ class SyntheticWorld:
         )
         return _SpeciesWorld(
             name=name,
-            key=np.random.SeedSequence([self.seed, 3, zlib.crc32(name.encode())]).generate_state(1, np.uint64)[0],
+            key=np.random.SeedSequence([self.seed, 3, zlib.crc32(name.encode())]).generate_state(
+                1, np.uint64
+            )[0],
             var=var,
             token_G=token_G,
             size_G=size_G,
@@ -687,7 +708,7 @@ class SyntheticWorld:
         )
 
     def _present(self, rng: np.random.Generator, n_batches: int) -> np.ndarray:
-        """Choose which types a batch lacks; every type stays in one batch, every batch keeps half."""
+        """Choose which types a batch lacks; types and batches keep at least half of each other."""
         present_BT = np.ones((n_batches, self.n_cell_types), bool)
         pairs = rng.permutation(n_batches * self.n_cell_types)
         wanted = round(self._missing * len(pairs))
@@ -704,7 +725,13 @@ class SyntheticWorld:
         return present_BT
 
     def cells(
-        self, species: str, start: int, stop: int, *, with_truth: bool = False, threads: int | None = None
+        self,
+        species: str,
+        start: int,
+        stop: int,
+        *,
+        with_truth: bool = False,
+        threads: int | None = None,
     ) -> ad.AnnData:
         """Return cells ``start`` to ``stop`` of one species.
 
@@ -713,14 +740,15 @@ class SyntheticWorld:
         species
             One of the species of this world.
         start, stop
-            Numbers of the first cell and of the one after the last. Any range may be asked for, in any
-            order: a cell depends only on its number.
+            Numbers of the first cell and of the one after the last. Any range may be asked for, in
+            any order: a cell depends only on its number.
         with_truth
-            Add ``layers["true_rate"]`` (C, G) float32: the noise-free expression of the cell (no ambient
-            RNA, platform effect or dropout), in counts at the library size drawn for the cell; and
-            ``obs["true_library"]``.
+            Add ``layers["true_rate"]`` (C, G) float32: the noise-free expression of the cell (no
+            ambient RNA, platform effect or dropout), in counts at the library size drawn for the
+            cell; and ``obs["true_library"]``.
         threads
-            Threads to draw with; all cores (at most 4) by default. The result does not depend on it.
+            Threads to draw with; all cores (at most 4) by default. The result does not depend on
+            it.
 
         Returns
         -------
@@ -744,12 +772,18 @@ class SyntheticWorld:
         )  # fmt: skip
         X = self._draw_counts(world, batch_C, library_C, share_CK, state_C, threads)
         obs = pd.DataFrame(index=pd.Index([f"{species}_{c:07d}" for c in range(start, stop)]))
-        obs["cell_type"] = pd.Categorical.from_codes(cell_type_C, categories=list(self.cell_types))
+        obs["cell_type"] = pd.Categorical.from_codes(
+            cell_type_C, categories=pd.Index(self.cell_types)
+        )
         for column in ("batch", "donor", "dataset"):
-            obs[column] = pd.Categorical(world.batches[column].to_numpy()[batch_C], world.batches[column].unique())
-        obs["species"] = pd.Categorical.from_codes(np.zeros(n, np.int8), categories=[species])
+            obs[column] = pd.Categorical(
+                world.batches[column].to_numpy()[batch_C], world.batches[column].unique()
+            )
+        obs["species"] = pd.Categorical([species] * n, categories=[species])
         for column in ("assay", "tissue"):
-            obs[column] = pd.Categorical(world.batches[column].to_numpy()[batch_C], world.batches[column].unique())
+            obs[column] = pd.Categorical(
+                world.batches[column].to_numpy()[batch_C], world.batches[column].unique()
+            )
         if self.trajectory:
             obs["pseudotime"] = pseudotime_C.astype(np.float32)
         adata = ad.AnnData(X=X, obs=obs, var=world.var.copy())
@@ -757,7 +791,9 @@ class SyntheticWorld:
         if with_truth:
             share_CK[:, -1] = 0.0
             share_CK /= share_CK.sum(axis=1, keepdims=True)
-            adata.layers["true_rate"] = (share_CK @ world.clean_KG) * library_C[:, None].astype(np.float32)
+            adata.layers["true_rate"] = (share_CK @ world.clean_KG) * library_C[:, None].astype(
+                np.float32
+            )
             adata.obs["true_library"] = library_C.astype(np.float32)
         return adata
 
@@ -793,7 +829,8 @@ class SyntheticWorld:
                 at = after
             return found
 
-        # Cells of one batch and type read the same tables: drawing them together keeps the tables in cache.
+        # Cells of one batch and type read the same tables: drawing them together keeps the tables
+        # in cache.
         order_C = np.lexsort((np.argmax(share_CK, axis=1), batch_C))
         spans = np.array_split(order_C, min(n_threads, max(1, n // 64)))
         if len(spans) == 1:
@@ -805,7 +842,16 @@ class SyntheticWorld:
         gene_N, count_N = np.empty(indptr_C1[-1], np.int32), np.empty(indptr_C1[-1], np.int32)
         for found in parts:
             for cells_C, gene_part_N, count_part_N in found:
-                _scatter(cells_C, begin_C, length_C, indptr_C1, gene_part_N, count_part_N, gene_N, count_N)
+                _scatter(
+                    cells_C,
+                    begin_C,
+                    length_C,
+                    indptr_C1,
+                    gene_part_N,
+                    count_part_N,
+                    gene_N,
+                    count_N,
+                )
         if len(gene_N) < 2**31:
             indptr_C1 = indptr_C1.astype(np.int32)
         X = sparse.csr_matrix((count_N, gene_N, indptr_C1), shape=(n, len(world.size_G)))
@@ -813,7 +859,7 @@ class SyntheticWorld:
         return X
 
     def split(self, n_cells: int) -> dict[str, int]:
-        """Return how many of ``n_cells`` each species gets: equal parts, the first ones take the rest."""
+        """Return how many of ``n_cells`` each species gets; the first ones take the rest."""
         each, rest = divmod(n_cells, len(self.species))
         return {name: each + (s < rest) for s, name in enumerate(self.species)}
 
@@ -838,7 +884,7 @@ def _scale_for(
     *,
     mito: np.ndarray,
 ) -> float:
-    """Return the factor on all depths at which a cell expresses ``genes_per_cell`` genes on average."""
+    """Return the factor on all depths at which a cell expresses ``genes_per_cell`` genes."""
     pairs = np.argwhere(weight_BT > 0)
     # 48 pairs are plenty for an average, and bound the work for many batches.
     pairs = pairs[:: max(1, len(pairs) // 48)]
@@ -857,7 +903,9 @@ def _scale_for(
                 mean_G = scale * depth * profile_G
                 seen_G = -np.expm1(-size_G * np.log1p(mean_G / size_G))
                 strength = min(0.6, dropout_B[b] * math.sqrt(reference / depth))
-                total += weight * share * float((seen_G * (1.0 - strength / (1.0 + 2.0 * mean_G))).sum())
+                total += (
+                    weight * share * float((seen_G * (1.0 - strength / (1.0 + 2.0 * mean_G))).sum())
+                )
         return total
 
     low, high = math.log(genes_per_cell / 10), math.log(genes_per_cell * 1000)
@@ -893,17 +941,19 @@ def synthetic(
     ----------
     n_cells
         Cells in all, split evenly over the species.
-    species, n_batches, n_cell_types, n_genes, genes_per_cell, batch_strength, missing, trajectory, \
-    batches_per_donor, donors_per_dataset, seed, vocabulary
+    species, n_batches, n_cell_types, n_genes, genes_per_cell, batch_strength
+        See :class:`SyntheticWorld`.
+    missing, trajectory, batches_per_donor, donors_per_dataset, seed, vocabulary
         See :class:`SyntheticWorld`.
     with_truth
-        Add the noise-free expression as ``layers["true_rate"]`` (dense; see :meth:`SyntheticWorld.cells`).
+        Add the noise-free expression as ``layers["true_rate"]`` (dense; see
+        :meth:`SyntheticWorld.cells`).
 
     Returns
     -------
     dict of str to AnnData
-        Raw counts (CSR, int32), Ensembl ids as ``var_names``, ``var["gene_symbol"]``, and the obs columns
-        cell_type, batch, donor, dataset, species, assay, tissue.
+        Raw counts (CSR, int32), Ensembl ids as ``var_names``, ``var["gene_symbol"]``, and the obs
+        columns cell_type, batch, donor, dataset, species, assay, tissue.
 
     Raises
     ------
@@ -920,8 +970,9 @@ def synthetic(
         raise ConfigError(f"synthetic: n_cells={n_cells}; it must be at least 1.")
     if with_truth and n_cells * n_genes * 4 > 4e9:
         raise ConfigError(
-            f"synthetic: with_truth needs {n_cells * n_genes * 4 / 1e9:.1f} GB for {n_cells:,} cells x "
-            f"{n_genes:,} genes; ask for fewer cells or genes, or use SyntheticWorld.cells in parts."
+            f"synthetic: with_truth needs {n_cells * n_genes * 4 / 1e9:.1f} GB for {n_cells:,} "
+            f"cells x {n_genes:,} genes; ask for fewer cells or genes, or use SyntheticWorld.cells "
+            "in parts."
         )
     world = SyntheticWorld(
         species=species,
@@ -937,7 +988,10 @@ def synthetic(
         seed=seed,
         vocabulary=vocabulary,
     )
-    return {name: world.cells(name, 0, n, with_truth=with_truth) for name, n in world.split(n_cells).items()}
+    return {
+        name: world.cells(name, 0, n, with_truth=with_truth)
+        for name, n in world.split(n_cells).items()
+    }
 
 
 def synthetic_chunks(
