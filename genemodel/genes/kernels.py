@@ -17,27 +17,32 @@ _INT32_MAX = 2**31 - 1
 
 @numba.njit(nogil=True, cache=True)
 def _project(indptr, indices, data, token_G, n_tokens, out_indptr, out_indices, out_data, limit):  # type: ignore[no-untyped-def]
-    """Sum each row by token: a dense accumulator, and a bitmap that gives the tokens in order."""
+    """Sum each row by token: a dense accumulator, and a bitmap that gives the tokens in order.
+
+    Positions are unsigned, which spares every access the test for a negative index.
+    """
     sums = np.zeros(n_tokens, dtype=np.float64)
     words = np.zeros((n_tokens + 63) >> 6, dtype=np.uint64)
-    one = np.uint64(1)
-    at = 0
+    one, six = np.uint64(1), np.uint64(6)
+    at = np.uint64(0)
     fits = True
     for row in range(len(indptr) - 1):
         for k in range(indptr[row], indptr[row + 1]):
-            token = token_G[indices[k]]
-            if token >= 0:
-                words[token >> 6] |= one << np.uint64(token & 63)
+            found = token_G[np.uint64(indices[k])]
+            if found >= 0:
+                token = np.uint64(found)
+                words[token >> six] |= one << (token & np.uint64(63))
                 sums[token] += data[k]
         for w in range(len(words)):
             bits = words[w]
             if bits == 0:
                 continue
             words[w] = 0
+            first = np.uint64(w) << six
             while bits != 0:
                 low = bits & (~bits + one)
                 bits ^= low
-                token = (w << 6) + _BIT[(low * _DE_BRUIJN) >> np.uint64(58)]
+                token = first + np.uint64(_BIT[(low * _DE_BRUIJN) >> np.uint64(58)])
                 total = sums[token]
                 sums[token] = 0.0
                 if total != 0.0:
@@ -45,7 +50,7 @@ def _project(indptr, indices, data, token_G, n_tokens, out_indptr, out_indices, 
                         fits = False
                     out_indices[at] = token
                     out_data[at] = total
-                    at += 1
+                    at += one
         out_indptr[row + 1] = at
     return at, fits
 
@@ -81,27 +86,56 @@ SLOTS = 128  # bins of one page
 
 
 @numba.njit(nogil=True, cache=True)
-def count_pages(start, indices, page_N, slot_N, data, page_VP, pages, n_pages, sum_V, nonzero_V):  # type: ignore[no-untyped-def]
-    """Add entries to the paged histograms, from entry `start` until the pages run out.
+def count_pages(  # type: ignore[no-untyped-def]
+    start, indptr, indices, data, scale_C, layout, page_VP, pages, n_pages, sum_V, nonzero_V
+):
+    """Add cells to the paged histograms, from entry `start` until the pages run out.
 
-    Returns the first entry not added (all of them, when it equals their number) and the number of
-    pages in use. ``page_VP`` holds 1 + the page's row in ``pages``, 0 where there is none.
+    With ``scale_C`` (not empty) the value of an entry is its count times the cell's scale, and its
+    page the octave; without, counts up to ``layout[0]`` have a bin each, and larger ones follow by
+    octave from page ``layout[1]`` on. ``layout[2]`` is the first octave. ``page_VP`` holds 1 + the
+    page's row in ``pages``, 0 where there is none.
+
+    Returns the first entry not added (all of them, when it equals their number), the number of
+    pages in use, and whether an octave was out of range.
     """
-    for k in range(start, len(indices)):
-        if data[k] == 0:
+    scaled = len(scale_C) > 0
+    exact_up_to, octave_page, first_octave = layout
+    out_of_range = False
+    for cell in range(len(indptr) - 1):
+        if indptr[cell + 1] <= start:
             continue
-        token = indices[k]
-        page = page_VP[token, page_N[k]]
-        if page == 0:
-            if n_pages == len(pages):
-                return k, n_pages
-            n_pages += 1
-            page = n_pages
-            page_VP[token, page_N[k]] = page
-        pages[page - 1, slot_N[k]] += 1
-        sum_V[token] += data[k]
-        nonzero_V[token] += 1
-    return len(indices), n_pages
+        for k in range(max(start, indptr[cell]), indptr[cell + 1]):
+            count = data[k]
+            if count == 0:
+                continue
+            # A positive float32 is 8 bits of exponent, then the mantissa, of which 7 are kept.
+            if scaled:
+                bits = np.float32(count * scale_C[cell]).view(np.int32) >> 16
+                kind, slot = (bits >> 7) - 127 - first_octave, bits & 127
+            elif count <= exact_up_to:
+                kind, slot = np.int64(count) >> 7, np.int64(count) & 127
+            else:
+                value = np.int64(count)
+                octave = 7
+                while value >> octave > 1:
+                    octave += 1
+                kind, slot = octave_page + octave - first_octave, (value >> (octave - 7)) & 127
+            if kind < 0 or kind >= page_VP.shape[1]:
+                out_of_range = True
+                kind = min(max(kind, 0), page_VP.shape[1] - 1)
+            token = np.uint64(indices[k])
+            page = page_VP[token, np.uint64(kind)]
+            if page == 0:
+                if n_pages == len(pages):
+                    return k, n_pages, out_of_range
+                n_pages += 1
+                page = n_pages
+                page_VP[token, np.uint64(kind)] = page
+            pages[np.uint64(page - 1), np.uint64(slot)] += 1
+            sum_V[token] += count
+            nonzero_V[token] += 1
+    return len(indices), n_pages, out_of_range
 
 
 @numba.njit(nogil=True, cache=True)

@@ -102,25 +102,28 @@ class NonzeroMedians:
             )
         X = X if isinstance(X, sp.csr_matrix | sp.csr_array) else sp.csr_matrix(X)
         data = _checked_counts(X.data, whole=not self.per_10k)
-        if self.per_10k:
-            page_N, slot_N = self._per_10k_bins(X, data, library_C)
-        else:
-            page_N, slot_N = self._count_bins(data)
-        indices = np.ascontiguousarray(X.indices)
+        scale_C = self._scale_C(X, data, library_C)
+        indptr, indices = X.indptr, X.indices
         at = 0
         while True:
-            at, self._n_pages = count_pages(
+            at, self._n_pages, out_of_range = count_pages(
                 at,
+                indptr,
                 indices,
-                page_N,
-                slot_N,
                 data,
+                scale_C,
+                self._layout(),
                 self._page_VP,
                 self._pages,
                 self._n_pages,
                 self.sum_V,
                 self.nonzero_V,
             )
+            if out_of_range:
+                raise DataError(
+                    f"a cell's library exceeds {1e4 / 2.0 ** _PER_10K_OCTAVES[0]:.0e} counts: "
+                    "give single cells"
+                )
             if at == len(indices):
                 break
             self._reserve(self._n_pages + 1)
@@ -128,47 +131,37 @@ class NonzeroMedians:
         if self.exact and self._n_pages > self.max_pages:
             self._coarsen()
 
-    def _per_10k_bins(
+    def _layout(self) -> tuple[int, int, int]:
+        """See ``kernels.count_pages``."""
+        if self.per_10k:
+            return 0, 0, _PER_10K_OCTAVES[0]
+        return (EXACT_UP_TO if self.exact else 255), _EXACT_PAGES, _FIRST_OCTAVE
+
+    def _scale_C(
         self,
         X: sp.csr_matrix | sp.csr_array,
         data: npt.NDArray[Any],
         library_C: npt.ArrayLike | None,
-    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
-        cells = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
-        own = np.bincount(cells, weights=data, minlength=X.shape[0])
+    ) -> npt.NDArray[np.float64]:
+        """10,000 / library of each cell; empty for raw counts."""
+        if not self.per_10k:
+            return np.zeros(0)
+        # Differences of a running sum, which (unlike reduceat) is right for empty rows.
+        running = np.concatenate([[0.0], np.cumsum(data, dtype=np.float64)])
+        own = running[X.indptr[1:]] - running[X.indptr[:-1]]
         library = own if library_C is None else np.asarray(library_C, dtype=np.float64)
         if library.shape != own.shape:
             raise DataError(
                 f"library_C has shape {library.shape}, the counts are of {len(own):,} cells"
             )
-        if not (library >= own * (1 - 1e-6)).all():
-            at = int(np.argmin(library >= own * (1 - 1e-6)))
+        enough = library >= own * (1 - 1e-6)
+        if not enough.all():
+            at = int(np.argmin(enough))
             raise DataError(
                 f"cell {at}: library {library[at]:g} is below the sum of its counts {own[at]:g}; "
                 "give the total over all genes, or none"
             )
-        scale = np.divide(1e4, library, out=np.zeros_like(library), where=library > 0)
-        # The bits of a positive float32: 8 of exponent, then the mantissa, of which 7 are kept.
-        bits = (data * scale[cells]).astype(np.float32).view(np.int32) >> 16
-        low, high = _PER_10K_OCTAVES
-        page = (bits >> 7) - 127 - low
-        if ((page < 0) & (data > 0)).any():
-            raise DataError(
-                f"a cell's library exceeds {2.0**-low * 1e4:.0e} counts: give single cells"
-            )
-        return np.clip(page, 0, high - low).astype(np.int16), (bits & 127).astype(np.uint8)
-
-    def _count_bins(
-        self, data: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint8]]:
-        value = data.astype(np.int64)
-        page, slot = value // _SLOTS, value % _SLOTS
-        large = np.flatnonzero(value > (EXACT_UP_TO if self.exact else 255))
-        if len(large):
-            octave = np.frexp(value[large].astype(np.float64))[1] - 1
-            page[large] = _EXACT_PAGES + octave - _FIRST_OCTAVE
-            slot[large] = (value[large] >> (octave - 7)) & 127
-        return page.astype(np.int16), slot.astype(np.uint8)
+        return np.divide(1e4, library, out=np.zeros_like(library), where=library > 0)
 
     def _reserve(self, n: int) -> None:
         """Make room for at least `n` pages, doubling."""
