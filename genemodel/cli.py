@@ -50,6 +50,16 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "pretrain": Verb(
+        summary="pre-train a model on a corpus",
+        config="pretrain",
+        settings="genemodel.train.settings:PretrainSettings",
+        function="genemodel.train.recipe:pretrain",
+        examples=(
+            "pretrain experiment=pretrain_tiny corpus=corpora/mine out=runs/tiny",
+            "pretrain corpus=corpora/mine out=runs/small optim.lr=5e-4 log=wandb",
+        ),
+    ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
         config="species",

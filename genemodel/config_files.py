@@ -18,7 +18,15 @@ from genemodel.settings import nearest
 
 # A group of files, or one file of a group, and the dataclass whose fields it must list, all of
 # them and no others. tests/test_cli.py holds every YAML file to this table.
-GROUPS: dict[str, str] = {}
+GROUPS: dict[str, str] = {
+    "holdout": "genemodel.train.settings:HoldoutSettings",
+    "log": "genemodel.train.settings:LogSettings",
+    "model": "genemodel.model.settings:ModelSettings",
+    "optim": "genemodel.train.settings:OptimSettings",
+    "task/pretraining": "genemodel.tasks.pretraining:PretrainingSettings",
+    "tokens": "genemodel.cells.tokens:TokenSettings",
+    "trainer": "genemodel.train.settings:TrainerSettings",
+}
 
 # Keys by which a file would ask Hydra to build an object, that is to run code.
 _BUILDING_KEY = re.compile(r"_(target|partial|recursive|convert|args)_")
