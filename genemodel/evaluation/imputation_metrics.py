@@ -290,19 +290,21 @@ def _mean(values: np.ndarray) -> float:
 def rowwise_pearson(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Pearson correlation of each row of two arrays of shape (n, m).
 
-    A row that is constant on one side says nothing about the other and scores 0; constant on the
-    left, the truth, it cannot be scored and is nan.
+    A row that is constant on the right says nothing about the left and scores 0; a row that is
+    constant on the left, the truth, cannot be scored and is nan.
     """
     result = np.empty(len(left))
     for start in range(0, len(left), _ROWS):
         a = left[start : start + _ROWS].astype(np.float64)
         b = right[start : start + _ROWS].astype(np.float64)
+        # float32 profiles: a row this close to constant is constant
+        flat_b = b.std(axis=1) <= 1e-5 * np.abs(b).mean(axis=1)
         a -= a.mean(axis=1, keepdims=True)
         b -= b.mean(axis=1, keepdims=True)
         norm_a, norm_b = np.sqrt((a * a).sum(axis=1)), np.sqrt((b * b).sum(axis=1))
-        product = (a * b).sum(axis=1)
-        flat_b = norm_b <= 1e-12 * np.sqrt(a.shape[1])
-        value = np.where(flat_b, 0.0, product / np.where(flat_b, 1.0, norm_a * norm_b + 1e-300))
+        scored = (norm_a > 0) & ~flat_b
+        value = (a * b).sum(axis=1) / np.where(scored, norm_a * norm_b, 1.0)
+        value = np.where(scored, value, 0.0)
         result[start : start + _ROWS] = np.where(norm_a > 0, value, np.nan)
     return result
 

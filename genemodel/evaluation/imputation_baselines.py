@@ -1,0 +1,290 @@
+"""Denoising methods that others published, run on the same molecules as our models.
+
+Each is a function ``(adata, conditions) -> array or CSR (n_cells, n_genes)``. ``adata.X`` holds the raw
+training counts; the result is in the same units: the counts that the method believes these cells
+would show at this depth without sampling noise.
+
+kNN-smoothing, MAGIC and ALRA are our own short implementations of the published algorithms. In
+one thing they are treated alike and more kindly than their own packages do: where an algorithm does
+not return to the depth of the input, each cell is scaled back to its own number of molecules.
+Without it the Poisson score judges the lost factor and not the denoising.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from genemodel.evaluation.baselines import (
+    Conditions,
+    _quiet_training,
+    highly_variable,
+    log_normalised,
+)
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_CP10K = 1e4
+
+
+def _counts(adata: "AnnData") -> sp.csr_matrix:
+    return sp.csr_matrix(adata.X, dtype=np.float32)
+
+
+def _library(counts: Any) -> np.ndarray:
+    return np.asarray(counts.sum(axis=1), dtype=np.float32).reshape(-1, 1)
+
+
+def _to_library(profile_CG: np.ndarray, library_C1: np.ndarray) -> np.ndarray:
+    """Scale each cell to its own number of molecules; a cell without any profile stays zero."""
+    total_C1 = profile_CG.sum(axis=1, keepdims=True)
+    return profile_CG * (library_C1 / np.where(total_C1 > 0, total_C1, 1.0))
+
+
+def none(adata: "AnnData", conditions: Conditions) -> sp.csr_matrix:
+    """No denoising: the counts themselves."""
+    return _counts(adata)
+
+
+def gene_mean(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """Every cell gets the average profile, scaled to its own number of molecules."""
+    counts = _counts(adata)
+    share_G = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
+    return _library(counts) * share_G[None, :].astype(np.float32)
+
+
+def gene_median(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """Every cell gets the median profile (zeros included), scaled to its own number of molecules."""
+    counts = _counts(adata)
+    library_C1 = _library(counts)
+    shares = sp.csc_matrix(counts.multiply(1.0 / np.maximum(library_C1, 1.0)))
+    # a gene seen in at most half of the cells has median zero
+    often = np.flatnonzero(np.diff(shares.indptr) * 2 >= adata.n_obs)
+    median_G = np.zeros(adata.n_vars, dtype=np.float32)
+    median_G[often] = np.median(shares[:, often].toarray(), axis=0)
+    return _to_library(np.tile(median_G, (adata.n_obs, 1)), library_C1)
+
+
+def knn_smoothing(
+    adata: "AnnData", conditions: Conditions, *, k: int = 15, n_comps: int = 10
+) -> np.ndarray:
+    """kNN-smoothing 2 (Wagner, Yan & Yanai 2018), implemented here.
+
+    The counts of a cell and of its k nearest neighbours are added up. Neighbours are found in steps
+    of 1, 3, 7, … k, each step on the sums of the step before, after scaling to the median depth,
+    the Freeman–Tukey transform √x + √(x + 1) and PCA.
+    """
+    counts = _counts(adata)
+    k = min(k, adata.n_obs - 1)
+    summed = counts
+    step = 0
+    while True:
+        step += 1
+        k_now = min(2**step - 1, k)
+        nearest_CK = _nearest_cells(_freeman_tukey(summed), k_now, n_comps, conditions.seed)
+        n_cells = adata.n_obs
+        chosen = sp.csr_matrix(
+            (
+                np.ones(nearest_CK.size, dtype=np.float32),
+                nearest_CK.ravel(),
+                np.arange(0, nearest_CK.size + 1, nearest_CK.shape[1]),
+            ),
+            shape=(n_cells, n_cells),
+        )
+        summed = sp.csr_matrix(chosen @ counts)
+        if k_now == k:
+            return _to_library(summed.toarray(), _library(counts))
+
+
+def _freeman_tukey(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """√x + √(x + 1) - 1 at the median depth: the constant drops out of the PCA, zeros stay zeros."""
+    library_C1 = _library(counts)
+    scaled = sp.csr_matrix(counts.multiply(np.median(library_C1) / np.maximum(library_C1, 1.0)))
+    scaled.data = np.sqrt(scaled.data) + np.sqrt(scaled.data + 1.0) - 1.0
+    return scaled
+
+
+def _principal(data: Any, n_comps: int, seed: int) -> np.ndarray:
+    import scanpy as sc
+
+    n_comps = min(n_comps, min(data.shape) - 1)
+    return np.asarray(sc.pp.pca(data, n_comps=n_comps, random_state=seed))
+
+
+def _nearest_cells(data: Any, k: int, n_comps: int, seed: int) -> np.ndarray:
+    """Each cell itself, then its k nearest others in the PCA of ``data``: (n_cells, k + 1)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    place_CD = _principal(data, n_comps, seed)
+    found_CK = (
+        NearestNeighbors(n_neighbors=k + 1).fit(place_CD).kneighbors(place_CD)[1].astype(np.int64)
+    )
+    itself_C = np.arange(len(found_CK))
+    # where several cells lie on one point, a cell may be absent from its own neighbours
+    found_CK[(found_CK != itself_C[:, None]).all(axis=1), -1] = itself_C[
+        (found_CK != itself_C[:, None]).all(axis=1)
+    ]
+    return found_CK
+
+
+def magic(
+    adata: "AnnData",
+    conditions: Conditions,
+    *,
+    knn: int = 5,
+    decay: float = 1.0,
+    t: int = 3,
+    n_comps: int = 100,
+) -> np.ndarray:
+    """MAGIC (van Dijk et al. 2018), implemented here; settings of the Open Problems run.
+
+    Square roots of depth-normalised counts; a kernel exp(-(d / d_knn)^decay) between cells on their
+    PCA, d_knn the distance to the knn-th neighbour, cut below 10⁻⁴ and at 3 × knn neighbours,
+    made symmetric; its rows scaled to 1; the data multiplied by it t times; squared again.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    counts = _counts(adata)
+    library_C1 = _library(counts)
+    roots = sp.csr_matrix(counts.multiply(_CP10K / np.maximum(library_C1, 1.0)))
+    roots.data = np.sqrt(roots.data)
+    place_CD = _principal(roots, n_comps, conditions.seed)
+    knn = min(knn, adata.n_obs - 1)
+    n_near = min(3 * knn, adata.n_obs - 1) + 1  # the cell itself is its own first neighbour
+    distance_CK, index_CK = (
+        NearestNeighbors(n_neighbors=n_near).fit(place_CD).kneighbors(place_CD)
+    )
+    width_C1 = np.maximum(distance_CK[:, knn : knn + 1], 1e-12)
+    weight_CK = np.exp(-((distance_CK / width_C1) ** decay))
+    weight_CK[weight_CK < 1e-4] = 0.0
+    kernel = sp.csr_matrix(
+        (weight_CK.ravel(), index_CK.ravel(), np.arange(0, index_CK.size + 1, n_near)),
+        shape=(adata.n_obs, adata.n_obs),
+    )
+    kernel = sp.csr_matrix((kernel + kernel.T) / 2)
+    step = sp.csr_matrix(kernel.multiply(1.0 / kernel.sum(axis=1))).astype(np.float32)
+    smooth_CG = roots.toarray()
+    for _ in range(t):
+        smooth_CG = step @ smooth_CG
+    return _to_library(smooth_CG**2, library_C1)
+
+
+def alra(adata: "AnnData", conditions: Conditions, *, max_rank: int = 100) -> np.ndarray:
+    """ALRA (Linderman et al. 2022), implemented here.
+
+    Truncated SVD of the log-normalised counts, whose rank is where the gaps between singular values
+    rise out of those of the noise; per gene, values not above the size of the most negative ones
+    (their 0.1 % quantile) are technical zeros; the rest is scaled to the mean and spread of the
+    gene's observed non-zero values; observed values are never set to zero.
+    """
+    from sklearn.utils.extmath import randomized_svd
+
+    logged = sp.csr_matrix(log_normalised(adata).X)
+    n_values = min(max_rank, min(logged.shape) - 1)
+    left, size, right = randomized_svd(
+        logged, n_components=n_values, n_iter=4, random_state=conditions.seed
+    )
+    rank = _rank_above_noise(size)
+    observed_CG = logged.toarray()
+    low_CG = ((left[:, :rank] * size[:rank]) @ right[:rank]).astype(np.float32)
+    for start in range(0, adata.n_vars, 256):
+        genes = slice(start, start + 256)
+        low_CG[:, genes] = _alra_genes(low_CG[:, genes], observed_CG[:, genes])
+    return _to_library(np.expm1(low_CG), _library(_counts(adata)))
+
+
+def _rank_above_noise(size: np.ndarray) -> int:
+    """Last gap between singular values that exceeds the noise gaps (the last fifth) by 6 s.d."""
+    gap = size[:-1] - size[1:]
+    noise = gap[int(0.8 * len(gap)) :]
+    if len(noise) < 2:
+        return len(size)
+    above = np.flatnonzero(gap > noise.mean() + 6 * noise.std(ddof=1))
+    return int(above.max()) + 1 if len(above) else 1
+
+
+def _alra_genes(low_CG: np.ndarray, observed_CG: np.ndarray) -> np.ndarray:
+    """Threshold and rescale some genes."""
+    cut_G = np.abs(np.quantile(low_CG, 0.001, axis=0))
+    kept = low_CG > cut_G
+    seen = observed_CG > 0
+    mean_low_G, sd_low_G = _moments(low_CG, kept)
+    mean_G, sd_G = _moments(observed_CG, seen)
+    scale_G = np.where((sd_low_G > 0) & (sd_G > 0), sd_G / np.where(sd_low_G > 0, sd_low_G, 1), 1)
+    scaled = np.where(kept, (low_CG - mean_low_G) * scale_G + mean_G, 0.0)
+    scaled = np.maximum(scaled, 0.0)
+    return np.where((scaled == 0) & seen, observed_CG, scaled).astype(np.float32)
+
+
+def _moments(values_CG: np.ndarray, where_CG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per gene of the entries chosen; zero where there is none."""
+    n_G = np.maximum(where_CG.sum(axis=0), 1)
+    mean_G = (values_CG * where_CG).sum(axis=0) / n_G
+    variance_G = (((values_CG - mean_G) ** 2) * where_CG).sum(axis=0) / np.maximum(n_G - 1, 1)
+    return mean_G, np.sqrt(variance_G)
+
+
+def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """scVI (Lopez et al. 2018; scvi-tools with its defaults) on all genes: decoded rate × depth."""
+    import pandas as pd
+    import scvi as scvi_tools
+    from anndata import AnnData
+
+    counts = _counts(adata)
+    library_C1 = _library(counts)
+    kept_C = library_C1.ravel() > 0
+    data = AnnData(counts[kept_C])
+    data.obs_names = [str(i) for i in range(data.n_obs)]
+    batch_key = None
+    if conditions.batch_key is not None:
+        data.obs["batch"] = pd.Categorical(conditions.batch_of(adata)[kept_C])
+        batch_key = "batch"
+    scvi_tools.settings.seed = conditions.seed
+    scvi_tools.model.SCVI.setup_anndata(data, batch_key=batch_key)
+    model = scvi_tools.model.SCVI(data)
+    model.train(max_epochs=conditions.scvi_epochs, **_quiet_training())
+    result_CG = np.zeros(counts.shape, dtype=np.float32)
+    result_CG[kept_C] = model.get_normalized_expression(library_size=1, return_numpy=True)
+    return result_CG * library_C1
+
+
+def mice(adata: "AnnData", conditions: Conditions, *, n_genes: int = 100) -> np.ndarray:
+    """Chained equations in the manner of MICE (van Buuren 2011) on the most variable genes.
+
+    scikit-learn's IterativeImputer, zeros taken for missing values as is usual when it is used on
+    single cells, each gene regressed on the 20 most correlated, 5 rounds. All other genes keep their
+    counts: regressing every gene on every other does not scale.
+    """
+    from sklearn.experimental import enable_iterative_imputer  # noqa: F401
+    from sklearn.impute import IterativeImputer
+
+    counts = _counts(adata)
+    logged = log_normalised(adata)
+    seen_G = np.asarray(logged.X.getnnz(axis=0)).ravel() >= 10
+    variable_G = highly_variable(logged[:, seen_G].copy(), n_genes)
+    genes = np.flatnonzero(seen_G)[variable_G]
+    if len(genes) < 2:
+        return counts.toarray()
+    value_CG = logged.X[:, genes].toarray().astype(np.float64)
+    value_CG[value_CG == 0] = np.nan
+    imputer = IterativeImputer(
+        max_iter=5,
+        n_nearest_features=min(20, len(genes) - 1),
+        min_value=0.0,
+        max_value=float(np.nanmax(value_CG)),
+        random_state=conditions.seed,
+    )
+    filled_CG = np.expm1(imputer.fit_transform(value_CG)) / _CP10K * _library(counts)
+    result_CG = counts.toarray()
+    result_CG[:, genes] = filled_CG
+    return result_CG
+
+
+def genemodel(adata: "AnnData", conditions: Conditions) -> np.ndarray | sp.csr_matrix:
+    """Our own, with the defaults of `genemodel.impute`: fine-tuned on these molecules."""
+    from genemodel.inference.impute import impute
+
+    copy = adata.copy()
+    impute(copy, batch_key=conditions.batch_key, seed=conditions.seed)
+    return copy.layers["imputed"]
