@@ -1,0 +1,162 @@
+"""The directions in which the rooms may import, read from the source and not from a run."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "genemodel"
+
+# From the top down: a room may import itself and what stands above it.
+ORDER = (
+    ("errors",),
+    ("settings",),
+    ("genes",),
+    ("cells",),
+    ("model",),
+    ("tasks",),
+    ("bundle",),
+    ("inference",),
+    ("plotting",),
+    ("evaluation",),
+    ("train",),
+    ("config_files",),
+    ("verbs", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+# Library -> the rooms that may import it; a library that is not named here is free for all.
+ALLOWED: dict[str, set[str]] = {
+    "lightning": {"train"},
+    "hydra": {"config_files"},
+    "omegaconf": {"config_files"},
+    "scanpy": {"evaluation", "plotting", "demo"},
+    "scvi": {"evaluation"},
+    "scib_metrics": {"evaluation"},
+    "wandb": {"train"},
+    "torch": {"cells", "model", "tasks", "bundle", "inference", "evaluation", "train", "demo"},
+}
+# Too slow to import for whoever only wants the room: only inside functions, or for type checkers.
+ONLY_WHEN_USED = {"scanpy", "scvi", "scib_metrics", "wandb", "matplotlib", "umap", "transformers"}
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
+
+
+def _files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if "configs" not in path.parts)
+
+
+def _room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """Give each imported module, its line, and whether it is imported with the file itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from _walk(tree, path, at_import=True)
+
+
+def _walk(node: ast.AST, path: Path, *, at_import: bool) -> Iterator[tuple[str, int, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield alias.name, child.lineno, at_import
+        elif isinstance(child, ast.ImportFrom):
+            module = child.module or ""
+            if child.level:
+                package = ["genemodel", *path.relative_to(PACKAGE).parts[:-1]]
+                kept = package[: len(package) - child.level + 1]
+                module = ".".join([*kept, module] if module else kept)
+            if module == "genemodel":
+                for alias in child.names:
+                    yield f"genemodel.{alias.name}", child.lineno, at_import
+            else:
+                yield module, child.lineno, at_import
+        else:
+            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            checkers_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            yield from _walk(child, path, at_import=at_import and not later and not checkers_only)
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {_room(path) for path in _files()} - {"__init__"}
+    assert rooms <= set(LEVEL), "say in ORDER where the new room stands"
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_what_stands_above_it(path: Path) -> None:
+    room = _room(path)
+    if room == "__init__":  # reaches every room, but only when a name is asked for
+        assert [name for name, _, now in _imports(path) if now and "genemodel" in name] == []
+        return
+    for name, line, _ in _imports(path):
+        parts = name.split(".")
+        if parts[0] != "genemodel" or len(parts) == 1 or parts[1] not in LEVEL:
+            continue
+        assert LEVEL[parts[1]] <= LEVEL[room], f"{path}:{line} imports {name} from below"
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_libraries_stay_in_their_rooms(path: Path) -> None:
+    for name, line, now in _imports(path):
+        library = name.partition(".")[0]
+        if library in ALLOWED:
+            assert _room(path) in ALLOWED[library], f"{path}:{line} imports {library}"
+        if library in ONLY_WHEN_USED:
+            assert not now, f"{path}:{line} imports {library} before it is used"
+
+
+def test_no_room_is_a_drawer_for_everything() -> None:
+    for path in _files():
+        names = {part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts}
+        assert not names & FORBIDDEN_NAMES, path
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_pickle_no_prints_no_silent_environment(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for name, line, _ in _imports(path):
+        assert name.partition(".")[0] not in {"pickle", "dill", "cloudpickle"}, f"{path}:{line}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if _room(path) not in {"cli"}:
+                assert called != "print", f"{path}:{node.lineno} prints"
+            assert called not in {"eval", "exec", "warnings.filterwarnings", "os.putenv"}, (
+                f"{path}:{node.lineno} calls {called}"
+            )
+            if called == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), f"{path}:{node.lineno}"
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                assert not ast.unparse(target).startswith("os.environ["), f"{path}:{node.lineno}"
+
+
+def test_the_reader_of_imports_sees_what_it_must(tmp_path: Path) -> None:
+    """The tests above prove nothing if the reader misses an import."""
+    package = tmp_path / "genemodel" / "cells"
+    package.mkdir(parents=True)
+    file = package / "a.py"
+    file.write_text(
+        "import a.b\nfrom genemodel import model\nfrom ..train import x\nfrom . import y\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import scanpy\n"
+        "def f():\n    import lightning.pytorch as pl\n"
+    )
+    original = PACKAGE
+    try:
+        globals()["PACKAGE"] = tmp_path / "genemodel"
+        found = {(name, now) for name, _, now in _imports(file)}
+    finally:
+        globals()["PACKAGE"] = original
+    assert found == {
+        ("a.b", True),
+        ("genemodel.model", True),
+        ("genemodel.train", True),
+        ("genemodel.cells", True),
+        ("typing", True),
+        ("scanpy", False),
+        ("lightning.pytorch", False),
+    }
