@@ -176,13 +176,13 @@ def scanorama(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
 
 def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-    """scVI (Lopez et al. 2018; scvi-tools with its defaults) on the counts of the variable genes."""
+    """Embed with scVI (Lopez et al. 2018; scvi-tools, its defaults), counts of variable genes."""
     model, _, kept_C = _scvi_model(adata, conditions)
     return _latent(model, kept_C)
 
 
 def scanvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-    """scANVI (Xu et al. 2021; scvi-tools with its defaults), from scVI and the labels."""
+    """Embed with scANVI (Xu et al. 2021; scvi-tools, its defaults), from scVI and the labels."""
     from scvi.model import SCANVI
 
     if conditions.label_key is None:

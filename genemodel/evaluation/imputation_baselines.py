@@ -1,8 +1,8 @@
 """Denoising methods that others published, run on the same molecules as our models.
 
-Each is a function ``(adata, conditions) -> array or CSR (n_cells, n_genes)``. ``adata.X`` holds the raw
-training counts; the result is in the same units: the counts that the method believes these cells
-would show at this depth without sampling noise.
+Each is a function ``(adata, conditions) -> array or CSR (n_cells, n_genes)``. ``adata.X`` holds the
+raw training counts; the result is in the same units: the counts that the method believes these
+cells would show at this depth without sampling noise.
 
 kNN-smoothing, MAGIC and ALRA are our own short implementations of the published algorithms. In
 one thing they are treated alike and more kindly than their own packages do: where an algorithm does
@@ -55,7 +55,7 @@ def gene_mean(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
 
 def gene_median(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-    """Every cell gets the median profile (zeros included), scaled to its own number of molecules."""
+    """Every cell gets the median profile (zeros count), scaled to its own number of molecules."""
     counts = _counts(adata)
     library_C1 = _library(counts)
     shares = sp.csc_matrix(counts.multiply(1.0 / np.maximum(library_C1, 1.0)))
@@ -98,7 +98,7 @@ def knn_smoothing(
 
 
 def _freeman_tukey(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """√x + √(x + 1) - 1 at the median depth: the constant drops out of the PCA, zeros stay zeros."""
+    """Give √x + √(x + 1) - 1 at the median depth: the -1 keeps zeros and drops out of the PCA."""
     library_C1 = _library(counts)
     scaled = sp.csr_matrix(counts.multiply(np.median(library_C1) / np.maximum(library_C1, 1.0)))
     scaled.data = np.sqrt(scaled.data) + np.sqrt(scaled.data + 1.0) - 1.0
@@ -152,9 +152,7 @@ def magic(
     place_CD = _principal(roots, n_comps, conditions.seed)
     knn = min(knn, adata.n_obs - 1)
     n_near = min(3 * knn, adata.n_obs - 1) + 1  # the cell itself is its own first neighbour
-    distance_CK, index_CK = (
-        NearestNeighbors(n_neighbors=n_near).fit(place_CD).kneighbors(place_CD)
-    )
+    distance_CK, index_CK = NearestNeighbors(n_neighbors=n_near).fit(place_CD).kneighbors(place_CD)
     width_C1 = np.maximum(distance_CK[:, knn : knn + 1], 1e-12)
     weight_CK = np.exp(-((distance_CK / width_C1) ** decay))
     weight_CK[weight_CK < 1e-4] = 0.0
@@ -226,7 +224,7 @@ def _moments(values_CG: np.ndarray, where_CG: np.ndarray) -> tuple[np.ndarray, n
 
 
 def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-    """scVI (Lopez et al. 2018; scvi-tools with its defaults) on all genes: decoded rate × depth."""
+    """Denoise with scVI (Lopez et al. 2018; scvi-tools, its defaults), all genes: rate × depth."""
     import pandas as pd
     import scvi as scvi_tools
     from anndata import AnnData
@@ -253,8 +251,8 @@ def mice(adata: "AnnData", conditions: Conditions, *, n_genes: int = 100) -> np.
     """Chained equations in the manner of MICE (van Buuren 2011) on the most variable genes.
 
     scikit-learn's IterativeImputer, zeros taken for missing values as is usual when it is used on
-    single cells, each gene regressed on the 20 most correlated, 5 rounds. All other genes keep their
-    counts: regressing every gene on every other does not scale.
+    single cells, each gene regressed on 20 others, the more correlated the likelier, 5 rounds. All
+    other genes keep their counts: regressing every gene on every other does not scale.
     """
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer

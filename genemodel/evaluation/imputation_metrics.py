@@ -175,8 +175,8 @@ def score_denoised(
 def _check_denoised(name: str, matrix: Matrix, split: MolecularSplit) -> None:
     if matrix.shape != split.train.shape:
         raise DataError(
-            f"denoised {name!r} has shape {matrix.shape}; expected {split.train.shape}, the shape of "
-            "the training part (genes without training molecules are dropped)"
+            f"denoised {name!r} has shape {matrix.shape}; expected {split.train.shape}, that of the "
+            "training part (genes without training molecules are dropped)"
         )
     values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
     if not np.isfinite(values).all() or (values.size and values.min() < 0):
@@ -215,12 +215,12 @@ def _losses(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
 
 
 def count_agreement(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
-    """Would Poisson counts drawn from the denoised rates look like the test counts?
+    r"""Compare Poisson counts drawn from the denoised rates with the test counts.
 
-    - ``zero_fraction_error``: mean over genes of \\|share of zeros in the test counts - the mean
-      of exp(-rate)\\|.
+    - ``zero_fraction_error``: mean over genes of |share of zeros in the test counts - the mean
+      of exp(-rate)|.
     - ``mean_error``: mean over the genes with a mean test count ≥ 0.01 of
-      \\|log2((mean test + e) / (mean rate + e))\\|, e = 1 / cells.
+      |log2((mean test + e) / (mean rate + e))|, e = 1 / cells.
     - ``variance_error``: over the same genes, the same for the variance of the test counts
       against the variance of the draws, which is mean rate + variance of the rates.
 
@@ -357,7 +357,8 @@ def interval_coverage(
     """
     if not lower.shape == upper.shape == observed.shape:
         raise DataError(
-            f"lower {lower.shape}, upper {upper.shape} and observed {observed.shape} must have one shape"
+            f"lower {lower.shape}, upper {upper.shape} and observed {observed.shape} must have the "
+            "same shape"
         )
     n_cells, n_genes = observed.shape
     columns = ("below", "above", "width")
@@ -415,11 +416,11 @@ def expression_bins(expression_G: np.ndarray, bins: int = 10) -> dict[str, np.nd
 def mixture_expectation(
     counts: Matrix, proportions_CP: np.ndarray, *, group_C: np.ndarray | None = None
 ) -> np.ndarray:
-    """Expected profile of every cell of a mixture of known proportions.
+    """Give every cell of a mixture of known proportions its expected profile.
 
     Cells that are mixtures of P sources in known proportions have expected gene shares that are
-    linear in the proportions. The sources' shares are fitted to all cells by non-negative
-    least squares, gene by gene, weighting each cell by its depth, within each group (protocol).
+    linear in the proportions. The sources' shares are fitted to all cells of a group (protocol)
+    by maximum Poisson likelihood, so a deep cell weighs more than a shallow one.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """Scores of an integrated embedding: is the biology kept, is the batch gone.
 
 The totals are those of scib-metrics (bio conservation, batch correction, 0.6 × bio + 0.4 × batch),
-computed with its metric functions and its defaults, without its plotting front end. Beside
-them stand a few of ours that need no convention to be read: nearest-neighbour accuracy within and
-across batches, plain silhouettes, Leiden agreement, and a table per cell type.
+computed with its metric functions and its defaults, without its plotting front end. Beside them
+stand scores of `genemodel.evaluation.light_metrics` that need no convention to be read, and a
+table per cell type.
 """
 
 import logging
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
+from genemodel.evaluation import light_metrics
 
 if TYPE_CHECKING:
     from scib_metrics.nearest_neighbors import NeighborsResults
@@ -25,17 +26,17 @@ BATCH = ("bras", "ilisi", "kbet", "graph_connectivity", "pcr")
 TOTALS = ("bio", "batch", "total")
 OURS = (
     "knn_accuracy",
-    "knn_accuracy_cross_batch",
+    "knn_accuracy_across",
     "asw_label",
-    "asw_batch",
     "leiden_nmi",
     "leiden_ari",
     "kbet_all_cells",
-    "same_batch_neighbours",
+    "same_batch_ratio",
+    "pcr_share",
+    "effective_rank",
 )
 _BIO_WEIGHT = 0.6  # the weights of the scIB study
 _NEIGHBOURS = (15, 50, 90)  # for the graph, kBET and LISI, as scib-metrics' benchmark takes them
-_KNN = 15
 
 
 def score_embeddings(
@@ -58,7 +59,7 @@ def score_embeddings(
         Batch of each cell. ``None`` or a single batch: the batch metrics are left out.
     label
         Cell type of each cell. ``None``: only what needs no label is scored. Cells whose label is
-        missing (``None`` or ``nan``) are left out of the scoring altogether, and counted in the log.
+        missing (``None`` or ``nan``) are left out of the scoring, and counted in the log.
     pre
         The uncorrected embedding (PCA) that "PCR comparison" measures the gain against; by default
         ``embeddings["none"]`` or ``embeddings["pca"]``.
@@ -72,11 +73,11 @@ def score_embeddings(
     Returns
     -------
     pandas.DataFrame
-        One row per embedding; columns ``isolated_labels … pcr`` (all in 0–1, higher is better), then
+        One row per embedding; columns ``isolated_labels … pcr`` (0–1, higher is better), then
         ``bio`` = mean of the first five, ``batch`` = mean of the next five, ``total`` = 0.6 bio +
-        0.4 batch. What cannot be computed is ``nan``. Without labels ``batch`` stays ``nan``, because
-        its five parts cannot all be had; ``batch_unlabelled`` = mean of iLISI, PCR and kBET over all
-        cells takes its place and must not be compared with ``batch``.
+        0.4 batch. What cannot be computed is ``nan``. Without labels ``batch`` stays ``nan``,
+        because its five parts cannot all be had; ``batch_unlabelled`` = mean of iLISI, PCR and
+        kBET over all cells takes its place and must not be compared with ``batch``.
         ``attrs["n_cells"]`` is the number of cells scored.
 
     Raises
@@ -116,54 +117,33 @@ def score_embeddings(
 
 def score_cell_types(
     embeddings: Mapping[str, np.ndarray],
-    batch: Sequence[Any] | np.ndarray | pd.Series | None,
+    batch: Sequence[Any] | np.ndarray | pd.Series,
     label: Sequence[Any] | np.ndarray | pd.Series,
     *,
-    n_jobs: int = 1,
+    pre: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Biology kept and batch removed, for each cell type: where a method loses a type, it shows here.
+    """Score biology kept and batch removed for each cell type: a lost type shows here.
 
     Parameters
     ----------
-    embeddings, batch, label, n_jobs
+    embeddings, batch, label, pre
         As in `score_embeddings`.
 
     Returns
     -------
     pandas.DataFrame
-        One row per (method, cell type): ``n_cells``, ``n_batches``; ``recall`` = share of its cells
-        that 15-nearest-neighbour voting calls by its name; ``same_label`` = share of neighbours of the
-        same type; ``mixing`` = share of neighbours *of the same type* from another batch ÷ the share
-        that random mixing within the type gives (1 = mixed, 0 = apart; ``nan`` with one batch);
-        ``absorbed_by`` = the type that most of its misnamed cells are taken for.
+        The rows of `genemodel.evaluation.light_metrics.biology_and_batch` with the columns
+        ``method`` and ``cell_type`` before them; the cell type "all" is the whole.
     """
     if not embeddings:
         raise DataError("score_cell_types got no embedding: pass at least one name -> array")
-    n_cells = len(next(iter(embeddings.values())))
-    batch_C, label_C, keep_C = _cells_to_score(batch, label, n_cells)
-    if label_C is None:
-        raise DataError("score_cell_types needs labels: pass label=")
     parts = []
     for name, array in embeddings.items():
-        index_CK = _others(_neighbours(_checked(name, array, keep_C), n_jobs).indices, _KNN)
-        part = _per_type(index_CK, batch_C, label_C)
+        part = light_metrics.biology_and_batch(np.asarray(array), batch, label, before_CD=pre)
+        part = part.rename_axis("cell_type").reset_index()
         part.insert(0, "method", name)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
-
-
-def knn_vote(index_CK: np.ndarray, label_C: np.ndarray) -> np.ndarray:
-    """Most frequent label among each cell's neighbours; a tie goes to the first label in sorted order.
-
-    An index of -1 is no neighbour; a cell without any gets the first label.
-    """
-    codes_C, names = pd.factorize(label_C, sort=True)
-    rows_C = np.arange(len(index_CK))
-    votes_CL = np.zeros((len(index_CK), len(names)), dtype=np.int32)
-    for index_C in index_CK.T:
-        there_C = index_C >= 0
-        votes_CL[rows_C[there_C], codes_C[index_C[there_C]]] += 1
-    return np.asarray(names)[votes_CL.argmax(axis=1)]
 
 
 def _cells_to_score(
@@ -244,7 +224,7 @@ def _reference(
 
 
 def _neighbours(array_CD: np.ndarray, n_jobs: int) -> "NeighborsResults":
-    """The 90 nearest neighbours, approximate as in scib-metrics; exact for fewer than 512 cells."""
+    """Find 90 neighbours, approximately as in scib-metrics; exactly for fewer than 512 cells."""
     from scib_metrics.nearest_neighbors import NeighborsResults, pynndescent
 
     n_neighbours = min(max(_NEIGHBOURS), len(array_CD) - 1)
@@ -269,7 +249,7 @@ def _scib(
     pre_CD: np.ndarray | None,
     step: Callable[[str], None],
 ) -> dict[str, float]:
-    """The metrics of scib-metrics' benchmark, by its functions and with its neighbour counts."""
+    """Compute what scib-metrics' benchmark does, by its functions and with its neighbour counts."""
     import scib_metrics as scib
 
     near15, near50, near90 = (_nearest(neighbours, n) for n in _NEIGHBOURS)
@@ -318,13 +298,6 @@ def _with_totals(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _others(index_CK: np.ndarray, k: int) -> np.ndarray:
-    """The first k neighbours that are not the cell itself."""
-    itself_CK = index_CK == np.arange(len(index_CK))[:, None]
-    order_CK = np.argsort(itself_CK, axis=1, kind="stable")[:, : min(k, index_CK.shape[1] - 1)]
-    return np.take_along_axis(index_CK, order_CK, axis=1)
-
-
 def _ours(
     array_CD: np.ndarray,
     neighbours: "NeighborsResults",
@@ -332,94 +305,27 @@ def _ours(
     label_C: np.ndarray | None,
     step: Callable[[str], None],
 ) -> dict[str, float]:
-    """Plain scores that need no scaling convention; silhouettes here are the raw -1 … 1."""
+    """Compute plain scores: the silhouette is the raw -1 … 1."""
     import scib_metrics as scib
-    from sklearn.metrics import silhouette_score
 
     row = dict.fromkeys(OURS, float("nan"))
-    index_CK = _others(neighbours.indices, _KNN)
-    sample = min(len(array_CD), 5_000)  # the silhouette is quadratic in the number of cells
+    row["effective_rank"] = light_metrics.effective_rank(array_CD)
     if label_C is not None:
         step("knn_accuracy")
-        row["knn_accuracy"] = float((knn_vote(index_CK, label_C) == label_C).mean())
+        row["knn_accuracy"] = light_metrics.knn_accuracy(array_CD, label_C)
         step("asw_label")
-        row["asw_label"] = silhouette_score(array_CD, label_C, sample_size=sample, random_state=0)
+        row["asw_label"] = light_metrics.silhouette(array_CD, label_C)
         step("leiden")
         agreement = scib.nmi_ari_cluster_labels_leiden(_nearest(neighbours, 15), label_C)
         row["leiden_nmi"], row["leiden_ari"] = agreement["nmi"], agreement["ari"]
     if batch_C is not None:
-        row["same_batch_neighbours"] = float((batch_C[index_CK] == batch_C[:, None]).mean())
-        step("asw_batch")
-        row["asw_batch"] = silhouette_score(array_CD, batch_C, sample_size=sample, random_state=0)
+        step("same_batch_ratio")
+        mixing = light_metrics.same_batch_share(array_CD, batch_C, label_C)
+        row["same_batch_ratio"] = mixing.at["all", "ratio"]
+        row["pcr_share"] = light_metrics.pcr(array_CD, batch_C)
         step("kbet_all_cells")
         row["kbet_all_cells"] = scib.kbet(_nearest(neighbours, 50), batch_C)[0]
     if batch_C is not None and label_C is not None:
-        step("knn_accuracy_cross_batch")
-        called_C = knn_vote(cross_batch_neighbours(array_CD, batch_C, _KNN), label_C)
-        possible_C = _types_elsewhere(batch_C, label_C)
-        row["knn_accuracy_cross_batch"] = float((called_C == label_C)[possible_C].mean())
+        step("knn_accuracy_across")
+        row["knn_accuracy_across"] = light_metrics.knn_accuracy(array_CD, label_C, batch=batch_C)
     return {name: float(value) for name, value in row.items()}
-
-
-def _types_elsewhere(batch_C: np.ndarray, label_C: np.ndarray) -> np.ndarray:
-    """Cells whose type is also found in another batch: the others cannot be called across."""
-    batches_of = pd.Series(batch_C).groupby(label_C).nunique()
-    return np.asarray(batches_of.reindex(label_C).to_numpy() > 1)
-
-
-def cross_batch_neighbours(array_CD: np.ndarray, batch_C: np.ndarray, k: int) -> np.ndarray:
-    """The k exact nearest neighbours of each cell among the cells of all other batches.
-
-    Where fewer than k cells are outside a cell's batch the row is filled with -1.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    index_CK = np.full((len(array_CD), k), -1, dtype=np.int64)
-    for batch in np.unique(batch_C):
-        inside_N = np.flatnonzero(batch_C == batch)
-        outside_N = np.flatnonzero(batch_C != batch)
-        n = min(k, len(outside_N))
-        search = NearestNeighbors(n_neighbors=n).fit(array_CD[outside_N])
-        index_CK[inside_N, :n] = outside_N[search.kneighbors(array_CD[inside_N])[1]]
-    return index_CK
-
-
-def _per_type(
-    index_CK: np.ndarray, batch_C: np.ndarray | None, label_C: np.ndarray
-) -> pd.DataFrame:
-    called_C = knn_vote(index_CK, label_C)
-    same_label_CK = label_C[index_CK] == label_C[:, None]
-    rows = []
-    for label in np.unique(label_C):
-        of_type_C = label_C == label
-        wrong = pd.Series(called_C[of_type_C & (called_C != label)]).value_counts()
-        rows.append(
-            {
-                "cell_type": label,
-                "n_cells": int(of_type_C.sum()),
-                "n_batches": len(np.unique(batch_C[of_type_C])) if batch_C is not None else 1,
-                "recall": float((called_C[of_type_C] == label).mean()),
-                "same_label": float(same_label_CK[of_type_C].mean()),
-                "mixing": _mixing(index_CK, same_label_CK, batch_C, of_type_C),
-                "absorbed_by": str(wrong.index[0]) if len(wrong) else "",
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _mixing(
-    index_CK: np.ndarray,
-    same_label_CK: np.ndarray,
-    batch_C: np.ndarray | None,
-    of_type_C: np.ndarray,
-) -> float:
-    """Share of same-type neighbours from another batch ÷ the share under random mixing."""
-    if batch_C is None:
-        return float("nan")
-    share = pd.Series(batch_C[of_type_C]).value_counts(normalize=True).to_numpy()
-    random = 1.0 - float((share**2).sum())
-    same_type_NK = same_label_CK[of_type_C]
-    if random == 0.0 or not same_type_NK.any():
-        return float("nan")
-    other_NK = batch_C[index_CK[of_type_C]] != batch_C[of_type_C][:, None]
-    return float(other_NK[same_type_NK].mean()) / random
