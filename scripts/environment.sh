@@ -98,7 +98,7 @@ ensure_environment() {
 
     installed="$repository${extras:+[$extras]}"
     say "Installing genemodel${extras:+[$extras]} at the versions of constraints.txt" \
-        "(once; some minutes and 3 to 6 GB)"
+        "(once; some minutes, about 6 GB)"
     [ ! -e "$environment/made-by-genemodel" ] || : >"$environment/unfinished"
     rm -f "$environment"/genemodel-installed*
     local quiet=()

@@ -162,9 +162,7 @@ def test_a_union_takes_each_of_its_members() -> None:
 def test_all_missing_settings_are_named_at_once() -> None:
     with pytest.raises(MissingSettingError, match="'corpus', 'steps' have no default"):
         parse(Run, {"name": "x"})
-    with pytest.raises(
-        MissingSettingError, match="'steps' has no default and must be given"
-    ):
+    with pytest.raises(MissingSettingError, match="'steps' has no default and must be given"):
         parse(Run, {"corpus": "a"})
 
 
