@@ -81,11 +81,11 @@ _HOUSEKEEPING = tuple(
 )
 # Assay, depth relative to the first, spread of the log library, ambient share, strength of dropout.
 _PLATFORMS: tuple[tuple[str, float, float, float, float], ...] = (
-    ("10x 3' v3", 1.00, 0.40, 0.02, 0.06),
-    ("10x 3' v2", 0.55, 0.45, 0.04, 0.10),
-    ("10x 5' v1", 0.75, 0.45, 0.03, 0.08),
-    ("inDrop", 0.40, 0.50, 0.06, 0.15),
-    ("Drop-seq", 0.35, 0.55, 0.08, 0.15),
+    ("10x 3' v3", 1.00, 0.40, 0.02, 0.10),
+    ("10x 3' v2", 0.55, 0.45, 0.04, 0.18),
+    ("10x 5' v1", 0.75, 0.45, 0.03, 0.14),
+    ("inDrop", 0.40, 0.50, 0.06, 0.25),
+    ("Drop-seq", 0.35, 0.55, 0.08, 0.25),
 )
 _TISSUES = ("blood", "bone marrow", "lung")
 
