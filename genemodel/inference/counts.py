@@ -1,0 +1,178 @@
+"""From any source of cells to packed batches, in input order, in bounded memory.
+
+Axes: C cells, D width, V vocabulary.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.batch import CellBatch
+from genemodel.cells.loader import Window, inverse_medians, pack
+from genemodel.cells.packing import plan_bins
+from genemodel.cells.sources import Source, open_source
+from genemodel.errors import DataError
+from genemodel.genes.match import GeneMatch
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+CHUNK_CELLS = 8192
+
+
+@dataclass(frozen=True)
+class VocabularyChunk:
+    """Consecutive cells of a source in vocabulary order.
+
+    Attributes
+    ----------
+    start
+        Row of the first cell in the source.
+    counts_CV
+        Raw counts, CSR.
+    species_C
+        Species code of every cell.
+    library_C
+        Counts over the vocabulary; 0 for a cell without any known gene.
+    """
+
+    start: int
+    counts_CV: sp.csr_matrix
+    species_C: np.ndarray
+    library_C: np.ndarray
+
+
+class VocabularyCells:
+    """A source opened for a model: proven counts, matched genes, cells in input order.
+
+    Parameters
+    ----------
+    data
+        AnnData in memory or backed, a path, or an open source.
+    bundle
+        The model whose vocabulary counts.
+    layer
+        Where the raw counts are; default ``X``.
+    species
+        One species for all cells, ``"obs:COLUMN"`` for one a cell; default the obs column
+        ``species`` where there is one, else the model's only species.
+    """
+
+    def __init__(
+        self,
+        data: "str | Path | AnnData | Source",
+        bundle: Bundle,
+        *,
+        layer: str | None = None,
+        species: str | None = None,
+        min_fraction: float | None = None,
+    ) -> None:
+        if species is None and len(bundle.species) == 1:
+            species = bundle.species[0]
+        self.bundle = bundle
+        self.source = open_source(data, layer=layer, species=species)
+        names = self.source.obs["species"].astype(object).to_numpy()
+        unknown = sorted({str(n) for n in set(names) - set(bundle.species)})
+        if unknown:
+            raise DataError(
+                f"{self.source.where}: species {', '.join(unknown)} in obs, but the model knows "
+                f"{', '.join(bundle.species)}. Leave those cells out, or use a model trained with "
+                "them."
+            )
+        self.species_C = np.array([bundle.species.index(n) for n in names], np.int64)
+        options = {} if min_fraction is None else {"min_fraction": min_fraction}
+        self.matches: dict[int, GeneMatch] = {
+            int(s): bundle.vocabulary.match(
+                self.source.genes, species=bundle.species[s], **options
+            )
+            for s in np.unique(self.species_C)
+        }
+        for match in self.matches.values():
+            logger.info("%s: %s", self.source.where, match.summary())
+
+    def __len__(self) -> int:
+        return self.source.n_cells
+
+    @property
+    def measured_SV(self) -> np.ndarray:
+        """Which genes this source measured, by species code, bool (S, V)."""
+        measured = np.zeros((len(self.bundle.species), len(self.bundle.vocabulary)), bool)
+        for s, match in self.matches.items():
+            measured[s] = match.measured_V
+        return measured
+
+    def chunks(self, chunk_cells: int = CHUNK_CELLS) -> Iterator[VocabularyChunk]:
+        """Yield all cells in order."""
+        for chunk in self.source.chunks(chunk_cells):
+            n = chunk.counts_CG.shape[0]
+            species_C = self.species_C[chunk.start : chunk.start + n]
+            here = np.unique(species_C)
+            if here.size == 1:
+                counts_CV = self.matches[int(here[0])].project(chunk.counts_CG)
+            else:
+                parts = [
+                    (np.flatnonzero(species_C == s), self.matches[int(s)]) for s in here
+                ]
+                stacked = sp.vstack(
+                    [match.project(chunk.counts_CG[rows]) for rows, match in parts], format="csr"
+                )
+                counts_CV = stacked[np.argsort(np.concatenate([rows for rows, _ in parts]))]
+            library_C = np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
+            yield VocabularyChunk(chunk.start, counts_CV, species_C, library_C)
+
+
+def window_of(chunk: VocabularyChunk) -> Window:
+    """View a chunk as a window that can be packed; unknown technical batch and panel."""
+    n = chunk.counts_CV.shape[0]
+    indptr = chunk.counts_CV.indptr.astype(np.int64)
+    unknown = np.full(n, -1, np.int64)
+    return Window(
+        begin_C=indptr[:-1],
+        end_C=indptr[1:],
+        gene_N=chunk.counts_CV.indices.astype(np.int32),
+        count_N=chunk.counts_CV.data.astype(np.float32),
+        library_C=chunk.library_C,
+        species_C=chunk.species_C,
+        batch_C=unknown,
+        panel_C=unknown,
+        cell_C=np.arange(chunk.start, chunk.start + n),
+    )
+
+
+def batches(
+    chunk: VocabularyChunk, bundle: Bundle, batch_size: int | None = None
+) -> Iterator[tuple[np.ndarray, CellBatch]]:
+    """Pack the cells of a chunk; yields their rows in the chunk with each batch.
+
+    Cells without any known gene are left out. ``batch_size`` limits the cells of a batch, for
+    small devices; it cannot change a result.
+    """
+    window = window_of(chunk)
+    inverse_median_V = inverse_medians(bundle.medians_V)
+    usable = np.flatnonzero(chunk.library_C > 0)
+    length_C = window.lengths_C(bundle.tokens)[usable]
+    # Cells of like length side by side: the packer then fills bins without looking far ahead.
+    by_length = np.argsort(-length_C, kind="stable")
+    usable, length_C = usable[by_length], length_C[by_length]
+    limit = min(bundle.tokens.max_cells, batch_size or bundle.tokens.max_cells)
+    budget = bundle.tokens.budget
+    if batch_size is not None:
+        budget = min(budget, max(1, batch_size) * bundle.tokens.context)
+    for rows in plan_bins(length_C, budget, limit):
+        yield usable[rows], pack(
+            window, usable[rows], inverse_median_V, bundle.tokens, budget=budget, max_cells=limit
+        )
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA, full precision elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

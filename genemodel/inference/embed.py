@@ -1,0 +1,231 @@
+"""AnnData or file → cell embeddings, in input order, in bounded memory.
+
+Axes: C cells, D width.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import genemodel
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.sources import Source
+from genemodel.errors import ConfigError, DataError
+from genemodel.inference.counts import VocabularyCells, batches, precision
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+KEY = "X_genemodel"
+
+
+@torch.inference_mode()
+def embed_chunks(
+    cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first row, embedding_CD float32) for consecutive cells of a source.
+
+    A cell without any known gene gets NaN.
+    """
+    bundle.model.eval()
+    device = bundle.device
+    for chunk in cells.chunks():
+        out_CD = np.full(
+            (chunk.counts_CV.shape[0], bundle.model.settings.width), np.nan, np.float32
+        )
+        for rows, batch in batches(chunk, bundle, batch_size):
+            with precision(device):
+                encoded = bundle.model(batch.to(device))
+            out_CD[rows] = encoded.cell_CD[: rows.size].float().cpu().numpy()
+        yield chunk.start, out_CD
+
+
+def collapse(embedding_CD: np.ndarray, *, sample: int = 2000) -> dict[str, float]:
+    """Measure whether an embedding has collapsed.
+
+    Parameters
+    ----------
+    embedding_CD
+        One row a cell; rows with NaN are left out.
+    sample
+        Most cells looked at, evenly spaced.
+
+    Returns
+    -------
+    ``effective_rank``: exp of the entropy of the squared singular values of the centred matrix
+    (Roy & Vetterli 2007); ``mean_cosine``: mean cosine between two different cells, uncentred.
+    """
+    rows = embedding_CD[np.isfinite(embedding_CD).all(1)]
+    rows = rows[:: max(1, len(rows) // sample)].astype(np.float64)
+    if len(rows) < 3:
+        return {"effective_rank": float("nan"), "mean_cosine": float("nan")}
+    power = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
+    share = power / max(power.sum(), 1e-30)
+    share = share[share > 0]
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    n = len(unit)
+    return {
+        "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
+        "mean_cosine": float((np.square(unit.sum(0)).sum() - n) / (n * (n - 1))),
+    }
+
+
+def warn_of_collapse(health: dict[str, float], where: str) -> None:
+    """Say when an embedding holds next to nothing."""
+    if health["effective_rank"] < 2 or health["mean_cosine"] > 0.999:
+        logger.warning(
+            "%s: the embedding has all but collapsed (effective rank %.1f, mean cosine %.4f): "
+            "cells look alike to this model. Check species, layer and the share of matched genes.",
+            where, health["effective_rank"], health["mean_cosine"],
+        )  # fmt: skip
+
+
+def provenance_of(cells: VocabularyCells, bundle: Bundle, embedding_CD: np.ndarray) -> dict[str, Any]:
+    """What was done with which model, for ``uns``: plain values only."""
+    return {
+        "genemodel": genemodel.__version__,
+        "model": bundle.fingerprint,
+        "vocabulary": bundle.vocabulary.fingerprint,
+        "genes_matched": {
+            bundle.species[s]: int(match.n_matched) for s, match in cells.matches.items()
+        },
+        "genes_in_source": len(cells.source.genes),
+        **collapse(embedding_CD),
+    }
+
+
+def embed(
+    adata: "AnnData | str | Path",
+    model: Bundle,
+    *,
+    layer: str | None = None,
+    species: str | None = None,
+    key_added: str = KEY,
+    batch_size: int | None = None,
+) -> "AnnData | None":
+    """Embed cells with a model.
+
+    Parameters
+    ----------
+    adata
+        AnnData in memory or backed, whose ``obsm`` is written; or the path of anything
+        :func:`genemodel.cells.sources.open_source` reads, which is streamed.
+    model
+        From :func:`genemodel.load`.
+    layer
+        Where the raw counts are; default ``X``. Anything but raw counts is refused.
+    species
+        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
+    key_added
+        Key in ``obsm``; ``uns[key_added]`` gets the provenance.
+    batch_size
+        Most cells at once, for small devices. Cannot change the result.
+
+    Returns
+    -------
+    None for AnnData (written in place). For a path an AnnData with ``obs``, ``obsm`` and ``uns``,
+    without counts.
+
+    Notes
+    -----
+    ``obsm[key_added]`` is float32 of shape (n_obs, width), in input order. Cells without any gene
+    of the vocabulary get NaN and are counted in a warning.
+    """
+    import anndata as ad
+
+    cells = VocabularyCells(adata, model, layer=layer, species=species)
+    embedding_CD = np.concatenate(
+        [part for _, part in embed_chunks(cells, model, batch_size=batch_size)]
+    )
+    target = adata if isinstance(adata, ad.AnnData) else ad.AnnData(obs=cells.source.obs.copy())
+    target.obsm[key_added] = embedding_CD
+    target.uns[key_added] = provenance_of(cells, model, embedding_CD)
+    _report(embedding_CD, target.uns[key_added], cells.source)
+    if target is adata:
+        return None
+    cells.source.close()
+    return target
+
+
+def _report(embedding_CD: np.ndarray, provenance: dict[str, Any], source: Source) -> None:
+    empty = int((~np.isfinite(embedding_CD).all(1)).sum())
+    if empty:
+        logger.warning(
+            "%s: %s of %s cells have no gene of the vocabulary and get NaN.",
+            source.where, f"{empty:,}", f"{len(embedding_CD):,}",
+        )  # fmt: skip
+    warn_of_collapse(provenance, source.where)
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """Embed a file of any size.
+
+    Attributes
+    ----------
+    model
+        Bundle directory.
+    input
+        File or folder with raw counts.
+    output
+        h5ad to write: obs, embedding and provenance, without counts.
+    layer
+        Where the raw counts are; empty for X.
+    species
+        One species for all cells or obs:COLUMN; empty for the obs column species.
+    key_added
+        Key in obsm.
+    batch_size
+        Most cells at once; 0 for as many as fit the token budget.
+    device
+        auto, cpu, cuda, cuda:1 …
+    overwrite
+        Replace an existing output.
+    """
+
+    model: str
+    input: str
+    output: str
+    layer: str = ""
+    species: str = ""
+    key_added: str = KEY
+    batch_size: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+
+
+def embed_file(settings: EmbedSettings) -> Path:
+    """Embed a file; the counts are streamed and never held whole.
+
+    Returns
+    -------
+    The output path.
+    """
+    output = Path(settings.output)
+    if output.suffix != ".h5ad":
+        raise ConfigError(f"output={output} does not end in .h5ad: it is written as one.")
+    if output.exists() and not settings.overwrite:
+        raise ConfigError(f"output={output} exists: set overwrite=true, or another name.")
+    if not output.parent.is_dir():
+        raise ConfigError(f"output={output}: the folder {output.parent} does not exist.")
+    if not Path(settings.input).exists():
+        raise DataError(f"input={settings.input} does not exist.")
+    model = Bundle.load(settings.model, device=settings.device)
+    result = embed(
+        settings.input,
+        model,
+        layer=settings.layer or None,
+        species=settings.species or None,
+        key_added=settings.key_added,
+        batch_size=settings.batch_size or None,
+    )
+    assert result is not None
+    result.write_h5ad(output)
+    return output

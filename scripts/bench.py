@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+"""Speed, as ratios to a named alternative measured in the same run.
+
+    python scripts/bench.py                 # everything, a few minutes on two cores
+    python scripts/bench.py tokens packing loader step build
+
+Absolute figures belong to the machine; the ratios are what a claim may quote. ``step`` needs
+transformers (extra ``bench``). On a GPU ``step`` runs in bf16 and prints the utilisation too.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+
+def best_of(run: Callable[[], object], repeats: int = 3) -> float:
+    """Fastest of some runs in seconds; the first, which compiles, is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def line(name: str, figure: str, note: str = "") -> None:
+    print(f"  {name:<52}{figure:>18}  {note}", flush=True)
+
+
+def random_csr(n_cells: int, genes: int, n_tokens: int = 40_000, seed: int = 0) -> sp.csr_matrix:
+    """Cells of about ``genes`` expressed genes with skewed counts; ids ascending in a row."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        np.sort(rng.choice(np.arange(3, n_tokens), n, replace=False))
+        for n in rng.integers(int(genes * 0.9), int(genes * 1.1), n_cells)
+    ]
+    indptr = np.concatenate([[0], np.cumsum([r.size for r in rows])])
+    indices = np.concatenate(rows)
+    data = rng.geometric(0.5, indices.size).astype(np.float32)
+    return sp.csr_matrix((data, indices, indptr), shape=(n_cells, n_tokens))
+
+
+def bench_tokens() -> None:
+    """Rank-value tokeniser against a per-cell argsort over CSR rows, one thread, equal result."""
+    from genemodel.cells.tokens import rank_cells
+
+    print("tokeniser, 2,000 genes a cell, one thread")
+    X = random_csr(3000, 2000)
+    median = np.random.default_rng(1).uniform(0.5, 3.0, X.shape[1]).astype(np.float32)
+    inverse = (1 / median).astype(np.float32)
+    starts, gene = X.indptr.astype(np.int64), X.indices.astype(np.int32)
+    out_starts, out = np.empty_like(starts), np.empty(gene.size, np.int64)
+
+    def ours() -> None:
+        rank_cells(starts, gene, X.data, inverse, 2048, out_starts, out)
+
+    rows: list[np.ndarray] = []
+
+    def loop() -> None:
+        rows.clear()
+        for i in range(X.shape[0]):
+            row = X[i]
+            value = row.data * inverse[row.indices]
+            rows.append(row.indices[np.argsort(-value, kind="stable")[:2048]])
+
+    def bare_loop() -> None:
+        for i in range(X.shape[0]):
+            a, b = X.indptr[i], X.indptr[i + 1]
+            value = X.data[a:b] * inverse[X.indices[a:b]]
+            X.indices[a:b][np.argsort(-value, kind="stable")[:2048]]
+
+    fast, slow, bare = best_of(ours), best_of(loop, 1), best_of(bare_loop, 1)
+    same = all(
+        np.array_equal(gene[out[a:b]], row)
+        for a, b, row in zip(out_starts[:-1], out_starts[1:], rows, strict=True)
+    )
+    line("argsort per CSR row (X[i])", f"{X.shape[0] / slow:,.0f} cells/s")
+    line("argsort per slice of raw arrays", f"{X.shape[0] / bare:,.0f} cells/s")
+    line("genemodel radix", f"{X.shape[0] / fast:,.0f} cells/s", f"equal result: {same}")
+    line("ratio to argsort per CSR row", f"{slow / fast:.1f}×", f"{bare / fast:.1f}× to raw slices")
+
+
+def bench_packing() -> None:
+    """Packing plan: fill and speed, against padding to the longest of 16."""
+    from genemodel.cells.packing import plan_bins
+
+    print("packing, 16,384 tokens, real-like lengths (log-normal, mean ~1,300, cut at 2,048)")
+    length = np.random.default_rng(0).lognormal(7.1, 0.55, 8192 * 4).clip(100, 2048).astype(int)
+    windows = np.split(length, 4)
+    plans = [plan_bins(w, 16_384, 512) for w in windows]
+    fill = length.sum() / (sum(len(p) for p in plans) * 16_384)
+    groups = length[: length.size // 16 * 16].reshape(-1, 16)
+    seconds = best_of(lambda: [plan_bins(w, 16_384, 512) for w in windows])
+    line("fill, padded to the longest of 16", f"{groups.mean() / groups.max(1).mean():.3f}")
+    line("fill, packed", f"{fill:.4f}", f"{length.size / seconds / 1e6:.1f} M cells/s")
+
+
+def build_bench_corpus(folder: Path, n_cells: int, genes: int) -> "object":
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.synthetic import synthetic
+
+    files = []
+    for name, adata in synthetic(n_cells, n_genes=12_000, genes_per_cell=genes).items():
+        path = folder / f"{name}.h5ad"
+        adata.write_h5ad(path)
+        files.append(path)
+    return Corpus.build(files, folder / "corpus")
+
+
+def bench_loader() -> None:
+    """Read, tokenise and pack from disk."""
+    from genemodel.cells.loader import CellStream, inverse_medians
+    from genemodel.cells.tokens import TokenSettings
+
+    print("loader (read + tokenise + pack), ~1,500 genes a cell, page cache warm")
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = build_bench_corpus(Path(folder), 24_000, 1500)
+        n = len(corpus)
+        line("genes a cell", f"{corpus.n_genes_C.mean():.0f}", f"{n:,} cells")
+        blocks = [(a, min(a + 128, n)) for a in range(0, n, 128)]
+        np.random.default_rng(0).shuffle(blocks)
+        groups = [blocks[i : i + 64] for i in range(0, len(blocks), 64)]
+        raw = best_of(lambda: [corpus.read_blocks(g) for g in groups])
+
+        def epoch() -> None:
+            stream = CellStream(
+                corpus, np.arange(n), TokenSettings(), seed=0,
+                inverse_median_V=inverse_medians(corpus.medians_V), endless=False,
+            )  # fmt: skip
+            assert sum(batch.n_cells for batch, _ in stream) == n
+
+        packed = best_of(epoch)
+        line("reading alone, random blocks of 128", f"{n / raw:,.0f} cells/s")
+        line("read + tokenise + pack", f"{n / packed:,.0f} cells/s", f"{os.cpu_count()} cores")
+
+
+def bench_step(size: str, n_cells: int) -> None:
+    """A training step against a padded Hugging Face BertForMaskedLM of the same shape."""
+    import torch
+    import yaml
+    from transformers import BertConfig, BertForMaskedLM
+
+    from genemodel.cells.loader import Window, pack
+    from genemodel.cells.packing import plan_bins
+    from genemodel.cells.statistics import GeneStatistics
+    from genemodel.cells.tokens import TokenSettings
+    from genemodel.config_files import config_folder
+    from genemodel.model.flops import device_peak, encoder_flops, gene_head_flops, training_flops
+    from genemodel.model.gene_model import GeneModel
+    from genemodel.model.settings import ModelSettings
+    from genemodel.settings import parse
+    from genemodel.tasks.decode_counts import DecodeCountsSettings
+    from genemodel.tasks.masked_value import MaskedValueSettings
+    from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    settings = parse(
+        ModelSettings, yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
+    )
+    n_tokens, context = 25_426, 2048
+    length = np.random.default_rng(0).lognormal(7.1, 0.55, n_cells).clip(100, context - 1)
+    length = length.astype(int)
+    tokens = int(length.sum() + n_cells)
+    budget = 65_536 if cuda else 16_384
+    print(
+        f"training step, {size} ({settings.layers}×{settings.width}), vocabulary {n_tokens:,}, "
+        f"{n_cells} cells of mean length {length.mean():.0f}, {'bf16' if cuda else 'fp32'}, "
+        f"{torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}"
+    )
+    rng = np.random.default_rng(1)
+    genes = np.concatenate(
+        [np.sort(rng.choice(np.arange(3, n_tokens), n, replace=False)) for n in length]
+    ).astype(np.int32)
+    counts = rng.geometric(0.5, genes.size).astype(np.float32)
+    ends = np.cumsum(length)
+    window = Window(
+        ends - length, ends, genes, counts, np.add.reduceat(counts, ends - length),
+        np.zeros(n_cells, np.int64), np.full(n_cells, -1), np.zeros(n_cells, np.int64),
+        np.arange(n_cells),
+    )  # fmt: skip
+    token_settings = TokenSettings(context=context, budget=budget)
+    inverse = np.ones(n_tokens, np.float32)
+    batches = [
+        pack(window, rows, inverse, token_settings).to(device)
+        for rows in plan_bins(window.lengths_C(token_settings), budget, 512)
+    ]
+
+    def clock(step: Callable[[], object]) -> float:
+        def run() -> None:
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+
+        return best_of(run, 5 if cuda else 1)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=cuda)
+
+    # The same single objective as the opponent: masked gene identity, 15 %.
+    torch.manual_seed(0)
+    task = PretrainingObjectives(
+        PretrainingSettings(
+            masked_value=MaskedValueSettings(weight=0),
+            decode_counts=DecodeCountsSettings(weight=0),
+        ),
+        width=settings.width, statistics=GeneStatistics.empty(1, n_tokens), n_batches=0,
+        measured_XV=torch.ones(1, 1, dtype=torch.bool), seed=0,
+    ).to(device)  # fmt: skip
+    model = GeneModel(settings, n_tokens=n_tokens, n_species=1, context=context).to(device)
+    if cuda:
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+    ours = torch.optim.AdamW([*model.parameters(), *task.parameters()], lr=1e-4, fused=cuda)
+
+    def our_step() -> None:
+        for batch in batches:
+            prepared = task.prepare(batch)
+            with autocast():
+                part = task(model, model(prepared.seen), prepared)["masked_gene"]
+            (part.total / part.items).backward()
+        ours.step()
+        ours.zero_grad()
+
+    our_s = clock(our_step)
+    del ours, model, task
+    bert = BertForMaskedLM(
+        BertConfig(
+            vocab_size=n_tokens, hidden_size=settings.width, num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads, intermediate_size=settings.ffn,
+            max_position_embeddings=context, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    ).to(device)  # fmt: skip
+    theirs = torch.optim.AdamW(bert.parameters(), lr=1e-4, fused=cuda)
+    width = 16 if cuda else 8
+    padded = []
+    for a in range(0, n_cells, width):
+        rows = range(a, min(a + width, n_cells))
+        longest = int(length[a : a + width].max()) + 1
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, c in enumerate(rows):
+            n = length[c]
+            ids[i, : n + 1] = torch.cat(
+                [torch.tensor([2]), torch.from_numpy(genes[ends[c] - n : ends[c]]).long()]
+            )
+            mask[i, : n + 1] = 1
+        labels = torch.where((torch.rand(ids.shape) < 0.15) & (mask == 1), ids, -100)
+        ids[labels >= 0] = 1
+        padded.append([x.to(device) for x in (ids, mask, labels)])
+
+    def their_step() -> None:
+        for ids, mask, labels in padded:
+            with autocast():
+                loss = bert(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+        theirs.step()
+        theirs.zero_grad()
+
+    their_s = clock(their_step)
+    line(
+        f"BertForMaskedLM, padded to the longest of {width}", f"{n_cells / their_s:,.2f} cells/s"
+    )
+    line("genemodel, packed, head on masked rows", f"{n_cells / our_s:,.2f} cells/s")
+    line("ratio", f"{their_s / our_s:.1f}×", f"{tokens / our_s:,.0f} tokens/s")
+    if cuda and (peak := device_peak(torch.cuda.get_device_name())):
+        flops = encoder_flops(settings, length + 1)
+        flops += gene_head_flops(settings, int(0.15 * tokens), n_tokens)
+        line("useful MFU", f"{training_flops(flops) / our_s / peak:.1%}")
+
+
+_BUILD = """
+import resource, sys, time
+from pathlib import Path
+from genemodel.cells.corpus import Corpus
+from genemodel.cells.sources import stream_source
+from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+n, out = int(sys.argv[1]), Path(sys.argv[2])
+world = SyntheticWorld.make(n_genes=12_000, genes_per_cell=1000)
+"""
+
+
+def bench_build(sizes: list[int]) -> None:
+    """Corpus building: memory and speed at growing size, each in a process of its own."""
+    print("corpus build from generated cells, ~1,000 genes a cell")
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            subprocess.run(
+                [sys.executable, __file__, "--build-one", str(n), folder], check=True
+            )
+            seconds = time.perf_counter() - begin
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        line(f"{n:,} cells", f"{n / seconds:,.0f} cells/s", f"peak {peak:.2f} GiB resident so far")
+
+
+def main() -> None:
+    """Run the benches named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("benches", nargs="*", default=["tokens", "packing", "loader", "step"])
+    parser.add_argument("--size", default="small", help="model size for step: small, base …")
+    parser.add_argument("--cells", type=int, default=32, help="cells for step")
+    parser.add_argument("--build", type=int, nargs="*", default=[100_000, 1_000_000])
+    arguments = parser.parse_args()
+    for name in arguments.benches:
+        match name:
+            case "tokens":
+                bench_tokens()
+            case "packing":
+                bench_packing()
+            case "loader":
+                bench_loader()
+            case "step":
+                bench_step(arguments.size, arguments.cells)
+            case "build":
+                bench_build(arguments.build)
+            case _:
+                parser.error(f"no bench {name!r}: tokens, packing, loader, step, build")
+
+
+if __name__ == "__main__":
+    main()
