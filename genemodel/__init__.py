@@ -11,12 +11,15 @@ __version__ = "0.1.0"
 
 # Public name -> (module, attribute); an empty attribute means the module itself.
 _PUBLIC: dict[str, tuple[str, str]] = {
+    "Bundle": ("genemodel.bundle.bundle", "Bundle"),
     "Corpus": ("genemodel.cells.corpus", "Corpus"),
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
+    "embed": ("genemodel.inference.embed", "embed"),
+    "load": ("genemodel.bundle.bundle", "load"),
     "synthetic": ("genemodel.cells.synthetic", "synthetic"),
 }
 
-__all__ = ["Corpus", "GeneVocabulary", "__version__", "synthetic"]
+__all__ = ["Bundle", "Corpus", "GeneVocabulary", "__version__", "embed", "load", "synthetic"]
 
 
 def __getattr__(name: str) -> Any:

@@ -60,6 +60,23 @@ VERBS: dict[str, Verb] = {
             "pretrain corpus=corpora/mine out=runs/small optim.lr=5e-4 log=wandb",
         ),
     ),
+    "embed": Verb(
+        summary="write cell embeddings for a file of any size",
+        config="embed",
+        settings="genemodel.inference.embed:EmbedSettings",
+        function="genemodel.inference.embed:embed_file",
+        examples=(
+            "embed model=runs/small/bundle input=lung.h5ad output=lung.embedded.h5ad",
+            "embed model=runs/small/bundle input=counts.h5 output=mice.h5ad species=mouse",
+        ),
+    ),
+    "describe": Verb(
+        summary="say what a model or a vocabulary holds",
+        config="describe",
+        settings="genemodel.verbs:DescribeSettings",
+        function="genemodel.verbs:describe",
+        examples=("describe path=runs/small/bundle", "describe path=four_species.tsv.gz"),
+    ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
         config="species",

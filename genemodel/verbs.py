@@ -27,23 +27,56 @@ def species(settings: SpeciesSettings) -> str:
     Raises
     ------
     DataError
-        A table cannot be read or does not fit, or another vocabulary stands at ``out``: corpora and
-        models made with it would no longer agree with their vocabulary.
+        A table cannot be read or does not fit, or ``out`` exists: corpora and models made with it
+        would no longer agree with their vocabulary.
     """
-    from genemodel.genes import GeneVocabulary, add_species
+    from genemodel.genes import add_species
 
-    known = (
-        GeneVocabulary.builtin()
-        if settings.vocabulary is None
-        else GeneVocabulary.read(settings.vocabulary)
-    )
-    grown, report = add_species(
-        known, settings.name, settings.genes, settings.orthologs, to=settings.to
-    )
-    if settings.out.exists() and GeneVocabulary.read(settings.out) != grown:
+    if settings.out.exists():
         raise DataError(
-            f"out={settings.out} exists and holds another vocabulary, which corpora and models may "
-            "rely on; choose another name"
+            f"out={settings.out} exists: corpora and models may rely on the vocabulary in it. "
+            "Choose another name"
         )
-    grown.save(settings.out)
-    return f"{report}\nWritten to {settings.out}; use it with vocabulary={settings.out}"
+    vocabulary, _ = add_species(
+        name=settings.name,
+        genes=settings.genes,
+        orthologs=settings.orthologs,
+        out=settings.out,
+        to=settings.to,
+        vocabulary=settings.vocabulary,
+    )
+    return f"{vocabulary!r} is in {settings.out}"
+
+
+@dataclass(frozen=True)
+class DescribeSettings:
+    """Settings of ``genemodel describe``, see ``configs/describe.yaml``."""
+
+    path: Path
+
+
+def describe(settings: DescribeSettings) -> str:
+    """Say what a folder made by genemodel holds.
+
+    Raises
+    ------
+    DataError
+        It is neither a bundle nor a vocabulary, or it is damaged.
+    """
+    path = settings.path
+    if (path / "bundle.json").is_file():
+        from genemodel.bundle.bundle import Bundle
+
+        return f"model {path}\n{Bundle.load(path, device='cpu').describe()}"
+    if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")):
+        from genemodel.genes import GeneVocabulary
+
+        vocabulary = GeneVocabulary.read(path)
+        lines = [f"vocabulary {path}", repr(vocabulary)]
+        return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
+    if not path.exists():
+        raise DataError(f"path={path} does not exist")
+    raise DataError(
+        f"path={path} is neither a model (a folder with bundle.json, such as runs/NAME/bundle) nor "
+        "a vocabulary (.tsv.gz)"
+    )
