@@ -7,6 +7,7 @@ else touches it, because a damaged sparse matrix crashes the process that trusts
 Axes: C cells, G genes of the file, N stored values.
 """
 
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ BLOCK_VALUES = 16_000_000
 TRANSPOSED_VALUES = 64_000_000
 
 
+_DAMAGE = (
+    OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, IndexError, ValueError, RuntimeError,
+)  # fmt: skip
+
+
 @contextmanager
 def refuse_damage(where: str) -> Iterator[None]:
     """Turn what file libraries raise on damaged data into a refusal that names the place."""
@@ -32,7 +38,7 @@ def refuse_damage(where: str) -> Iterator[None]:
         yield
     except GenemodelError:
         raise
-    except (OSError, EOFError, zlib.error, KeyError, IndexError, ValueError, RuntimeError) as error:
+    except _DAMAGE as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise DataError(
             f"{where}: cannot be read ({type(error).__name__}: {reason}). The file is damaged, "

@@ -1,0 +1,638 @@
+"""A corpus: counts of many cells of several species in the order of one vocabulary, on disk.
+
+``docs/corpus.md`` describes the layout. Cells are stored in the order of their sources; the
+permanent number of a cell is its row. Axes: C cells, V vocabulary, N (gene, count) pairs,
+S sources.
+"""
+
+import bisect
+import functools
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+
+from genemodel.cells import manifest as layout
+from genemodel.cells.manifest import Manifest, SourceRecord
+from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.sources import CHUNK_CELLS
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.vocabulary import GeneVocabulary
+
+if TYPE_CHECKING:
+    from genemodel.cells.assembly import Sources
+    from genemodel.cells.building import BuildOptions
+    from genemodel.cells.corpus_report import CorpusReport
+    from genemodel.cells.store import GroupReader
+
+log = logging.getLogger(__name__)
+
+# Joins the parts of a joint category, as in "dataset / donor".
+JOINT = " / "
+
+
+@dataclass(frozen=True)
+class CountsBlock:
+    """Counts of consecutive cells, end to end.
+
+    Cell c owns ``gene_N[starts_C1[c]:starts_C1[c + 1]]`` (tokens, ascending, int32) and the counts
+    beside them (int32, never 0); ``starts_C1`` is int64.
+    """
+
+    starts_C1: npt.NDArray[np.int64]
+    gene_N: npt.NDArray[np.int32]
+    count_N: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return self.starts_C1.size - 1
+
+    def to_csr(self, n_tokens: int) -> sp.csr_matrix:
+        """(C, V) matrix of the same counts."""
+        return sp.csr_matrix(
+            (self.count_N, self.gene_N, self.starts_C1), shape=(len(self), n_tokens)
+        )
+
+
+@dataclass(frozen=True)
+class SpeciesStatistics:
+    """Gene statistics over the cells of one species.
+
+    ``sum_V`` of counts, ``nonzero_V`` cells with the gene, ``medians_V`` non-zero median of counts
+    per 10,000 (NaN where never seen), over ``n_cells``.
+    """
+
+    n_cells: int
+    sum_V: npt.NDArray[np.float64]
+    nonzero_V: npt.NDArray[np.int64]
+    medians_V: npt.NDArray[np.float32]
+
+
+class Corpus:
+    """An opened corpus. Make one with :meth:`build`, open it with :meth:`open`.
+
+    Attributes
+    ----------
+    path
+        Its folder.
+    manifest
+        What it says about itself.
+    vocabulary
+        The genes of its columns.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, vocabulary: GeneVocabulary, threads: int
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.vocabulary = vocabulary
+        self.threads = threads
+        self._first_cell = [0]
+        for group in manifest.groups:
+            self._first_cell.append(self._first_cell[-1] + group.n_cells)
+        self._readers: dict[int, GroupReader] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    # -- making and opening -----------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        sources: "Sources",
+        out: str | Path,
+        *,
+        vocabulary: GeneVocabulary | None = None,
+        layer: str | None = None,
+        species: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        donor_key: str | None = None,
+        label_key: str | None = None,
+        keep: Sequence[str] = (),
+        min_fraction: float = 0.3,
+        min_genes: int = 0,
+        max_mito: float | None = None,
+        allow_fractional: bool = False,
+        unknown_species: Literal["refuse", "drop"] = "refuse",
+        chunk_cells: int = CHUNK_CELLS,
+        overwrite: bool = False,
+    ) -> Self:
+        """Build a corpus from any number of sources in one streaming pass.
+
+        Parameters
+        ----------
+        sources
+            Files, AnnData objects or :class:`~genemodel.cells.sources.Source`; or name -> source.
+        out
+            Folder of the corpus.
+        vocabulary
+            Default: the built-in human and mouse vocabulary.
+        layer, species, columns, keep, allow_fractional
+            See :func:`~genemodel.cells.sources.open_source`; for sources that differ, open each by
+            itself and give the Source.
+        batch_key, donor_key, label_key
+            Short for ``columns={"batch": …, "donor": …, "cell_type": …}``.
+        min_fraction
+            Smallest share of a file's genes that must be in the vocabulary.
+        min_genes, max_mito
+            Drop cells with fewer genes, or a larger share of mitochondrial counts; off by default.
+        unknown_species
+            ``"drop"`` leaves cells out whose species the vocabulary does not hold.
+        chunk_cells
+            Cells held at once.
+        overwrite
+            Replace a corpus that is there; only after the new one is complete.
+
+        Returns
+        -------
+        Corpus
+
+        Raises
+        ------
+        DataError
+            A source cannot be read, is not raw counts or does not match; nothing is written.
+        ConfigError
+            The folder exists, or an option is impossible.
+        """
+        from genemodel.cells import assembly
+
+        options = _options(
+            layer, species, columns, batch_key, donor_key, label_key, keep,
+            min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
+            allow_fractional=allow_fractional, unknown_species=unknown_species,
+            chunk_cells=chunk_cells,
+        )  # fmt: skip
+        assembly.build(
+            sources,
+            Path(out),
+            GeneVocabulary.builtin() if vocabulary is None else vocabulary,
+            options,
+            overwrite=overwrite,
+            made_by=_made_by(),
+        )
+        return cls.open(out)
+
+    def append(
+        self,
+        sources: "Sources",
+        *,
+        layer: str | None = None,
+        species: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        donor_key: str | None = None,
+        label_key: str | None = None,
+        keep: Sequence[str] = (),
+        min_fraction: float = 0.3,
+        min_genes: int = 0,
+        max_mito: float | None = None,
+        allow_fractional: bool = False,
+        unknown_species: Literal["refuse", "drop"] = "refuse",
+        chunk_cells: int = CHUNK_CELLS,
+    ) -> "Corpus":
+        """Add sources behind the cells that are there; returns the grown corpus, opened.
+
+        Parameters are those of :meth:`build`. Existing cells keep their numbers, existing files
+        are not touched, and a failure leaves the corpus as it was.
+        """
+        from genemodel.cells import assembly
+
+        options = _options(
+            layer, species, columns, batch_key, donor_key, label_key, keep,
+            min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
+            allow_fractional=allow_fractional, unknown_species=unknown_species,
+            chunk_cells=chunk_cells,
+        )  # fmt: skip
+        assembly.append(
+            self.path, self.manifest, self.vocabulary, sources, options, made_by=_made_by()
+        )
+        return type(self).open(self.path, threads=self.threads)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        vocabulary: GeneVocabulary | None = None,
+        threads: int | None = None,
+    ) -> Self:
+        """Open a corpus; quick, whatever its size.
+
+        Parameters
+        ----------
+        path
+            Its folder.
+        vocabulary
+            The vocabulary it must have been built with, where that matters.
+        threads
+            Threads that read; by default up to four.
+
+        Raises
+        ------
+        DataError
+            No corpus, a newer format, files missing or of the wrong size, another vocabulary.
+        """
+        path = Path(path)
+        manifest = Manifest.read(path)
+        broken = [
+            found
+            for name, record in manifest.objects.items()
+            if (found := _wrong_size(path / name, record.size))
+        ]
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise DataError(
+                f"corpus {path}: {'; '.join(broken[:3])}{more}. `genemodel corpus verify` lists "
+                "all damage; restore the files from a copy or build the corpus again"
+            )
+        stored = GeneVocabulary.read(path / layout.VOCABULARY)
+        if stored.fingerprint != manifest.vocabulary:
+            raise DataError(
+                f"corpus {path}: {layout.VOCABULARY} is not the vocabulary that the corpus was "
+                "built with. Restore it from a copy, or build the corpus again"
+            )
+        if vocabulary is not None and vocabulary.fingerprint != stored.fingerprint:
+            raise DataError(
+                f"corpus {path}: was built with vocabulary {stored.fingerprint[:12]} "
+                f"({', '.join(stored.species)}; {len(stored):,} tokens), asked for is "
+                f"{vocabulary.fingerprint[:12]} ({', '.join(vocabulary.species)}; "
+                f"{len(vocabulary):,} tokens). Use the one of the corpus (corpus.vocabulary), or "
+                "build the corpus again with the other"
+            )
+        return cls(path, manifest, stored, threads or min(4, os.cpu_count() or 1))
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return self.manifest.n_cells
+
+    def __repr__(self) -> str:
+        """Name path, cells, genes, species and sources."""
+        return (
+            f"Corpus({str(self.path)!r}, {len(self):,} cells × {len(self.vocabulary):,} tokens, "
+            f"{len(self.sources)} sources, {', '.join(self.vocabulary.species)})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Where to open it again: open files and threads do not travel."""
+        return {"path": self.path, "threads": self.threads, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open again, and refuse a corpus that was changed meanwhile."""
+        again = type(self).open(state["path"], threads=state["threads"])
+        if again.fingerprint != state["fingerprint"]:
+            raise DataError(f"corpus {again.path}: was changed since it was opened")
+        self.__dict__.update(again.__dict__)
+
+    # -- what it holds ----------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the manifest, which holds that of every file."""
+        return self.manifest.fingerprint
+
+    @property
+    def sources(self) -> list[SourceRecord]:
+        """One record per file and species, in order; ``source_C`` counts them."""
+        return self.manifest.sources
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that :meth:`codes` knows."""
+        return self.manifest.columns
+
+    @functools.cached_property
+    def n_genes_C(self) -> npt.NDArray[np.int32]:
+        """Genes stored per cell."""
+        return self._indexed("n_genes", np.int32)
+
+    @functools.cached_property
+    def library_C(self) -> npt.NDArray[np.int64]:
+        """Sum of counts per cell."""
+        return self._indexed("library", np.int64)
+
+    @functools.cached_property
+    def mito_C(self) -> npt.NDArray[np.int64]:
+        """Sum of mitochondrial counts per cell."""
+        return self._indexed("mito", np.int64)
+
+    @functools.cached_property
+    def source_C(self) -> npt.NDArray[np.int32]:
+        """Source of every cell, a position in ``sources``."""
+        return self._indexed("source", np.int32)
+
+    @functools.cached_property
+    def checksum_C(self) -> npt.NDArray[np.uint64]:
+        """Checksum of every cell's genes and counts: equal cells have equal ones."""
+        return self._indexed("checksum", np.uint64)
+
+    @functools.cached_property
+    def measured_SV(self) -> npt.NDArray[np.bool_]:
+        """Genes that each source measures, bool (S, V)."""
+        packed = self._statistics["panels"]
+        return np.unpackbits(packed, axis=1, count=len(self.vocabulary)).astype(bool)
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, SpeciesStatistics]:
+        """Gene statistics of every species that has cells."""
+        stored = self._statistics
+        return {
+            name: SpeciesStatistics(
+                int(stored[f"{name}/n_cells"]),
+                stored[f"{name}/sum_V"],
+                stored[f"{name}/nonzero_V"],
+                stored[f"{name}/medians_V"],
+            )
+            for name in self.vocabulary.species
+            if f"{name}/n_cells" in stored and stored[f"{name}/n_cells"]
+        }
+
+    @property
+    def medians_V(self) -> npt.NDArray[np.float32]:
+        """Non-zero median of counts per 10,000 over all cells; NaN where never seen."""
+        return self._statistics["medians_V"]
+
+    @functools.cached_property
+    def _statistics(self) -> dict[str, npt.NDArray[Any]]:
+        path = self.path / self.manifest.statistics
+        with refuse_damage(str(path)), np.load(path, allow_pickle=False) as stored:
+            return {key: stored[key] for key in stored.files}
+
+    def codes(self, *columns: str) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Category of every cell.
+
+        Parameters
+        ----------
+        columns
+            One column; or several for joint categories such as ``codes("dataset", "donor")``: a
+            cell lacks the joint one when it lacks any of them.
+
+        Returns
+        -------
+        codes_C
+            int32, −1 where missing.
+        categories
+            Their names; joint ones are joined by ``" / "``.
+        """
+        if not columns:
+            raise ConfigError(f"codes needs a column; the corpus has {', '.join(self.columns)}")
+        for column in columns:
+            if column not in self.columns:
+                from genemodel.settings import nearest
+
+                near = nearest(column, self.columns)
+                raise ConfigError(
+                    f"corpus {self.path}: has no column {column!r}; it has "
+                    f"{', '.join(self.columns)}{f'. Did you mean {near!r}?' if near else ''}"
+                )
+        parts = [self._indexed(f"code_{column}", np.int32) for column in columns]
+        names = [self.manifest.categories[column] for column in columns]
+        if len(columns) == 1:
+            return parts[0], list(names[0])
+        joint = np.zeros(len(self), np.int64)
+        for codes, categories in zip(parts, names, strict=True):
+            joint = joint * max(1, len(categories)) + codes
+        missing = np.any([codes < 0 for codes in parts], axis=0)
+        result = np.full(len(self), -1, np.int32)
+        _, first, inverse = np.unique(joint[~missing], return_index=True, return_inverse=True)
+        result[~missing] = inverse
+        example = np.flatnonzero(~missing)[first]
+        categories = [
+            JOINT.join(n[c[cell]] for c, n in zip(parts, names, strict=True)) for cell in example
+        ]
+        return result, categories
+
+    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Table of all cells: the columns as categories, genes and library; index = cell number."""
+        table = pd.DataFrame(index=pd.RangeIndex(len(self), name="cell"))
+        for column in self.columns if columns is None else columns:
+            codes, categories = self.codes(column)
+            table[column] = pd.Categorical.from_codes(codes, categories)
+        table["n_genes"] = self.n_genes_C
+        table["library"] = self.library_C
+        return table
+
+    def _indexed(self, key: str, dtype: Any) -> Any:
+        """Join one array of the index over all groups."""
+        parts = []
+        for group in self.manifest.groups:
+            path = self.path / layout.INDEX / f"{group.name}.npz"
+            with refuse_damage(str(path)), np.load(path, allow_pickle=False) as stored:
+                # A column that came with a later source is missing before.
+                if key not in stored.files and key.startswith("code_"):
+                    parts.append(np.full(group.n_cells, -1, dtype))
+                    continue
+                parts.append(stored[key].astype(dtype))
+            if parts[-1].shape != (group.n_cells,):
+                raise DataError(
+                    f"{path}: has {parts[-1].size:,} entries of {key} for {group.n_cells:,} cells: "
+                    "build the corpus again"
+                )
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+    # -- reading counts ---------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _ends_C(self) -> npt.NDArray[np.int64]:
+        """First value of every cell within its group, and one past the last cell of the corpus."""
+        starts = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(self.n_genes_C, out=starts[1:])
+        for begin, end in pairwise(self._first_cell):
+            if begin:
+                starts[begin + 1 : end + 1] -= starts[begin]
+        return starts
+
+    def read(self, start: int, stop: int) -> CountsBlock:
+        """Read the counts of cells ``start`` to ``stop``; safe to call from threads."""
+        return self.read_blocks([(start, stop)])
+
+    def read_blocks(self, ranges: Sequence[tuple[int, int]]) -> CountsBlock:
+        """Read the counts of many ranges of cells, end to end in the order given.
+
+        Parameters
+        ----------
+        ranges
+            (start, stop) cell numbers.
+
+        Raises
+        ------
+        DataError
+            A file of the corpus is missing or damaged.
+        ConfigError
+            A range lies outside the corpus.
+        """
+        for start, stop in ranges:
+            if not 0 <= start <= stop <= len(self):
+                raise ConfigError(
+                    f"cells {start} to {stop} were asked for; corpus {self.path} has cells 0 to "
+                    f"{len(self)}"
+                )
+        lengths = [self.n_genes_C[start:stop] for start, stop in ranges]
+        starts_C1 = np.zeros(sum(map(len, lengths)) + 1, np.int64)
+        if lengths:
+            np.cumsum(np.concatenate(lengths), out=starts_C1[1:])
+        n_values = int(starts_C1[-1])
+        gene_N, count_N = np.empty(n_values, np.int32), np.empty(n_values, np.int32)
+        pieces = self._pieces(ranges)
+        shares = _shares(pieces, self.threads)
+        if len(shares) <= 1:
+            for share in shares:
+                self._read_share(share, gene_N, count_N)
+        else:
+            pool = self._threads()
+            waiting = [pool.submit(self._read_share, s, gene_N, count_N) for s in shares]
+            for future in waiting:
+                future.result()
+        if n_values and (count_N.min() <= 0 or gene_N.max() >= len(self.vocabulary)):
+            raise DataError(
+                f"corpus {self.path}: a stored count is 0 or a gene lies outside the vocabulary: "
+                "the corpus is damaged. `genemodel corpus verify` names the file"
+            )
+        return CountsBlock(starts_C1, gene_N, count_N)
+
+    def _pieces(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+        """(group, first value, last value, place in the output), cut at the ends of groups."""
+        pieces = []
+        at = 0
+        starts = self._ends_C
+        for start, stop in ranges:
+            while start < stop:
+                g = bisect.bisect_right(self._first_cell, start) - 1
+                end = min(stop, self._first_cell[g + 1])
+                # The first cell of a group holds the end of the group before; its own start is 0.
+                first = 0 if start == self._first_cell[g] else int(starts[start])
+                last = int(starts[end])
+                pieces.append((g, first, last, at))
+                at += last - first
+                start = end
+        return pieces
+
+    def _read_share(
+        self,
+        pieces: Sequence[tuple[int, int, int, int]],
+        gene_N: npt.NDArray[np.int32],
+        count_N: npt.NDArray[np.int32],
+    ) -> None:
+        run: list[tuple[int, int]] = []
+        begin = at = 0
+        for number, (g, first, last, place) in enumerate(pieces):
+            if not run:
+                begin = at = place
+            run.append((first, last))
+            at += last - first
+            if number + 1 == len(pieces) or pieces[number + 1][0] != g:
+                reader = self._reader(g)
+                reader.indices.read_into(run, gene_N[begin:at])
+                reader.data.read_into(run, count_N[begin:at])
+                run = []
+
+    def _reader(self, group: int) -> "GroupReader":
+        found = self._readers.get(group)
+        if found is None:
+            from genemodel.cells.store import GroupReader
+
+            folder = self.path / layout.COLLECTION / self.manifest.groups[group].name
+            with refuse_damage(str(folder)):
+                found = GroupReader(folder)
+            if found.data.size != self.manifest.groups[group].n_values:
+                raise DataError(
+                    f"{folder}: holds {found.data.size:,} counts, the manifest says "
+                    f"{self.manifest.groups[group].n_values:,}: build the corpus again"
+                )
+            with self._lock:
+                self._readers[group] = found
+        return found
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, "genemodel-corpus")
+            return self._pool
+
+    # -- examining --------------------------------------------------------------------------------
+
+    def verify(self) -> list[str]:
+        """Check every file against the manifest, and the statistics against the counts.
+
+        Returns
+        -------
+        list of str
+            What is broken, by name; empty where all is well. For a corpus that cannot be opened
+            use :func:`~genemodel.cells.verification.verify_corpus`.
+        """
+        from genemodel.cells.verification import verify_corpus
+
+        return verify_corpus(self.path)
+
+    def describe(self) -> "CorpusReport":
+        """Examine what a curator wants to know: sources, depth, labels, warnings."""
+        from genemodel.cells.corpus_report import CorpusReport
+
+        return CorpusReport.of(self)
+
+
+def _options(
+    layer: str | None,
+    species: str | None,
+    columns: Mapping[str, str] | None,
+    batch_key: str | None,
+    donor_key: str | None,
+    label_key: str | None,
+    keep: Sequence[str],
+    **values: Any,
+) -> "BuildOptions":
+    from genemodel.cells.building import BuildOptions
+
+    named = {"batch": batch_key, "donor": donor_key, "cell_type": label_key}
+    return BuildOptions.of(
+        columns=columns, keep=keep, named=named, layer=layer, species=species, **values
+    )
+
+
+def _made_by() -> str:
+    from genemodel import __version__
+
+    return f"genemodel {__version__}"
+
+
+def _wrong_size(path: Path, size: int) -> str:
+    try:
+        found = path.stat().st_size
+    except OSError:
+        return f"{path.name if path.parent.name == '' else _short(path)} is missing"
+    return "" if found == size else f"{_short(path)} has {found:,} bytes instead of {size:,}"
+
+
+def _short(path: Path) -> str:
+    """Path within the corpus."""
+    parts = path.parts
+    for root in (layout.COLLECTION, layout.INDEX):
+        if root in parts:
+            return "/".join(parts[parts.index(root) :])
+    return path.name
+
+
+def _shares(
+    pieces: list[tuple[int, int, int, int]], n: int
+) -> list[list[tuple[int, int, int, int]]]:
+    """Cut pieces into at most ``n`` consecutive runs of about equal size."""
+    total = sum(last - first for _, first, last, _ in pieces)
+    # Little work is done sooner than handed out.
+    n = min(n, 1 + total // 1_000_000)
+    shares: list[list[tuple[int, int, int, int]]] = [[] for _ in range(n)]
+    done = 0
+    for piece in pieces:
+        shares[min(n - 1, done * n // max(1, total))].append(piece)
+        done += piece[2] - piece[1]
+    return [share for share in shares if share]
