@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 # Position of the single set bit of a 64-bit word, by multiplication with a de Bruijn sequence.
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
-_BIT = np.zeros(64, dtype=np.int64)
+_BIT: npt.NDArray[np.int64] = np.zeros(64, dtype=np.int64)
 for _i in range(64):
     _BIT[((1 << _i) * 0x03F79D71B4CB0A89 & 0xFFFFFFFFFFFFFFFF) >> 58] = _i
 
@@ -112,7 +112,7 @@ def count_pages(  # type: ignore[no-untyped-def]
             # A positive float32 is 8 bits of exponent, then the mantissa, of which 7 are kept.
             if scaled:
                 bits = np.float32(count * scale_C[cell]).view(np.int32) >> 16
-                kind, slot = (bits >> 7) - 127 - first_octave, bits & 127
+                kind, slot = np.int64(bits >> 7) - 127 - first_octave, np.int64(bits & 127)
             elif count <= exact_up_to:
                 kind, slot = np.int64(count) >> 7, np.int64(count) & 127
             else:

@@ -44,8 +44,6 @@ _EMBEDDED = re.compile(r"(?<![a-z0-9])(ens[a-z]*g\d{11})(?![0-9])")
 _TRANSCRIPT = re.compile(r"^(?:ENS[A-Z]*[TP]\d{11}|[NX][MRP]_\d+)", re.IGNORECASE)
 _AMBIGUOUS = -2
 _UNKNOWN = -1
-# Another species is named as the better one when it explains this much more of the names.
-_BETTER = 0.1
 _MANY = 0.5
 _CLEARLY_MORE = 0.02
 _EXAMPLES = 5
@@ -315,7 +313,7 @@ class GeneMatch:
         return text
 
     def project(self, X: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
-        """Counts of the file's genes as counts of the vocabulary's tokens.
+        """Turn counts of the file's genes into counts of the vocabulary's tokens.
 
         Parameters
         ----------
@@ -400,7 +398,7 @@ def match(
 def _candidates(
     names: pd.DataFrame | Iterable[str], column: str | None
 ) -> dict[str, Sequence[str]]:
-    """Lists of names to try, by where they stand; the index first."""
+    """Return the lists of names to try, by where they stand; the index first."""
     if not isinstance(names, pd.DataFrame):
         if isinstance(names, str):
             raise DataError(f"gene names must be a list of names, not the one string {names!r}")
@@ -416,7 +414,7 @@ def _candidates(
                 "(and 'index')"
             )
         return {column: list(map(str, names[column].tolist()))}
-    found = {"index": list(map(str, names.index.tolist()))}
+    found: dict[str, Sequence[str]] = {"index": list(map(str, names.index.tolist()))}
     if column is None:
         lowered = {str(c).lower(): c for c in names.columns}
         for usual in USUAL_COLUMNS:
@@ -432,22 +430,32 @@ def _refuse_other_species(
 ) -> None:
     """Refuse names that are plainly another species' genes, however many match by accident.
 
-    Ignoring case, three quarters of mouse symbols are human symbols too.
+    Ignoring case, three quarters of mouse symbols are human symbols too. Names written as another
+    species writes them are only accepted when they fit that species no better.
     """
     n = result.n_genes - result.n_other_species
-    if result.n_matched >= (1 - _BETTER) * n or n == 0:
+    if 2 * found.n_exact >= n:
         return
     for name in vocabulary.species:
         if name == result.species:
             continue
         rival = cleaned.find(vocabulary.index(name))
-        better = rival.n_matched - result.n_matched > _BETTER * n
-        if better and rival.n_exact > _MANY * n and rival.n_exact > 2 * found.n_exact:
+        if 2 * rival.n_exact <= n:
+            continue
+        if rival.n_matched > found.n_matched:
             raise DataError(
-                f"{rival.n_matched / n:.0%} of these names are {name} genes, only "
-                f"{result.fraction:.0%} {result.species} genes (found in {result.column}: "
-                f"{_some(cleaned.given)}): set species={name}"
+                f"{rival.n_matched / n:.0%} of these names are {name} genes as {name} genes are "
+                f"written; {result.fraction:.0%} fit {result.species} genes (found in "
+                f"{result.column}: {_some(cleaned.given)}): set species={name}"
             )
+        log.warning(
+            "the gene names are written as %s genes are (%s); they were matched to %s genes "
+            "ignoring case, as species=%s says",
+            name,
+            _some(cleaned.given),
+            result.species,
+            result.species,
+        )
 
 
 def _refuse_too_few(
@@ -461,7 +469,7 @@ def _refuse_too_few(
     """Refuse a match below the thresholds, with what would do better."""
     possible = result.n_genes - result.n_other_species
     enough = min(min_genes, possible)
-    if possible and result.fraction >= min_fraction and result.n_matched >= enough:
+    if result.fraction >= min_fraction and result.n_matched >= enough:
         return
     message = (
         f"only {result.n_matched:,} of {possible:,} gene names are {result.species} genes of the "

@@ -66,9 +66,7 @@ class NonzeroMedians:
         self.sum_V = np.zeros(n_tokens, dtype=np.float64)
         self.nonzero_V = np.zeros(n_tokens, dtype=np.int64)
         low, high = _PER_10K_OCTAVES
-        n_kinds = (
-            high - low + 1 if per_10k else _EXACT_PAGES + _LAST_OCTAVE - _FIRST_OCTAVE + 1
-        )
+        n_kinds = high - low + 1 if per_10k else _EXACT_PAGES + _LAST_OCTAVE - _FIRST_OCTAVE + 1
         self._page_VP = np.zeros((n_tokens, n_kinds), dtype=np.int32)
         self._pages = np.zeros((0, _SLOTS), dtype=np.uint32)
         self._n_pages = 0
@@ -243,8 +241,8 @@ class NonzeroMedians:
         """Add another accumulator's cells to this one; returns this one."""
         if (self.n_tokens, self.per_10k) != (other.n_tokens, other.per_10k):
             raise DataError(
-                f"medians of {self.n_tokens:,} tokens (per_10k={self.per_10k}) cannot take in those "
-                f"of {other.n_tokens:,} (per_10k={other.per_10k})"
+                f"medians of {self.n_tokens:,} tokens (per_10k={self.per_10k}) cannot take in "
+                f"those of {other.n_tokens:,} (per_10k={other.per_10k})"
             )
         if self.exact and not other.exact:
             self._coarsen()
@@ -306,12 +304,12 @@ def _checked_counts(data: npt.NDArray[Any], *, whole: bool) -> npt.NDArray[Any]:
     if low < 0:
         raise DataError(f"counts hold negative values (lowest {low}): give raw counts")
     if high >= 1 << 31:
-        raise DataError(f"counts reach {high}, above 2,147,483,647: give raw counts of single cells")
+        raise DataError(f"counts reach {high}, above 2,147,483,647: give counts of single cells")
     if whole and data.dtype.kind == "f":
         fractional = data != np.floor(data)
         if fractional.any():
             raise DataError(
-                f"counts hold fractions (such as {data[fractional][0]:g}): exact medians need whole "
-                "raw counts; use per_10k=True for fractional ones"
+                f"counts hold fractions (such as {data[fractional][0]:g}): exact medians need "
+                "whole raw counts; use per_10k=True for fractional ones"
             )
     return data

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from genemodel.errors import DataError
@@ -115,7 +116,7 @@ def one_to_one(pairs: pd.DataFrame) -> pd.DataFrame:
         rival_of_row = np.empty(len(order))
         rival_of_row[order] = rival
         keep &= rival_of_row < RIVAL_SHARE * support
-    return best[keep].reset_index(drop=True)
+    return best.loc[keep].reset_index(drop=True)
 
 
 def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
@@ -131,12 +132,14 @@ def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
         table, ("symbol", "gene_symbol", "gene_name", "name", "external_gene_name")
     )
     biotype_column = first_column(table, ("biotype", "gene_biotype", "gene_type", "type"))
+    alias_column = first_column(table, ("aliases", "alias"))
     empty = pd.Series([""] * len(table), dtype=object)
     genes = pd.DataFrame(
         {
             "ensembl_id": table[id_column].str.strip(),
             "symbol": table[symbol_column].str.strip() if symbol_column else empty,
             "biotype": table[biotype_column].str.strip() if biotype_column else empty,
+            "aliases": table[alias_column].str.strip() if alias_column else empty,
         }
     )
     repeated = genes["ensembl_id"].duplicated()
@@ -157,3 +160,251 @@ def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
                 f" Mt_*); its biotypes are {found}"
             )
     return genes.sort_values("ensembl_id").reset_index(drop=True), listed
+
+
+_KNOWN_ID = ("human_ensembl", "known_ensembl", "known_id", "ensembl_id_known")
+_KNOWN_SYMBOL = ("human_symbol", "known_symbol")
+_NEW_ID = ("target_ensembl", "ortholog_ensembl", "new_ensembl", "new_id")
+_NEW_SYMBOL = ("target_symbol", "ortholog_symbol", "new_symbol")
+_SUPPORT = ("n_support", "support_count", "n_databases")
+_TYPE = ("orthology_type", "homology_type", "ortholog_type")
+
+
+def _ortholog_pairs(
+    path: str | Path,
+    name: str,
+    to: str,
+    known: dict[str, str],
+    new: dict[str, str],
+) -> pd.DataFrame:
+    """Pairs of ids: columns known, new, support, one2one, symbol (the new gene's, as given).
+
+    `known` and `new` map lower-case ids, and symbols that only one gene has, to ids. A gene that
+    they do not hold keeps its name from the table behind a ``?``: it cannot share a token, but it
+    can be a rival (the retired id of the true ortholog, say).
+    """
+    what = "orthologs table"
+    table = read_table(path, what)
+    if (species_column := first_column(table, ("species", "target_species"))) is not None:
+        accepted = {name, name.replace("_", " "), *_ORTHOLOG_TABLE_NAMES.get(name, ())}
+        if name in SPECIES:
+            accepted.add(SPECIES[name].scientific.lower())
+        present = table[species_column].str.lower()
+        table = table[present.isin(accepted)]
+        if table.empty:
+            raise DataError(
+                f"{what}: {path} has no row for species {name!r}; its column {species_column!r} "
+                f"holds {', '.join(sorted(set(present)))}"
+            )
+    known_columns = _side_columns(table, to, _KNOWN_ID, _KNOWN_SYMBOL)
+    new_columns = _side_columns(table, name, _NEW_ID, _NEW_SYMBOL)
+    if not known_columns or not new_columns:
+        if table.shape[1] != 2:
+            raise DataError(
+                f"{what}: {path} has columns {', '.join(map(str, table.columns))}; need one with "
+                f"ids or symbols of {to} ({to}_ensembl or {to}_symbol) and one of {name} "
+                f"({name}_ensembl, target_ensembl or {name}_symbol), or two columns in all"
+            )
+        first, second = map(str, table.columns)
+        forward = table[first].str.lower().isin(known).sum()
+        backward = table[second].str.lower().isin(known).sum()
+        known_columns, new_columns = (
+            ([first], [second])
+            if forward >= backward
+            else (
+                [second],
+                [first],
+            )
+        )
+    support_column = first_column(table, _SUPPORT)
+    type_column = first_column(table, _TYPE)
+    support = pd.Series(1.0, index=table.index)
+    if support_column is not None:
+        support = pd.to_numeric(table[support_column], errors="coerce")
+        if support.isna().any():
+            raise DataError(
+                f"{what}: {path} has {table[support_column][support.isna()].iloc[0]!r} in "
+                f"{support_column}, expected numbers"
+            )
+    symbol_column = new_columns[-1]
+    pairs = pd.DataFrame(
+        {
+            "known": _ids(table, known_columns, known),
+            "new": _ids(table, new_columns, new),
+            "support": support,
+            "one2one": table[type_column].str.contains("one2one") if type_column else True,
+            "symbol": table[symbol_column],
+        }
+    )
+    pairs = pairs[(pairs["known"] != "?") & (pairs["new"] != "?")]
+    if not _resolved(pairs).any():
+        raise DataError(
+            f"{what}: none of the {len(table):,} rows of {path} names both a {to} gene of the "
+            f"vocabulary ({', '.join(known_columns)}: {', '.join(table[known_columns[0]][:3])}) and"
+            f" a {name} gene of the genes table ({', '.join(new_columns)}: "
+            f"{', '.join(table[new_columns[0]][:3])})"
+        )
+    return pairs
+
+
+def _side_columns(
+    table: pd.DataFrame, species: str, ids: tuple[str, ...], symbols: tuple[str, ...]
+) -> list[str]:
+    """Columns that name one side's genes, ids before symbols."""
+    found = (
+        first_column(table, (f"{species}_ensembl", f"{species}_id", *ids)),
+        first_column(table, (f"{species}_symbol", *symbols)),
+    )
+    return [column for column in found if column is not None]
+
+
+def _ids(table: pd.DataFrame, columns: list[str], known: dict[str, str]) -> pd.Series:
+    """Id of each row, from the first column whose entry is known; ``?name`` where none is."""
+    result = table[columns[0]].str.lower().map(known)
+    for column in columns[1:]:
+        result = result.fillna(table[column].str.lower().map(known))
+    return result.fillna("?" + table[columns[0]])
+
+
+def _resolved(pairs: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows of which both genes are known."""
+    unknown = pairs["known"].str.startswith("?") | pairs["new"].str.startswith("?")
+    return ~unknown.to_numpy(dtype=bool)
+
+
+def _names_of(ids: list[str], symbols: list[str]) -> dict[str, str]:
+    """Lower-case ids and unshared symbols -> id."""
+    count = pd.Series(symbols, dtype=object).str.lower().value_counts()
+    unshared = set(count.index[count == 1])
+    names = {s.lower(): g for g, s in zip(ids, symbols, strict=True) if s.lower() in unshared}
+    return names | {gene.lower(): gene for gene in ids}
+
+
+def _with_aliases(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """Aliases of the genes table, and the symbols by which the orthologs table knows its genes."""
+    current = {s.lower() for s in (*table["symbol"], *table["ensembl_id"])}
+    further: dict[str, list[str]] = {}
+    for gene, symbol in sorted(set(zip(pairs["new"], pairs["symbol"], strict=True))):
+        if symbol.strip("-") and "|" not in symbol and symbol.lower() not in current:
+            further.setdefault(gene, []).append(symbol)
+    return [
+        "|".join(dict.fromkeys([*filter(None, given.split("|")), *further.get(gene, ())]))
+        for gene, given in zip(table["ensembl_id"], table["aliases"], strict=True)
+    ]
+
+
+def extend(
+    vocabulary: "GeneVocabulary", name: str, genes: str | Path, orthologs: str | Path, to: str
+) -> tuple["GeneVocabulary", SpeciesReport]:
+    """Do the work of :func:`add_species`, without writing."""
+    from genemodel.genes.vocabulary import COLUMNS, GeneVocabulary
+
+    name = checked_species_name(name)
+    if name in vocabulary.species:
+        raise DataError(
+            f"species {name!r} is in the vocabulary already ({', '.join(vocabulary.species)})"
+        )
+    to = vocabulary.species[vocabulary.species_code(to)]
+    table, listed = _genes_table(genes)
+    known_rows = vocabulary.species_rows(to)
+    known_ids = [str(g) for g in known_rows["ensembl_id"]]
+    token_of = dict(zip(known_ids, map(int, known_rows["token"]), strict=True))
+    taken = set(vocabulary.genes["ensembl_id"]) & set(table["ensembl_id"])
+    if taken:
+        raise DataError(
+            f"genes table: {genes} holds {min(taken)}, a gene of another species of the vocabulary;"
+            f" give the table of {name}"
+        )
+    pairs = _ortholog_pairs(
+        orthologs,
+        name,
+        to,
+        _names_of(known_ids, [str(s) for s in known_rows["symbol"]]),
+        _names_of(table["ensembl_id"].tolist(), table["symbol"].tolist()),
+    )
+    kept = one_to_one(pairs)
+    kept = kept[_resolved(kept)]
+    declared = set(pairs.loc[pairs["one2one"], ["known", "new"]].itertuples(index=False, name=None))
+    shared = {n: k for k, n, _ in kept.itertuples(index=False) if (k, n) in declared}
+    token = np.array([token_of[shared[g]] if g in shared else -1 for g in table["ensembl_id"]])
+    own = token < 0
+    token[own] = len(vocabulary) + np.arange(int(own.sum()))
+    aliases = _with_aliases(table, pairs)
+    table = table.assign(token=token, species=name, aliases=aliases).sort_values("token")
+    extended = GeneVocabulary(
+        pd.concat([vocabulary.genes, table[list(COLUMNS)]], ignore_index=True),
+        provenance={
+            **vocabulary.provenance,
+            name: f"{Path(genes).name} and {Path(orthologs).name}, orthologs of {to}",
+        },
+        where=f"vocabulary with {name}",
+    )
+    with_orthologs = len(set(pairs["new"][_resolved(pairs)]))
+    report = SpeciesReport(
+        species=name,
+        to=to,
+        genes_in_table=listed,
+        genes_kept=len(table),
+        shared=len(shared),
+        own=int(own.sum()),
+        dropped_one_to_many=with_orthologs - len(shared),
+        unmapped=len(table) - with_orthologs,
+        tokens_before=len(vocabulary),
+        tokens_after=len(extended),
+    )
+    log.info("%s", report)
+    return extended, report
+
+
+def add_species(
+    *,
+    name: str,
+    genes: str | Path,
+    orthologs: str | Path,
+    out: str | Path,
+    to: str = "human",
+    vocabulary: "str | Path | GeneVocabulary | None" = None,
+) -> tuple["GeneVocabulary", SpeciesReport]:
+    """Add a species to a vocabulary and write the result.
+
+    Parameters
+    ----------
+    name
+        Short or Latin name of the new species.
+    genes
+        Table (tsv or csv, plain or gzipped) with columns ``ensembl_id``, ``symbol`` and, if
+        possible, ``biotype``. Protein-coding, IG/TR, miRNA and mitochondrial genes are kept; all
+        genes, where no biotype is given.
+    orthologs
+        Table of pairs: ids or symbols of `to` (``human_ensembl``, ``human_symbol``) and of the new
+        species (``target_ensembl``, ``target_symbol``, or ``<name>_...``); a table of two columns
+        needs no such names. A column ``species`` selects rows, ``n_support`` weighs rival
+        predictions, ``orthology_type`` restricts sharing to ``ortholog_one2one``. The HCOP and
+        Ensembl downloads fit.
+    out
+        Vocabulary to write (``.tsv`` or ``.tsv.gz``).
+    to
+        The species of the vocabulary that the orthologs are given for.
+    vocabulary
+        Vocabulary to extend; the built-in one by default.
+
+    Returns
+    -------
+    tuple
+        The new vocabulary, which ``extends`` the old one, and the :class:`SpeciesReport`.
+
+    Raises
+    ------
+    DataError
+        A table is missing, damaged, lacks a column or names no known gene; the species is there
+        already; `to` is not.
+    """
+    from genemodel.genes.vocabulary import GeneVocabulary
+
+    if vocabulary is None:
+        vocabulary = GeneVocabulary.builtin()
+    elif not isinstance(vocabulary, GeneVocabulary):
+        vocabulary = GeneVocabulary.read(vocabulary)
+    extended, report = extend(vocabulary, name, genes, orthologs, to)
+    extended.save(out)
+    return extended, report

@@ -46,9 +46,7 @@ SPECIES: dict[str, Species] = {
         Species(
             "mouse", 10090, "ENSMUSG", "Mus musculus", ("mm9", "mm10", "mm39", "grcm38", "grcm39")
         ),
-        Species(
-            "rat", 10116, "ENSRNOG", "Rattus norvegicus", ("rn5", "rn6", "rn7", "mratbn7.2")
-        ),
+        Species("rat", 10116, "ENSRNOG", "Rattus norvegicus", ("rn5", "rn6", "rn7", "mratbn7.2")),
         Species("rhesus", 9544, "ENSMMUG", "Macaca mulatta", ("rhemac8", "rhemac10", "mmul10")),
         Species("cynomolgus", 9541, "ENSMFAG", "Macaca fascicularis", ("mfa1912rksv2",)),
         Species("chimpanzee", 9598, "ENSPTRG", "Pan troglodytes", ("pantro6",)),
@@ -66,7 +64,11 @@ SPECIES: dict[str, Species] = {
         Species("lizard", 28377, "ENSACAG", "Anolis carolinensis", ("anocar2",)),
         Species("frog", 8364, "ENSXETG", "Xenopus tropicalis", ("xentro10",)),
         Species(
-            "zebrafish", 7955, "ENSDARG", "Danio rerio", ("grcz10", "grcz11", "danrer10", "danrer11")
+            "zebrafish",
+            7955,
+            "ENSDARG",
+            "Danio rerio",
+            ("grcz10", "grcz11", "danrer10", "danrer11"),
         ),
         Species("fly", 7227, "FBgn", "Drosophila melanogaster", ("dm3", "dm6", "bdgp6")),
         Species("worm", 6239, "WBGene", "Caenorhabditis elegans", ("ce10", "ce11", "wbcel235")),

@@ -39,7 +39,6 @@ CELL = 2
 N_SPECIAL = 3
 SPECIAL_NAMES = ("<pad>", "<mask>", "<cell>")
 
-MAX_TOKENS = 1 << 22
 COLUMNS = ("token", "species", "ensembl_id", "symbol", "biotype", "aliases")
 _MAGIC = "# genemodel gene vocabulary 1"
 _KEPT_BIOTYPE = re.compile(r"^(?:protein_coding|miRNA|Mt_\w+|(?:IG|TR)_[A-Z]+_gene)$")
@@ -101,14 +100,14 @@ class GeneVocabulary:
         }
         self._provenance = MappingProxyType(dict(provenance or {}))
         try:
-            self._token = rows["token"].to_numpy().astype(np.int64)
+            token = rows["token"].to_numpy().astype(np.int64)
         except (TypeError, ValueError) as error:
             raise DataError(f"{where}: tokens must be whole numbers ({error})") from error
         code, names = pd.factorize(np.asarray(self._text["species"], dtype=object))
         self._species: tuple[str, ...] = tuple(map(str, names))
         self._code = code.astype(np.int16)
-        _check_rows(self._token, self._code, self._text, where, first_line)
-        self._token = self._token.astype(np.int32)
+        _check_rows(token, self._code, self._text, where, first_line)
+        self._token = token.astype(np.int32)
         self._size = int(self._token.max()) + 1
         self._indices: dict[str, SpeciesIndex] = {}
 
