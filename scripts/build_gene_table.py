@@ -52,15 +52,20 @@ def kept(genes: pd.DataFrame) -> pd.Series:
     """Genes that enter the vocabulary (see docs/genes.md)."""
     named = ~genes["symbol"].str.match(CLONE_LIKE)
     mitochondrial = genes["chrom"].isin(["chrM", "MT"])
-    return mitochondrial | genes["biotype"].map(kept_biotype) | (
-        (genes["biotype"] == "lncRNA") & named
+    return (
+        mitochondrial
+        | genes["biotype"].map(kept_biotype)
+        | ((genes["biotype"] == "lncRNA") & named)
     )
 
 
 def merged_by_symbol(genes: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[str]]]:
-    """Keep the oldest (lowest) id of each symbol; the others become its further ids."""
-    genes = genes.sort_values("ensembl_id").reset_index(drop=True)
-    first = genes.drop_duplicates("symbol").reset_index(drop=True)
+    """Keep one id of each symbol, protein-coding and old (low) ones first; the others become
+    further ids of that gene: copies on the Y chromosome, and second annotations of one locus.
+    """
+    coding = genes["biotype"] == "protein_coding"
+    genes = genes.assign(noncoding=~coding).sort_values(["noncoding", "ensembl_id"])
+    first = genes.drop_duplicates("symbol").sort_values("ensembl_id").reset_index(drop=True)
     canonical = dict(zip(first["symbol"], first["ensembl_id"], strict=True))
     further: dict[str, list[str]] = defaultdict(list)
     for gene, symbol in zip(genes["ensembl_id"], genes["symbol"], strict=True):
@@ -235,7 +240,12 @@ def build(folder: Path) -> GeneVocabulary:
             "|".join(aliases[gene]) for gene in genes[species]["ensembl_id"]
         ]
         canonical[species] = {g: g for g in genes[species]["ensembl_id"]}
-        canonical[species] |= {o: g for g, others in further.items() for o in others}
+        canonical[species] |= {
+            name: gene
+            for gene, names in aliases.items()
+            for name in names
+            if re.match(r"^ENS[A-Z]*G\d{11}$", name) and name not in canonical[species]
+        }
     human, mouse = genes["human"], genes["mouse"]
     human["token"] = range(N_SPECIAL, N_SPECIAL + len(human))
     token_of = dict(zip(human["ensembl_id"], human["token"], strict=True))
