@@ -79,3 +79,49 @@ def pack_random():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """Folder of a corpus of 600 generated cells of two species, four donors."""
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.synthetic import synthetic
+
+    folder = tmp_path_factory.mktemp("tiny")
+    files = []
+    for name, adata in synthetic(600, n_genes=600, genes_per_cell=80, seed=1).items():
+        adata.write_h5ad(folder / f"{name}.h5ad")
+        files.append(folder / f"{name}.h5ad")
+    Corpus.build(files, folder / "corpus")
+    return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def random_bundle():
+    """A bundle over the built-in vocabulary with random weights, shared: do not change it."""
+    import numpy as np
+    import torch
+
+    from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.tokens import TokenSettings
+    from genemodel.genes import GeneVocabulary
+    from genemodel.model.gene_model import GeneModel
+    from genemodel.model.settings import ModelSettings
+
+    vocabulary = GeneVocabulary.builtin()
+    torch.manual_seed(0)
+    model = GeneModel(
+        ModelSettings(layers=1, width=16, heads=2, ffn=16),
+        n_tokens=len(vocabulary), n_species=2, context=128,
+    )  # fmt: skip
+    medians_V = np.full(len(vocabulary), np.nan, np.float32)
+    medians_V[3:5000] = np.random.default_rng(0).uniform(0.5, 3, 4997)
+    return Bundle(
+        model=model.eval(),
+        vocabulary=vocabulary,
+        tokens=TokenSettings(context=128, budget=1024),
+        medians_V=medians_V,
+        heads={"some_head.weight": torch.arange(4.0)},
+        settings={"some_head": {"n": 4}},
+        provenance={"steps": 7},
+    )

@@ -1,0 +1,293 @@
+"""The main job in miniature: corpus, pre-training, embedding, report, in minutes on a CPU."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+GENERATED, FETCHED = "generated", "pbmc3k"
+# Enough for UMAPs and neighbours that mean something, few enough for seconds.
+SHOWN_CELLS = 3000
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo runs on.
+
+    Attributes
+    ----------
+    data
+        ``generated`` (two species, made here), ``pbmc3k`` (fetched by scanpy), or your own files
+        with raw counts.
+    out
+        Directory for corpus, run and report.
+    species
+        Of your files, or ``obs:COLUMN``; empty for the obs column ``species``.
+    layer
+        Where the raw counts of your files are; empty for X.
+    vocabulary
+        Vocabulary file for species beyond human and mouse; empty for the built-in one.
+    cells
+        Cells to generate.
+    steps
+        Optimiser steps.
+    seed
+        Of everything random.
+    """
+
+    data: tuple[str, ...] = (GENERATED,)
+    out: str = "runs/demo"
+    species: str = ""
+    layer: str = ""
+    vocabulary: str = ""
+    cells: int = 6000
+    steps: int = 200
+    seed: int = 0
+
+
+def demo(settings: DemoSettings) -> str:
+    """Run the demo.
+
+    Returns
+    -------
+    Where everything is, in words.
+    """
+    from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.split import split_cells
+    from genemodel.evaluation.demo_report import write_demo_report
+    from genemodel.genes import GeneVocabulary
+    from genemodel.train.recipe import pretrain
+
+    begin = time.perf_counter()
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus_path = out / "corpus"
+    if corpus_path.exists():
+        logger.info("1/4 corpus: %s is there already", corpus_path)
+        corpus = Corpus.open(corpus_path)
+    else:
+        files = _files(settings, out)
+        logger.info("1/4 corpus: checking counts and matching genes of %s files", len(files))
+        vocabulary = (
+            GeneVocabulary.read(settings.vocabulary)
+            if settings.vocabulary
+            else GeneVocabulary.builtin()
+        )
+        corpus = Corpus.build(
+            files,
+            corpus_path,
+            vocabulary=vocabulary,
+            species=settings.species or None,
+            layer=settings.layer or None,
+        )
+    description = corpus.describe()
+    description.to_html(out / "corpus.html")
+    logger.info("    %s cells; readiness report: %s", f"{len(corpus):,}", out / "corpus.html")
+
+    by = _holdout_column(corpus)
+    recipe = _recipe(settings, corpus_path, out / "run", by, corpus)
+    logger.info("2/4 pre-training %s steps; held out by %s", settings.steps, by or "nothing")
+    bundle_path = pretrain(recipe)
+
+    logger.info("3/4 embedding held-out cells")
+    bundle = Bundle.load(bundle_path)
+    if by:
+        _, cells = split_cells(
+            corpus,
+            by=by,
+            holdout=list(recipe.holdout.groups) or recipe.holdout.fraction,
+            seed=recipe.holdout.seed,
+        )
+    else:
+        cells = np.arange(len(corpus))
+    rng = np.random.default_rng(settings.seed)
+    if cells.size > SHOWN_CELLS:
+        cells = np.sort(rng.choice(cells, SHOWN_CELLS, replace=False))
+    embeddings, obs = embed_corpus_cells(corpus, cells, bundle, seed=settings.seed)
+
+    logger.info("4/4 report")
+    curves = pd.read_csv(out / "run" / "metrics.csv")
+    validation = pd.read_csv(out / "run" / "validation.csv")
+    report = write_demo_report(
+        out / "report.html",
+        curves=curves,
+        validation=validation,
+        embeddings=embeddings,
+        obs=obs,
+        corpus_text=description.to_text(),
+        settings=json.loads((out / "run" / "settings.json").read_text()),
+        held_out_by=by,
+        seed=settings.seed,
+    )
+    minutes = (time.perf_counter() - begin) / 60
+    return (
+        f"{report.to_string()}\n\n"
+        f"Done in {minutes:.1f} minutes.\n"
+        f"  report     {out / 'report.html'}\n"
+        f"  model      {bundle_path}   (gm.load, gm.embed)\n"
+        f"  corpus     {corpus_path}   readiness report: {out / 'corpus.html'}\n"
+        f"  run        {out / 'run'}   metrics.csv, validation.csv, checkpoints"
+    )
+
+
+def _files(settings: DemoSettings, out: Path) -> list[Path]:
+    """Files of raw counts for the corpus: generated, fetched, or the user's."""
+    if settings.data == (GENERATED,):
+        from genemodel.cells.synthetic import synthetic
+
+        logger.info("    generating %s human and mouse cells", f"{settings.cells:,}")
+        files = []
+        for name, adata in synthetic(
+            settings.cells, n_genes=2500, genes_per_cell=350, n_batches=6, seed=settings.seed
+        ).items():
+            path = out / "data" / f"{name}.h5ad"
+            path.parent.mkdir(exist_ok=True)
+            adata.write_h5ad(path)
+            files.append(path)
+        return files
+    if settings.data == (FETCHED,):
+        return [_fetch_pbmc3k(out)]
+    files = [Path(name) for name in settings.data]
+    for path in files:
+        if not path.exists():
+            raise DataError(
+                f"data={path}: no such file. Give files with raw counts, data={GENERATED} or "
+                f"data={FETCHED}."
+            )
+    return files
+
+
+def _fetch_pbmc3k(out: Path) -> Path:
+    path = out / "data" / "pbmc3k.h5ad"
+    if path.exists():
+        return path
+    import urllib.error
+
+    import scanpy as sc
+
+    path.parent.mkdir(exist_ok=True)
+    logger.info("    fetching pbmc3k through scanpy")
+    try:
+        adata = sc.datasets.pbmc3k()
+    except (urllib.error.URLError, OSError) as error:
+        raise DataError(
+            f"data={FETCHED} needs the internet, and scanpy could not fetch it here ({error}). "
+            f"Use data={GENERATED}, or data=FILE.h5ad with raw counts of your own."
+        ) from error
+    adata.obs["species"] = "human"
+    adata.write_h5ad(path)
+    return path
+
+
+def _holdout_column(corpus: Any) -> str:
+    """Column by whose groups cells can be held out: the first with two groups or more."""
+    for column in ("donor", "dataset", "batch"):
+        codes, _ = corpus.codes(column)
+        if np.unique(codes[codes >= 0]).size >= 2 and (codes >= 0).all():
+            return column
+    return ""
+
+
+def _recipe(settings: DemoSettings, corpus: Path, run: Path, by: str, opened: Any) -> Any:
+    """Settings of the demo's pre-training: ``configs/experiment/pretrain_demo.yaml``."""
+    from genemodel import config_files
+    from genemodel.settings import parse
+    from genemodel.train.settings import PretrainSettings
+
+    if settings.steps < 1:
+        raise ConfigError(f"steps={settings.steps}: it must be at least 1.")
+    codes, _ = opened.codes(by) if by else (np.array([0]), [])
+    share = max(0.15, 1.0 / max(1, np.unique(codes).size))
+    every = max(1, settings.steps // 5)
+    values = config_files.compose(
+        "pretrain",
+        [
+            "experiment=pretrain_demo",
+            f"corpus={json.dumps(str(corpus))}",
+            f"out={json.dumps(str(run))}",
+            f"seed={settings.seed}",
+            f"holdout.by={json.dumps(by)}",
+            f"holdout.fraction={share}",
+            f"trainer.max_steps={settings.steps}",
+            f"trainer.validate_every={every}",
+            f"trainer.checkpoint_every={every}",
+            f"optim.warmup_steps={min(20, settings.steps // 5)}",
+        ],
+    )
+    return parse(PretrainSettings, values)
+
+
+def embed_corpus_cells(
+    corpus: Any, cells: np.ndarray, bundle: Any, *, seed: int
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """Embed cells of a corpus with a model, with PCA, and with a model of random weights.
+
+    Parameters
+    ----------
+    corpus
+        Open corpus.
+    cells
+        Permanent numbers, ascending.
+    bundle
+        The model.
+    seed
+        Of the random weights and of PCA.
+
+    Returns
+    -------
+    Embeddings by name, one row a cell, and the cells' obs.
+    """
+    import scipy.sparse as sp
+    import torch
+
+    from genemodel.evaluation.light_metrics import pca_of_lognorm
+    from genemodel.inference.counts import VocabularyChunk, batches
+    from genemodel.model.gene_model import GeneModel
+
+    runs = np.split(cells, np.flatnonzero(np.diff(cells) > 1) + 1)
+    blocks = [corpus.read(int(run[0]), int(run[-1]) + 1) for run in runs]
+    lengths = np.concatenate([np.diff(block.starts_C1) for block in blocks])
+    counts_CV = sp.csr_matrix(
+        (
+            np.concatenate([block.count_N for block in blocks]).astype(np.float32),
+            np.concatenate([block.gene_N for block in blocks]).astype(np.int32),
+            np.concatenate([[0], np.cumsum(lengths)]),
+        ),
+        shape=(cells.size, len(corpus.vocabulary)),
+    )
+    obs = pd.DataFrame(index=[str(c) for c in cells])
+    for column in ("species", "dataset", "batch", "donor", "cell_type"):
+        codes, names = corpus.codes(column)
+        if (codes[cells] >= 0).any():
+            obs[column] = pd.Categorical.from_codes(codes[cells], names).remove_unused_categories()
+    position = {name: i for i, name in enumerate(bundle.species)}
+    species_C = obs["species"].astype(str).map(position).to_numpy(np.int64)
+    chunk = VocabularyChunk(
+        0, counts_CV, species_C, np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
+    )
+    torch.manual_seed(seed)
+    random = GeneModel(
+        bundle.model.settings, n_tokens=len(bundle.vocabulary), n_species=len(bundle.species),
+        context=bundle.tokens.context,
+    ).eval()  # fmt: skip
+    embeddings = {}
+    for name, model in (("genemodel", bundle.model), ("random weights", random)):
+        out = np.zeros((cells.size, bundle.model.settings.width), np.float32)
+        with torch.inference_mode():
+            for rows, batch in batches(chunk, bundle):
+                out[rows] = model.to(bundle.device)(batch.to(bundle.device)).cell_CD[
+                    : rows.size
+                ].float().cpu().numpy()
+        embeddings[name] = out
+    embeddings["PCA"] = pca_of_lognorm(counts_CV, n_comps=30, n_hvg=2000, seed=seed)
+    return embeddings, obs

@@ -1,0 +1,164 @@
+"""Embedding: order, batch size, sources and species cannot change a cell's vector."""
+
+import logging
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import genemodel as gm
+from genemodel.cells.synthetic import synthetic
+from genemodel.errors import ConfigError, DataError
+from genemodel.inference.embed import EmbedSettings, collapse, embed_file
+
+
+@pytest.fixture(scope="module")
+def cells():
+    parts = synthetic(120, n_genes=800, genes_per_cell=150, seed=3)
+    return parts["human"], parts["mouse"]
+
+
+def vectors(adata, model, **options):
+    adata = adata.copy()
+    assert gm.embed(adata, model, **options) is None
+    return adata.obsm["X_genemodel"]
+
+
+def test_rows_follow_the_input_and_batch_size_changes_nothing(random_bundle, cells):
+    human, _ = cells
+    whole = vectors(human, random_bundle)
+    assert whole.shape == (60, 16) and whole.dtype == np.float32
+    order = np.random.default_rng(0).permutation(60)
+    np.testing.assert_allclose(
+        vectors(human[order], random_bundle), whole[order], rtol=1e-4, atol=1e-5
+    )
+    for batch_size in (1, 7, 1000):
+        np.testing.assert_allclose(
+            vectors(human, random_bundle, batch_size=batch_size), whole, rtol=1e-4, atol=1e-5
+        )
+    assert np.abs(whole - whole[0]).max() > 0.1  # cells differ
+
+
+def test_memory_backed_path_and_command_line_agree(random_bundle, cells, tmp_path):
+    human, _ = cells
+    human.write_h5ad(tmp_path / "cells.h5ad")
+    random_bundle.save(tmp_path / "bundle")
+    whole = vectors(human, random_bundle)
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    gm.embed(backed, random_bundle)
+    np.testing.assert_array_equal(backed.obsm["X_genemodel"], whole)
+    backed.file.close()
+    from_path = gm.embed(tmp_path / "cells.h5ad", random_bundle)
+    np.testing.assert_array_equal(from_path.obsm["X_genemodel"], whole)
+    assert list(from_path.obs_names) == list(human.obs_names)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "genemodel", "embed", f"model={tmp_path / 'bundle'}",
+            f"input={tmp_path / 'cells.h5ad'}", f"output={tmp_path / 'out.h5ad'}", "device=cpu",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_allclose(written.obsm["X_genemodel"], whole, rtol=1e-4, atol=1e-5)
+    uns = written.uns["X_genemodel"]
+    assert uns["model"] == random_bundle.fingerprint
+    assert uns["genes_matched"]["human"] > 700 and uns["effective_rank"] > 2
+
+
+def test_mixed_species_equal_each_species_alone(random_bundle, cells):
+    human, mouse = cells
+    both = ad.concat([human, mouse], join="outer", fill_value=0)
+    both.obs["species"] = ["human"] * 60 + ["mouse"] * 60
+    both = both[np.random.default_rng(1).permutation(120)].copy()
+    got = vectors(both, random_bundle)
+    for name, part in (("human", human), ("mouse", mouse)):
+        rows = (both.obs["species"] == name).to_numpy()
+        at = part.obs_names.get_indexer(both.obs_names[rows])
+        np.testing.assert_allclose(
+            got[rows], vectors(part, random_bundle)[at], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_cells_without_known_genes_get_nan_and_are_counted(random_bundle, cells, caplog):
+    human = cells[0].copy()
+    counts = human.X.tolil()
+    counts[5] = 0
+    human.X = counts.tocsr().astype(np.float32)
+    with caplog.at_level(logging.WARNING):
+        got = vectors(human, random_bundle)
+    assert np.isnan(got[5]).all() and np.isfinite(np.delete(got, 5, 0)).all()
+    assert "1 of 60 cells have no gene" in caplog.text
+
+
+def test_counts_in_a_layer_and_names_in_another_form(random_bundle, cells):
+    human = cells[0].copy()
+    whole = vectors(human, random_bundle)
+    other = human.copy()
+    other.layers["counts"] = other.X.copy()
+    other.X = other.X.astype(np.float32).log1p()
+    other.var_names = [f"{name}.3" for name in other.var_names]
+    np.testing.assert_array_equal(vectors(other, random_bundle, layer="counts"), whole)
+    with pytest.raises(DataError, match="layer=.?counts"):
+        vectors(other, random_bundle)
+
+
+def test_depth_is_seen_but_does_not_dominate(random_bundle, cells):
+    """The library is an input of its own: doubling all counts keeps values and moves depth."""
+    human = cells[0].copy()
+    doubled = human.copy()
+    doubled.X = sp.csr_matrix(human.X) * 2
+    a, b = vectors(human, random_bundle), vectors(doubled, random_bundle)
+    assert 0 < np.abs(a - b).mean() < 0.5 * np.abs(a - a[::-1]).mean()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"output": "out.csv"}, "does not end in .h5ad"),
+        ({"output": "no/such/folder/out.h5ad"}, "does not exist"),
+        ({"input": "absent.h5ad"}, "input=absent.h5ad does not exist"),
+    ],
+)
+def test_files_are_refused_before_work_starts(tmp_path, change, words):
+    values = {"model": "m", "input": __file__, "output": str(tmp_path / "o.h5ad"), **change}
+    with pytest.raises((ConfigError, DataError), match=words):
+        embed_file(EmbedSettings(**values))
+
+
+def test_an_existing_output_is_not_overwritten(tmp_path):
+    (tmp_path / "o.h5ad").write_text("precious")
+    with pytest.raises(ConfigError, match="overwrite=true"):
+        embed_file(EmbedSettings(model="m", input=__file__, output=str(tmp_path / "o.h5ad")))
+    assert (tmp_path / "o.h5ad").read_text() == "precious"
+
+
+def test_a_species_the_model_does_not_know_is_refused(random_bundle, cells):
+    fish = cells[0].copy()
+    fish.obs["species"] = "zebrafish"
+    with pytest.raises(DataError, match="zebrafish"):
+        vectors(fish, random_bundle)
+
+
+def test_collapse_is_measured():
+    rng = np.random.default_rng(0)
+    full = collapse(rng.normal(size=(500, 8)))
+    assert full["effective_rank"] > 7.5 and abs(full["mean_cosine"]) < 0.05
+    line = collapse(np.outer(rng.normal(size=500), np.ones(8)) + 100)
+    assert line["effective_rank"] < 1.01 and line["mean_cosine"] > 0.99
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu_within_bf16(random_bundle, cells, tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    random_bundle.save(tmp_path / "bundle")
+    on_gpu = gm.load(tmp_path / "bundle", device="cuda")
+    np.testing.assert_allclose(
+        vectors(cells[0], on_gpu), vectors(cells[0], random_bundle), rtol=0.05, atol=0.05
+    )
