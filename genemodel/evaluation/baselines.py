@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TARGET_SUM = 1e4
 _SCANORAMA_WIDTH = 100  # its own default
 _UNLABELLED = "genemodel: no label"
 
@@ -62,68 +63,82 @@ class Conditions:
         """Batch of each cell as strings, (n_cells,)."""
         if self.batch_key is None:
             raise DataError("this method corrects a batch effect and needs batch_key")
-        return adata.obs[self.batch_key].astype(str).to_numpy(dtype=object)
+        return column(adata, self.batch_key).astype(str).to_numpy(dtype=object)
 
 
-def log_normalised(adata: "AnnData") -> "AnnData":
-    """Copy with X = log(1 + 10,000 × share of the cell's counts)."""
-    import scanpy as sc
-    from anndata import AnnData
+def column(adata: "AnnData", key: str) -> pd.Series:
+    """Return a column of ``obs`` as objects, missing values kept."""
+    return pd.Series(np.asarray(adata.obs[key], dtype=object))
 
-    counts = sp.csr_matrix(adata.X, dtype=np.float32, copy=True)
-    logged = AnnData(counts, obs=adata.obs.copy(), var=adata.var[[]].copy())
-    sc.pp.normalize_total(logged, target_sum=1e4)
-    sc.pp.log1p(logged)
-    return logged
+
+def counts_of(adata: "AnnData") -> sp.csr_matrix:
+    """Raw counts of the cells, float32 CSR (n_cells, n_genes); a copy."""
+    return sp.csr_matrix(cast(Any, adata.X), dtype=np.float32, copy=True)
+
+
+def log_normalised(counts_CG: sp.csr_matrix) -> sp.csr_matrix:
+    """Give log(1 + 10,000 × share of the cell's counts), float32 CSR."""
+    library_C = np.asarray(counts_CG.sum(axis=1), dtype=np.float64).ravel()
+    factor_C = _TARGET_SUM / np.where(library_C > 0, library_C, 1.0)
+    logged_CG = sp.csr_matrix(counts_CG, dtype=np.float32, copy=True)
+    logged_CG.data *= np.repeat(factor_C, np.diff(logged_CG.indptr)).astype(np.float32)
+    np.log1p(logged_CG.data, out=logged_CG.data)
+    return logged_CG
 
 
 def highly_variable(
-    logged: "AnnData", n_hvg: int, batch_key: str | None = None, min_cells: int = 20
+    logged_CG: sp.csr_matrix, n_hvg: int, batch_C: np.ndarray | None = None, min_cells: int = 20
 ) -> np.ndarray:
-    """Mask (n_genes,) of the most variable genes of log-normalised data.
+    """Choose the most variable genes of log-normalised data, as a mask (n_genes,).
 
     Scanpy's "seurat" dispersions. Ranked within each batch and combined, as the scIB study
     recommends, so that a gene that only marks a batch is not preferred; over all cells where a
     batch has fewer than ``min_cells`` cells.
     """
     import scanpy as sc
+    from anndata import AnnData
 
-    if logged.n_vars <= n_hvg:
-        return np.asarray(logged.X.getnnz(axis=0)).ravel() > 0
+    seen_G = logged_CG.getnnz(axis=0) > 0
+    if seen_G.sum() <= n_hvg:
+        return seen_G
+    data = AnnData(logged_CG)
     by_batch = None
-    if batch_key is not None:
-        sizes = logged.obs[batch_key].value_counts()
-        sizes = sizes[sizes > 0]
-        by_batch = batch_key if len(sizes) > 1 and sizes.min() >= min_cells else None
+    if batch_C is not None:
+        data.obs["batch"] = pd.Categorical(batch_C)
+        sizes = data.obs["batch"].value_counts()
+        by_batch = "batch" if len(sizes) > 1 and sizes.min() >= min_cells else None
     found = sc.pp.highly_variable_genes(
-        logged, flavor="seurat", n_top_genes=n_hvg, batch_key=by_batch, inplace=False
+        data, flavor="seurat", n_top_genes=n_hvg, batch_key=by_batch, inplace=False
     )
-    return found["highly_variable"].to_numpy()
+    return cast(pd.DataFrame, found)["highly_variable"].to_numpy(dtype=bool)
 
 
-def _variable_log(adata: "AnnData", conditions: Conditions) -> "AnnData":
-    logged = log_normalised(adata)
-    return logged[:, highly_variable(logged, conditions.n_hvg, conditions.batch_key)].copy()
+def _variable_log(adata: "AnnData", conditions: Conditions) -> sp.csr_matrix:
+    """Log-normalised counts of the highly variable genes."""
+    logged_CG = log_normalised(counts_of(adata))
+    batch_C = None if conditions.batch_key is None else conditions.batch_of(adata)
+    return logged_CG[:, highly_variable(logged_CG, conditions.n_hvg, batch_C)]
 
 
-def _principal(array_CG: Any, conditions: Conditions) -> np.ndarray:
+def principal_components(data_CG: Any, n_comps: int, seed: int) -> np.ndarray:
+    """Scores of the first principal components, centred and not scaled: (n_cells, n_comps)."""
     import scanpy as sc
 
-    n_comps = min(conditions.n_comps, min(array_CG.shape) - 1)
-    return np.asarray(sc.pp.pca(array_CG, n_comps=n_comps, random_state=conditions.seed))
+    n_comps = min(n_comps, min(data_CG.shape) - 1)
+    return np.asarray(sc.pp.pca(data_CG, n_comps=n_comps, random_state=seed))
 
 
 def none(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """No integration: PCA of the log-normalised highly variable genes."""
-    return _principal(_variable_log(adata, conditions).X, conditions)
+    logged_CG = _variable_log(adata, conditions)
+    return principal_components(logged_CG, conditions.n_comps, conditions.seed)
 
 
 def combat(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """ComBat (Johnson, Li & Rabinovic 2007; scanpy's implementation), then PCA."""
     import scanpy as sc
+    from anndata import AnnData
 
-    logged = _variable_log(adata, conditions)
-    logged.X = logged.X.toarray()
     batch = pd.Categorical(conditions.batch_of(adata))
     smallest = int(batch.value_counts().min())
     if smallest < 2:
@@ -131,8 +146,10 @@ def combat(adata: "AnnData", conditions: Conditions) -> np.ndarray:
             "ComBat estimates a variance within each batch and needs 2 cells per batch, but the "
             f"smallest batch of {conditions.batch_key!r} has {smallest}"
         )
-    logged.obs["batch"] = batch
-    return _principal(sc.pp.combat(logged, key="batch", inplace=False), conditions)
+    data = AnnData(_variable_log(adata, conditions).toarray())
+    data.obs["batch"] = batch
+    corrected_CG = sc.pp.combat(data, key="batch", inplace=False)
+    return principal_components(corrected_CG, conditions.n_comps, conditions.seed)
 
 
 def harmony(adata: "AnnData", conditions: Conditions) -> np.ndarray:
@@ -158,15 +175,15 @@ def scanorama(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """Scanorama (Hie, Bryson & Berger 2019) with its defaults, one data set per batch."""
     from scanorama import integrate
 
-    logged = _variable_log(adata, conditions)
+    logged_CG = _variable_log(adata, conditions)
     batch_C = conditions.batch_of(adata)
-    genes = list(logged.var_names)
+    genes = [str(gene) for gene in range(logged_CG.shape[1])]
     rows_of = [np.flatnonzero(batch_C == batch) for batch in pd.unique(batch_C)]
     parts, _ = integrate(
-        [sp.csr_matrix(logged.X[rows]) for rows in rows_of],
+        [logged_CG[rows] for rows in rows_of],
         [genes] * len(rows_of),
         verbose=0,
-        dimred=min(_SCANORAMA_WIDTH, logged.n_vars - 1, logged.n_obs - 1),
+        dimred=min(_SCANORAMA_WIDTH, min(logged_CG.shape) - 1),
         seed=conditions.seed,
     )
     result_CD = np.empty((adata.n_obs, parts[0].shape[1]), dtype=np.float32)
@@ -191,11 +208,12 @@ def scanvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     conditions.borrowed_seconds += seconds
     model = SCANVI.from_scvi_model(base, unlabeled_category=_UNLABELLED, labels_key="label")
     epochs = None if conditions.scvi_epochs is None else max(2, conditions.scvi_epochs // 40)
-    model.train(max_epochs=epochs, **_quiet_training())
+    model.train(max_epochs=epochs, **quiet_training())
     return _latent(model, kept_C)
 
 
-def _quiet_training() -> dict[str, Any]:
+def quiet_training() -> dict[str, Any]:
+    """Arguments that make scvi-tools train without progress bars and log folders."""
     return {
         "accelerator": "auto",
         "enable_progress_bar": False,
@@ -217,27 +235,28 @@ def _scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, n
     if key in conditions.shared:
         return conditions.shared[key]
     start = time.perf_counter()
-    variable = highly_variable(log_normalised(adata), conditions.n_hvg, conditions.batch_key)
-    counts = sp.csr_matrix(adata.X[:, variable], dtype=np.float32)
+    counts = counts_of(adata)
+    batch_C = conditions.batch_of(adata)
+    counts = counts[:, highly_variable(log_normalised(counts), conditions.n_hvg, batch_C)]
     kept_C = np.asarray(counts.sum(axis=1)).ravel() > 0
     data = AnnData(counts[kept_C])
     data.obs_names = [str(i) for i in range(data.n_obs)]
-    data.obs["batch"] = pd.Categorical(conditions.batch_of(adata)[kept_C])
-    data.obs["label"] = _labels(adata, conditions)[kept_C]
+    data.obs["batch"] = pd.Categorical(batch_C[kept_C])
+    data.obs["label"] = pd.Categorical(_labels(adata, conditions)[kept_C])
     scvi_tools.settings.seed = conditions.seed
     scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch", labels_key="label")
     model = scvi_tools.model.SCVI(data)
-    model.train(max_epochs=conditions.scvi_epochs, **_quiet_training())
+    model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
     seconds = time.perf_counter() - start
     conditions.shared[key] = (model, seconds, kept_C)
     return model, 0.0, kept_C
 
 
-def _labels(adata: "AnnData", conditions: Conditions) -> pd.Categorical:
+def _labels(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     if conditions.label_key is None:
-        return pd.Categorical([_UNLABELLED] * adata.n_obs)
-    label = adata.obs[conditions.label_key].astype(object)
-    return pd.Categorical(label.where(label.notna(), _UNLABELLED).astype(str))
+        return np.full(adata.n_obs, _UNLABELLED, dtype=object)
+    label = column(adata, conditions.label_key)
+    return label.where(label.notna(), _UNLABELLED).astype(str).to_numpy(dtype=object)
 
 
 def _latent(model: Any, kept_C: np.ndarray) -> np.ndarray:
@@ -262,11 +281,11 @@ def random_weights(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
     What an architecture gives without having learnt anything; a trained encoder must be better.
     """
-    logged = _variable_log(adata, conditions)
+    logged_CG = _variable_log(adata, conditions)
     draw = np.random.default_rng(conditions.seed)
-    width = 256
-    first_GH = draw.standard_normal((logged.n_vars, width), dtype=np.float32)
-    hidden_CH = np.maximum(logged.X @ first_GH / np.sqrt(logged.n_vars), 0.0)
+    n_genes, width = logged_CG.shape[1], 256
+    first_GH = draw.standard_normal((n_genes, width), dtype=np.float32)
+    hidden_CH = np.maximum(np.asarray(logged_CG @ first_GH) / np.sqrt(n_genes), 0.0)
     second_HD = draw.standard_normal((width, conditions.n_comps), dtype=np.float32)
     return np.asarray(hidden_CH @ second_HD / np.sqrt(width), dtype=np.float32)
 
@@ -277,7 +296,7 @@ def genemodel(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
     copy = adata.copy()
     integrate(copy, batch_key=conditions.batch_key, seed=conditions.seed)
-    return np.asarray(copy.obsm["X_genemodel"])
+    return np.asarray(cast(Any, copy.obsm["X_genemodel"]))
 
 
 Integration = Callable[["AnnData", Conditions], np.ndarray]

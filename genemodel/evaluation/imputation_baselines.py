@@ -10,26 +10,24 @@ not return to the depth of the input, each cell is scaled back to its own number
 Without it the Poisson score judges the lost factor and not the denoising.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import scipy.sparse as sp
 
 from genemodel.evaluation.baselines import (
     Conditions,
-    _quiet_training,
+    counts_of,
     highly_variable,
     log_normalised,
+    principal_components,
+    quiet_training,
 )
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 _CP10K = 1e4
-
-
-def _counts(adata: "AnnData") -> sp.csr_matrix:
-    return sp.csr_matrix(adata.X, dtype=np.float32)
 
 
 def _library(counts: Any) -> np.ndarray:
@@ -44,19 +42,19 @@ def _to_library(profile_CG: np.ndarray, library_C1: np.ndarray) -> np.ndarray:
 
 def none(adata: "AnnData", conditions: Conditions) -> sp.csr_matrix:
     """No denoising: the counts themselves."""
-    return _counts(adata)
+    return counts_of(adata)
 
 
 def gene_mean(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """Every cell gets the average profile, scaled to its own number of molecules."""
-    counts = _counts(adata)
+    counts = counts_of(adata)
     share_G = np.asarray(counts.sum(axis=0)).ravel() / counts.sum()
     return _library(counts) * share_G[None, :].astype(np.float32)
 
 
 def gene_median(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """Every cell gets the median profile (zeros count), scaled to its own number of molecules."""
-    counts = _counts(adata)
+    counts = counts_of(adata)
     library_C1 = _library(counts)
     shares = sp.csc_matrix(counts.multiply(1.0 / np.maximum(library_C1, 1.0)))
     # a gene seen in at most half of the cells has median zero
@@ -75,7 +73,7 @@ def knn_smoothing(
     of 1, 3, 7, … k, each step on the sums of the step before, after scaling to the median depth,
     the Freeman–Tukey transform √x + √(x + 1) and PCA.
     """
-    counts = _counts(adata)
+    counts = counts_of(adata)
     k = min(k, adata.n_obs - 1)
     summed = counts
     step = 0
@@ -105,26 +103,18 @@ def _freeman_tukey(counts: sp.csr_matrix) -> sp.csr_matrix:
     return scaled
 
 
-def _principal(data: Any, n_comps: int, seed: int) -> np.ndarray:
-    import scanpy as sc
-
-    n_comps = min(n_comps, min(data.shape) - 1)
-    return np.asarray(sc.pp.pca(data, n_comps=n_comps, random_state=seed))
-
-
 def _nearest_cells(data: Any, k: int, n_comps: int, seed: int) -> np.ndarray:
     """Each cell itself, then its k nearest others in the PCA of ``data``: (n_cells, k + 1)."""
     from sklearn.neighbors import NearestNeighbors
 
-    place_CD = _principal(data, n_comps, seed)
+    place_CD = principal_components(data, n_comps, seed)
     found_CK = (
         NearestNeighbors(n_neighbors=k + 1).fit(place_CD).kneighbors(place_CD)[1].astype(np.int64)
     )
-    itself_C = np.arange(len(found_CK))
     # where several cells lie on one point, a cell may be absent from its own neighbours
-    found_CK[(found_CK != itself_C[:, None]).all(axis=1), -1] = itself_C[
-        (found_CK != itself_C[:, None]).all(axis=1)
-    ]
+    itself_C = np.arange(len(found_CK))
+    absent_C = (found_CK != itself_C[:, None]).all(axis=1)
+    found_CK[absent_C, -1] = itself_C[absent_C]
     return found_CK
 
 
@@ -145,11 +135,11 @@ def magic(
     """
     from sklearn.neighbors import NearestNeighbors
 
-    counts = _counts(adata)
+    counts = counts_of(adata)
     library_C1 = _library(counts)
     roots = sp.csr_matrix(counts.multiply(_CP10K / np.maximum(library_C1, 1.0)))
     roots.data = np.sqrt(roots.data)
-    place_CD = _principal(roots, n_comps, conditions.seed)
+    place_CD = principal_components(roots, n_comps, conditions.seed)
     knn = min(knn, adata.n_obs - 1)
     n_near = min(3 * knn, adata.n_obs - 1) + 1  # the cell itself is its own first neighbour
     distance_CK, index_CK = NearestNeighbors(n_neighbors=n_near).fit(place_CD).kneighbors(place_CD)
@@ -178,7 +168,8 @@ def alra(adata: "AnnData", conditions: Conditions, *, max_rank: int = 100) -> np
     """
     from sklearn.utils.extmath import randomized_svd
 
-    logged = sp.csr_matrix(log_normalised(adata).X)
+    counts = counts_of(adata)
+    logged = log_normalised(counts)
     n_values = min(max_rank, min(logged.shape) - 1)
     left, size, right = randomized_svd(
         logged, n_components=n_values, n_iter=4, random_state=conditions.seed
@@ -189,7 +180,7 @@ def alra(adata: "AnnData", conditions: Conditions, *, max_rank: int = 100) -> np
     for start in range(0, adata.n_vars, 256):
         genes = slice(start, start + 256)
         low_CG[:, genes] = _alra_genes(low_CG[:, genes], observed_CG[:, genes])
-    return _to_library(np.expm1(low_CG), _library(_counts(adata)))
+    return _to_library(np.expm1(low_CG), _library(counts))
 
 
 def _rank_above_noise(size: np.ndarray) -> int:
@@ -229,7 +220,7 @@ def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     import scvi as scvi_tools
     from anndata import AnnData
 
-    counts = _counts(adata)
+    counts = counts_of(adata)
     library_C1 = _library(counts)
     kept_C = library_C1.ravel() > 0
     data = AnnData(counts[kept_C])
@@ -241,7 +232,7 @@ def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     scvi_tools.settings.seed = conditions.seed
     scvi_tools.model.SCVI.setup_anndata(data, batch_key=batch_key)
     model = scvi_tools.model.SCVI(data)
-    model.train(max_epochs=conditions.scvi_epochs, **_quiet_training())
+    model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
     result_CG = np.zeros(counts.shape, dtype=np.float32)
     result_CG[kept_C] = model.get_normalized_expression(library_size=1, return_numpy=True)
     return result_CG * library_C1
@@ -257,14 +248,14 @@ def mice(adata: "AnnData", conditions: Conditions, *, n_genes: int = 100) -> np.
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer
 
-    counts = _counts(adata)
-    logged = log_normalised(adata)
-    seen_G = np.asarray(logged.X.getnnz(axis=0)).ravel() >= 10
-    variable_G = highly_variable(logged[:, seen_G].copy(), n_genes)
+    counts = counts_of(adata)
+    logged = log_normalised(counts)
+    seen_G = logged.getnnz(axis=0) >= 10
+    variable_G = highly_variable(logged[:, seen_G], n_genes)
     genes = np.flatnonzero(seen_G)[variable_G]
     if len(genes) < 2:
         return counts.toarray()
-    value_CG = logged.X[:, genes].toarray().astype(np.float64)
+    value_CG = logged[:, genes].toarray().astype(np.float64)
     value_CG[value_CG == 0] = np.nan
     imputer = IterativeImputer(
         max_iter=5,
@@ -285,4 +276,4 @@ def genemodel(adata: "AnnData", conditions: Conditions) -> np.ndarray | sp.csr_m
 
     copy = adata.copy()
     impute(copy, batch_key=conditions.batch_key, seed=conditions.seed)
-    return copy.layers["imputed"]
+    return cast(Any, copy.layers["imputed"])

@@ -9,6 +9,7 @@ denoising task of Open Problems in Single-Cell Analysis.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ _TINY_RATE = 1e-6
 _ROWS = 512  # cells made dense at a time
 _SAMPLED_CELLS, _SAMPLED_GENES = 1_000, 2_000  # for the correlations
 
-Matrix = np.ndarray | sp.csr_matrix | sp.csr_array
+type Matrix = np.ndarray | sp.csr_matrix
 
 
 @dataclass(frozen=True)
@@ -168,17 +169,17 @@ def score_denoised(
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "method"
     for score in ("deviance", "poisson", "mse"):
-        table.insert(0, f"{score}_ratio", table[score] / table.at["none", score])
+        table.insert(0, f"{score}_ratio", table[score] / rows["none"][score])
     return table
 
 
 def _check_denoised(name: str, matrix: Matrix, split: MolecularSplit) -> None:
     if matrix.shape != split.train.shape:
         raise DataError(
-            f"denoised {name!r} has shape {matrix.shape}; expected {split.train.shape}, that of the "
+            f"denoised {name!r} has shape {matrix.shape}; expected {split.train.shape}, as in the "
             "training part (genes without training molecules are dropped)"
         )
-    values = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    values = np.asarray(matrix.data if sp.issparse(matrix) else matrix)
     if not np.isfinite(values).all() or (values.size and values.min() < 0):
         raise DataError(
             f"denoised {name!r} holds negative or not finite values: expected counts ≥ 0 (undo the "
@@ -187,7 +188,7 @@ def _check_denoised(name: str, matrix: Matrix, split: MolecularSplit) -> None:
 
 
 def _dense(matrix: Matrix, start: int, rows: int = _ROWS) -> np.ndarray:
-    block = matrix[start : start + rows]
+    block: Any = matrix[start : start + rows]
     return np.asarray(block.toarray() if sp.issparse(block) else block, dtype=np.float64)
 
 

@@ -321,7 +321,7 @@ def _ours(
     if batch_C is not None:
         step("same_batch_ratio")
         mixing = light_metrics.same_batch_share(array_CD, batch_C, label_C)
-        row["same_batch_ratio"] = mixing.at["all", "ratio"]
+        row["same_batch_ratio"] = float(mixing["ratio"].to_numpy()[-1])
         row["pcr_share"] = light_metrics.pcr(array_CD, batch_C)
         step("kbet_all_cells")
         row["kbet_all_cells"] = scib.kbet(_nearest(neighbours, 50), batch_C)[0]
