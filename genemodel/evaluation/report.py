@@ -1,0 +1,379 @@
+"""One self-contained HTML page from text, tables and figures.
+
+No file beside it, no script, no network: the page can be mailed and still opens in ten years. It
+follows the reader's light or dark setting, prints well, and ends by saying how it was made.
+Everything that is passed in is escaped.
+"""
+
+import base64
+import html
+import io
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "number_text"]
+
+_STYLE = """
+:root{--page:#fff;--ink:#1c2430;--soft:#5b6675;--line:#dfe4ea;--fill:#f5f7f9;--accent:#0b62a4;
+--best:#e3f0fa}
+@media (prefers-color-scheme:dark){:root{--page:#14181d;--ink:#e3e8ee;--soft:#9aa6b4;--line:#323b46;
+--fill:#1c222a;--accent:#7cbcf0;--best:#1d3a54}}
+*{box-sizing:border-box}
+html{scroll-behavior:smooth}
+body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,
+"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+.frame{max-width:1240px;margin:0 auto;padding:28px 24px 64px;display:grid;
+grid-template-columns:200px minmax(0,1fr);gap:40px}
+header{grid-column:1/-1;border-bottom:1px solid var(--line);padding-bottom:14px}
+h1{font-size:26px;line-height:1.25;margin:0 0 4px}
+h2{font-size:19px;margin:38px 0 10px;scroll-margin-top:12px}
+main>section:first-child h2{margin-top:0}
+p{margin:0 0 12px;max-width:76ch}
+.soft{color:var(--soft)}
+nav{position:sticky;top:20px;align-self:start;font-size:13.5px}
+nav b{display:block;margin-bottom:6px;color:var(--soft);font-weight:600}
+nav ol{margin:0;padding-left:18px}
+nav li{margin:3px 0}
+a{color:var(--accent);text-decoration:none}
+a:hover{text-decoration:underline}
+.wide{overflow-x:auto;margin:6px 0 18px}
+table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
+caption{caption-side:top;text-align:left;color:var(--soft);padding-bottom:6px;font-size:13.5px}
+th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);text-align:right;
+vertical-align:top;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+td.words{text-align:left;white-space:normal;min-width:12ch}
+td.best{background:var(--best);font-weight:600}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}
+td:not(:first-child),th:not(:first-child){padding-left:12px}
+figure{margin:8px 0 26px}
+figure img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);
+border-radius:6px;padding:8px}
+figcaption{color:var(--soft);font-size:13.5px;margin-top:7px;max-width:80ch}
+pre{background:var(--fill);border:1px solid var(--line);border-radius:6px;padding:10px 12px;
+overflow-x:auto;font-size:12.5px;line-height:1.45}
+iframe{width:100%;height:560px;border:1px solid var(--line);border-radius:6px;background:#fff}
+details summary{cursor:pointer;color:var(--accent);margin-bottom:8px}
+@media (max-width:860px){.frame{grid-template-columns:minmax(0,1fr);gap:18px;padding:18px 14px 48px}
+nav{position:static}}
+@media print{nav{display:none}.frame{display:block}figure{break-inside:avoid}}
+"""
+
+
+def number_text(value: object, digits: int = 3) -> str:
+    """Write a number for a reader: thousands separated, ``digits`` decimals or as many digits."""
+    if value is None or value is pd.NA:
+        return "–"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{int(value):,}"
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        if not np.isfinite(number):
+            return "–" if np.isnan(number) else ("∞" if number > 0 else "−∞")
+        if number == 0:
+            text = "0"
+        elif abs(number) >= 1000:
+            text = f"{number:,.0f}"
+        elif abs(number) >= 10**-digits:
+            # As many decimals as leave about digits + 1 figures, so that 128.456 reads 128.5.
+            places = max(0, digits - max(0, len(str(int(abs(number)))) - 1))
+            text = f"{number:.{places}f}"
+        else:
+            text = f"{number:.1e}"
+        return text.replace("-", "−", 1) if text.startswith("-") else text
+    return str(value)
+
+
+def _attribute(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+class Report:
+    """Collects sections and writes them as one page.
+
+    Parameters
+    ----------
+    title
+        Heading and window title.
+    subtitle
+        One line below it.
+
+    Examples
+    --------
+    >>> report = Report("Two studies of lung")
+    >>> report.section("Scores").text("Higher is better.")  # doctest: +ELLIPSIS
+    <genemodel.evaluation.report.Report object at ...>
+    >>> report.write("report.html")  # doctest: +SKIP
+    """
+
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self.title = title
+        self.subtitle = subtitle
+        self._sections: list[tuple[str, list[str]]] = []
+        self._settings: dict[str, Any] = {}
+
+    def section(self, heading: str) -> Self:
+        """Start a section; it appears in the table of contents."""
+        self._sections.append((heading, []))
+        return self
+
+    def _add(self, block: str) -> Self:
+        if not self._sections:
+            self._sections.append(("", []))
+        self._sections[-1][1].append(block)
+        return self
+
+    def text(self, text: str) -> Self:
+        """Add text; an empty line starts a paragraph."""
+        paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+        return self._add("".join(f"<p>{html.escape(part)}</p>" for part in paragraphs))
+
+    def preformatted(self, text: str) -> Self:
+        """Add text as it is, in a fixed-width box."""
+        return self._add(f"<pre>{html.escape(text)}</pre>")
+
+    def table(
+        self,
+        table: pd.DataFrame,
+        caption: str = "",
+        *,
+        units: Mapping[str, str] | None = None,
+        best: Mapping[str, Literal["high", "low"]] | None = None,
+        digits: int = 3,
+        index: bool = True,
+    ) -> Self:
+        """Add a table.
+
+        Parameters
+        ----------
+        table
+            Rows and columns; numbers are written for reading, everything else as text.
+        caption
+            What it shows.
+        units
+            Column to unit, shown with the heading.
+        best
+            Column to the better direction; the best values are marked.
+        digits
+            Decimals.
+        index
+            Show the row names.
+        """
+        units, best = units or {}, best or {}
+        unknown = [column for column in (*units, *best) if column not in table.columns]
+        if unknown:
+            raise ConfigError(
+                f"Report.table: units or best name the column {unknown[0]!r}; the table has "
+                f"{', '.join(map(str, table.columns))}."
+            )
+        heads = [""] if index else []
+        if index and table.index.name:
+            heads = [str(table.index.name)]
+        heads += [
+            f"{str(column).replace('_', ' ')} ({units[column]})"
+            if column in units
+            else str(column).replace("_", " ")
+            for column in table.columns
+        ]
+        rows = []
+        marked = {column: _best(table[column], direction) for column, direction in best.items()}
+        for i, (name, row) in enumerate(
+            zip(table.index, table.itertuples(index=False), strict=True)
+        ):
+            cells = [f"<td>{html.escape(str(name))}</td>"] if index else []
+            for column, value in zip(table.columns, row, strict=True):
+                kinds = ["words"] if isinstance(value, str) and (index or cells) else []
+                if column in marked and marked[column][i]:
+                    kinds.append("best")
+                kind = f' class="{" ".join(kinds)}"' if kinds else ""
+                cells.append(f"<td{kind}>{html.escape(number_text(value, digits))}</td>")
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+        label = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+        return self._add(
+            f'<div class="wide"><table>{label}<thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
+        )
+
+    def figure(
+        self,
+        figure: "Figure | Axes | np.ndarray",
+        caption: str = "",
+        *,
+        kind: Literal["png", "svg"] = "png",
+        close: bool = True,
+    ) -> Self:
+        """Add a figure inside the page.
+
+        Parameters
+        ----------
+        figure
+            A matplotlib Figure, or the Axes (or array of Axes) of one.
+        caption
+            What it shows; also read aloud to those who cannot see it.
+        kind
+            ``"png"`` at twice the screen's resolution, or ``"svg"``.
+        close
+            Close the figure afterwards, so that a long report does not pile them up.
+        """
+        from matplotlib import pyplot as plt
+
+        drawn: Any = np.ravel(figure)[0] if isinstance(figure, np.ndarray) else figure
+        drawn = getattr(drawn, "figure", None) or drawn
+        if not hasattr(drawn, "savefig"):
+            raise ConfigError(
+                f"Report.figure got a {type(figure).__name__}; pass a matplotlib Figure or its "
+                "Axes."
+            )
+        if kind not in ("png", "svg"):
+            raise ConfigError(f"Report.figure: kind={kind!r} is unknown; use 'png' or 'svg'.")
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format=kind, dpi=160, bbox_inches="tight", facecolor="white")
+        width = round(96 * drawn.get_size_inches()[0])
+        if kind == "png":
+            # The tight box cut the margins: show at 96 pixels an inch of what was really saved.
+            width = round(int.from_bytes(buffer.getvalue()[16:20], "big") * 96 / 160)
+        if close:
+            plt.close(drawn)
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        media = "image/png" if kind == "png" else "image/svg+xml"
+        note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+        return self._add(
+            f'<figure><img src="data:{media};base64,{data}" '
+            f'alt="{_attribute(caption or "figure")}" width="{width}">{note}</figure>'
+        )
+
+    def page(self, page: str, caption: str) -> Self:
+        """Add another self-contained HTML page, shut in a frame without scripts, folded away."""
+        return self._add(
+            f"<details><summary>{html.escape(caption)}</summary>"
+            f'<iframe sandbox title="{_attribute(caption)}" srcdoc="{_attribute(page)}"></iframe>'
+            "</details>"
+        )
+
+    def settings(self, settings: Mapping[str, Any]) -> Self:
+        """Add settings to the block on how the page was made; nested names are joined by dots."""
+        self._settings.update(_flat(settings))
+        return self
+
+    def html(self) -> str:
+        """Return the whole page."""
+        sections = [(heading, blocks) for heading, blocks in self._sections if heading or blocks]
+        parts, links = [], []
+        for i, (heading, blocks) in enumerate([*sections, ("How this was made", [self._made()])]):
+            title = f'<h2 id="s{i}">{html.escape(heading)}</h2>' if heading else ""
+            if heading:
+                links.append(f'<li><a href="#s{i}">{html.escape(heading)}</a></li>')
+            parts.append(f"<section>{title}{''.join(blocks)}</section>")
+        subtitle = f'<div class="soft">{html.escape(self.subtitle)}</div>' if self.subtitle else ""
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            '<meta name="color-scheme" content="light dark">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>"
+            f'<div class="frame"><header><h1>{html.escape(self.title)}</h1>{subtitle}</header>'
+            f"<nav><b>Contents</b><ol>{''.join(links)}</ol></nav><main>{''.join(parts)}</main>"
+            "</div></body></html>\n"
+        )
+
+    def _made(self) -> str:
+        facts = {
+            "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "software": ", ".join(_versions()),
+            "machine": f"{platform.system()} {platform.machine()}, "
+            f"{os.cpu_count() or 1} CPU cores, "
+            f"Python {platform.python_version()}",
+        }
+        rows = "".join(
+            f"<tr><td>{html.escape(key)}</td>"
+            f'<td class="words">{html.escape(_setting_text(value))}</td></tr>'
+            for key, value in {**facts, **self._settings}.items()
+        )
+        return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page; an existing file is replaced in one move.
+
+        Returns
+        -------
+        Path
+            Where it is.
+
+        Raises
+        ------
+        DataError
+            If the place cannot be written.
+        """
+        target = Path(path)
+        if target.is_dir():
+            raise DataError(
+                f"{target} is a directory; name the file, for instance {target / 'report.html'}."
+            )
+        scratch = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch.write_text(self.html(), encoding="utf-8")
+            scratch.replace(target)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise DataError(
+                f"The report cannot be written to {target}: {error.strerror}. Choose another place."
+            ) from error
+        return target
+
+
+def _best(column: pd.Series, direction: str) -> np.ndarray:
+    values = pd.to_numeric(column, errors="coerce").to_numpy(float)
+    if direction not in ("high", "low"):
+        raise ConfigError(f"Report.table: best={direction!r} is unknown; use 'high' or 'low'.")
+    if not np.isfinite(values).any() or len(values) < 2:
+        return np.zeros(len(values), bool)
+    top = np.nanmax(values) if direction == "high" else np.nanmin(values)
+    return np.asarray(values == top)
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{before}{key}."))
+        else:
+            flat[f"{before}{key}"] = value
+    return flat
+
+
+def _setting_text(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return ", ".join(_setting_text(item) for item in value) or "none"
+    # A setting is quoted as it was given: no rounding.
+    return "none" if value is None else str(value)
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in ("genemodel", "torch", "numpy", "scipy", "anndata", "scikit-learn", "umap-learn"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            if name == "genemodel":
+                # A checkout that was never installed has no metadata, but knows its version.
+                from genemodel import __version__
+
+                found.append(f"{name} {__version__}")
+    return found
