@@ -166,7 +166,9 @@ def test_wrong_species_is_refused_by_name(builtin):
     for species, other in (("human", "mouse"), ("mouse", "human")):
         part = genes[genes["species"] == species]
         for names in (part["symbol"], part["ensembl_id"]):
-            with pytest.raises(DataError, match=rf"(?:100|9\d)% of these names are {species} genes"):
+            with pytest.raises(
+                DataError, match=rf"(?:100|9\d)% of these names are {species} genes"
+            ):
                 builtin.match(names, species=other)
         # The same names in another case are legitimate for the species they are given for.
         assert builtin.match(part["symbol"].str.upper(), species=species).fraction > 0.99
@@ -200,7 +202,10 @@ def test_barnyard_references_are_split_by_prefix(builtin):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([f"feature{i}" for i in range(200)], r"only 0 of 200 .*feature0, feature1.*195 more.*column="),
+        (
+            [f"feature{i}" for i in range(200)],
+            r"only 0 of 200 .*feature0, feature1.*195 more.*column=",
+        ),
         ([str(i) for i in range(200)], "numbers, not gene names"),
         ([f"ENST{i:011d}.1" for i in range(200)], "transcript or protein ids"),
         ([f"ENSDARG{i:011d}" for i in range(200)], "zebrafish ids.*species name=zebrafish"),
