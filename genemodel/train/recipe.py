@@ -240,16 +240,14 @@ def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple
 
     A batch is named together with its data set, because names like "1" recur between data sets.
     """
-    unknown = np.full(len(corpus), -1, np.int64)
+    batch_C = np.full(len(corpus), -1, np.int64)
     if not key:
-        return unknown, 0
-    batch_C, _ = corpus.codes(key)
-    dataset_C, _ = corpus.codes("dataset")
-    pair_C = dataset_C.astype(np.int64) * (int(batch_C.max(initial=0)) + 2) + batch_C
-    known = train_cells[batch_C[train_cells] >= 0]
-    names, codes = np.unique(pair_C[known], return_inverse=True)
-    unknown[known] = codes
-    return unknown, int(names.size)
+        return batch_C, 0
+    code_C, _ = corpus.codes("dataset", key)
+    known = train_cells[code_C[train_cells] >= 0]
+    names, codes = np.unique(code_C[known], return_inverse=True)
+    batch_C[known] = codes
+    return batch_C, int(names.size)
 
 
 def build(

@@ -59,7 +59,7 @@ def append_row(path: Path, row: Mapping[str, float]) -> None:
         writer = csv.DictWriter(file, list(row))
         if new:
             writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow(row)
 
 
 class Watch(pl.Callback):
