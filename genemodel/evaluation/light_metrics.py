@@ -790,7 +790,7 @@ def highly_variable(counts_CG: sparse.csr_matrix, n_genes: int) -> np.ndarray:
 
 
 def pca_of_lognorm(
-    counts_CG: sparse.csr_matrix, *, n_comps: int = 50, n_hvg: int = 2000
+    counts_CG: sparse.csr_matrix, *, n_comps: int = 50, n_hvg: int = 2000, seed: int = 0
 ) -> np.ndarray:
     """Return the standard reference embedding: PCA of log-normalised counts of variable genes.
 
@@ -803,11 +803,13 @@ def pca_of_lognorm(
         (C, G) raw counts.
     n_comps, n_hvg
         Components and variable genes; fewer where the data have fewer.
+    seed
+        Of the start vector of the decomposition.
 
     Returns
     -------
     (C, n_comps) float32
-        Deterministic, signs included.
+        The same for the same seed, signs included.
     """
     counts_CG = sparse.csr_matrix(counts_CG)
     library_C = np.asarray(counts_CG.sum(axis=1)).ravel().astype(np.float64)
@@ -825,4 +827,5 @@ def pca_of_lognorm(
     values_CG = sparse.diags_array(1e4 / library_C) @ counts_CG[:, chosen]
     values_CG = sparse.csr_matrix(values_CG).log1p().astype(np.float32)
     n_comps = min(n_comps, len(chosen) - 1, counts_CG.shape[0] - 1)
-    return PCA(n_comps, svd_solver="covariance_eigh").fit_transform(values_CG).astype(np.float32)
+    decomposition = PCA(n_comps, svd_solver="arpack", random_state=seed)
+    return decomposition.fit_transform(values_CG).astype(np.float32)

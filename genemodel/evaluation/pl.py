@@ -1,0 +1,217 @@
+"""Plots of AnnData, runs and corpora: the public names under ``genemodel.pl``.
+
+Every function returns matplotlib Axes and shows nothing by itself, so the figure can be changed or
+saved: ``gm.pl.embedding(adata)[0].figure.savefig("cells.pdf")``.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import ConfigError, DataError
+from genemodel.evaluation import plots
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+    from genemodel.cells.corpus import Corpus
+
+__all__ = ["calibration", "corpus", "embedding", "integration", "training"]
+
+
+def embedding(
+    adata: "ad.AnnData",
+    key: str = "X_genemodel",
+    *,
+    color: str | Sequence[str] = ("cell_type", "batch", "species"),
+    seed: int = 0,
+) -> np.ndarray:
+    """Draw a UMAP of an embedding, one panel per obs column.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Embedding in ``adata.obsm``. One with two columns is drawn as it is; any other is laid out
+        by UMAP with a fixed seed (at most 5,000 cells, sampled).
+    color
+        Columns of ``adata.obs``. Of the default ones those that are missing are left out.
+    seed
+        Seed of the layout.
+
+    Returns
+    -------
+    array of Axes
+        One per column.
+    """
+    columns = [color] if isinstance(color, str) else list(color)
+    if tuple(columns) == ("cell_type", "batch", "species"):
+        columns = [column for column in columns if column in adata.obs] or columns[:1]
+    layout = _layout(adata, key, seed)
+    axes = plots.embedding_grid({key: layout}, adata.obs, columns)
+    return axes.ravel()
+
+
+def integration(
+    adata: "ad.AnnData",
+    *,
+    before: str = "X_pca",
+    after: str = "X_genemodel",
+    batch_key: str = "batch",
+    label_key: str | None = "cell_type",
+    seed: int = 0,
+) -> np.ndarray:
+    """Draw cells before and after integration side by side, by cell type and by batch.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    before, after
+        Embeddings in ``adata.obsm``.
+    batch_key, label_key
+        Columns of ``adata.obs``; ``label_key=None`` leaves the cell types out.
+    seed
+        Seed of both layouts.
+
+    Returns
+    -------
+    array of Axes
+        Shape (columns, 2): left before, right after.
+    """
+    columns = [batch_key] if label_key is None else [label_key, batch_key]
+    layouts = {
+        f"before ({before})": _layout(adata, before, seed),
+        f"after ({after})": _layout(adata, after, seed),
+    }
+    return plots.embedding_grid(layouts, adata.obs, columns)
+
+
+def _layout(adata: "ad.AnnData", key: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    if key not in adata.obsm:
+        raise DataError(
+            f"adata.obsm has no {key!r}; it has {', '.join(adata.obsm) or 'nothing'}. Compute it "
+            "first (genemodel.embed writes 'X_genemodel') or name another with key=, before= or "
+            "after=."
+        )
+    values_CD = np.asarray(adata.obsm[key])
+    if values_CD.ndim == 2 and values_CD.shape[1] == 2:
+        return values_CD, np.arange(len(values_CD))
+    return plots.umap_of(values_CD, seed=seed)
+
+
+def training(run: str | os.PathLike[str]) -> np.ndarray:
+    """Draw the curves of a training run: losses against trivial predictors, rate, speed.
+
+    Parameters
+    ----------
+    run
+        Directory of the run, with ``metrics.csv`` and ``validation.csv``.
+
+    Returns
+    -------
+    array of Axes
+        One per objective, then learning rate, gradient norm and speed.
+    """
+    folder = Path(run)
+    metrics, validation = folder / "metrics.csv", folder / "validation.csv"
+    if not metrics.is_file():
+        raise DataError(
+            f"{folder} holds no metrics.csv, so it is not the directory of a training run; pass "
+            "the directory that `genemodel pretrain` or `genemodel finetune` named as out."
+        )
+    tables = [_read(metrics)] + ([_read(validation)] if validation.is_file() else [])
+    curves = pd.concat(tables, ignore_index=True)
+    trivial = {}
+    for column in curves.columns:
+        part, _, name = str(column).partition("/")
+        known = curves[column].dropna()
+        if part == "val_trivial" and len(known):
+            trivial[name] = float(known.iloc[-1])
+    losses = plots.loss_curves(curves, trivial)
+    return np.concatenate([losses, plots.throughput_curves(tables[0])])
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a readable table of curves: {error}.") from error
+    if "step" not in table:
+        raise DataError(
+            f"{path} has no column 'step'; it has {', '.join(map(str, table.columns))}."
+        )
+    return table
+
+
+def calibration(
+    nominal: Sequence[float] | np.ndarray,
+    coverage: Sequence[float] | np.ndarray | Mapping[str, Sequence[float]],
+    *,
+    by_decile: pd.Series | None = None,
+    decile_nominal: float = 0.9,
+    n: int | None = None,
+) -> np.ndarray:
+    """Draw how often predicted intervals hold what was held out.
+
+    Parameters
+    ----------
+    nominal
+        Nominal levels of the intervals, for instance ``[0.5, 0.8, 0.9]``.
+    coverage
+        Observed coverage at each level; a mapping draws several methods.
+    by_decile
+        Coverage of the ``decile_nominal`` interval per expression decile.
+    decile_nominal
+        Nominal level of ``by_decile``.
+    n
+        Number of counts behind the figure.
+
+    Returns
+    -------
+    array of Axes
+        One, or two with ``by_decile``.
+    """
+    return plots.calibration(
+        nominal, coverage, by_decile=by_decile, decile_nominal=decile_nominal, n=n
+    )
+
+
+def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:
+    """Draw cells, depth and genes per cell of every source of a corpus.
+
+    Parameters
+    ----------
+    corpus
+        An open corpus.
+    most_sources
+        Sources drawn, the largest first.
+
+    Returns
+    -------
+    array of Axes
+        Cells per source, counts per cell, genes per cell (median, and the middle 90 %).
+    """
+    if most_sources < 1:
+        raise ConfigError(f"gm.pl.corpus: most_sources={most_sources}; it must be at least 1.")
+    source_C = np.asarray(corpus.source_C)
+    size_S = np.bincount(source_C, minlength=len(corpus.sources))
+    shown = np.argsort(-size_S, kind="stable")[:most_sources]
+    names = [f"{corpus.sources[s].name} ({corpus.sources[s].species})" for s in shown]
+    quantiles: dict[str, Any] = {}
+    for label, values_C in (
+        ("counts per cell", np.asarray(corpus.library_C)),
+        ("genes per cell", np.asarray(corpus.n_genes_C)),
+    ):
+        quantiles[label] = np.array(
+            [np.quantile(values_C[source_C == s], [0.05, 0.5, 0.95]) for s in shown]
+        )
+    title = f"{len(corpus):,} cells, {len(corpus.sources):,} sources"
+    if len(shown) < len(corpus.sources):
+        title += f" (largest {len(shown)} shown)"
+    return plots.source_panels(names, size_S[shown], quantiles, title)
