@@ -50,6 +50,50 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        summary="the whole path in minutes on a CPU, with a report",
+        config="demo",
+        settings="genemodel.demo:DemoSettings",
+        function="genemodel.demo:demo",
+        examples=("demo", "demo data=lung.h5ad species=human out=runs/lung_demo"),
+    ),
+    "corpus build": Verb(
+        summary="make a corpus from files of raw counts",
+        config="corpus_build",
+        settings="genemodel.verbs:CorpusBuildSettings",
+        function="genemodel.verbs:build_corpus",
+        examples=(
+            "corpus build sources=[a.h5ad,b.h5ad] out=corpora/mine",
+            "corpus build 'sources=[data/*.h5ad]' out=corpora/lab species=mouse donor_key=animal",
+        ),
+    ),
+    "corpus append": Verb(
+        summary="add files to a corpus",
+        config="corpus_append",
+        settings="genemodel.verbs:CorpusAppendSettings",
+        function="genemodel.verbs:append_to_corpus",
+        examples=(
+            "corpus append path=corpora/mine sources=[c.h5ad]",
+            "corpus append path=corpora/mine sheet=samples.tsv",
+        ),
+    ),
+    "corpus verify": Verb(
+        summary="check every file of a corpus and name what is broken",
+        config="corpus_verify",
+        settings="genemodel.verbs:CorpusVerifySettings",
+        function="genemodel.verbs:verify_corpus",
+        examples=("corpus verify path=corpora/mine", "corpus verify path=/archive/corpora/lab"),
+    ),
+    "corpus describe": Verb(
+        summary="report on a corpus: sources, depth, labels, what was dropped",
+        config="corpus_describe",
+        settings="genemodel.verbs:CorpusDescribeSettings",
+        function="genemodel.verbs:describe_corpus",
+        examples=(
+            "corpus describe path=corpora/mine",
+            "corpus describe path=corpora/mine html=corpus.html",
+        ),
+    ),
     "pretrain": Verb(
         summary="pre-train a model on a corpus",
         config="pretrain",
@@ -71,7 +115,7 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "describe": Verb(
-        summary="say what a model or a vocabulary holds",
+        summary="say what a corpus, a model or a vocabulary holds",
         config="describe",
         settings="genemodel.verbs:DescribeSettings",
         function="genemodel.verbs:describe",

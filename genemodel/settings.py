@@ -91,7 +91,8 @@ def parse[T](cls: type[T], values: Mapping[str, object], *, where: str = "") -> 
     Returns
     -------
     An instance of `cls`. An ``int`` is accepted for a ``float``; a ``bool`` never for a number; a
-    list for a tuple; a string for a path (``~`` is expanded).
+    list for a tuple; one text or number for a list of any length; a string for a path (``~`` is
+    expanded).
 
     Raises
     ------
@@ -381,13 +382,13 @@ def _parse_one(
 def _parse_sequence(
     kind: Any, value: object, where: str, hint: Any, missing: list[str], root: type
 ) -> object:
-    if not isinstance(value, tuple | list):
-        way_out = f"; write [{value}]" if isinstance(value, str | int | float) else ""
-        raise ConfigError(
-            f"{_named(where)} must be {_expected(hint)}, not {_shown(value)}{way_out}"
-        )
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and not (len(inner) == 2 and inner[1] is Ellipsis):
+    fixed = origin is tuple and not (len(inner) == 2 and inner[1] is Ellipsis)
+    if not fixed and isinstance(value, str | int | float):
+        value = (value,)
+    if not isinstance(value, tuple | list):
+        raise ConfigError(f"{_named(where)} must be {_expected(hint)}, not {_shown(value)}")
+    if fixed:
         if len(value) != len(inner):
             raise ConfigError(
                 f"{_named(where)} must be {_expected(hint)}, "

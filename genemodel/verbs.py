@@ -3,10 +3,204 @@
 The bigger verbs (pre-training, embedding, evaluation) have theirs in their own rooms.
 """
 
-from dataclasses import dataclass
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from genemodel.errors import DataError
+from genemodel.errors import ConfigError, DataError
+from genemodel.settings import nearest
+
+if TYPE_CHECKING:
+    from genemodel.cells.sources import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """How sources are read, the same for building and appending; see ``configs/corpus_*.yaml``."""
+
+    sources: tuple[str, ...] = ()
+    sheet: Path | None = None
+    layer: str | None = None
+    species: str | None = None
+    batch_key: str | None = None
+    donor_key: str | None = None
+    label_key: str | None = None
+    columns: dict[str, str] | None = None
+    keep: tuple[str, ...] = ()
+    min_fraction: float = 0.3
+    min_genes: int = 0
+    max_mito: float | None = None
+    allow_fractional: bool = False
+    unknown_species: Literal["refuse", "drop"] = "refuse"
+    chunk_cells: int = 8192
+
+    def __post_init__(self) -> None:
+        if bool(self.sources) == (self.sheet is not None):
+            raise ConfigError(
+                "give either sources=[a.h5ad,b.h5ad] (patterns such as data/*.h5ad are expanded) "
+                "or sheet=samples.tsv, a table with a row for each source"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusBuildSettings(SourceSettings):
+    """Settings of ``genemodel corpus build``, see ``configs/corpus_build.yaml``."""
+
+    out: Path
+    vocabulary: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusAppendSettings(SourceSettings):
+    """Settings of ``genemodel corpus append``, see ``configs/corpus_append.yaml``."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class CorpusVerifySettings:
+    """Settings of ``genemodel corpus verify``, see ``configs/corpus_verify.yaml``."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class CorpusDescribeSettings:
+    """Settings of ``genemodel corpus describe``, see ``configs/corpus_describe.yaml``."""
+
+    path: Path
+    html: Path | None = None
+
+
+# Columns of a sheet beside `path`; an empty field means what the settings say for all sources.
+_SHEET_COLUMNS = ("name", "species", "layer", "batch_key", "donor_key", "label_key", "genome")
+
+
+def build_corpus(settings: CorpusBuildSettings) -> str:
+    """Build a corpus from files.
+
+    Raises
+    ------
+    DataError
+        A source cannot be read, is not raw counts or does not match; nothing is written.
+    ConfigError
+        The folder exists, or an option is impossible.
+    """
+    from genemodel.cells.corpus import Corpus
+    from genemodel.genes import GeneVocabulary
+
+    corpus = Corpus.build(
+        _sources(settings),
+        settings.out,
+        vocabulary=GeneVocabulary.read(settings.vocabulary) if settings.vocabulary else None,
+        overwrite=settings.overwrite,
+        **_options(settings),
+    )
+    return f"{corpus!r}\nLook at it with: genemodel corpus describe path={settings.out}"
+
+
+def append_to_corpus(settings: CorpusAppendSettings) -> str:
+    """Add files to a corpus; the cells that are there keep their numbers."""
+    from genemodel.cells.corpus import Corpus
+
+    corpus = Corpus.open(settings.path)
+    before = len(corpus)
+    grown = corpus.append(_sources(settings), **_options(settings))
+    return f"{len(grown) - before:,} cells added: {grown!r}"
+
+
+def verify_corpus(settings: CorpusVerifySettings) -> str:
+    """Check every file of a corpus.
+
+    Raises
+    ------
+    DataError
+        Something is broken; all of it is named.
+    """
+    from genemodel.cells.verification import verify_corpus as broken_in
+
+    if broken := broken_in(settings.path):
+        raise DataError(
+            f"corpus {settings.path} is damaged:\n  "
+            + "\n  ".join(broken)
+            + "\nRestore these files from a copy, or build the corpus again."
+        )
+    return f"corpus {settings.path}: every file is as it was written"
+
+
+def describe_corpus(settings: CorpusDescribeSettings) -> str:
+    """Examine a corpus: sources, matched genes, depth, labels, what was dropped and why."""
+    from genemodel.cells.corpus import Corpus
+
+    report = Corpus.open(settings.path).describe()
+    if settings.html is None:
+        return report.to_text()
+    if not settings.html.resolve().parent.is_dir():
+        raise ConfigError(f"html={settings.html}: its folder does not exist")
+    report.to_html(settings.html)
+    return f"{report.to_text()}\n\nWith plots: {settings.html}"
+
+
+def _options(settings: SourceSettings) -> dict[str, Any]:
+    """Give what Corpus.build and Corpus.append take under the same names."""
+    given = {f.name: getattr(settings, f.name) for f in fields(SourceSettings)}
+    return {name: value for name, value in given.items() if name not in ("sources", "sheet")}
+
+
+def _sources(settings: SourceSettings) -> "Sequence[str | Source]":
+    if settings.sheet is not None:
+        return _sources_of_sheet(settings.sheet, settings)
+    files: list[str] = []
+    for pattern in settings.sources:
+        # A file whose own name holds a bracket is not a pattern.
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
+        if not found and glob.has_magic(pattern):
+            raise DataError(f"sources: no file matches {pattern}")
+        files += found or [pattern]
+    return files
+
+
+def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[str | Source]":
+    """Open the source of every row with the row's own options."""
+    from genemodel.cells.sources import open_source
+    from genemodel.genes.tables import read_table
+
+    table = read_table(sheet, "sheet of sources")
+    for column in table.columns:
+        if column not in ("path", *_SHEET_COLUMNS):
+            near = nearest(column, ["path", *_SHEET_COLUMNS])
+            raise DataError(
+                f"sheet {sheet}: unknown column {column!r}"
+                + (f": did you mean {near!r}?" if near else "")
+                + f" It may have path, {', '.join(_SHEET_COLUMNS)}"
+            )
+    if "path" not in table.columns:
+        raise DataError(f"sheet {sheet}: has no column 'path'; it names the file of each source")
+    opened: list[str | Source] = []
+    for row in table.to_dict("records"):
+        own: dict[str, Any] = {
+            key: row.get(key) or getattr(settings, key, None) for key in _SHEET_COLUMNS
+        }
+        named = {"batch": "batch_key", "donor": "donor_key", "cell_type": "label_key"}
+        columns = {column: own[key] for column, key in named.items() if own[key]}
+        # Paths in a sheet are relative to the sheet, so that both can move together.
+        path = sheet.parent / Path(row["path"]).expanduser()
+        opened.append(
+            open_source(
+                path,
+                layer=own["layer"],
+                species=own["species"],
+                columns={**(settings.columns or {}), **columns},
+                keep=settings.keep,
+                name=own["name"],
+                allow_fractional=settings.allow_fractional,
+                genome=own["genome"],
+            )
+        )
+    return opened
 
 
 @dataclass(frozen=True)
@@ -56,14 +250,16 @@ class DescribeSettings:
 
 
 def describe(settings: DescribeSettings) -> str:
-    """Say what a folder made by genemodel holds.
+    """Say what something made by genemodel holds: a corpus, a model or a vocabulary.
 
     Raises
     ------
     DataError
-        It is neither a bundle nor a vocabulary, or it is damaged.
+        It is none of those, or it is damaged.
     """
     path = settings.path
+    if (path / "manifest.json").is_file():
+        return describe_corpus(CorpusDescribeSettings(path))
     if (path / "bundle.json").is_file():
         from genemodel.bundle.bundle import Bundle
 
@@ -77,6 +273,6 @@ def describe(settings: DescribeSettings) -> str:
     if not path.exists():
         raise DataError(f"path={path} does not exist")
     raise DataError(
-        f"path={path} is neither a model (a folder with bundle.json, such as runs/NAME/bundle) nor "
-        "a vocabulary (.tsv.gz)"
+        f"path={path} is no corpus (a folder with manifest.json), no model (a folder with "
+        "bundle.json, such as runs/NAME/bundle) and no vocabulary (.tsv.gz)"
     )

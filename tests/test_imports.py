@@ -8,17 +8,7 @@ import pytest
 
 import genemodel
 
-HEAVY = (
-    "lightning",
-    "scanpy",
-    "hydra",
-    "wandb",
-    "torch",
-    "anndata",
-    "pandas",
-    "matplotlib",
-    "scvi",
-)
+HEAVY = {"lightning", "scanpy", "hydra", "wandb", "torch", "anndata", "pandas", "matplotlib"}
 
 
 def _fresh(code: str) -> tuple[str, float]:

@@ -130,7 +130,8 @@ def test_values_round_trip_and_are_plain() -> None:
         ({"optim": {"betas": [0.9, "x"]}}, "'optim.betas[1]' must be a number, not the text 'x'"),
         ({"optim": 3}, "'optim' must be a group of settings (lr, kind, betas, fused)"),
         ({"optim": {"lr": -1}}, "optim: lr must be positive, not -1.0; try 1e-3"),
-        ({"tags": "a"}, "must be a list of items, each a text, not the text 'a'; write [a]"),
+        ({"tags": None}, "'tags' must be a list of items, each a text, not null"),
+        ({"tags": 2}, "'tags[0]' must be a text, not the whole number 2"),
         ({"tags": ["a", 2]}, "'tags[1]' must be a text, not the whole number 2"),
         (
             {"name": 7},
@@ -157,6 +158,10 @@ def test_a_union_takes_each_of_its_members() -> None:
     assert run(sources="a*.h5ad").sources == "a*.h5ad"
     assert run(sources=["a.h5ad"]).sources == ("a.h5ad",)
     assert run(workers="auto").workers == "auto"
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    assert run(tags="a").tags == ("a",)
 
 
 def test_all_missing_settings_are_named_at_once() -> None:
