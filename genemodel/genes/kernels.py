@@ -5,6 +5,9 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
+
+from genemodel.errors import DataError
 
 # Position of the single set bit of a 64-bit word, by multiplication with a de Bruijn sequence.
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
@@ -55,6 +58,22 @@ def _project(indptr, indices, data, token_G, n_tokens, out_indptr, out_indices, 
     return at, fits
 
 
+def check_columns(X: sp.csr_matrix | sp.csr_array) -> None:
+    """Refuse a matrix whose entries lie outside it: compiled loops do not look."""
+    if len(X.indices) and not (X.indices.min() >= 0 and X.indices.max() < X.shape[1]):
+        raise DataError(
+            f"the sparse counts are damaged: an entry in column {X.indices.max()} of {X.shape[1]}"
+        )
+    if (
+        len(X.indptr) != X.shape[0] + 1
+        or X.indptr[0] != 0
+        or X.indptr[-1] > len(X.indices)
+        or len(X.indices) != len(X.data)
+        or (np.diff(X.indptr) < 0).any()
+    ):
+        raise DataError("the sparse counts are damaged: their row pointers do not fit their data")
+
+
 def project(
     indptr: npt.NDArray[np.integer[Any]],
     indices: npt.NDArray[np.integer[Any]],
@@ -96,12 +115,11 @@ def count_pages(  # type: ignore[no-untyped-def]
     octave from page ``layout[1]`` on. ``layout[2]`` is the first octave. ``page_VP`` holds 1 + the
     page's row in ``pages``, 0 where there is none.
 
-    Returns the first entry not added (all of them, when it equals their number), the number of
-    pages in use, and whether an octave was out of range.
+    An octave out of range counts in the nearest page. Returns the first entry not added (all of
+    them, when it equals their number) and the number of pages in use.
     """
     scaled = len(scale_C) > 0
     exact_up_to, octave_page, first_octave = layout
-    out_of_range = False
     for cell in range(len(indptr) - 1):
         if indptr[cell + 1] <= start:
             continue
@@ -121,21 +139,19 @@ def count_pages(  # type: ignore[no-untyped-def]
                 while value >> octave > 1:
                     octave += 1
                 kind, slot = octave_page + octave - first_octave, (value >> (octave - 7)) & 127
-            if kind < 0 or kind >= page_VP.shape[1]:
-                out_of_range = True
-                kind = min(max(kind, 0), page_VP.shape[1] - 1)
+            kind = min(max(kind, 0), page_VP.shape[1] - 1)
             token = np.uint64(indices[k])
             page = page_VP[token, np.uint64(kind)]
             if page == 0:
                 if n_pages == len(pages):
-                    return k, n_pages, out_of_range
+                    return k, n_pages
                 n_pages += 1
                 page = n_pages
                 page_VP[token, np.uint64(kind)] = page
             pages[np.uint64(page - 1), np.uint64(slot)] += 1
             sum_V[token] += count
             nonzero_V[token] += 1
-    return len(indices), n_pages, out_of_range
+    return len(indices), n_pages
 
 
 @numba.njit(nogil=True, cache=True)

@@ -330,7 +330,7 @@ class GeneMatch:
         DataError
             `X` has another number of genes, or a sum does not fit int32.
         """
-        from genemodel.genes.kernels import project
+        from genemodel.genes.kernels import check_columns, project
 
         if X.shape[1] != self.n_genes:
             raise DataError(
@@ -338,6 +338,7 @@ class GeneMatch:
                 f"{self.n_genes:,}: match the var table that belongs to these counts"
             )
         csr = X if isinstance(X, sp.csr_matrix | sp.csr_array) else sp.csr_matrix(X)
+        check_columns(csr)
         dtype = np.float32 if np.issubdtype(csr.dtype, np.floating) else np.int32
         indptr, indices, data, fits = project(
             csr.indptr, csr.indices, csr.data, self.token_G, self.vocabulary_size, dtype

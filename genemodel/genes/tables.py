@@ -64,17 +64,17 @@ def read_table(path: str | Path, what: str) -> pd.DataFrame:
     header = [name.strip() for name in next(reader)]
     if len(set(header)) != len(header):
         raise DataError(f"{what}: {path} has the same column twice in {header}")
-    rows = []
-    for offset, row in enumerate(reader, start=start + 2):
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise DataError(
-                f"{what}: line {offset} of {path} has {len(row)} fields, the header has "
-                f"{len(header)}"
-            )
-        rows.append(row)
-    return pd.DataFrame(rows, columns=header, dtype=object)
+    rows = list(reader)
+    if not set(map(len, rows)) <= {len(header)}:
+        for offset, row in enumerate(rows, start=start + 2):
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"{what}: line {offset} of {path} has {len(row)} fields, the header has "
+                    f"{len(header)}"
+                )
+        rows = [row for row in rows if row]
+    columns = zip(*rows, strict=True) if rows else ([] for _ in header)
+    return pd.DataFrame(dict(zip(header, map(list, columns), strict=True)), dtype=object)
 
 
 def first_column(table: pd.DataFrame, names: tuple[str, ...]) -> str | None:

@@ -214,7 +214,7 @@ def test_what_is_not_counts_is_refused(dense, settings, message):
 def test_impossible_libraries_and_merges_are_refused():
     X = sp.csr_matrix(np.array([[1.0, 2.0], [5.0, 5.0]]))
     medians = NonzeroMedians(2, per_10k=True)
-    with pytest.raises(DataError, match="cell 1: library 4 is below the sum of its counts 10"):
+    with pytest.raises(DataError, match="cell 1: library 4 is below the sum of its counts 10 or"):
         medians.update(X, [3, 4])
     with pytest.raises(DataError, match=r"shape \(3,\).*2 cells"):
         medians.update(X, [3, 4, 5])
@@ -226,3 +226,15 @@ def test_fractional_counts_are_accepted_per_10k():
     dense = np.array([[0.5, 1.5], [0.25, 0.75]])
     medians = filled(dense, per_10k=True, dtype=np.float64)
     np.testing.assert_allclose(medians.medians_V(), [2500, 7500], rtol=RELATIVE_ERROR + 1e-6)
+
+
+def test_damaged_sparse_counts_are_refused():
+    X = sp.csr_matrix(counts(9))
+    X.indices[0] = N_TOKENS
+    with pytest.raises(DataError, match=f"entry in column {N_TOKENS} of {N_TOKENS}"):
+        NonzeroMedians(N_TOKENS).update(X)
+
+
+def test_shares_below_the_smallest_bin_stay_in_it():
+    medians = filled(np.array([[1e-12, 1.0]]), per_10k=True, dtype=np.float64)
+    assert 2.0**-24 < medians.medians_V()[0] < 2.0**-23

@@ -208,14 +208,12 @@ REAL = {
     "zebrafish": ("orthologs_human_to_16species_hcop", 9_000, 12_000),
     "worm": ("orthologs_human_to_16species_hcop", 2_300, 3_800),
     "fly": ("orthologs_human_to_16species_hcop", 2_900, 4_500),
-    "rat": ("orthologs_human_to_16species_hcop", 14_500, 17_000),
-    "rhesus": ("orthologs_human_rhesus_symbols", 15_500, 18_000),
 }
 
 
 @pytest.fixture(scope="module")
 def grown(shared_knowledge, tmp_path_factory):
-    """The built-in vocabulary and five more species, one after the other."""
+    """The built-in vocabulary and three more species, one after the other."""
     out = tmp_path_factory.mktemp("grown")
     vocabulary: GeneVocabulary | None = None
     reports = {}
