@@ -146,9 +146,9 @@ def umap_of(
     (c, 2) float32, (c,) int64
         Coordinates, and the indices of the cells laid out, ascending.
     """
-    import umap
     from sklearn.decomposition import PCA
     from sklearn.neighbors import NearestNeighbors
+    from umap import umap_
 
     values_CD = np.asarray(embedding_CD, dtype=np.float32)
     if values_CD.ndim != 2 or len(values_CD) < 5:
@@ -169,20 +169,22 @@ def umap_of(
     distance_CK, index_CK = search.kneighbors(values_CD)
     start_C2 = PCA(2, svd_solver="full").fit_transform(values_CD)
     start_C2 *= 10 / max(float(np.abs(start_C2).max()), 1e-12)
-    layout = umap.UMAP(
-        n_neighbors=k,
-        n_epochs=200,
-        init=start_C2,
-        random_state=seed,
-        n_jobs=1,
-        precomputed_knn=(index_CK, distance_CK.astype(np.float32), None),
+    # The two steps of UMAP itself: its estimator insists on an approximate search index.
+    state = np.random.RandomState(seed)
+    graph, _, _ = umap_.fuzzy_simplicial_set(
+        values_CD, k, state, "euclidean", knn_indices=index_CK, knn_dists=distance_CK
     )
-    return np.asarray(layout.fit_transform(values_CD), dtype=np.float32), at
+    a, b = umap_.find_ab_params(1.0, 0.4)
+    layout_C2, _ = umap_.simplicial_set_embedding(
+        values_CD, graph, 2, 1.0, a, b, 1.0, 5, 200, start_C2.astype(np.float32), state,
+        "euclidean", {}, False, {}, False,
+    )  # fmt: skip
+    return np.asarray(layout_C2, dtype=np.float32), at
 
 
 def _size(n: int) -> float:
     """Marker area that fills the panel alike at 200 and at 50,000 cells."""
-    return float(np.clip(9000 / max(n, 1), 0.6, 14.0))
+    return float(np.clip(22_000 / max(n, 1), 1.0, 16.0))
 
 
 def _is_number(values: pd.Series) -> bool:
@@ -416,7 +418,7 @@ def loss_curves(
         low, high = float(values.min()), float(values.max())
         margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
         ax.set(title=name.replace("_", " "), xlabel="step", ylim=(low - margin, high + margin))
-        ax.set_ylabel("loss (nats or squared error)" if ax is axes[0, 0] else "")
+        ax.set_ylabel("loss" if ax is axes[0, 0] else "")
         _clean(ax)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return axes.ravel()[: len(names)]
@@ -441,9 +443,10 @@ def throughput_curves(curves: pd.DataFrame) -> "np.ndarray":
     for ax, name in zip(axes.ravel(), present, strict=False):
         points = curves[["step", name]].dropna()
         ax.plot(points["step"], points[name], color=_OURS, lw=1.2)
-        ax.set_xlabel("step")
-        ax.set_ylabel(units[name])
-        ax.set_ylim(bottom=0)
+        ax.set_title(units[name], fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.set_ylim(0, 1.15 * float(points[name].max()) or 1.0)
         _clean(ax)
     return axes.ravel()[: len(present)]
 

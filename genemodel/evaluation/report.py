@@ -52,13 +52,14 @@ a{color:var(--accent);text-decoration:none}
 a:hover{text-decoration:underline}
 .wide{overflow-x:auto;margin:6px 0 18px}
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
-caption{caption-side:top;text-align:left;color:var(--soft);padding-bottom:6px;font-size:13.5px}
+.caption{color:var(--soft);font-size:13.5px;max-width:88ch;margin:14px 0 4px}
 th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);text-align:right;
 vertical-align:top;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 td.words{text-align:left;white-space:normal;min-width:12ch}
 td.best{background:var(--best);font-weight:600}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}
+th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal;max-width:13ch}
+th.words{text-align:left}
 td:not(:first-child),th:not(:first-child){padding-left:12px}
 figure{margin:8px 0 26px}
 figure img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);
@@ -182,15 +183,12 @@ class Report:
                 f"Report.table: units or best name the column {unknown[0]!r}; the table has "
                 f"{', '.join(map(str, table.columns))}."
             )
-        heads = [""] if index else []
-        if index and table.index.name:
-            heads = [str(table.index.name)]
-        heads += [
-            f"{str(column).replace('_', ' ')} ({units[column]})"
-            if column in units
-            else str(column).replace("_", " ")
-            for column in table.columns
-        ]
+        words = {column for column in table.columns if _is_words(table[column])}
+        head = f"<th>{html.escape(str(table.index.name or ''))}</th>" if index else ""
+        for column in table.columns:
+            unit = f" ({units[column]})" if column in units else ""
+            kind = ' class="words"' if column in words else ""
+            head += f"<th{kind}>{html.escape(str(column).replace('_', ' ') + unit)}</th>"
         rows = []
         marked = {column: _best(table[column], direction) for column, direction in best.items()}
         for i, (name, row) in enumerate(
@@ -198,16 +196,15 @@ class Report:
         ):
             cells = [f"<td>{html.escape(str(name))}</td>"] if index else []
             for column, value in zip(table.columns, row, strict=True):
-                kinds = ["words"] if isinstance(value, str) and (index or cells) else []
+                kinds = ["words"] if column in words else []
                 if column in marked and marked[column][i]:
                     kinds.append("best")
                 kind = f' class="{" ".join(kinds)}"' if kinds else ""
                 cells.append(f"<td{kind}>{html.escape(number_text(value, digits))}</td>")
             rows.append(f"<tr>{''.join(cells)}</tr>")
-        head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-        label = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+        label = f'<p class="caption">{html.escape(caption)}</p>' if caption else ""
         return self._add(
-            f'<div class="wide"><table>{label}<thead><tr>{head}</tr></thead>'
+            f'{label}<div class="wide"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
@@ -336,6 +333,10 @@ class Report:
                 f"The report cannot be written to {target}: {error.strerror}. Choose another place."
             ) from error
         return target
+
+
+def _is_words(column: pd.Series) -> bool:
+    return bool(column.map(lambda value: isinstance(value, str)).any())
 
 
 def _best(column: pd.Series, direction: str) -> np.ndarray:
