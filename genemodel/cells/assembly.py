@@ -70,15 +70,18 @@ def stream(
     """Stream all sources into the builder."""
     n_cells = 0
     begin = time.perf_counter()
-    for number, (name, data) in enumerate(sources, start=1):
-        with options.open(data, name) as source:
-            builder.add(source, match_source(source, builder.vocabulary, options))
-            n_cells += source.n_cells
-            rate = n_cells / max(1e-9, time.perf_counter() - begin)
-            log.info(
-                "%s: %s cells (%d of %d sources, %.0f cells/s)",
-                source.where, f"{source.n_cells:,}", number, len(sources), rate,
-            )  # fmt: skip
+    try:
+        for number, (name, data) in enumerate(sources, start=1):
+            with options.open(data, name) as source:
+                builder.add(source, match_source(source, builder.vocabulary, options))
+                n_cells += source.n_cells
+                rate = n_cells / max(1e-9, time.perf_counter() - begin)
+                log.info(
+                    "%s: %s cells (%d of %d sources, %.0f cells/s)",
+                    source.where, f"{source.n_cells:,}", number, len(sources), rate,
+                )  # fmt: skip
+    finally:
+        builder.close()
     if not sum(s.n_cells for s in builder.sources):
         reasons: dict[str, int] = {}
         for record in builder.sources:

@@ -1,7 +1,9 @@
 """One streaming pass from sources to the groups of a corpus, in bounded memory."""
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 GROUP_CELLS = 131_072
 GROUP_VALUES = 64_000_000
 _EXAMPLES = 20
+_COUNTED_BEHIND = 2
 
 EMPTY = "empty cell"
 NO_GENE = "no gene of the vocabulary"
@@ -215,6 +218,9 @@ class Builder:
         self.sources: list[SourceRecord] = []
         self._first_group = first_group
         self._group = _Group()
+        # Gene statistics take as long as everything else together: they run beside it.
+        self._beside = ThreadPoolExecutor(1, "genemodel-statistics")
+        self._waiting: deque[Future[None]] = deque()
         self._mito_V = mitochondrial_V(vocabulary)
         names = vocabulary.token_names()
         self._var = pd.DataFrame(
@@ -251,7 +257,12 @@ class Builder:
             if not good.all():
                 counts_CV, row_C = counts_CV[good], row_C[good]
                 facts = {key: values[good] for key, values in facts.items()}
-            self._count(counts_CV, chosen_C[row_C], species, facts["library"])
+            self._waiting.append(
+                self._beside.submit(
+                    self._count, counts_CV, chosen_C[row_C], species, facts["library"]
+                )
+            )
+            self._wait(_COUNTED_BEHIND)
             kept += np.bincount(chosen_C[row_C], minlength=len(species))
             facts["source"] = chosen_C[row_C] + first_source
             at = row_C + chunk.start
@@ -261,6 +272,7 @@ class Builder:
             if full or self._group.n_cells >= self.options.group_cells:
                 self._flush()
         self._flush()
+        self._wait(0)
         if (species_C < 0).any():
             dropped[0][NO_SPECIES] = int((species_C < 0).sum())
             read[0] += dropped[0][NO_SPECIES]
@@ -280,6 +292,15 @@ class Builder:
                     notes=list(source.notes),
                 )
             )  # fmt: skip
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many chunks are left to be counted."""
+        while len(self._waiting) > most:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """End the thread that counts."""
+        self._beside.shutdown(cancel_futures=True)
 
     def _codes(self, column: pd.Series | None, name: str, n: int) -> npt.NDArray[np.int64]:
         """Codes of the corpus for a column of the source, −1 missing."""

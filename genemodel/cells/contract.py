@@ -246,11 +246,9 @@ class Counts:
         """
         block = self.rows.read(start, stop)
         zeros, rounded, largest = _prove(block, start, self.where, self.allow_fractional)
-        # Copies, because sorting happens in place and the arrays may be the user's own.
-        block = sp.csr_matrix(
-            (block.data.astype(np.int32), block.indices.copy(), block.indptr.copy()),
-            shape=block.shape,
-        )
+        # Sorting happens in place, and a view may be of the user's own arrays.
+        own = (a if a.base is None else a.copy() for a in (block.indices, block.indptr))
+        block = sp.csr_matrix((block.data.astype(np.int32), *own), shape=block.shape)
         # Before zeros go: rounding may have made some.
         if zeros or rounded:
             block.eliminate_zeros()

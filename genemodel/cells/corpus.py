@@ -13,7 +13,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -444,13 +443,10 @@ class Corpus:
     # -- reading counts ---------------------------------------------------------------------------
 
     @functools.cached_property
-    def _ends_C(self) -> npt.NDArray[np.int64]:
-        """First value of every cell within its group, and one past the last cell of the corpus."""
+    def _starts_C1(self) -> npt.NDArray[np.int64]:
+        """First value of every cell, counted through the corpus."""
         starts = np.zeros(len(self) + 1, np.int64)
         np.cumsum(self.n_genes_C, out=starts[1:])
-        for begin, end in pairwise(self._first_cell):
-            if begin:
-                starts[begin + 1 : end + 1] -= starts[begin]
         return starts
 
     def read(self, start: int, stop: int) -> CountsBlock:
@@ -505,14 +501,12 @@ class Corpus:
         """(group, first value, last value, place in the output), cut at the ends of groups."""
         pieces = []
         at = 0
-        starts = self._ends_C
         for start, stop in ranges:
             while start < stop:
                 g = bisect.bisect_right(self._first_cell, start) - 1
                 end = min(stop, self._first_cell[g + 1])
-                # The first cell of a group holds the end of the group before; its own start is 0.
-                first = 0 if start == self._first_cell[g] else int(starts[start])
-                last = int(starts[end])
+                base = int(self._starts_C1[self._first_cell[g]])
+                first, last = int(self._starts_C1[start]) - base, int(self._starts_C1[end]) - base
                 pieces.append((g, first, last, at))
                 at += last - first
                 start = end

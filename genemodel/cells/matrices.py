@@ -229,31 +229,41 @@ class SequentialRows:
         self._held_start = 0
 
     def stop_of(self, start: int, most: int) -> int:
-        return min(start + most, self.shape[0])
+        # Ending where a block ends saves joining two.
+        return min(start + most, self._block_stop(start))
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
-        if self._pass is None or start < self._held_start:
-            self._pass, self._held, self._held_start = self._blocks(), None, 0
         parts = []
         while start < stop:
-            held_stop = self._held_start + (0 if self._held is None else self._held.shape[0])
-            if start >= held_stop:
-                with refuse_damage(self._where):
-                    self._held = next(self._pass, None)
-                self._held_start = held_stop
-                if self._held is None:
-                    raise DataError(
-                        f"{self._where}: ends after {held_stop:,} cells, {self.shape[0]:,} were "
-                        "announced. The file is cut off: copy or make it again"
-                    )
-                continue
+            end = min(stop, self._block_stop(start))
             assert self._held is not None
-            end = min(stop, held_stop)
             parts.append(self._held[start - self._held_start : end - self._held_start])
             start = end
         if not parts:
             return sp.csr_matrix((0, self.shape[1]), dtype=self.dtype)
         return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
+
+    def _block_stop(self, row: int) -> int:
+        """Go to the block that holds ``row``; returns the row after its last."""
+        if self._pass is None or row < self._held_start:
+            self._pass, self._held, self._held_start = self._blocks(), None, 0
+        while True:
+            stop = self._held_start + (0 if self._held is None else self._held.shape[0])
+            if row < stop:
+                return stop
+            with refuse_damage(self._where):
+                block = next(self._pass, None)
+            if block is None:
+                raise DataError(
+                    f"{self._where}: ends after {stop:,} cells, {self.shape[0]:,} were announced. "
+                    "The file is cut off: copy or make it again"
+                )
+            if block.shape[1] != self.shape[1]:
+                raise DataError(
+                    f"{self._where}: cells {stop:,} onwards have {block.shape[1]:,} genes, "
+                    f"{self.shape[1]:,} are named"
+                )
+            self._held, self._held_start = block, stop
 
 
 def check_columns(indices: npt.NDArray[Any], n_columns: int, where: str) -> None:

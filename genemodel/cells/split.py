@@ -1,100 +1,127 @@
-"""Hold-out splits: whole groups of cells, never single cells.
+"""Hold-out splits of a corpus by donor, data set or another group; never by cell.
 
-Cells of one donor or one experiment resemble each other. A split by cell puts near copies of the
-held-out cells into training, and every score on them is flattered.
+Cells of one donor resemble each other: a model that saw some of them in training looks better on
+the others than it will on a new donor. So whole groups are held out, chosen by a hash of their
+name: the same groups on every machine, and the same after more sources were appended.
 """
 
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from genemodel.cells.corpus import JOINT, Corpus
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import nearest
 
-if TYPE_CHECKING:
-    from genemodel.cells.corpus import Corpus
+# Names of these are only unique within a data set.
+_WITHIN_DATASET = ("donor", "batch")
+_SHOWN = 12
 
 
 def split_cells(
-    corpus: "Corpus",
+    corpus: Corpus,
     *,
-    by: str,
-    holdout: Sequence[str] | float,
+    by: str = "donor",
+    holdout: Sequence[str] | float = 0.1,
     seed: int = 0,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Split the cells of a corpus into training cells and held-out cells.
+    """Divide the cells of a corpus into training and held-out cells.
 
     Parameters
     ----------
     corpus
         An open corpus.
     by
-        Column whose groups stay whole. Groups other than data sets are told apart by data set
-        first: donor 1 of one study is not donor 1 of another.
+        Column whose groups stay together. Donors and batches are told apart by data set:
+        ``by="donor"`` means (dataset, donor).
     holdout
-        Names of groups (of data sets, or of ``by`` with or without the data set), or the share of
-        groups to draw.
+        Names of groups to hold out (a donor's name alone, or ``"dataset / donor"``); or the share
+        of groups to hold out, 0 < share < 1, of which at least one is.
     seed
-        Of the draw.
+        Changes which groups a share picks.
 
     Returns
     -------
-    train_cells, held_out_cells
-        Ascending cell numbers. Cells without a group are never held out.
+    train_cells, heldout_cells
+        Ascending cell numbers, int64. Cells whose group is not known are trained on: nothing says
+        whether they belong to a held-out group, but they are no group's test.
 
     Raises
     ------
-    ConfigError
-        The column or a group does not exist; nothing, or everything, would be held out.
     DataError
-        There are fewer than two groups.
+        The column is missing everywhere or has one group only.
+    ConfigError
+        A named group does not exist, all are held out, or the share is impossible.
     """
-    codes_C, names = corpus.codes(by) if by == "dataset" else corpus.codes("dataset", by)
+    codes_C, groups = _groups(corpus, by)
     present = np.unique(codes_C[codes_C >= 0])
     if present.size < 2:
-        raise DataError(
-            f"Corpus {corpus.path}: column {by!r} has {present.size} group(s), and a hold-out needs "
-            f"two. Set holdout.by to one of {', '.join(_splittable(corpus)) or '(no column can)'}."
-        )
-    if isinstance(holdout, int | float):
+        raise DataError(_too_few(corpus, by, [groups[i] for i in present]))
+    if isinstance(holdout, str):
+        raise ConfigError(f"holdout is the text {holdout!r}: give a list of groups, or a share")
+    if isinstance(holdout, float | int):
         if not 0 < holdout < 1:
             raise ConfigError(
-                f"holdout.fraction is {holdout}: it is a share of groups, between 0 and 1."
+                f"holdout={holdout} is no share of the groups: give a number between 0 and 1, or "
+                "the names of groups"
             )
-        n = min(max(1, round(holdout * present.size)), present.size - 1)
-        chosen = np.random.default_rng(seed).permutation(present)[:n]
+        n = min(present.size - 1, max(1, round(holdout * present.size)))
+        order = sorted(present.tolist(), key=lambda i: _hash(groups[i], seed))
+        held = np.array(order[:n])
     else:
-        chosen = np.unique(np.concatenate([_find(name, names, by, corpus) for name in holdout]))
-    held = np.isin(codes_C, chosen)
-    if held.all():
-        raise ConfigError(
-            f"Holding out {', '.join(names[c] for c in chosen[:5])} leaves no cell to train on: "
-            "hold out fewer groups."
-        )
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        held = np.array([i for name in holdout for i in _named(name, groups, present, by)])
+        if not held.size:
+            raise ConfigError("holdout is an empty list: name at least one group, or give a share")
+        if np.unique(held).size == present.size:
+            raise ConfigError(
+                f"holdout names all {present.size} groups of {by}: none is left to train on"
+            )
+    out_C = np.isin(codes_C, held)
+    return np.flatnonzero(~out_C), np.flatnonzero(out_C)
 
 
-def _find(name: str, names: list[str], by: str, corpus: "Corpus") -> list[int]:
-    """Codes of the groups a name stands for: the whole name, or its last part."""
-    from genemodel.cells.corpus import JOINT
+def _groups(corpus: Corpus, by: str) -> tuple[npt.NDArray[np.int32], list[str]]:
+    if by in _WITHIN_DATASET:
+        return corpus.codes("dataset", by)
+    return corpus.codes(by)
 
-    found = [
-        code
-        for code, full in enumerate(names)
-        if name == full or (by != "dataset" and name == full.split(JOINT)[-1])
-    ]
+
+def _named(
+    name: str, groups: Sequence[str], present: npt.NDArray[np.integer], by: str
+) -> list[int]:
+    """Groups that a name means: the full name, or the part after the data set."""
+    found = [int(i) for i in present if groups[i] == name]
+    found = found or [int(i) for i in present if groups[i].split(JOINT, 1)[-1] == name]
     if not found:
-        near = nearest(name, names)
         raise ConfigError(
-            f"Corpus {corpus.path}: no group {name!r} in column {by!r}; it has "
-            f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}."
-            + (f" Did you mean {near!r}?" if near else "")
+            f"holdout: there is no {by} {name!r} in the corpus; it has "
+            f"{_shown([groups[i] for i in present])}"
         )
     return found
 
 
-def _splittable(corpus: "Corpus") -> list[str]:
-    """Columns with two groups or more."""
-    return [c for c in corpus.columns if np.unique(corpus.codes(c)[0]).size > 1]
+def _hash(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+
+
+def _too_few(corpus: Corpus, by: str, groups: list[str]) -> str:
+    """Say what the column holds and which other columns would do."""
+    others = []
+    for column in corpus.columns:
+        if column != by:
+            codes_C, _ = _groups(corpus, column)
+            n = np.unique(codes_C[codes_C >= 0]).size
+            if n > 1:
+                others.append(f"{column} ({n} groups)")
+    found = f"has one group only ({groups[0]})" if groups else "is missing in every source"
+    return (
+        f"corpus {corpus.path}: cannot hold out by {by}, which {found}. "
+        + (f"Split by {', '.join(others)}, " if others else "Add more sources, ")
+        + f"or map the column when building (columns={{'{by}': ...}})"
+    )
+
+
+def _shown(names: list[str]) -> str:
+    more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -10,6 +10,7 @@ damaged byte is an error, and so is a missing chunk, for which zarr would give z
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from genemodel.errors import DataError
 # Values per chunk: a block of 128 rich cells is a handful of chunks, so little is read in vain.
 CHUNK_VALUES = 32_768
 SHARD_VALUES = 2**25
+_COMPRESSOR, _LEVEL = "lz4", 5
+_WRITERS = 2
 _CRC_BYTES = 4
 _ABSENT = np.uint64(2**64 - 1)
 # Marks the root as an annbatch collection.
@@ -53,7 +56,10 @@ def write_group(
     from zarr.codecs import BloscCodec, Crc32cCodec
 
     # write_empty_chunks: a chunk may be all zeros, and a chunk that is not there is an error here.
-    with zarr.config.set({"array.write_empty_chunks": True}):
+    with (
+        zarr.config.set({"array.write_empty_chunks": True}),
+        ThreadPoolExecutor(_WRITERS, "genemodel-write") as pool,
+    ):
         group = zarr.open_group(folder / name, mode="w", zarr_format=3)
         group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         ad.io.write_elem(group, "obs", _plain(obs))
@@ -69,21 +75,57 @@ def write_group(
         n_values = max(1, data_N.size)
         shard = min(SHARD_VALUES, -(-n_values // CHUNK_VALUES) * CHUNK_VALUES)
         for key, values in (("data", data_N), ("indices", indices_N)):
-            array = matrix.create_array(
+            matrix.create_array(
                 key,
                 shape=values.shape,
                 dtype=values.dtype,
                 chunks=(CHUNK_VALUES,),
                 shards=(shard,),
                 compressors=(
-                    BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+                    BloscCodec(cname=_COMPRESSOR, clevel=_LEVEL, shuffle="bitshuffle"),
                     Crc32cCodec(),
                 ),
                 fill_value=0,
                 attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
             )
-            array[:] = values
+            _write_shards(folder / name / "X" / key, values, shard, pool)
         ad.io.write_elem(matrix, "indptr", indptr_C1)
+
+
+def _write_shards(
+    folder: Path, values: npt.NDArray[Any], shard_values: int, pool: ThreadPoolExecutor
+) -> None:
+    """Write the files of an array whose metadata says: shards of compressed, checksummed chunks.
+
+    zarr spends ten times as long on the same bytes.
+    """
+    (folder / "c").mkdir(exist_ok=True)
+    for number, first in enumerate(range(0, values.size, shard_values)):
+        shard = values[first : first + shard_values]
+        n_chunks = shard_values // CHUNK_VALUES
+        index = np.full((n_chunks, 2), _ABSENT, "<u8")
+        at = 0
+        with (folder / "c" / str(number)).open("wb") as file:
+            starts = range(0, shard.size, CHUNK_VALUES)
+            parts = pool.map(_encode, [shard[a : a + CHUNK_VALUES] for a in starts])
+            for place, part in enumerate(parts):
+                file.write(part)
+                index[place] = at, len(part)
+                at += len(part)
+            file.write(_with_crc(index.tobytes()))
+
+
+def _encode(values: npt.NDArray[Any]) -> bytes:
+    """Compress one chunk; a last, short one is filled up with zeros."""
+    if values.size < CHUNK_VALUES:
+        values = np.pad(values, (0, CHUNK_VALUES - values.size))
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    packed = blosc.compress(little, _COMPRESSOR.encode(), _LEVEL, blosc.BITSHUFFLE)
+    return _with_crc(packed)
+
+
+def _with_crc(raw: bytes) -> bytes:
+    return raw + int(google_crc32c.value(raw)).to_bytes(_CRC_BYTES, "little")
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:
