@@ -1,0 +1,159 @@
+"""The small verbs as a user types them, on generated cells."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from genemodel import cli
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with one file of human and one of mouse cells."""
+    from genemodel.cells.synthetic import synthetic
+
+    folder = tmp_path_factory.mktemp("cells")
+    for name, adata in synthetic(60, n_genes=1000, seed=3).items():
+        adata.obs["animal"] = adata.obs["donor"]
+        adata.write_h5ad(folder / f"{name}.h5ad")
+    return folder
+
+
+@pytest.fixture
+def typed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Typed:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        status = cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_corpus_from_files_to_report(typed: Typed, cells: Path, tmp_path: Path) -> None:
+    from genemodel.cells.corpus import Corpus
+
+    status, out, err = typed("corpus", "build", f"sources={cells}/hum*.h5ad", "out=c")
+    assert status == 0, err
+    assert "genemodel corpus describe path=c" in out
+    first = Corpus.open(tmp_path / "c")
+    assert first.codes("species")[1] == ["human"]
+
+    status, out, err = typed("corpus", "append", "path=c", f"sources=[{cells}/mouse.h5ad]")
+    assert status == 0, err
+    grown = Corpus.open(tmp_path / "c")
+    assert f"{len(grown) - len(first)} cells added" in out
+    assert set(grown.codes("species")[1]) == {"human", "mouse"}
+
+    status, out, _ = typed("corpus", "verify", "path=c")
+    assert (status, out) == (0, "corpus c: every file is as it was written\n")
+    status, out, _ = typed("corpus", "describe", "path=c", "html=report.html")
+    assert status == 0
+    assert "human" in out and "With plots: report.html" in out
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert typed("describe", "path=c")[0] == 0
+
+
+def test_verify_names_the_damaged_file(typed: Typed, cells: Path, tmp_path: Path) -> None:
+    typed("corpus", "build", f"sources={cells}/human.h5ad", "out=c")
+    victim = max((tmp_path / "c" / "cells.zarr").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    victim.write_bytes(bytes(data))
+    status, out, err = typed("corpus", "verify", "path=c")
+    assert (status, out) == (2, "")
+    assert err.startswith("genemodel: error: corpus c is damaged:\n")
+    assert str(victim.relative_to(tmp_path / "c")) in err
+    assert "build the corpus again" in err
+
+
+def test_a_sheet_gives_each_source_its_own_options(
+    typed: Typed, cells: Path, tmp_path: Path
+) -> None:
+    from genemodel.cells.corpus import Corpus
+
+    sheet = cells / "samples.csv"
+    sheet.write_text(
+        "path,name,species,donor_key\nhuman.h5ad,first,human,animal\nmouse.h5ad,second,,\n"
+    )
+    status, _, err = typed("corpus", "build", f"sheet={sheet}", "out=c", "keep=[batch]")
+    assert status == 0, err
+    corpus = Corpus.open(tmp_path / "c")
+    assert [source.name for source in corpus.sources] == ["first", "second"]
+    assert set(corpus.codes("species")[1]) == {"human", "mouse"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("out=c", "give either sources="),
+        ("out=c sources=a.h5ad sheet=b.tsv", "give either sources="),
+        ("out=c sources=none/*.h5ad", "no file matches none/*.h5ad"),
+        ("out=c sources=none.h5ad", "none.h5ad: does not exist"),
+        ("out=c sheet=none.tsv", "none.tsv"),
+        ("out=c sheet={cells}/wrong.tsv", "unknown column 'spcies': did you mean 'species'?"),
+        ("out=c sheet={cells}/pathless.tsv", "has no column 'path'"),
+        ("out=c sources={cells}/human.h5ad min_fraction=2", "min_fraction is 2"),
+        ("out=c sources={cells}/human.h5ad max_mitos=1", "did you mean 'max_mito'?"),
+        ("out=c sources={cells}/human.h5ad vocabulary=none.tsv.gz", "none.tsv.gz cannot be read"),
+        ("out=c sources={cells}/human.h5ad unknown_species=skip", "one of refuse, drop"),
+        ("out=c sources={cells}/human.h5ad donor_key=donr", "donr"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_work(
+    typed: Typed, cells: Path, tmp_path: Path, words: str, expected: str
+) -> None:
+    (cells / "wrong.tsv").write_text("path\tspcies\nhuman.h5ad\thuman\n")
+    (cells / "pathless.tsv").write_text("name\tspecies\na\thuman\n")
+    status, out, err = typed("corpus", "build", *words.format(cells=cells).split())
+    assert (status, out) == (2, "")
+    assert expected in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("verb", ["verify", "describe"])
+def test_what_is_no_corpus_is_refused(typed: Typed, verb: str) -> None:
+    for folder in ("none", "."):
+        status, _, err = typed("corpus", verb, f"path={folder}")
+        assert status == 2
+        assert "corpus" in err and "Traceback" not in err
+
+
+def test_a_species_is_added_with_one_command(typed: Typed, tmp_path: Path) -> None:
+    from genemodel.genes import GeneVocabulary
+
+    known = GeneVocabulary.builtin()
+    human = known.genes.query("species == 'human' and biotype == 'protein_coding'").iloc[:200]
+    new = [f"ENSDARG{n:011d}" for n in range(300)]
+    genes = "\n".join(f"{gene}\tzf{n}\tprotein_coding" for n, gene in enumerate(new))
+    (tmp_path / "genes.tsv").write_text(f"ensembl_id\tsymbol\tbiotype\n{genes}\n")
+    pairs = "\n".join(f"{a}\t{b}" for a, b in zip(human["ensembl_id"], new, strict=False))
+    (tmp_path / "orthologs.tsv").write_text(f"human_ensembl\tzebrafish_ensembl\n{pairs}\n")
+    command = ["species", "name=zebrafish", "genes=genes.tsv", "orthologs=orthologs.tsv"]
+    status, out, err = typed(*command, "out=grown.tsv.gz")
+    assert status == 0, err
+    grown = GeneVocabulary.read(tmp_path / "grown.tsv.gz")
+    assert grown.extends(known) and grown.species == (*known.species, "zebrafish")
+    assert grown.tokens_of("zebrafish")[:200].tolist() == human["token"].tolist()
+    assert len(grown) == len(known) + 100
+    assert "grown.tsv.gz" in out
+    assert "zebrafish" in typed("describe", "path=grown.tsv.gz")[1]
+    before = (tmp_path / "grown.tsv.gz").read_bytes()
+    status, _, err = typed(*command, "out=grown.tsv.gz")
+    assert status == 2 and "out=grown.tsv.gz exists" in err
+    assert (tmp_path / "grown.tsv.gz").read_bytes() == before
+
+
+def test_describe_refuses_what_it_does_not_know(typed: Typed, tmp_path: Path) -> None:
+    assert "does not exist" in typed("describe", "path=none")[2]
+    (tmp_path / "a.txt").write_text("x")
+    status, _, err = typed("describe", "path=a.txt")
+    assert status == 2
+    assert "no corpus" in err and "no model" in err and "no vocabulary" in err
