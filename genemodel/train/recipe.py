@@ -148,11 +148,12 @@ def pretrain(settings: PretrainSettings) -> Path:
         run, trainer_settings, settings.log, on_improvement=release, values=values
     )
     run.mkdir(parents=True, exist_ok=True)
+    devices, nodes = processes(trainer_settings)
     trainer = pl.Trainer(
         accelerator=accelerator,
-        devices=trainer_settings.devices,
-        num_nodes=trainer_settings.num_nodes,
-        strategy="ddp" if _world(trainer_settings) > 1 else "auto",
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
         precision=precision,
         max_epochs=-1,
         max_steps=-1,  # Watch counts steps: with two optimisers Lightning counts each twice
@@ -186,9 +187,12 @@ def pretrain(settings: PretrainSettings) -> Path:
     return run / "bundle"
 
 
-def _world(settings: TrainerSettings) -> int:
-    """Processes of the run: our own, or those of torchrun or srun."""
-    return int(os.environ.get("WORLD_SIZE", settings.devices * settings.num_nodes))
+def processes(settings: TrainerSettings) -> tuple[int, int]:
+    """Processes per node and nodes: those that torchrun started, or those the settings ask for."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return here, int(os.environ["WORLD_SIZE"]) // here
+    return settings.devices, settings.num_nodes
 
 
 def find_checkpoint(run: Path, values: dict[str, Any], corpus: str) -> Checkpoint | None:

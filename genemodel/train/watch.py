@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -302,7 +303,7 @@ def start_wandb(run: Path, log: LogSettings, values: Mapping[str, Any]) -> Any:
     number = (
         json.loads(number_file.read_text())["id"]
         if number_file.exists()
-        else wandb.util.generate_id()
+        else secrets.token_hex(4)
     )
     number_file.write_text(json.dumps({"id": number}))
     return wandb.init(

@@ -65,7 +65,6 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_corpus, tmp_path, processe
         assert sorted(map(int, expected)) == list(range(1, STEPS + 1))
         assert {int(step) for step, _ in got} == set(range(1, STEPS + 1))
         # Steps after the last checkpoint were done twice: both times alike.
-        assert len(got) > STEPS or kill_after % 4 == 0
         for step, what in got:
             assert what == expected[step], f"rank {rank}, step {step}, killed at {kill_after}"
     if processes == 2:
