@@ -113,7 +113,7 @@ def highly_variable(
     return cast(pd.DataFrame, found)["highly_variable"].to_numpy(dtype=bool)
 
 
-def _variable_log(adata: "AnnData", conditions: Conditions) -> sp.csr_matrix:
+def variable_log(adata: "AnnData", conditions: Conditions) -> sp.csr_matrix:
     """Log-normalised counts of the highly variable genes."""
     logged_CG = log_normalised(counts_of(adata))
     batch_C = None if conditions.batch_key is None else conditions.batch_of(adata)
@@ -130,7 +130,7 @@ def principal_components(data_CG: Any, n_comps: int, seed: int) -> np.ndarray:
 
 def none(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """No integration: PCA of the log-normalised highly variable genes."""
-    logged_CG = _variable_log(adata, conditions)
+    logged_CG = variable_log(adata, conditions)
     return principal_components(logged_CG, conditions.n_comps, conditions.seed)
 
 
@@ -146,7 +146,7 @@ def combat(adata: "AnnData", conditions: Conditions) -> np.ndarray:
             "ComBat estimates a variance within each batch and needs 2 cells per batch, but the "
             f"smallest batch of {conditions.batch_key!r} has {smallest}"
         )
-    data = AnnData(_variable_log(adata, conditions).toarray())
+    data = AnnData(variable_log(adata, conditions).toarray())
     data.obs["batch"] = batch
     corrected_CG = sc.pp.combat(data, key="batch", inplace=False)
     return principal_components(corrected_CG, conditions.n_comps, conditions.seed)
@@ -175,7 +175,7 @@ def scanorama(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """Scanorama (Hie, Bryson & Berger 2019) with its defaults, one data set per batch."""
     from scanorama import integrate
 
-    logged_CG = _variable_log(adata, conditions)
+    logged_CG = variable_log(adata, conditions)
     batch_C = conditions.batch_of(adata)
     genes = [str(gene) for gene in range(logged_CG.shape[1])]
     rows_of = [np.flatnonzero(batch_C == batch) for batch in pd.unique(batch_C)]
@@ -281,7 +281,7 @@ def random_weights(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
     What an architecture gives without having learnt anything; a trained encoder must be better.
     """
-    logged_CG = _variable_log(adata, conditions)
+    logged_CG = variable_log(adata, conditions)
     draw = np.random.default_rng(conditions.seed)
     n_genes, width = logged_CG.shape[1], 256
     first_GH = draw.standard_normal((n_genes, width), dtype=np.float32)
@@ -290,13 +290,13 @@ def random_weights(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     return np.asarray(hidden_CH @ second_HD / np.sqrt(width), dtype=np.float32)
 
 
+Integration = Callable[["AnnData", Conditions], np.ndarray]
+
+
 def genemodel(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-    """Our own, with the defaults of `genemodel.integrate`: fine-tuned on these cells, no labels."""
+    """Ours with its defaults: fine-tuned on these cells without labels, then embedded."""
     from genemodel.inference.integrate import integrate
 
     copy = adata.copy()
     integrate(copy, batch_key=conditions.batch_key, seed=conditions.seed)
     return np.asarray(cast(Any, copy.obsm["X_genemodel"]))
-
-
-Integration = Callable[["AnnData", Conditions], np.ndarray]

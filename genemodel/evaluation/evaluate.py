@@ -1,0 +1,568 @@
+"""``genemodel evaluate``: our models and the published methods, on the same cells, in one table.
+
+Axes: C cells, G genes, D embedding width.
+"""
+
+import logging
+import resource
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from genemodel.errors import ConfigError, DataError
+from genemodel.evaluation import imputation_metrics, metrics
+from genemodel.evaluation.baselines import Conditions, column
+from genemodel.evaluation.methods import Denoised, Method, Own, choose
+from genemodel.evaluation.result import EvaluationResult
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from genemodel.bundle.bundle import Bundle
+
+logger = logging.getLogger(__name__)
+
+# What a published method may raise on data that it cannot handle: it fails, the comparison goes on.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Settings of ``genemodel evaluate``, see ``configs/evaluate.yaml``."""
+
+    data: Path
+    out: Path
+    task: Literal["integrate", "impute"] = "integrate"
+    batch_key: str | None = None
+    label_key: str | None = None
+    layer: str | None = None
+    methods: tuple[str, ...] | None = None
+    models: tuple[Path, ...] = ()
+    obsm: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    max_cells: int | None = None
+    n_hvg: int = 2000
+    n_comps: int = 30
+    scvi_epochs: int | None = None
+    keep: float = imputation_metrics.KEEP
+    mixture: tuple[str, ...] = ()
+    umaps: bool = True
+    n_jobs: int = 1
+
+
+def run(settings: EvaluateSettings) -> str:
+    """Run ``genemodel evaluate`` and return the table to print."""
+    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    data, out = values.pop("data"), values.pop("out")
+    result = evaluate(data, out=out, **values)
+    return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
+
+
+def evaluate(
+    data: "AnnData | str | Path",
+    *,
+    task: Literal["integrate", "impute"] = "integrate",
+    batch_key: str | None = None,
+    label_key: str | None = None,
+    layer: str | None = None,
+    methods: Sequence[str] | Mapping[str, Own | None] | None = None,
+    models: "Sequence[str | Path | Bundle]" = (),
+    obsm: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    max_cells: int | None = None,
+    n_hvg: int = 2000,
+    n_comps: int = 30,
+    scvi_epochs: int | None = None,
+    keep: float = imputation_metrics.KEEP,
+    mixture: Sequence[str] = (),
+    umaps: bool = True,
+    n_jobs: int = 1,
+    out: str | Path | None = None,
+) -> EvaluationResult:
+    """Score models, published methods and controls on the same cells.
+
+    Parameters
+    ----------
+    data
+        AnnData, or the path of an h5ad or zarr, with raw counts.
+    task
+        "integrate": embeddings, judged on biology kept and batch removed. "impute": denoised
+        counts, judged on molecules set aside (molecular cross-validation) and, where ``mixture``
+        is given, on the known truth.
+    batch_key
+        Column of ``obs`` with the technical batch; needed to integrate.
+    label_key
+        Column with cell types. Without it only batch removal can be scored.
+    layer
+        Where the raw counts are; default ``X``.
+    methods
+        Names of the methods to run, or a mapping of names to your own functions AnnData -> array;
+        default all there are. See `genemodel.evaluation.methods.choose`. "none" always runs.
+    models
+        Bundles, or folders of bundles, to be scored beside them as they are.
+    obsm
+        Embeddings that stand in ``adata.obsm`` already, by whatever tool, to be scored as well.
+    seeds
+        Seeds of the random methods, and of the molecular split.
+    max_cells
+        Take this many cells at random; default all.
+    n_hvg, n_comps
+        Variable genes and principal components of the linear methods.
+    scvi_epochs
+        Epochs of scVI; default its own rule (400 below 20,000 cells: slow without a GPU).
+    keep
+        Share of the molecules that the methods see, for "impute".
+    mixture
+        Columns of ``obs`` with known mixing proportions: the expected profile of every cell is then
+        known, and the correlation with it is scored too.
+    umaps
+        Draw UMAPs into the report.
+    n_jobs
+        Threads that a method may use where it can be told.
+    out
+        Folder for the report and the tables; default: nothing is written.
+
+    Returns
+    -------
+    EvaluationResult
+
+    Raises
+    ------
+    ConfigError
+        Settings that contradict each other or name an unknown method.
+    DataError
+        A column, layer or file that is not there, or counts that are not raw.
+    """
+    seeds = tuple(seeds)
+    if not seeds:
+        raise ConfigError("seeds is empty: give at least one, seeds=[0]")
+    if out is not None and Path(out).is_file():
+        raise ConfigError(f"out={out} is a file; name a folder")
+    if task == "impute" and obsm:
+        raise ConfigError("obsm holds embeddings: they cannot be scored with task=impute")
+    chosen, skipped = choose(task, methods, has_labels=label_key is not None)
+    cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
+    if task == "integrate" and batch_key is None:
+        raise ConfigError(
+            f"{where}: name the column of the technical batch with batch_key; obs has "
+            f"{', '.join(map(str, cells.obs.columns)) or 'no columns'}"
+        )
+    chosen |= {f"obsm:{key}": _standing(key) for key in obsm}
+    chosen |= _model_methods(task, models)
+    conditions = Conditions(
+        batch_key=batch_key,
+        label_key=label_key,
+        n_hvg=n_hvg,
+        n_comps=n_comps,
+        n_jobs=n_jobs,
+        scvi_epochs=scvi_epochs,
+    )
+    for name, reason in skipped.items():
+        logger.info("%s is skipped: %s", name, reason)
+    comparison = _Comparison(cells, conditions, chosen, seeds, dict(skipped))
+    result = (
+        comparison.integrate() if task == "integrate" else comparison.impute(keep, tuple(mixture))
+    )
+    result.settings = {
+        "data": where,
+        "cells": cells.n_obs,
+        "genes": cells.n_vars,
+        "task": task,
+        "batch_key": batch_key,
+        "label_key": label_key,
+        "seeds": seeds,
+        "max_cells": max_cells,
+        "n_hvg": n_hvg,
+        "n_comps": n_comps,
+        "scvi_epochs": scvi_epochs,
+        "n_jobs": n_jobs,
+    } | ({"keep": keep, "mixture": tuple(mixture)} if task == "impute" else {})
+    if out is not None:
+        result.write(out, umaps=umaps)
+    return result
+
+
+def _cells(
+    data: "AnnData | str | Path",
+    layer: str | None,
+    max_cells: int | None,
+    keys: Sequence[str | None],
+    obsm: Sequence[str],
+) -> "tuple[AnnData, str]":
+    """Read, prove the counts, check the columns, sample: AnnData with counts in X, and its name."""
+    from anndata import AnnData
+
+    from genemodel.cells.contract import find_counts
+
+    adata, where = _opened(data)
+    for key in keys:
+        if key is not None and key not in adata.obs:
+            raise DataError(
+                f"{where}: obs has no column {key!r}; it has "
+                f"{', '.join(map(repr, adata.obs.columns)) or 'none'}"
+            )
+    for key in obsm:
+        if key not in adata.obsm:
+            raise DataError(
+                f"{where}: obsm has no {key!r}; it has {', '.join(map(repr, adata.obsm)) or 'none'}"
+            )
+    counts = find_counts(adata, layer=layer, where=where)
+    rows = np.arange(adata.n_obs)
+    if max_cells is not None and max_cells < adata.n_obs:
+        rows = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:max_cells])
+        logger.info("%s: %d of %d cells, drawn at random", where, max_cells, adata.n_obs)
+    matrix_CG = counts.read(0, adata.n_obs)[rows].astype(np.float32)
+    empty = int((np.diff(matrix_CG.indptr) == 0).sum())
+    if empty:
+        raise DataError(f"{where}: {empty} cells have no counts at all; drop them first")
+    obs = cast(pd.DataFrame, adata.obs).iloc[rows].copy()
+    kept = AnnData(matrix_CG, obs=obs, var=counts.genes.copy())
+    for key in obsm:
+        kept.obsm[key] = np.asarray(cast(Any, adata.obsm[key]))[rows]
+    return kept, where
+
+
+def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
+    import anndata
+
+    if not isinstance(data, str | Path):
+        return data, "AnnData"
+    path = Path(data)
+    if not path.exists():
+        raise DataError(f"{path} does not exist; name an h5ad file or a zarr folder")
+    try:
+        read = anndata.read_zarr if path.is_dir() else anndata.read_h5ad
+        return read(path), str(path)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as AnnData (h5ad, zarr): {error}") from error
+
+
+def _standing(key: str) -> Method:
+    def read(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+        return np.asarray(cast(Any, adata.obsm[key]))
+
+    return Method(read, kind="own")
+
+
+def _model_methods(task: str, models: "Sequence[str | Path | Bundle]") -> dict[str, Method]:
+    """Methods for bundles: loaded now, so that a wrong path is refused before anything runs."""
+    from genemodel.bundle.bundle import load
+
+    found: dict[str, Method] = {}
+    for number, model in enumerate(models):
+        folder = isinstance(model, str | Path)
+        bundle = load(cast(str, model)) if folder else cast("Bundle", model)
+        name = f"model:{_short_name(Path(cast(str, model)))}" if folder else f"model:{number}"
+        if name in found:
+            name = f"{name}:{number}"
+        found[name] = Method(_embedder(bundle) if task == "integrate" else _imputer(bundle), "ours")
+    return found
+
+
+def _short_name(path: Path) -> str:
+    return path.resolve().parent.name if path.name == "bundle" else path.name
+
+
+def _embedder(bundle: "Bundle") -> Any:
+    def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+        from genemodel.inference.embed import KEY, embed
+
+        copy = adata.copy()
+        embed(copy, bundle)
+        return np.asarray(cast(Any, copy.obsm[KEY]))
+
+    return embed
+
+
+def _imputer(bundle: "Bundle") -> Any:
+    def impute(adata: "AnnData", conditions: Conditions) -> Denoised:
+        from genemodel.inference.impute import impute
+
+        copy = adata.copy()
+        impute(copy, bundle, uncertainty=True)
+        return Denoised(cast(Any, copy.layers["imputed"]), cast(Any, copy.layers["imputed_sd"]))
+
+    return impute
+
+
+class Meter:
+    """Wall time, and the peak of this process's memory above where it started.
+
+    A thread reads the resident memory fifty times a second; memory that a method takes from what an
+    earlier one freed is not seen, so the figure is a lower bound. Where the system has no
+    ``/proc``, the growth of the process's own peak stands in.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.peak_mb = 0.0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._before = self._highest = _resident_mb()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        self._start = time.perf_counter()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.02):
+            self._highest = max(self._highest, _resident_mb())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.seconds = time.perf_counter() - self._start
+        self._stop.set()
+        self._thread.join()
+        self.peak_mb = max(self._highest, _resident_mb()) - self._before
+
+
+def _resident_mb() -> float:
+    statistics = Path("/proc/self/statm")
+    if statistics.exists():
+        return int(statistics.read_text().split()[1]) * resource.getpagesize() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@dataclass
+class _Comparison:
+    """Runs the methods one after the other and collects the scores."""
+
+    cells: "AnnData"
+    conditions: Conditions
+    methods: dict[str, Method]
+    seeds: tuple[int, ...]
+    skipped: dict[str, str]
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def _runs(self, every_seed: bool) -> list[tuple[str, Method, int]]:
+        return [
+            (name, method, seed)
+            for seed in self.seeds
+            for name, method in self.methods.items()
+            if every_seed or method.seeded or seed == self.seeds[0]
+        ]
+
+    def _run(self, name: str, method: Method, seed: int, adata: "AnnData", label: str) -> Any:
+        """Run one method; a failure is recorded and gives None."""
+        self.conditions.seed = seed
+        self.conditions.borrowed_seconds = 0.0
+        logger.info("%s %s%s", label, name, f", seed {seed}" if len(self.seeds) > 1 else "")
+        try:
+            with Meter() as meter:
+                found = method.run(adata, self.conditions)
+        except FAILURES as error:
+            logger.debug("%s failed", name, exc_info=True)
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            # an error of ours is a sentence; of anyone else's the type says more than the text
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            self.skipped[name] = f"failed: {kind}{' '.join(reason)[:300]}"
+            logger.warning("%s %s", name, self.skipped[name])
+            return None
+        self._record(
+            name,
+            seed,
+            {
+                "seconds": meter.seconds + self.conditions.borrowed_seconds,
+                "peak_mb": meter.peak_mb,
+            },
+        )
+        return found
+
+    def _record(self, name: str, seed: int, values: Mapping[str, float]) -> None:
+        kind = self.methods[name].kind
+        self.records += [
+            {"method": name, "kind": kind, "seed": seed, "metric": metric, "value": float(value)}
+            for metric, value in values.items()
+        ]
+
+    def _table(self, scored: set[str]) -> pd.DataFrame:
+        table = pd.DataFrame(self.records)
+        return table[table["method"].isin(scored)].reset_index(drop=True)
+
+    def integrate(self) -> EvaluationResult:
+        batch, label = self.conditions.batch_key, self.conditions.label_key
+        batch_C = column(self.cells, cast(str, batch))
+        label_C = None if label is None else column(self.cells, label)
+        by_run: dict[tuple[str, int], np.ndarray] = {}
+        runs = self._runs(every_seed=False)
+        for number, (name, method, seed) in enumerate(runs, start=1):
+            found = self._run(name, method, seed, self.cells, f"[{number}/{len(runs)}]")
+            if found is None:
+                continue
+            problem = _embedding_problem(found, self.cells.n_obs)
+            if problem is None:
+                by_run[name, seed] = np.asarray(found, dtype=np.float32)
+            else:
+                self.skipped[name] = f"failed: {problem}"
+                logger.warning("%s %s", name, self.skipped[name])
+        self.conditions.shared.clear()  # trained models are no longer needed
+        first = self.seeds[0]
+        if ("none", first) not in by_run:
+            raise DataError(
+                f"the uncorrected embedding could not be computed: {self.skipped['none']}"
+            )
+        logger.info("scoring %d embeddings", len(by_run))
+        scores = metrics.score_embeddings(
+            {f"{name}\t{seed}": array for (name, seed), array in by_run.items()},
+            batch_C,
+            label_C,
+            pre=by_run["none", first],
+            extra=True,
+            n_jobs=self.conditions.n_jobs,
+            on_step=_say_embedding(),
+        )
+        for (name, seed), (_, row) in zip(by_run, scores.iterrows(), strict=True):
+            self._record(name, seed, {str(k): cast(float, v) for k, v in row.items()})
+        once = {name: array for (name, seed), array in by_run.items() if seed == first}
+        per_type = None
+        if scores["total"].notna().any():
+            per_type = metrics.score_cell_types(
+                once, batch_C, cast(pd.Series, label_C), pre=once["none"]
+            )
+        table = self._table({name for name, _ in by_run})
+        return EvaluationResult(
+            "integrate",
+            table,
+            self.skipped,
+            cell_types=per_type,
+            embeddings=once,
+            obs=cast(pd.DataFrame, self.cells.obs),
+        )
+
+    def impute(self, keep: float, mixture: tuple[str, ...]) -> EvaluationResult:
+        from anndata import AnnData
+
+        from genemodel.evaluation.imputation_metrics import mcv_split, score_denoised
+
+        obs, var = cast(pd.DataFrame, self.cells.obs), cast(pd.DataFrame, self.cells.var)
+        coverage: list[pd.DataFrame] = []
+        statistics: dict[str, pd.DataFrame] = {}
+        scored: set[str] = set()
+        runs = self._runs(every_seed=True)
+        split, split_seed = None, None
+        for number, (name, method, seed) in enumerate(runs, start=1):
+            if split is None or split_seed != seed:
+                split, split_seed = mcv_split(cast(Any, self.cells.X), keep, seed), seed
+                train = AnnData(
+                    split.train.astype(np.float32),
+                    obs=obs.copy(),
+                    var=var.iloc[np.flatnonzero(split.gene_kept_G)].copy(),
+                )
+                expected_CG = self._expected(mixture)
+            found = self._run(name, method, seed, train, f"[{number}/{len(runs)}]")
+            if found is None:
+                continue
+            given = found if isinstance(found, Denoised) else Denoised(found)
+            try:
+                scores = score_denoised({name: given.mean}, split).loc[name].to_dict()
+            except DataError as error:
+                self.skipped[name] = f"failed: {error}"
+                logger.warning("%s %s", name, self.skipped[name])
+                continue
+            covered = imputation_metrics.predictive_coverage(
+                given.mean, split, sd=given.sd, levels=COVERAGE_LEVELS
+            )
+            scores |= _coverage_scores(covered)
+            if expected_CG is not None:
+                truth = imputation_metrics.score_against_expectation(
+                    {name: given.mean}, expected_CG[:, split.gene_kept_G]
+                )
+                scores |= truth.loc[name].to_dict()
+            self._record(name, seed, cast(dict[str, float], scores))
+            scored.add(name)
+            if seed == self.seeds[0]:
+                covered.insert(0, "method", name)
+                coverage.append(covered)
+                statistics[name] = imputation_metrics.gene_statistics(given.mean, split)
+        if seed == self.seeds[0] and split is not None:
+            statistics = {
+                "held-out counts": imputation_metrics.gene_statistics(
+                    split.test, split, counts=True
+                )
+            } | statistics
+        return EvaluationResult(
+            "impute",
+            self._table(scored),
+            self.skipped,
+            coverage=pd.concat(coverage, ignore_index=True),
+            obs=obs,
+            gene_statistics=statistics,
+        )
+
+    def _expected(self, mixture: tuple[str, ...]) -> np.ndarray | None:
+        if not mixture:
+            return None
+        obs = cast(pd.DataFrame, self.cells.obs)
+        try:
+            proportions_CP = obs[list(mixture)].to_numpy(dtype=float)
+        except ValueError as error:
+            raise DataError(f"mixture={list(mixture)}: not all are numbers: {error}") from error
+        batch = self.conditions.batch_key
+        group_C = None if batch is None else self.conditions.batch_of(self.cells)
+        return imputation_metrics.mixture_expectation(
+            cast(Any, self.cells.X), proportions_CP, group_C=group_C
+        )
+
+
+def _embedding_problem(found: Any, n_cells: int) -> str | None:
+    if sp.issparse(found):
+        return "it returned a sparse matrix; an embedding is a dense array"
+    array = np.asarray(found)
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or len(array) != n_cells:
+        return f"it returned {array.dtype} of shape {array.shape}; expected ({n_cells}, width)"
+    bad = int((~np.isfinite(array.astype(np.float64))).any(axis=1).sum())
+    return f"it returned values that are not finite for {bad} cells" if bad else None
+
+
+def _say_embedding() -> Any:
+    """Name each embedding once while it is scored."""
+    said: set[str] = set()
+
+    def say(name: str, metric: str) -> None:
+        if name not in said:
+            said.add(name)
+            logger.info("  %s", name.replace("\t", ", seed "))
+
+    return say
+
+
+def _coverage_scores(covered: pd.DataFrame) -> dict[str, float]:
+    """Coverage at 90 %, and the decile of expression that is farthest from it."""
+    at = covered[covered["level"] == 0.9].set_index("entries")
+    deciles = at.drop(index=[name for name in ("all", "nonzero") if name in at.index])
+    off = (deciles["coverage"] - 0.9).abs()
+    scores = {
+        "coverage_90": float(at["coverage"]["all"]),
+        "coverage_90_closed": float(at["coverage_closed"]["all"]),
+        "coverage_90_worst_decile": float(deciles["coverage"].iloc[int(off.to_numpy().argmax())]),
+    }
+    if "nonzero" in at.index:
+        scores["coverage_90_nonzero"] = float(at["coverage"]["nonzero"])
+    return scores

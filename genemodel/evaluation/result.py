@@ -1,0 +1,396 @@
+"""The outcome of a comparison: tables, the text for a terminal, files and the report page."""
+
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import DataError
+from genemodel.evaluation.report import Report
+
+# Metric -> heading in the terminal and the report, and which direction is better.
+COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
+    "integrate": {
+        "total": ("total", "high"),
+        "bio": ("bio", "high"),
+        "batch": ("batch", "high"),
+        "batch_unlabelled": ("batch*", "high"),
+        "kmeans_nmi": ("NMI", "high"),
+        "kmeans_ari": ("ARI", "high"),
+        "clisi": ("cLISI", "high"),
+        "ilisi": ("iLISI", "high"),
+        "kbet": ("kBET", "high"),
+        "graph_connectivity": ("connect", "high"),
+        "pcr": ("PCR", "high"),
+        "knn_accuracy_across": ("kNN", "high"),
+    },
+    "impute": {
+        "mse_ratio": ("MSE ratio", "low"),
+        "poisson_ratio": ("Poisson ratio", "low"),
+        "pearson_cell": ("r cell", "high"),
+        "pearson_gene": ("r gene", "high"),
+        "spearman_gene": ("rho gene", "high"),
+        "zero_fraction_error": ("zeros", "low"),
+        "coverage_90": ("90 % int.", None),
+        "truth_pearson_cell": ("truth cell", "high"),
+        "truth_pearson_gene": ("truth gene", "high"),
+    },
+}
+_SORT = {"integrate": ("total", "bio", "batch_unlabelled"), "impute": ("poisson_ratio",)}
+
+
+@dataclass
+class EvaluationResult:
+    """The outcome of a comparison.
+
+    Attributes
+    ----------
+    task
+        "integrate" or "impute".
+    table
+        Tidy: one row per ``method``, ``kind``, ``seed`` and ``metric``, with its ``value``.
+    skipped
+        Methods that did not run, or failed, with the reason.
+    cell_types
+        Integration with labels: biology and batch per cell type of every method (first seed).
+    coverage
+        Imputation: coverage of prediction intervals per method, level and group of genes.
+    embeddings
+        Integration: method -> array, first seed.
+    obs
+        ``obs`` of the cells compared.
+    settings
+        How it was done.
+    """
+
+    task: str
+    table: pd.DataFrame
+    skipped: dict[str, str]
+    cell_types: pd.DataFrame | None = None
+    coverage: pd.DataFrame | None = None
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)
+    obs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    gene_statistics: dict[str, pd.DataFrame] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> pd.DataFrame:
+        """One row per method, best first: mean over the seeds of every metric, and ``n_seeds``."""
+        wide = self.table.pivot_table(
+            index="method", columns="metric", values="value", aggfunc="mean", sort=False
+        )
+        wide["n_seeds"] = self.table.groupby("method")["seed"].nunique()
+        by = next((name for name in _SORT[self.task] if name in wide), None)
+        if by is not None:
+            wide = wide.sort_values(by, ascending=self.task == "impute", kind="stable")
+        wide.columns.name = None
+        return wide
+
+    def spread(self) -> pd.DataFrame:
+        """Give the standard deviation over the seeds, shaped as `summary`; nan with one seed."""
+        wide = self.table.pivot_table(
+            index="method", columns="metric", values="value", aggfunc="std", sort=False
+        )
+        return wide.reindex(self.summary().index)
+
+    def headline(self) -> pd.DataFrame:
+        """Choose the columns that a reader needs first, under short names."""
+        summary = self.summary()
+        names = {name: title for name, (title, _) in COLUMNS[self.task].items() if name in summary}
+        names = {name: title for name, title in names.items() if summary[name].notna().any()}
+        table = summary[list(names)].rename(columns=names)
+        first = next(iter(names), None)
+        spread = self.spread()
+        if first is not None and first in spread and spread[first].notna().any():
+            table.insert(1, "±", spread[first])
+        table["s"] = summary["seconds"]
+        table["MB"] = summary["peak_mb"]
+        return table
+
+    def text(self) -> str:
+        """Lay the comparison out for a terminal of 100 columns."""
+        table = self.headline()
+        heads = [self.task, *table.columns]
+        rows = [
+            [str(name), *(_cell_text(title, value) for title, value in row.items())]
+            for name, row in table.iterrows()
+        ]
+        widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+        lines = [
+            "  ".join(
+                text.ljust(width) if i == 0 else text.rjust(width)
+                for i, (text, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [heads, *rows]
+        ]
+        lines.insert(1, "─" * min(100, max(map(len, lines))))
+        return "\n".join([*lines, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        notes = [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        has = set(self.table["metric"])
+        if self.task == "integrate":
+            if "batch_unlabelled" in has:
+                notes.append(
+                    "no labels: biology cannot be scored. batch* = mean of iLISI, PCR and kBET over "
+                    "all cells; not comparable with batch, and a random embedding is best at it."
+                )
+            else:
+                notes.append(
+                    "total = 0.6 bio + 0.4 batch (scib-metrics); kNN: cell types called from other "
+                    "batches. Read bio and batch together: noise wins on batch alone."
+                )
+        else:
+            notes.append(
+                "ratios are to no denoising, below 1 is better; r over all entries, zeros included; "
+                "zeros: mean error of the share of zeros; 90 % int.: coverage of held-out counts."
+            )
+        return [line for note in notes for line in textwrap.wrap(note, 98, break_on_hyphens=False)]
+
+    def write(self, out: str | Path, *, umaps: bool = True) -> Path:
+        """Write tables, embeddings and ``report.html`` into a folder and return the report's path.
+
+        Parameters
+        ----------
+        out
+            Folder; made where it does not exist. Files of an earlier comparison are replaced.
+        umaps
+            Draw UMAPs (some seconds for every method).
+        """
+        folder = Path(out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.table.to_csv(folder / "scores.csv", index=False)
+            self.summary().to_csv(folder / "summary.csv")
+            pd.DataFrame(
+                {"method": list(self.skipped), "reason": list(self.skipped.values())}
+            ).to_csv(folder / "skipped.csv", index=False)
+            for name, table in (("cell_types", self.cell_types), ("coverage", self.coverage)):
+                if table is not None:
+                    table.to_csv(folder / f"{name}.csv", index=False)
+            if self.embeddings:
+                np.savez_compressed(
+                    folder / "embeddings.npz", allow_pickle=False, **cast(Any, self.embeddings)
+                )
+        except OSError as error:
+            raise DataError(
+                f"the comparison cannot be written to {folder}: {error.strerror}"
+            ) from error
+        return self.report(umaps=umaps).write(folder / "report.html")
+
+    def report(self, *, umaps: bool = True) -> Report:
+        """Lay the comparison out as one page; see `genemodel.evaluation.report`."""
+        drawn = _integration_report if self.task == "integrate" else _imputation_report
+        return drawn(self, umaps).settings(self.settings)
+
+
+def _cell_text(title: object, value: object) -> str:
+    number = float(cast(Any, value))
+    if np.isnan(number):
+        return "-"
+    if title == "s":
+        return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
+    if title == "MB":
+        return f"{number:,.0f}"
+    return f"{number:.3f}"
+
+
+def _opening(result: EvaluationResult, title: str, explanation: str) -> Report:
+    """Title, the table that matters, and what did not run."""
+    settings = result.settings
+    size = f"{settings.get('cells', 0):,} cells × {settings.get('genes', 0):,} genes"
+    report = Report(title, f"{settings.get('data', '')} · {size}")
+    table = result.headline()
+    titles = dict(COLUMNS[result.task].values())
+    best: dict[str, Literal["high", "low"]] = {
+        name: direction
+        for name in table.columns
+        if (direction := titles.get(str(name))) is not None
+    }
+    report.section("Scores").text(explanation)
+    report.table(
+        table,
+        "Mean over the seeds, best first; ± is their standard deviation for the first column. "
+        "s = wall seconds, MB = peak of memory above where the method started (a lower bound).",
+        best=best,
+    )
+    if result.skipped:
+        report.section("Not in the table").table(
+            pd.DataFrame(
+                {"reason": list(result.skipped.values())},
+                index=pd.Index(list(result.skipped), name="method"),
+            )
+        )
+    return report
+
+
+def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
+    from genemodel.evaluation import plots
+
+    labelled = "total" in result.headline()
+    report = _opening(
+        result,
+        "Integration",
+        "bio: are cell types kept apart (isolated labels, k-means NMI and ARI, silhouette, cLISI). "
+        "batch: are batches mixed within them (BRAS, iLISI, kBET, graph connectivity, PCR). "
+        "total = 0.6 bio + 0.4 batch, all by scib-metrics; each is 1 at best. kNN: share of cells "
+        "whose type is called right by their 15 nearest cells of other batches.\n\nRead bio and "
+        "batch together. Random coordinates mix batches perfectly and know no biology: the row "
+        "'random' shows how much of a total that alone gives."
+        if labelled
+        else "There are no labels, so only the mixing of batches can be scored, and a random "
+        "embedding is best at it. batch* = mean of iLISI, PCR and kBET over all cells.",
+    )
+    summary = result.summary()
+    wanted = ["bio", "batch", "total"] if labelled else ["batch_unlabelled", "ilisi", "pcr"]
+    ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
+    report.figure(plots.metric_bars(summary[wanted], highlight=ours), "Higher is better.")
+    if umaps:
+        report.section("UMAPs").text(
+            "The same cells in every panel. 'none' is before integration. Colours: batch above, "
+            "cell type below. A good method mixes the colours above and separates those below."
+            if labelled
+            else "The same cells in every panel, coloured by batch. 'none' is before integration."
+        )
+        for axes, names in _umaps(result):
+            report.figure(axes, f"UMAP of {', '.join(names)}.")
+    if result.cell_types is not None:
+        _cell_type_section(report, result.cell_types, list(summary.index))
+    report.section("All metrics").table(summary.T, "Mean over the seeds.")
+    _time_section(report, summary)
+    return report
+
+
+def _umaps(result: EvaluationResult, across: int = 4) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Panels of a few methods at a time; every figure starts with the state before."""
+    from genemodel.evaluation import plots
+
+    keys = [result.settings.get("batch_key"), result.settings.get("label_key")]
+    columns = [key for key in keys if key is not None]
+    order = [name for name in result.summary().index if name in result.embeddings]
+    layouts = {name: plots.umap_of(result.embeddings[name], most=3000) for name in order}
+    others = [name for name in order if name != "none"]
+    for start in range(0, max(len(others), 1), across - 1):
+        names = ["none", *others[start : start + across - 1]]
+        shown = {name: layouts[name] for name in names}
+        yield plots.embedding_grid(shown, result.obs, columns), names
+
+
+def _cell_type_section(report: Report, cell_types: pd.DataFrame, order: list[str]) -> None:
+    table = cell_types[cell_types["cell_type"] != "all"]
+    columns = {
+        "knn_accuracy": "Share of cells of a type that their 15 nearest cells call right: biology.",
+        "same_batch_ratio": "Neighbours from the cell's own batch, within the type, ÷ chance: 1 is "
+        "mixed, above 1 the batch still shows.",
+    }
+    report.section("Cell types")
+    for name, caption in columns.items():
+        wide = table.pivot_table(index="cell_type", columns="method", values=name, sort=False)
+        report.table(wide[[method for method in order if method in wide]], caption)
+    lost = table[table["lost_into"] != ""]
+    if len(lost):
+        report.text(
+            "Over-correction: types that were apart before and sit inside another type after."
+        )
+        shown = lost[["method", "cell_type", "lost_into", "n"]]
+        report.table(shown, "A lost type.", index=False)
+    else:
+        report.text("No method pulled a cell type into another one that it was apart from before.")
+
+
+def _time_section(report: Report, summary: pd.DataFrame) -> None:
+    from genemodel.evaluation import plots
+
+    costs = summary[["seconds", "peak_mb"]].rename(columns={"peak_mb": "peak MB"})
+    report.section("Time and memory").figure(
+        plots.metric_bars(costs),
+        "Wall seconds and peak memory above the start, of the method alone; scoring is not in it. "
+        "One after the other in one process, so the peak is a lower bound.",
+    )
+
+
+def _imputation_report(result: EvaluationResult, umaps: bool) -> Report:
+    from genemodel.evaluation import plots
+
+    keep = result.settings.get("keep", float("nan"))
+    truth = "truth_pearson_cell" in set(result.table["metric"])
+    report = _opening(
+        result,
+        "Imputation",
+        "Molecular cross-validation: every molecule went at random to the methods (with "
+        f"probability {keep:g}) or was set aside. MSE (log scale, depth taken away) and Poisson "
+        "loss (on counts) are judged on the molecules set aside, as ratios to no denoising: below "
+        "1 is better than doing nothing. r and rho: Pearson and Spearman correlation over all "
+        "entries, zeros included. zeros: mean error of the share of zeros of a gene. 90 % int.: "
+        "share of the counts set aside that lie in the 90 % interval, randomised so that 0.9 is "
+        "exact; methods without an uncertainty of their own are taken for Poisson."
+        + (
+            " truth: correlation with the profile expected from the known mixture." if truth else ""
+        ),
+    )
+    summary = result.summary()
+    wanted = ["mse_ratio", "poisson_ratio", "pearson_cell", "pearson_gene"]
+    wanted += ["truth_pearson_cell"] if truth else []
+    ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
+    report.figure(
+        plots.metric_bars(summary[wanted], highlight=ours),
+        "Ratios: lower is better. Correlations: higher is better.",
+    )
+    if result.coverage is not None:
+        _coverage_section(report, result.coverage, list(summary.index))
+    _count_section(report, result, list(summary.index))
+    report.section("All metrics").table(summary.T, "Mean over the seeds.")
+    _time_section(report, summary)
+    return report
+
+
+def _coverage_section(report: Report, coverage: pd.DataFrame, order: list[str]) -> None:
+    from genemodel.evaluation import plots
+
+    whole = coverage[coverage["entries"] == "all"]
+    levels = sorted(whole["level"].unique())
+    curves = {
+        name: [
+            float(whole[(whole["method"] == name) & (whole["level"] == level)]["coverage"].iloc[0])
+            for level in levels
+        ]
+        for name in order
+    }
+    at = coverage[(coverage["level"] == 0.9) & (coverage["entries"] != "all")]
+    wide = at.pivot_table(index="entries", columns="method", values="coverage", sort=False)
+    report.section("Intervals").figure(
+        plots.calibration(levels, curves), "Observed against nominal coverage of held-out counts."
+    )
+    report.table(
+        wide[[name for name in order if name in wide]],
+        "Coverage of the 90 % interval per expression decile (1 lowest, 10 highest) and for the "
+        "entries with a count.",
+    )
+
+
+def _count_section(report: Report, result: EvaluationResult, order: list[str]) -> None:
+    from genemodel.evaluation import plots
+
+    statistics = dict(result.gene_statistics)
+    observed = statistics.pop("held-out counts", None)
+    if observed is None:
+        return
+    best = [name for name in order if name in statistics and name != "none"][:2]
+    curves = {"held-out counts": (observed["mean"].to_numpy(), observed["variance"].to_numpy())}
+    curves |= {
+        name: (statistics[name]["mean"].to_numpy(), statistics[name]["variance"].to_numpy())
+        for name in best
+    }
+    report.section("Would drawn counts look like the data?").figure(
+        plots.mean_variance(curves),
+        "Mean and variance of each gene at the held-out depth: the counts set aside, and Poisson "
+        "draws from the denoised rates.",
+    )
+    for name in best:
+        report.figure(
+            plots.zero_fraction(observed["zeros"].to_numpy(), statistics[name]["zeros"].to_numpy()),
+            f"Share of zeros of each gene, {name}.",
+        )
