@@ -12,7 +12,8 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 when done, 2 after an error that the user can mend, 130 when stopped with Ctrl-C. A mistake of
     the program itself is raised, so that its traceback can be reported.
     """
-    _log_to_stderr()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        with _progress_on_stderr():
+            return _run(list(sys.argv[1:] if argv is None else argv))
     except GenemodelError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -184,10 +185,22 @@ def _complain(message: str) -> int:
     return _USER_ERROR
 
 
-def _log_to_stderr() -> None:
-    """Show the library's progress lines; other libraries speak only to warn."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("genemodel").setLevel(logging.INFO)
+@contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Show the library's progress lines while a command runs; other libraries speak for themselves.
+
+    The handler is not the root's, where messages of libraries that have their own would come twice.
+    """
+    library = logging.getLogger("genemodel")
+    handler = logging.StreamHandler(sys.stderr)
+    level = library.level
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        library.setLevel(level)
 
 
 def _run(words: list[str]) -> int:

@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ ran: list[Cook] = []
 
 def cook(settings: Cook) -> str:
     ran.append(settings)
+    logging.getLogger("genemodel.kitchen").info("heating %s", settings.dish)
     match settings.dish:
         case "stone":
             raise DataError("dish: a stone cannot be cooked; take a carrot")
@@ -111,10 +113,10 @@ Said = Callable[..., tuple[int, str, str]]
 
 
 def test_words_become_the_settings_of_the_function(said: Said) -> None:
-    status, out, _ = said(
+    status, out, err = said(
         "cook", "dish=soup", "minutes=3", "guests=[ann,bob]", "model=large", "model.layers=9"
     )
-    assert (status, out) == (0, "cooked soup\n")
+    assert (status, out, err) == (0, "cooked soup\n", "heating soup\n")
     assert ran == [Cook("soup", 3.0, ("ann", "bob"), "gas", Model(64, 9))]
 
 
@@ -221,13 +223,14 @@ def test_refusals(said: Said, words: str, expected: str) -> None:
     status, out, err = said(*words.split())
     assert status == 2
     assert out == ""
-    assert err.startswith("genemodel: error: ")
-    assert expected in err
-    assert "Traceback" not in err and err.count("\n") == 1
+    message = err.splitlines()[-1]
+    assert message.startswith("genemodel: error: ")
+    assert expected in message
+    assert "Traceback" not in err and err.count("\n") == 1 + len(ran)
 
 
 def test_ctrl_c_is_no_error_of_ours(said: Said) -> None:
-    assert said("cook", "dish=break") == (130, "", "genemodel: stopped\n")
+    assert said("cook", "dish=break") == (130, "", "heating break\ngenemodel: stopped\n")
 
 
 def test_our_own_mistake_keeps_its_traceback_and_asks_for_a_report(kitchen: Path) -> None:
