@@ -15,11 +15,23 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "Corpus": ("genemodel.cells.corpus", "Corpus"),
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
     "embed": ("genemodel.inference.embed", "embed"),
+    "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
     "load": ("genemodel.bundle.bundle", "load"),
+    "pl": ("genemodel.evaluation.pl", ""),
     "synthetic": ("genemodel.cells.synthetic", "synthetic"),
 }
 
-__all__ = ["Bundle", "Corpus", "GeneVocabulary", "__version__", "embed", "load", "synthetic"]
+__all__ = [
+    "Bundle",
+    "Corpus",
+    "GeneVocabulary",
+    "__version__",
+    "embed",
+    "evaluate",
+    "load",
+    "pl",
+    "synthetic",
+]
 
 
 def __getattr__(name: str) -> Any:

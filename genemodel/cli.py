@@ -115,6 +115,17 @@ VERBS: dict[str, Verb] = {
             "embed model=runs/small/bundle input=counts.h5 output=mice.h5ad species=mouse",
         ),
     ),
+    "evaluate": Verb(
+        summary="score models, published methods and controls on the same cells",
+        config="evaluate",
+        settings="genemodel.evaluation.evaluate:EvaluateSettings",
+        function="genemodel.evaluation.evaluate:run",
+        examples=(
+            "evaluate data=lung.h5ad batch_key=donor label_key=cell_type out=scores/lung "
+            "models=[runs/small/bundle]",
+            "evaluate data=lung.h5ad task=impute out=scores/lung_impute",
+        ),
+    ),
     "describe": Verb(
         summary="say what a corpus, a model or a vocabulary holds",
         config="describe",
@@ -329,12 +340,17 @@ def _width() -> int:
     return max(60, min(100, shutil.get_terminal_size().columns))
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break at blanks only: paths, keys and names stay whole, to be copied."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
 def _table(rows: Sequence[tuple[str, str]], indent: int = 2) -> str:
     """Lay out names and their meaning in two columns, the second one wrapped."""
     column = min(34, max((len(left) for left, _ in rows), default=0)) + 2
     lines: list[str] = []
     for left, right in rows:
-        wrapped = textwrap.wrap(right, max(20, _width() - column - indent)) or [""]
+        wrapped = _wrapped(right, max(20, _width() - column - indent)) or [""]
         if len(left) + 2 > column:
             lines.append(left)
         else:
@@ -368,7 +384,7 @@ def _verb_help(name: str, user_folder: Path | None) -> str:
     file = config_files.config_folder() / f"{verb.config}.yaml"
     parts = [f"genemodel {name}: {verb.summary}"]
     if opening := config_files.opening_comment(file):
-        parts += ["", textwrap.fill(opening, _width())]
+        parts += ["", *_wrapped(opening, _width())]
     groups = config_files.defaults_of(verb.config)
     if rows := [_setting_row(entry) for entry in config_files.entries(file)]:
         parts += ["", "settings (key=value)", _table(rows)]
@@ -388,9 +404,7 @@ def _verb_help(name: str, user_folder: Path | None) -> str:
 
 def _example(words: str) -> str:
     """Lay out a command line so that it can be copied, over several lines where it is long."""
-    lines = textwrap.wrap(
-        f"genemodel {words}", _width() - 6, break_long_words=False, break_on_hyphens=False
-    )
+    lines = _wrapped(f"genemodel {words}", _width() - 6)
     return "  " + " \\\n      ".join(lines)
 
 
