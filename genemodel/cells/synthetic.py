@@ -544,25 +544,25 @@ class SyntheticWorld:
         self._size_V = np.exp(rng.normal(np.log(3.0), 0.6, n)) * np.where(loud_V, 3.0, 1.0)
         self._forced_V = loud_V | self._mito_V
 
-        change_TV = rng.normal(0.0, 0.2, (n_types, n))
+        change_TV = rng.normal(0.0, 0.08, (n_types, n))
         for lineage in np.unique(self._lineage_T):
             members = np.flatnonzero(self._lineage_T == lineage)
             hit = rng.random(n) < 0.03
-            change_TV[np.ix_(members, hit)] += rng.gamma(2.0, 0.9, int(hit.sum()))
+            change_TV[np.ix_(members, hit)] += rng.gamma(2.0, 0.5, int(hit.sum()))
         for t in range(n_types):
-            hit = rng.random(n) < 0.025
-            change_TV[t, hit] += 0.8 + rng.gamma(2.0, 0.9, int(hit.sum()))
-            hit = rng.random(n) < 0.05
-            change_TV[t, hit] -= rng.gamma(2.0, 0.8, int(hit.sum()))
+            hit = rng.random(n) < 0.02
+            change_TV[t, hit] += rng.gamma(2.0, 0.4, int(hit.sum()))
+            hit = rng.random(n) < 0.03
+            change_TV[t, hit] -= rng.gamma(2.0, 0.4, int(hit.sum()))
         sub_TV = rng.normal(0.0, 1.2, (n_types, n)) * (rng.random((n_types, n)) < 0.04)
-        change_TV[:, ribosomal_V] = rng.normal(0.0, 0.4, (n_types, 1)) + rng.normal(
+        change_TV[:, ribosomal_V] = rng.normal(0.0, 0.25, (n_types, 1)) + rng.normal(
             0.0, 0.1, (n_types, int(ribosomal_V.sum()))
         )
         for t in range(min(n_types, len(_TYPES))):
             markers = self._tokens(_TYPES[t][2])
             self._forced_V[markers] = True
-            self._log_mean_V[markers] = np.minimum(self._log_mean_V[markers], -1.0)
-            change_TV[t, markers] = rng.uniform(3.5, 5.5, len(markers))
+            self._log_mean_V[markers] = np.minimum(self._log_mean_V[markers], -1.5)
+            change_TV[t, markers] = rng.uniform(2.0, 4.0, len(markers))
         self._change_TV, self._sub_TV = change_TV, sub_TV
 
         self._program_PV = np.zeros((len(_PROGRAMS), n))
@@ -651,10 +651,10 @@ class SyntheticWorld:
         for b in range(n_batches):
             dataset, donor = batches["dataset"][b], batches["donor"][b]
             if dataset not in platform_of:
-                platform_of[dataset] = rng.normal(0.0, 0.35, n_genes)
+                platform_of[dataset] = rng.normal(0.0, 0.25, n_genes)
             if donor not in donor_of:
-                donor_of[donor] = rng.normal(0.0, 0.12, n_genes)
-            effect_G = platform_of[dataset] + donor_of[donor] + rng.normal(0.0, 0.12, n_genes)
+                donor_of[donor] = rng.normal(0.0, 0.1, n_genes)
+            effect_G = platform_of[dataset] + donor_of[donor] + rng.normal(0.0, 0.08, n_genes)
             weight_T = rng.dirichlet(np.full(n_types, 4.0)) * present_BT[b]
             weight_T = weight_T / weight_T.sum()
             cum_BT[b] = np.cumsum(weight_T)

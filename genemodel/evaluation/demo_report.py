@@ -312,12 +312,23 @@ def _embeddings(
         + ". Same cells, same settings, same seed; distances between far clusters mean little.",
     )
     if _usable(obs, "cell_type") and _usable(obs, "batch"):
-        first = next(iter(embeddings))
-        table = light_metrics.biology_and_batch(embeddings[first], obs["batch"], obs["cell_type"])
-        report.section("Biology and batch, cell type by cell type").table(
-            table,
-            f"{first}: biology kept (knn accuracy to connectivity) and batch removed (same-batch "
-            'ratio, iLISI, batch silhouette) side by side. "lost into" names the type into '
-            "which a type of one "
-            "batch vanished.",
+        _by_type(report, embeddings, obs)
+
+
+def _by_type(report: Report, embeddings: Mapping[str, np.ndarray], obs: pd.DataFrame) -> None:
+    first = next(iter(embeddings))
+    report.section("Biology and batch, cell type by cell type").text(
+        f"{first}: biology kept (kNN accuracy to connectivity) and batch removed (same-batch "
+        "ratio, iLISI, batch silhouette) side by side, because either is easy without the other. "
+        "The last column names the type into which a type of one batch vanished."
+    )
+    species = obs["species"].astype(str).to_numpy() if "species" in obs else np.full(len(obs), "")
+    for name in np.unique(species):
+        part = species == name
+        if obs["batch"][part].nunique() < 2 or obs["cell_type"][part].nunique() < 2:
+            continue
+        before_CD = embeddings[_PCA][part] if _PCA in embeddings else None
+        table = light_metrics.biology_and_batch(
+            embeddings[first][part], obs["batch"][part], obs["cell_type"][part], before_CD=before_CD
         )
+        report.table(table.drop(columns="n_batches"), f"{name or 'all'}: {int(part.sum()):,} cells")

@@ -536,7 +536,7 @@ def lost_types(
     """Find cell types that vanished into another type when batches were merged.
 
     For type t of batch b and another type u, ``mixing`` compares the share of u's cells of *other*
-    batches among the neighbours (counted against t's own cells of the batch) with the share under
+    batches among the neighbours (counted against all of t's own cells) with the share under
     complete mixing: 0 means apart, 1 means indistinguishable. The type with the highest mixing is
     named. Types that were hard to tell apart from the start are not lost: where ``before_CD`` is
     given, a type counts as lost only if the two were apart before (mixing below 0.25, within a
@@ -632,12 +632,13 @@ def _cross_mixing(
     least: int,
 ) -> np.ndarray:
     near_label, near_batch = label_C[index_CK[cells]], batch_C[index_CK[cells]]
-    own = (near_label == t) & (near_batch == b)
+    own = near_label == t
+    n_own = int((label_C == t).sum())
     mixing_T = np.zeros(n_labels)
     for u in np.unique(near_label):
         n_other = int(((label_C == u) & (batch_C != b)).sum())
         if u != t and n_other >= least:
-            mixing_T[u] = _mixing(own, (near_label == u) & (near_batch != b), len(cells), n_other)
+            mixing_T[u] = _mixing(own, (near_label == u) & (near_batch != b), n_own, n_other)
     return mixing_T
 
 

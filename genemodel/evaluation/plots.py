@@ -93,14 +93,16 @@ def palette(n: int) -> tuple[str, ...]:
 
     The first eight follow Okabe and Ito. Each further one is, of a grid of colours neither too
     light nor too dark for a white page, the one farthest from all before it in CIELAB, counting the
-    smaller of the distances for normal and for deuteranopic sight.
+    smaller of the distances for normal and (doubled) for deuteranopic sight.
     """
     chosen = list(_OKABE_ITO[:n])
     if n <= len(_OKABE_ITO):
         return tuple(chosen)
     level = np.linspace(0, 1, 12)
     grid = np.stack(np.meshgrid(level, level, level, indexing="ij"), axis=-1).reshape(-1, 3)
-    grid = grid[(_lab(grid)[:, 0] > 28) & (_lab(grid)[:, 0] < 82)]
+    lab = _lab(grid)
+    # CIELAB overstates differences between glaring colours, so those are left out.
+    grid = grid[(lab[:, 0] > 28) & (lab[:, 0] < 82) & (np.hypot(lab[:, 1], lab[:, 2]) < 80)]
     fixed = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in chosen])
 
     def views(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +113,10 @@ def palette(n: int) -> tuple[str, ...]:
     nearest = np.full(len(grid), np.inf)
 
     def take(one_normal: np.ndarray, one_blind: np.ndarray) -> None:
+        # Deuteranopes have fewer colours to choose from, so half the distance must do for them.
         apart = np.minimum(
-            np.linalg.norm(normal - one_normal, axis=1), np.linalg.norm(blind - one_blind, axis=1)
+            np.linalg.norm(normal - one_normal, axis=1),
+            2.0 * np.linalg.norm(blind - one_blind, axis=1),
         )
         np.minimum(nearest, apart, out=nearest)
 
@@ -169,17 +173,47 @@ def umap_of(
     distance_CK, index_CK = search.kneighbors(values_CD)
     start_C2 = PCA(2, svd_solver="full").fit_transform(values_CD)
     start_C2 *= 10 / max(float(np.abs(start_C2).max()), 1e-12)
-    # The two steps of UMAP itself: its estimator insists on an approximate search index.
+    graph = _fuzzy_graph(index_CK, distance_CK)
     state = np.random.RandomState(seed)
-    graph, _, _ = umap_.fuzzy_simplicial_set(
-        values_CD, k, state, "euclidean", knn_indices=index_CK, knn_dists=distance_CK
-    )
     a, b = umap_.find_ab_params(1.0, 0.4)
     layout_C2, _ = umap_.simplicial_set_embedding(
         values_CD, graph, 2, 1.0, a, b, 1.0, 5, 200, start_C2.astype(np.float32), state,
         "euclidean", {}, False, {}, False,
     )  # fmt: skip
     return np.asarray(layout_C2, dtype=np.float32), at
+
+
+def _fuzzy_graph(index_CK: np.ndarray, distance_CK: np.ndarray) -> Any:
+    """Return UMAP's fuzzy graph of exact neighbours (the first is the cell itself).
+
+    umap computes the same in compiled code whose compilation takes longer than all the rest.
+    """
+    from scipy import sparse
+
+    n, k = index_CK.shape
+    distance_CK = distance_CK.astype(np.float64)
+    # rho: distance to the nearest cell that is not a duplicate.
+    rho_C = np.where(distance_CK > 0, distance_CK, np.inf).min(axis=1)
+    rho_C[~np.isfinite(rho_C)] = 0.0
+    beyond_CK = np.clip(distance_CK - rho_C[:, None], 0.0, None)
+    low_C, high_C, sigma_C = np.zeros(n), np.full(n, np.inf), np.ones(n)
+    for _ in range(64):
+        # sigma: such that the weights to the other cells add up to log2(k).
+        total_C = np.exp(-beyond_CK[:, 1:] / sigma_C[:, None]).sum(axis=1)
+        above = total_C > np.log2(k)
+        high_C, low_C = np.where(above, sigma_C, high_C), np.where(above, low_C, sigma_C)
+        open_ended = ~np.isfinite(high_C)
+        sigma_C = np.where(open_ended, 2 * low_C, (low_C + np.where(open_ended, 0, high_C)) / 2)
+    sigma_C = np.maximum(sigma_C, 1e-3 * np.maximum(distance_CK.mean(axis=1), 1e-12))
+    weight_CK = np.exp(-beyond_CK / sigma_C[:, None])
+    weight_CK[index_CK == np.arange(n)[:, None]] = 0.0
+    directed = sparse.csr_matrix(
+        (weight_CK.ravel(), (np.repeat(np.arange(n), k), index_CK.ravel())), shape=(n, n)
+    )
+    back = directed.T.tocsr()
+    graph = (directed + back - directed.multiply(back)).tocsr()
+    graph.eliminate_zeros()
+    return graph.astype(np.float32)
 
 
 def _size(n: int) -> float:
@@ -289,11 +323,15 @@ def category_legend(ax: "Axes", colours: Mapping[str, str]) -> None:
 
 
 def _unit(xy_C2: np.ndarray) -> np.ndarray:
-    """Centre on the unit square, proportions kept, so that all panels share their limits."""
+    """Fit into the unit square, so that all panels share their limits.
+
+    The axes of a layout mean nothing by themselves: the narrower one is stretched, at most twofold.
+    """
     xy_C2 = np.asarray(xy_C2, dtype=float)
     low, high = xy_C2.min(axis=0), xy_C2.max(axis=0)
-    span = max(float((high - low).max()), 1e-12)
-    return (xy_C2 - (low + high) / 2) / span + 0.5
+    span_2 = np.maximum(high - low, 1e-12)
+    span_2 = np.maximum(span_2, span_2.max() / 2)
+    return (xy_C2 - (low + high) / 2) / span_2 + 0.5
 
 
 def embedding_grid(

@@ -37,7 +37,7 @@ html{scroll-behavior:smooth}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,
 "Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 .frame{max-width:1240px;margin:0 auto;padding:28px 24px 64px;display:grid;
-grid-template-columns:200px minmax(0,1fr);gap:40px}
+grid-template-columns:176px minmax(0,1fr);gap:32px}
 header{grid-column:1/-1;border-bottom:1px solid var(--line);padding-bottom:14px}
 h1{font-size:26px;line-height:1.25;margin:0 0 4px}
 h2{font-size:19px;margin:38px 0 10px;scroll-margin-top:12px}
@@ -53,14 +53,14 @@ a:hover{text-decoration:underline}
 .wide{overflow-x:auto;margin:6px 0 18px}
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
 .caption{color:var(--soft);font-size:13.5px;max-width:88ch;margin:14px 0 4px}
-th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line);text-align:right;
+th,td{padding:5px 8px 5px 0;border-bottom:1px solid var(--line);text-align:right;
 vertical-align:top;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
-td.words{text-align:left;white-space:normal;min-width:12ch}
+td.words{text-align:left;white-space:normal}
 td.best{background:var(--best);font-weight:600}
 th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal;max-width:13ch}
 th.words{text-align:left}
-td:not(:first-child),th:not(:first-child){padding-left:12px}
+td:not(:first-child),th:not(:first-child){padding-left:8px}
 figure{margin:8px 0 26px}
 figure img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);
 border-radius:6px;padding:8px}
@@ -75,30 +75,38 @@ nav{position:static}}
 """
 
 
-def number_text(value: object, digits: int = 3) -> str:
-    """Write a number for a reader: thousands separated, ``digits`` decimals or as many digits."""
+def number_text(value: object, digits: int = 3, beside: object = None) -> str:
+    """Write a number for a reader.
+
+    Parameters
+    ----------
+    value
+        Anything; what is not a number is written as it is.
+    digits
+        Decimals of a number below 10; larger ones get fewer, tiny ones the scientific form.
+    beside
+        The largest number of the column, so that all its numbers get the same decimals.
+    """
     if value is None or value is pd.NA:
         return "–"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, int | np.integer):
-        return f"{int(value):,}"
-    if isinstance(value, float | np.floating):
-        number = float(value)
-        if not np.isfinite(number):
-            return "–" if np.isnan(number) else ("∞" if number > 0 else "−∞")
-        if number == 0:
-            text = "0"
-        elif abs(number) >= 1000:
-            text = f"{number:,.0f}"
-        elif abs(number) >= 10**-digits:
-            # As many decimals as leave about digits + 1 figures, so that 128.456 reads 128.5.
-            places = max(0, digits - max(0, len(str(int(abs(number)))) - 1))
-            text = f"{number:.{places}f}"
-        else:
-            text = f"{number:.1e}"
-        return text.replace("-", "−", 1) if text.startswith("-") else text
-    return str(value)
+        return f"{int(value):,}".replace("-", "−")
+    if not isinstance(value, float | np.floating):
+        return str(value)
+    number = float(value)
+    if not np.isfinite(number):
+        return "–" if np.isnan(number) else ("∞" if number > 0 else "−∞")
+    scale = abs(float(beside)) if isinstance(beside, float | int) else abs(number)
+    if number == 0 and not scale:
+        return "0"
+    if 0 < scale < 10**-digits:
+        return f"{number:.1e}".replace("-", "−", 1) if number < 0 else f"{number:.1e}"
+    # 3 decimals below 10, 2 below 100 and so on: 128.456 reads 128.5.
+    places = max(0, digits - len(str(int(scale))) + 1) if scale < 1000 else 0
+    text = f"{number:,.{places}f}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.removeprefix("-")
 
 
 def _attribute(text: object) -> str:
@@ -189,6 +197,7 @@ class Report:
             unit = f" ({units[column]})" if column in units else ""
             kind = ' class="words"' if column in words else ""
             head += f"<th{kind}>{html.escape(str(column).replace('_', ' ') + unit)}</th>"
+        scales = {column: _scale(table[column]) for column in table.columns}
         rows = []
         marked = {column: _best(table[column], direction) for column, direction in best.items()}
         for i, (name, row) in enumerate(
@@ -200,7 +209,9 @@ class Report:
                 if column in marked and marked[column][i]:
                     kinds.append("best")
                 kind = f' class="{" ".join(kinds)}"' if kinds else ""
-                cells.append(f"<td{kind}>{html.escape(number_text(value, digits))}</td>")
+                cells.append(
+                    f"<td{kind}>{html.escape(number_text(value, digits, scales[column]))}</td>"
+                )
             rows.append(f"<tr>{''.join(cells)}</tr>")
         label = f'<p class="caption">{html.escape(caption)}</p>' if caption else ""
         return self._add(
@@ -333,6 +344,15 @@ class Report:
                 f"The report cannot be written to {target}: {error.strerror}. Choose another place."
             ) from error
         return target
+
+
+def _scale(column: pd.Series) -> float | None:
+    """Return the largest absolute finite number of a float column."""
+    if not pd.api.types.is_float_dtype(column.dtype):
+        return None
+    values = column.to_numpy(float, na_value=np.nan)
+    values = np.abs(values[np.isfinite(values)])
+    return float(values.max()) if len(values) else None
 
 
 def _is_words(column: pd.Series) -> bool:

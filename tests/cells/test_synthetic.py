@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
 from genemodel.cells import synthetic as generator
@@ -109,7 +111,7 @@ def test_without_batch_strength_batches_differ_less():
         adata = synthetic(500, batch_strength=strength, **settings)["human"]
         return same_label_share(log_pca(adata, 10), adata.obs["batch"])
 
-    assert share(0.0) < share(1.0) - 0.15
+    assert share(0.0) < share(1.0) - 0.1
 
 
 def test_some_batches_lack_a_type_and_every_type_is_somewhere():
@@ -224,9 +226,15 @@ def test_trajectory_is_continuous():
     assert path.obs["cell_type"].nunique() == 2
     ends = path.obs.groupby("cell_type", observed=True)["pseudotime"].agg(["min", "max"])
     assert sorted(ends["max"].round(1)) == [0.5, 1.0] and sorted(ends["min"].round(1)) == [0.0, 0.5]
-    values = log_pca(path, 5)
-    best = max(abs(stats.spearmanr(values[:, j], path.obs["pseudotime"])[0]) for j in range(5))
-    assert best > 0.7
+    # Expression tells the place on the path, also within either half and on cells left out.
+    counts = path.X.toarray()
+    values = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    place = path.obs["pseudotime"].to_numpy()
+    guess = cross_val_predict(RidgeCV(np.logspace(1, 5, 9)), values, place)
+    assert stats.spearmanr(guess, place)[0] > 0.7
+    assert all(
+        stats.spearmanr(guess[half], place[half])[0] > 0.3 for half in (place < 0.5, place > 0.5)
+    )
 
 
 @pytest.mark.parametrize("mean", [0.3, 4.0, 9.9, 10.1, 60.0, 800.0])
