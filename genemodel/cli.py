@@ -64,7 +64,7 @@ VERBS: dict[str, Verb] = {
         settings="genemodel.verbs:CorpusBuildSettings",
         function="genemodel.verbs:build_corpus",
         examples=(
-            "corpus build sources=[a.h5ad,b.h5ad] out=corpora/mine",
+            "corpus build 'sources=[a.h5ad,b.h5ad]' out=corpora/mine",
             "corpus build 'sources=[data/*.h5ad]' out=corpora/lab species=mouse donor_key=animal",
         ),
     ),
@@ -74,7 +74,7 @@ VERBS: dict[str, Verb] = {
         settings="genemodel.verbs:CorpusAppendSettings",
         function="genemodel.verbs:append_to_corpus",
         examples=(
-            "corpus append path=corpora/mine sources=[c.h5ad]",
+            "corpus append path=corpora/mine sources=c.h5ad",
             "corpus append path=corpora/mine sheet=samples.tsv",
         ),
     ),
@@ -122,7 +122,7 @@ VERBS: dict[str, Verb] = {
         function="genemodel.evaluation.evaluate:run",
         examples=(
             "evaluate data=lung.h5ad batch_key=donor label_key=cell_type out=scores/lung "
-            "models=[runs/small/bundle]",
+            "models=runs/small/bundle",
             "evaluate data=lung.h5ad task=impute out=scores/lung_impute",
         ),
     ),
