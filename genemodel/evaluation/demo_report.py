@@ -254,9 +254,8 @@ def _learning(
     trivial = {str(name): float(value) for name, value in objectives["trivial"].dropna().items()}
     report.figure(
         plots.loss_curves(joined, trivial),
-        "Training loss, loss on held-out cells, and the trivial predictor (dashed). The first 2 % "
-        "of "
-        "the steps may lie outside the frame.",
+        "Training loss, loss on held-out cells, and the trivial predictor (dashed). The first "
+        "2 % of the steps may lie outside the frame.",
     )
     if any(name in curves for name in ("lr", "tokens_per_s", "cells_per_s")):
         report.figure(
@@ -294,8 +293,7 @@ def _embeddings(
         "kNN accuracy: share of cells whose 15 nearest neighbours mostly have their cell type "
         "(across batches or species: only neighbours from another one vote). Silhouette: of cell "
         "types, −1 to 1. Same-batch ratio: neighbours from the own batch within a cell type over "
-        "what chance "
-        "gives; 1 is perfect mixing. Best values are marked.",
+        "what chance gives; 1 is perfect mixing. Best values are marked.",
         best={column: d for column, d in directions.items() if column in scores},  # type: ignore[misc]
     )
     columns = [column for column in ("cell_type", "batch", "species") if _usable(obs, column)]

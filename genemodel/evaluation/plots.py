@@ -444,7 +444,7 @@ def loss_curves(
             if column not in curves:
                 continue
             points = curves[["step", column]].dropna()
-            label = "training" if part == "train" else "held-out donors"
+            label = "training" if part == "train" else "held-out cells"
             ax.plot(points["step"], points[column], color=colour, label=label, **style)
             # The first steps are far above the rest and would flatten everything of interest.
             settled = points.loc[points["step"] >= 0.02 * curves["step"].max(), column]
@@ -764,7 +764,7 @@ def confusion(
     rows = sorted(table.index, key=_natural)
     columns = sorted(table.columns, key=lambda name: (name not in table.index, _natural(name)))
     count = table.loc[rows, columns]
-    shares = count.to_numpy(float)
+    shares = count.to_numpy(float, copy=True)
     shares /= shares.sum(axis=1, keepdims=True)
     ax = _axes(ax, 1.6 + 0.38 * len(columns), 1.2 + 0.3 * len(rows))
     image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")

@@ -339,7 +339,8 @@ class Report:
             scratch.write_text(self.html(), encoding="utf-8")
             scratch.replace(target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            if scratch.exists():
+                scratch.unlink()
             raise DataError(
                 f"The report cannot be written to {target}: {error.strerror}. Choose another place."
             ) from error

@@ -1,0 +1,254 @@
+"""Figures hold what they were given; refusals name what is missing."""
+
+from types import SimpleNamespace
+
+import anndata as ad
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from genemodel.errors import ConfigError, DataError
+from genemodel.evaluation import pl, plots
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def lab_distance(a: str, b: str) -> float:
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in (a, b)])
+    return float(np.linalg.norm(np.subtract(*plots._lab(rgb))))
+
+
+def curves() -> pd.DataFrame:
+    train = pd.DataFrame({"step": range(10, 110, 10), "train/a": np.linspace(3, 1, 10), "lr": 0.1})
+    held = pd.DataFrame(
+        {"step": [50, 100], "val/a": [2.0, 1.5], "val_trivial/a": 1.8, "val/total": 2}
+    )
+    return pd.concat([train, held], ignore_index=True)
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 24, 40])
+def test_colours_are_enough_and_apart(n):
+    colours = plots.palette(n)
+    assert len(set(colours)) == n
+    pairs = [(a, b) for i, a in enumerate(colours) for b in colours[:i]]
+    assert all(lab_distance(a, b) > 10 for a, b in pairs)
+    assert colours[:8] == plots.palette(8)[:n]
+
+
+def test_colours_stay_the_same_when_categories_are_added():
+    assert plots.palette(24)[:12] == plots.palette(12)
+
+
+def test_batches_are_sorted_as_a_reader_counts_and_missing_is_grey():
+    colours = plots.category_colours(["b10", "b2", "b1", "not given"])
+    assert list(colours) == ["b1", "b2", "b10", "not given"]
+    assert colours["not given"] == "#B5B5B5"
+
+
+def test_umap_is_reproducible_and_keeps_groups_apart():
+    values = np.concatenate([RNG.normal(0, 1, (60, 8)), RNG.normal(12, 1, (60, 8))])
+    xy, at = plots.umap_of(values)
+    again, _ = plots.umap_of(values)
+    assert (at == np.arange(120)).all() and np.array_equal(xy, again)
+    centre = xy[:60].mean(axis=0), xy[60:].mean(axis=0)
+    spread = max(xy[:60].std(), xy[60:].std())
+    assert np.linalg.norm(centre[0] - centre[1]) > 2 * spread
+
+
+def test_umap_samples_when_there_are_many_cells():
+    xy, at = plots.umap_of(RNG.normal(size=(200, 4)), most=50)
+    assert xy.shape == (50, 2) and len(np.unique(at)) == 50 and (np.diff(at) > 0).all()
+
+
+def test_the_fuzzy_graph_obeys_its_definition():
+    values = RNG.normal(size=(80, 5))
+    distance = np.linalg.norm(values[:, None] - values[None], axis=2)
+    index = np.argsort(distance, axis=1)[:, :10]
+    near = np.take_along_axis(distance, index, axis=1)
+    graph = plots._fuzzy_graph(index, near).toarray()
+    np.testing.assert_allclose(graph, graph.T, atol=1e-6)
+    assert graph.max() == pytest.approx(1.0) and (np.diag(graph) == 0).all()
+    # The nearest neighbour of every cell is joined with full weight.
+    assert graph[np.arange(80), index[:, 1]] == pytest.approx(np.ones(80))
+
+
+def test_grid_shares_limits_colours_and_one_legend_per_row():
+    obs = pd.DataFrame({"cell_type": list("abc") * 20, "batch": ["x", "y"] * 30})
+    axes = plots.embedding_grid(
+        {"before": RNG.normal(size=(60, 2)), "after": 100 * RNG.normal(size=(60, 2))},
+        obs,
+        ["cell_type", "batch"],
+    )
+    assert axes.shape == (2, 2)
+    assert len({ax.get_xlim() for ax in axes.ravel()}) == 1
+    assert [ax.get_legend() is not None for ax in axes.ravel()] == [False, True, False, True]
+    assert [t.get_text() for t in axes[0, 1].get_legend().get_texts()] == ["a", "b", "c"]
+    assert "60 cells" in axes[0, 0].get_title()
+    assert all(ax.collections[0].get_rasterized() for ax in axes.ravel())
+    assert axes[0, 0].collections[0].get_offsets().max() <= 1.0
+
+
+def test_many_categories_are_named_on_the_plot_and_numbers_get_a_colour_bar():
+    names = [f"type {i}" for i in range(25)] * 4
+    ax = plots.embedding_panel(RNG.normal(size=(100, 2)), names)
+    assert {t.get_text() for t in ax.texts} == set(names)
+    ax = plots.embedding_panel(RNG.normal(size=(100, 2)), RNG.normal(size=100), title="depth")
+    assert ax.get_legend() is None and len(ax.figure.axes) == 2
+
+
+def test_loss_curves_show_training_held_out_and_the_trivial_predictor():
+    assert plots.curve_names(curves()) == ["a"]
+    (ax,) = plots.loss_curves(curves(), {"a": 1.8})
+    labels = [line.get_label() for line in ax.lines]
+    assert labels == ["training", "held-out cells", "trivial predictor"]
+    assert list(ax.lines[1].get_ydata()) == [2.0, 1.5]
+    assert ax.lines[2].get_ydata()[0] == 1.8
+    low, high = ax.get_ylim()
+    assert low < 1.0 and high > 3.0
+
+
+def test_an_early_spike_does_not_flatten_the_curve():
+    table = pd.DataFrame(
+        {"step": range(1, 1001), "train/a": [1e6] * 10 + [1.0] * 495 + [2.0] * 495}
+    )
+    (ax,) = plots.loss_curves(table)
+    assert ax.get_ylim()[1] < 3
+
+
+def test_throughput_draws_what_is_there():
+    axes = plots.throughput_curves(curves())
+    assert [ax.get_title() for ax in axes] == ["learning rate"]
+    with pytest.raises(DataError, match="none of lr, grad_norm"):
+        plots.throughput_curves(curves()[["step", "train/a"]])
+
+
+def test_calibration_draws_methods_and_deciles():
+    axes = plots.calibration(
+        [0.5, 0.9], {"ours": [0.52, 0.91], "other": [0.3, 0.6]},
+        by_decile=pd.Series(np.full(10, 0.89), index=range(1, 11)), n=1000,
+    )  # fmt: skip
+    assert len(axes) == 2
+    assert [line.get_label() for line in axes[0].lines] == ["exact", "ours", "other"]
+    assert "1,000 counts" in axes[0].get_title()
+    assert list(axes[1].lines[1].get_ydata()) == [0.89] * 10
+    with pytest.raises(DataError, match="3 coverages for 2 nominal levels"):
+        plots.calibration([0.5, 0.9], [0.1, 0.2, 0.3])
+
+
+def test_held_out_scatter_reports_correlations_over_all_entries():
+    predicted = RNG.gamma(1.0, 2.0, 5000)
+    ax = plots.held_out_scatter(RNG.poisson(predicted), predicted, most=100)
+    assert "n = 5,000" in ax.get_title() and "Spearman 0." in ax.get_title()
+    assert len(ax.collections[0].get_offsets()) == 100
+    with pytest.raises(DataError, match="3 observed and 4 predicted"):
+        plots.held_out_scatter(np.ones(3), np.ones(4))
+
+
+def test_gene_plots_draw_every_gene():
+    mean = RNG.gamma(1.0, 1.0, 50)
+    ax = plots.mean_variance({"observed": (mean, 2 * mean), "predicted": (mean, mean)})
+    assert [len(c.get_offsets()) for c in ax.collections] == [50, 50]
+    ax = plots.zero_fraction(np.full(30, 0.5), np.full(30, 0.6))
+    assert "30 genes, mean difference 0.100" in ax.get_title()
+
+
+def test_bars_and_tables_say_what_was_not_computed():
+    table = pd.DataFrame({"bio": [0.5, 0.6], "batch": [np.nan, 0.2]}, index=["PCA", "ours"])
+    axes = plots.metric_bars(table, highlight=["ours"])
+    assert {t.get_text().strip() for t in axes[1].texts} == {"not computed", "0.200"}
+    ax = plots.metric_table(table)
+    texts = {t.get_text(): t.get_fontweight() for t in ax.texts}
+    assert texts == {"0.500": "normal", "0.600": "bold", "–": "normal", "0.200": "bold"}
+    with pytest.raises(DataError, match="empty"):
+        plots.metric_bars(table.iloc[:0])
+
+
+def test_confusion_rows_are_shares_and_unknown_stands_last():
+    ax = plots.confusion(["a", "a", "b", "b"], ["a", "b", "b", None])
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "unknown"]
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.5, 0.5, 0], [0, 0.5, 0.5]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a (2)", "b (2)"]
+
+
+def test_annotation_bars_draw_every_method():
+    table = pd.DataFrame({"ours": [0.9, 0.8], "other": [0.7, 0.6]}, index=["a", "b"])
+    ax = plots.annotation_bars(table)
+    assert len(ax.patches) == 4
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ours", "other"]
+
+
+# -- gm.pl ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adata() -> ad.AnnData:
+    obs = pd.DataFrame(
+        {"cell_type": list("ab") * 15, "batch": ["x"] * 15 + ["y"] * 15},
+        index=[str(i) for i in range(30)],
+    )
+    cells = ad.AnnData(np.ones((30, 3), np.float32), obs=obs)
+    cells.obsm["X_pca"] = RNG.normal(size=(30, 2))
+    cells.obsm["X_genemodel"] = RNG.normal(size=(30, 6))
+    return cells
+
+
+def test_embedding_leaves_out_missing_default_columns_only(adata):
+    axes = pl.embedding(adata, "X_pca")
+    assert [ax.get_ylabel() for ax in axes] == ["cell type", "batch"]
+    with pytest.raises(DataError, match="no column 'donor'; it has cell_type, batch"):
+        pl.embedding(adata, "X_pca", color=["donor"])
+    with pytest.raises(DataError, match=r"no 'X_scVI'; it has X_pca, X_genemodel"):
+        pl.embedding(adata, "X_scVI")
+
+
+def test_integration_puts_before_left_of_after(adata):
+    axes = pl.integration(adata)
+    assert axes.shape == (2, 2)
+    assert axes[0, 0].get_title().startswith("before (X_pca)")
+    assert axes[0, 1].get_title().startswith("after (X_genemodel)")
+
+
+def test_training_reads_a_run_and_refuses_another_folder(tmp_path):
+    table = curves()
+    table.iloc[:10][["step", "train/a", "lr"]].to_csv(tmp_path / "metrics.csv", index=False)
+    table.iloc[10:][["step", "val/a", "val_trivial/a"]].to_csv(
+        tmp_path / "validation.csv", index=False
+    )
+    axes = pl.training(tmp_path)
+    assert [ax.get_title() for ax in axes] == ["a", "learning rate"]
+    assert axes[0].lines[2].get_ydata()[0] == 1.8
+    with pytest.raises(DataError, match=r"holds no metrics\.csv"):
+        pl.training(tmp_path / "elsewhere")
+    (tmp_path / "metrics.csv").write_text("")
+    with pytest.raises(DataError, match="not a readable table"):
+        pl.training(tmp_path)
+
+
+def test_public_calibration_is_the_figure_of_the_room():
+    assert len(pl.calibration([0.5], [0.4])) == 1
+
+
+def test_corpus_draws_the_largest_sources():
+    corpus = SimpleNamespace(
+        source_C=np.repeat([0, 1, 2], [5, 20, 10]),
+        library_C=RNG.integers(100, 200, 35),
+        n_genes_C=RNG.integers(10, 20, 35),
+        sources=[SimpleNamespace(name=n, species="human") for n in ("s0", "s1", "s2")],
+    )
+    corpus = type("C", (), {**vars(corpus), "__len__": lambda self: 35})()
+    axes = pl.corpus(corpus, most_sources=2)
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["s1 (human)", "s2 (human)"]
+    assert "largest 2 shown" in axes[0].figure.get_suptitle()
+    with pytest.raises(ConfigError, match="most_sources=0"):
+        pl.corpus(corpus, most_sources=0)
