@@ -421,7 +421,7 @@ def _notes(rows: Rows) -> tuple[str, ...]:
     total = _equal_sums(sp.csr_matrix(sample, dtype=np.float64)) if sample.shape[0] > 9 else None
     if total is not None and total > 100:
         notes.append(
-            f"every cell sums to about {total:,.0f}: rounded normalised values or downsampled "
+            f"every cell sums to about {float(f'{total:.3g}'):,.0f}: rounded normalised values or downsampled "
             "counts"
         )
     return tuple(notes)

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # Joins the parts of a joint category, as in "dataset / donor".
 JOINT = " / "
+# Values below which a thread's work is done sooner than handed out.
+_WORTH_A_THREAD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -622,8 +624,7 @@ def _shares(
 ) -> list[list[tuple[int, int, int, int]]]:
     """Cut pieces into at most ``n`` consecutive runs of about equal size."""
     total = sum(last - first for _, first, last, _ in pieces)
-    # Little work is done sooner than handed out.
-    n = min(n, 1 + total // 1_000_000)
+    n = min(n, 1 + total // _WORTH_A_THREAD)
     shares: list[list[tuple[int, int, int, int]]] = [[] for _ in range(n)]
     done = 0
     for piece in pieces:

@@ -138,7 +138,7 @@ def _source(
             raise DataError(
                 f"{where}: has no genome {genome!r}; it has {', '.join(known) or 'no genome names'}"
             )
-        kept &= (genes["genome"] == genome).to_numpy()
+        kept = kept & (genes["genome"] == genome).to_numpy()
     if not kept.all():
         rows = SelectedColumns(rows, np.flatnonzero(kept))
         genes = genes[kept]
