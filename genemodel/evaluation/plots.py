@@ -268,9 +268,12 @@ def embedding_panel(
             rasterized=True,
         )
         if len(colours) > 20:
+            from matplotlib.patheffects import withStroke
+
             for name in names.unique():
                 x, y = np.median(xy_C2[(names == name).to_numpy()], axis=0)
-                ax.text(x, y, name, fontsize=5, ha="center", va="center")
+                label = ax.text(x, y, name, fontsize=5.5, ha="center", va="center")
+                label.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
         if legend:
             category_legend(ax, colours)
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), xticks=[], yticks=[], aspect="equal")
@@ -834,6 +837,8 @@ def source_panels(
     title
         Title of the figure.
     """
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     if not len(names):
         raise DataError("There are no sources; nothing can be drawn.")
     figure, axes = _new(1, 1 + len(quantiles), width=3.0)
@@ -851,6 +856,10 @@ def source_panels(
         ax.hlines(place, low, high, color="#8DB8DC", lw=3)
         ax.plot(middle, place, ls="", marker="o", ms=5, color=_OURS)
         ax.set_xscale("log")
+        ax.set_xlim(0.8 * low.min(), 1.25 * high.max())
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_yticks(place, [""] * len(names))
         ax.set_xlabel(f"{label} (median, 5 to 95 %)")
     for ax in axes[0]:
