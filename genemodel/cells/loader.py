@@ -225,6 +225,26 @@ class CellStream:
     def _schedule(
         self, reader: ThreadPoolExecutor
     ) -> Iterator[tuple[Callable[[], CellBatch], Position]]:
+        """This rank's micro-batches, each with the position after its *round* over all ranks.
+
+        Ranks stop after whole rounds, so a position in the middle of one would give some rank a
+        micro-batch twice.
+        """
+        mine: Callable[[], CellBatch] | None = None
+        after = self.position
+        for packing, after in self._sequence(reader):
+            if (after.taken - 1) % self.world_size == self.rank:
+                mine = packing
+            if after.taken % self.world_size == 0 and mine is not None:
+                yield mine, after
+                mine = None
+        if mine is not None:
+            yield mine, after
+
+    def _sequence(
+        self, reader: ThreadPoolExecutor
+    ) -> Iterator[tuple[Callable[[], CellBatch], Position]]:
+        """The global sequence of micro-batches, the same on every rank."""
         taken = self.position.taken
         first_batch = self.position.batch
         windows = self._windows()
@@ -242,14 +262,13 @@ class CellStream:
             )
             for b in range(first_batch, len(bins)):
                 taken += 1
-                if (taken - 1) % self.world_size == self.rank:
-                    last = b + 1 == len(bins)
-                    after = (
-                        Position(epoch, w + 1, 0, taken)
-                        if last
-                        else Position(epoch, w, b + 1, taken)
-                    )
-                    yield _packing(window, bins[b], self, epoch), _normal(after, order)
+                if b + 1 < len(bins):
+                    after = Position(epoch, w, b + 1, taken)
+                elif w + 1 < order.n_windows:
+                    after = Position(epoch, w + 1, 0, taken)
+                else:
+                    after = Position(epoch + 1, 0, 0, taken)
+                yield _packing(window, bins[b], self, epoch), after
             first_batch = 0
             if following is None:
                 return
@@ -270,13 +289,6 @@ def _packing(
     window: Window, rows: np.ndarray, stream: CellStream, epoch: int
 ) -> Callable[[], CellBatch]:
     return lambda: pack(window, rows, stream.inverse_median_V, stream.settings, epoch=epoch)
-
-
-def _normal(position: Position, order: EpochOrder) -> Position:
-    """Write the end of an epoch as the beginning of the next."""
-    if position.window >= order.n_windows:
-        return Position(position.epoch + 1, 0, 0, position.taken)
-    return position
 
 
 def _species_codes(corpus: "Corpus") -> np.ndarray:

@@ -164,8 +164,11 @@ def test_the_sequence_of_batches_does_not_depend_on_world_size(tiny_corpus):
     assert sorted(c for batch, _ in alone for c in batch) == list(range(len(corpus)))
     for world in (2, 3):
         ranks = [cells(r, world) for r in range(world)]
-        merged = [ranks[i % world][i // world] for i in range(len(alone))]
-        assert merged == alone
+        for i, (batch, _) in enumerate(alone):
+            got, after = ranks[i % world][i // world]
+            assert got == batch
+            # Every rank of a round is told the end of the round.
+            assert after == alone[min(i // world * world + world, len(alone)) - 1][1]
     # Restart anywhere: the rest is the rest.
     for k in (1, 5, len(alone) - 1):
         assert cells(0, 1, alone[k - 1][1]) == alone[k:]

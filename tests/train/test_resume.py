@@ -2,10 +2,8 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,23 +12,19 @@ SCRIPT = Path(__file__).with_name("traced_run.py")
 STEPS = 18
 
 
-def command(processes, corpus, out, trace, optimiser):
-    arguments = [str(SCRIPT), str(corpus), str(out), str(trace), str(STEPS), optimiser]
-    if processes == 1:
-        return [sys.executable, *arguments]
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *arguments,
+def run(processes, corpus, out, trace, optimiser, kill_after=0):
+    """Run to the end, or until the processes kill themselves; returns exit code and output."""
+    arguments = [str(x) for x in (SCRIPT, corpus, out, trace, STEPS, optimiser, kill_after)]
+    launch = [
+        "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend",
+        "c10d", "--rdzv-endpoint", "localhost:0",
     ]  # fmt: skip
-
-
-def start(*arguments):
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    environment.pop("RANK", None)
-    return subprocess.Popen(
-        command(*arguments), env=environment, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), *arguments],
+        env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
     )  # fmt: skip
+    return done.returncode, done.stdout
 
 
 def lines(trace, rank):
@@ -38,27 +32,18 @@ def lines(trace, rank):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "optimiser"), [(1, "muon"), (2, "adamw")])
 def test_killed_and_resumed_equals_uninterrupted(tiny_corpus, tmp_path, processes, optimiser):
-    whole = tmp_path / "whole_trace"
-    finish(start(processes, tiny_corpus, tmp_path / "whole", whole, optimiser))
-    parts = tmp_path / "parts_trace"
-    kill_after = random.Random(os.urandom(8)).randint(5, STEPS - 2)
-    process = start(processes, tiny_corpus, tmp_path / "parts", parts, optimiser)
-    deadline = time.monotonic() + 240
-    while len(lines(parts, 0)) < kill_after and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(lines(parts, 0)) < STEPS, "killed too late to prove anything"
-    finish(start(processes, tiny_corpus, tmp_path / "parts", parts, optimiser))
+    whole, parts = tmp_path / "whole_trace", tmp_path / "parts_trace"
+    code, output = run(processes, tiny_corpus, tmp_path / "whole", whole, optimiser)
+    assert code == 0, output
+    kill_after = random.Random(os.urandom(8)).randint(5, STEPS - 1)
+    arguments = (processes, tiny_corpus, tmp_path / "parts", parts, optimiser)
+    code, output = run(*arguments, kill_after)
+    assert code != 0 and len(lines(parts, 0)) == kill_after, output
+    code, output = run(*arguments)
+    assert code == 0, output
     for rank in range(processes):
         expected = dict(line.split(" ", 1) for line in lines(whole, rank))
         got = [line.split(" ", 1) for line in lines(parts, rank)]

@@ -1,12 +1,14 @@
 """Run pre-training and note every step exactly: which cells, which masks, which losses.
 
-    python traced_run.py CORPUS OUT TRACE [key=value ...]
+    python traced_run.py CORPUS OUT TRACE STEPS OPTIMISER KILL_AFTER
 
-Started by test_resume.py, alone or under torchrun; every rank writes TRACE.<rank>.
+Started by test_resume.py, alone or under torchrun; every rank writes TRACE.<rank>, and kills itself
+without warning after step KILL_AFTER (0: never).
 """
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from genemodel.train.settings import PretrainSettings
 
 def main() -> None:
     corpus, out, trace, max_steps, optimiser = sys.argv[1:6]
+    kill_after = int(sys.argv[6])
     file = Path(f"{trace}.{os.environ.get('RANK', '0')}").open("a")
     step_itself = TrainingModule.training_step
 
@@ -34,6 +37,8 @@ def main() -> None:
         )
         file.write(f"{module.steps_done} {digest.hexdigest()} {losses}\n")
         file.flush()
+        if module.steps_done == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     TrainingModule.training_step = traced
     pretrain(
