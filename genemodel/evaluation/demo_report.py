@@ -19,7 +19,10 @@ __all__ = ["DemoReport", "embedding_scores", "objective_table", "write_demo_repo
 _OBJECTIVES = {
     "masked_gene": ("nats per hidden gene", "gene frequencies of the species"),
     "masked_value": ("squared error per hidden value", "mean value of the gene in the species"),
-    "decode_counts": ("nats per count", "pseudobulk of the species at the cell's library size"),
+    "decode_counts": (
+        "nats per expressed gene",
+        "pseudobulk of the species at the cell's library size",
+    ),
 }
 _MODEL, _RANDOM, _PCA = "genemodel", "random weights", "PCA"
 
