@@ -589,15 +589,16 @@ def mixture_expectation(
 
 def _source_shares(counts: sp.csr_matrix, proportions_CP: np.ndarray) -> np.ndarray:
     """Maximum-likelihood shares of the sources: count ~ Poisson(depth × proportions · shares)."""
-    depth_C = np.asarray(counts.sum(axis=1)).ravel()
-    exposure_CP = proportions_CP * depth_C[:, None]
-    start_G = np.asarray(counts.sum(axis=0)).ravel() / depth_C.sum()
-    share_PG = np.tile(np.maximum(start_G, 1e-12), (proportions_CP.shape[1], 1))
-    coo = counts.tocoo()
-    for _ in range(200):  # expectation-maximisation: monotone, keeps the shares positive
-        rate_N = np.einsum("np,np->n", exposure_CP[coo.row], share_PG.T[coo.col])
-        ratio = sp.csr_matrix((coo.data / rate_N, (coo.row, coo.col)), shape=counts.shape)
-        share_PG *= (ratio.T @ exposure_CP).T / exposure_CP.sum(axis=0)[:, None]
+    # cells of equal proportions have rates that differ by depth alone: their sums are sufficient
+    mix_MP, mix_C = np.unique(proportions_CP, axis=0, return_inverse=True)
+    member_MC = sp.csr_matrix((np.ones(len(mix_C)), (mix_C.ravel(), np.arange(len(mix_C)))))
+    count_MG = (member_MC @ counts).toarray()
+    exposure_MP = mix_MP * count_MG.sum(axis=1, keepdims=True)
+    mean_G = np.maximum(count_MG.sum(axis=0) / count_MG.sum(), 1e-12)
+    share_PG = np.tile(mean_G, (mix_MP.shape[1], 1))
+    for _ in range(500):  # expectation-maximisation: monotone, keeps the shares positive
+        ratio_MG = count_MG / np.maximum(exposure_MP @ share_PG, 1e-300)
+        share_PG *= (exposure_MP.T @ ratio_MG) / exposure_MP.sum(axis=0)[:, None]
     return share_PG
 
 

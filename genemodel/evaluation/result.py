@@ -135,7 +135,7 @@ class EvaluationResult:
         if self.task == "integrate":
             if "batch_unlabelled" in has:
                 notes.append(
-                    "no labels: biology cannot be scored. batch* = mean of iLISI, PCR and kBET over "
+                    "no labels: biology cannot be scored. batch* = mean of iLISI, PCR, kBET over "
                     "all cells; not comparable with batch, and a random embedding is best at it."
                 )
             else:
@@ -145,7 +145,7 @@ class EvaluationResult:
                 )
         else:
             notes.append(
-                "ratios are to no denoising, below 1 is better; r over all entries, zeros included; "
+                "ratios are to no denoising, below 1 is better; r over all entries, zeros too; "
                 "zeros: mean error of the share of zeros; 90 % int.: coverage of held-out counts."
             )
         return [line for note in notes for line in textwrap.wrap(note, 98, break_on_hyphens=False)]
