@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from genemodel.cells import manifest as layout
-from genemodel.cells.building import BuildOptions, Builder, SourceLike, match_source
+from genemodel.cells.building import Builder, BuildOptions, SourceLike, match_source
 from genemodel.cells.corpus_statistics import Statistics
 from genemodel.cells.manifest import Manifest
-from genemodel.cells.sources import COLUMNS
+from genemodel.cells.obs_columns import COLUMNS
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 

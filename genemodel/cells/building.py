@@ -320,7 +320,7 @@ class Builder:
     def _project(
         self, counts_CG: sp.csr_matrix, chosen_C: npt.NDArray[Any], matches: list[GeneMatch]
     ) -> tuple[sp.csr_matrix, npt.NDArray[np.int64]]:
-        """Counts (C, V) of the cells that have a species, and their rows in the chunk."""
+        """Return counts (C, V) of the cells that have a species, and their rows in the chunk."""
         if len(matches) == 1 and (chosen_C == 0).all():
             return matches[0].project(counts_CG), np.arange(counts_CG.shape[0])
         rows, parts = [], []
@@ -385,7 +385,8 @@ class Builder:
             used, codes = np.unique(cells[f"code_{column}"], return_inverse=True)
             shift = int(used.size > 0 and used[0] < 0)
             categories = [self.categories[column][i] for i in used if i >= 0]
-            obs[column] = pd.Categorical.from_codes(codes - shift, pd.Index(categories, dtype=object))
+            texts = pd.Index(categories, dtype=object)
+            obs[column] = pd.Categorical.from_codes(codes - shift, texts)
         write_group(
             self.folder / layout.COLLECTION,
             name,
@@ -395,12 +396,10 @@ class Builder:
             obs,
             self._var,
         )
-        np.savez(
-            self.folder / layout.INDEX / f"{name}.npz",
-            **{
-                k: v if k == "checksum" else narrow(v.astype(np.int64)) for k, v in cells.items()
-            },
-        )
+        compact: dict[str, Any] = {
+            k: v if k == "checksum" else narrow(v.astype(np.int64)) for k, v in cells.items()
+        }
+        np.savez(self.folder / layout.INDEX / f"{name}.npz", **compact)
         self.groups.append(GroupRecord(name, group.n_cells, group.n_values))
 
 

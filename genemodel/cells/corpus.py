@@ -5,13 +5,10 @@ permanent number of a cell is its row. Axes: C cells, V vocabulary, N (gene, cou
 S sources.
 """
 
-import bisect
 import functools
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.sparse as sp
 
 from genemodel.cells import manifest as layout
 from genemodel.cells.manifest import Manifest, SourceRecord
 from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.reading import CountsBlock, CountsReader
 from genemodel.cells.sources import CHUNK_CELLS
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -32,37 +29,11 @@ if TYPE_CHECKING:
     from genemodel.cells.assembly import Sources
     from genemodel.cells.building import BuildOptions
     from genemodel.cells.corpus_report import CorpusReport
-    from genemodel.cells.store import GroupReader
 
 log = logging.getLogger(__name__)
 
 # Joins the parts of a joint category, as in "dataset / donor".
 JOINT = " / "
-# Values below which a thread's work is done sooner than handed out.
-_WORTH_A_THREAD = 1_000_000
-
-
-@dataclass(frozen=True)
-class CountsBlock:
-    """Counts of consecutive cells, end to end.
-
-    Cell c owns ``gene_N[starts_C1[c]:starts_C1[c + 1]]`` (tokens, ascending, int32) and the counts
-    beside them (int32, never 0); ``starts_C1`` is int64.
-    """
-
-    starts_C1: npt.NDArray[np.int64]
-    gene_N: npt.NDArray[np.int32]
-    count_N: npt.NDArray[np.int32]
-
-    def __len__(self) -> int:
-        """Return the number of cells."""
-        return self.starts_C1.size - 1
-
-    def to_csr(self, n_tokens: int) -> sp.csr_matrix:
-        """(C, V) matrix of the same counts."""
-        return sp.csr_matrix(
-            (self.count_N, self.gene_N, self.starts_C1), shape=(len(self), n_tokens)
-        )
 
 
 @dataclass(frozen=True)
@@ -99,12 +70,6 @@ class Corpus:
         self.manifest = manifest
         self.vocabulary = vocabulary
         self.threads = threads
-        self._first_cell = [0]
-        for group in manifest.groups:
-            self._first_cell.append(self._first_cell[-1] + group.n_cells)
-        self._readers: dict[int, GroupReader] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
 
     # -- making and opening -----------------------------------------------------------------------
 
@@ -445,11 +410,10 @@ class Corpus:
     # -- reading counts ---------------------------------------------------------------------------
 
     @functools.cached_property
-    def _starts_C1(self) -> npt.NDArray[np.int64]:
-        """First value of every cell, counted through the corpus."""
-        starts = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(self.n_genes_C, out=starts[1:])
-        return starts
+    def _counts(self) -> CountsReader:
+        return CountsReader(
+            self.path, self.manifest.groups, self.n_genes_C, len(self.vocabulary), self.threads
+        )
 
     def read(self, start: int, stop: int) -> CountsBlock:
         """Read the counts of cells ``start`` to ``stop``; safe to call from threads."""
@@ -476,85 +440,7 @@ class Corpus:
                     f"cells {start} to {stop} were asked for; corpus {self.path} has cells 0 to "
                     f"{len(self)}"
                 )
-        lengths = [self.n_genes_C[start:stop] for start, stop in ranges]
-        starts_C1 = np.zeros(sum(map(len, lengths)) + 1, np.int64)
-        if lengths:
-            np.cumsum(np.concatenate(lengths), out=starts_C1[1:])
-        n_values = int(starts_C1[-1])
-        gene_N, count_N = np.empty(n_values, np.int32), np.empty(n_values, np.int32)
-        pieces = self._pieces(ranges)
-        shares = _shares(pieces, self.threads)
-        if len(shares) <= 1:
-            for share in shares:
-                self._read_share(share, gene_N, count_N)
-        else:
-            pool = self._threads()
-            waiting = [pool.submit(self._read_share, s, gene_N, count_N) for s in shares]
-            for future in waiting:
-                future.result()
-        if n_values and (count_N.min() <= 0 or gene_N.max() >= len(self.vocabulary)):
-            raise DataError(
-                f"corpus {self.path}: a stored count is 0 or a gene lies outside the vocabulary: "
-                "the corpus is damaged. `genemodel corpus verify` names the file"
-            )
-        return CountsBlock(starts_C1, gene_N, count_N)
-
-    def _pieces(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-        """(group, first value, last value, place in the output), cut at the ends of groups."""
-        pieces = []
-        at = 0
-        for start, stop in ranges:
-            while start < stop:
-                g = bisect.bisect_right(self._first_cell, start) - 1
-                end = min(stop, self._first_cell[g + 1])
-                base = int(self._starts_C1[self._first_cell[g]])
-                first, last = int(self._starts_C1[start]) - base, int(self._starts_C1[end]) - base
-                pieces.append((g, first, last, at))
-                at += last - first
-                start = end
-        return pieces
-
-    def _read_share(
-        self,
-        pieces: Sequence[tuple[int, int, int, int]],
-        gene_N: npt.NDArray[np.int32],
-        count_N: npt.NDArray[np.int32],
-    ) -> None:
-        run: list[tuple[int, int]] = []
-        begin = at = 0
-        for number, (g, first, last, place) in enumerate(pieces):
-            if not run:
-                begin = at = place
-            run.append((first, last))
-            at += last - first
-            if number + 1 == len(pieces) or pieces[number + 1][0] != g:
-                reader = self._reader(g)
-                reader.indices.read_into(run, gene_N[begin:at])
-                reader.data.read_into(run, count_N[begin:at])
-                run = []
-
-    def _reader(self, group: int) -> "GroupReader":
-        found = self._readers.get(group)
-        if found is None:
-            from genemodel.cells.store import GroupReader
-
-            folder = self.path / layout.COLLECTION / self.manifest.groups[group].name
-            with refuse_damage(str(folder)):
-                found = GroupReader(folder)
-            if found.data.size != self.manifest.groups[group].n_values:
-                raise DataError(
-                    f"{folder}: holds {found.data.size:,} counts, the manifest says "
-                    f"{self.manifest.groups[group].n_values:,}: build the corpus again"
-                )
-            with self._lock:
-                self._readers[group] = found
-        return found
-
-    def _threads(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.threads, "genemodel-corpus")
-            return self._pool
+        return self._counts.read(ranges)
 
     # -- examining --------------------------------------------------------------------------------
 
@@ -617,17 +503,3 @@ def _short(path: Path) -> str:
         if root in parts:
             return "/".join(parts[parts.index(root) :])
     return path.name
-
-
-def _shares(
-    pieces: list[tuple[int, int, int, int]], n: int
-) -> list[list[tuple[int, int, int, int]]]:
-    """Cut pieces into at most ``n`` consecutive runs of about equal size."""
-    total = sum(last - first for _, first, last, _ in pieces)
-    n = min(n, 1 + total // _WORTH_A_THREAD)
-    shares: list[list[tuple[int, int, int, int]]] = [[] for _ in range(n)]
-    done = 0
-    for piece in pieces:
-        shares[min(n - 1, done * n // max(1, total))].append(piece)
-        done += piece[2] - piece[1]
-    return [share for share in shares if share]

@@ -13,7 +13,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan(values):  # type: ignore[no-untyped-def]
+def _scan(values: npt.NDArray[Any]) -> Any:
     nans = infinite = negative = fractional = zeros = 0
     largest = 0.0
     for i in range(len(values)):
@@ -44,8 +44,8 @@ def scan(values: npt.NDArray[Any]) -> tuple[int, int, int, int, int, float]:
 @numba.njit(nogil=True, cache=True)
 def _summarise(indptr, indices, data, mito_V, library_C, mito_C, checksum_C):  # type: ignore[no-untyped-def]
     for c in range(len(indptr) - 1):
-        library = 0
-        mito = 0
+        library = np.int64(0)
+        mito = np.int64(0)
         checksum = np.uint64(0)
         for k in range(indptr[c], indptr[c + 1]):
             count = np.int64(data[k])

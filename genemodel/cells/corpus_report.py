@@ -247,7 +247,7 @@ def _warnings(
     codes: dict[str, np.ndarray],
     duplicates: tuple[int, dict[tuple[int, int], int]],
 ) -> list[str]:
-    """What to look at, worst first."""
+    """Say what to look at, worst first."""
     found: list[str] = []
     names = list(table.index)
     for (a, b), n in sorted(duplicates[1].items(), key=lambda item: -item[1]):
@@ -352,6 +352,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _axes(n_rows: int) -> "Axes":
+    """Empty axes of a new figure, high enough for so many rows."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -444,9 +445,10 @@ def _matched(table: pd.DataFrame) -> "Axes":
 
 def _svg(draw: Callable[[], "Axes"]) -> str:
     """Image of a plot, inlined."""
-    axes = draw()
+    figure = draw().get_figure(root=True)
+    assert figure is not None
     buffer = io.BytesIO()
-    axes.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/svg+xml;base64,{data}">'
 

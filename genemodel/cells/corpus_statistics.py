@@ -33,11 +33,11 @@ class Statistics:
     def write(self, statistics: Path, medians: Path) -> None:
         """Write the results, and apart from them the histograms."""
         overall = NonzeroMedians(len(self.vocabulary), per_10k=True)
-        results: dict[str, npt.NDArray[Any]] = {
+        results: dict[str, Any] = {
             "species": np.array(list(self.by_species), dtype=str),
             "panels": np.packbits(np.array(self.panels, bool), axis=1),
         }
-        state: dict[str, npt.NDArray[Any]] = {}
+        state: dict[str, Any] = {}
         for name, part in self.by_species.items():
             if part.n_cells:
                 overall.merge(part)

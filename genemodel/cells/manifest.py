@@ -134,7 +134,9 @@ class Manifest:
         """
         path = folder / MANIFEST
         if not folder.is_dir():
-            raise DataError(f"corpus {folder}: does not exist. Make it with `genemodel corpus build`")
+            raise DataError(
+                f"corpus {folder}: does not exist. Make it with `genemodel corpus build`"
+            )
         if not path.is_file():
             raise DataError(
                 f"corpus {folder}: has no {MANIFEST}: it is not a corpus, or its making was "
@@ -184,7 +186,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one step: a crash leaves the old or the new one, never half of one."""
+    """Replace the manifest in one step: a crash leaves the old or the new one, never a half."""
     partial = folder / (MANIFEST + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(manifest.to_json())

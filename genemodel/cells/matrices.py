@@ -26,8 +26,10 @@ BLOCK_VALUES = 16_000_000
 TRANSPOSED_VALUES = 64_000_000
 
 
+# What file libraries raise on damaged data.
 _DAMAGE = (
-    OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, IndexError, ValueError, RuntimeError,
+    OSError, EOFError, zlib.error, zipfile.BadZipFile,
+    KeyError, IndexError, ValueError, RuntimeError,
 )  # fmt: skip
 
 
@@ -100,10 +102,12 @@ class SparseRows:
         self._indptr_C1 = pointers
 
     def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
         last = np.searchsorted(self._indptr_C1, self._indptr_C1[start] + BLOCK_VALUES, "right") - 1
         return int(min(start + most, max(start + 1, last), self.shape[0]))
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
         first, last = int(self._indptr_C1[start]), int(self._indptr_C1[stop])
         with refuse_damage(self._where):
             data = np.asarray(self._data[first:last])
@@ -130,10 +134,12 @@ class ColumnRows:
         self._held: tuple[int, sp.csr_matrix] | None = None
 
     def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
         start_of_pass = start - start % self._rows_per_pass
         return min(start + most, start_of_pass + self._rows_per_pass, self.shape[0])
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
         parts = []
         while start < stop:
             first = start - start % self._rows_per_pass
@@ -185,10 +191,12 @@ class DenseRows:
         self._values, self._transposed, self._where = values, transposed, where
 
     def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
         fit = max(1, DENSE_BLOCK_BYTES // max(1, self.shape[1] * self.dtype.itemsize))
         return min(start + min(most, fit), self.shape[0])
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
         with refuse_damage(self._where):
             if self._transposed:
                 block = np.asarray(self._values[:, start:stop]).T
@@ -229,10 +237,12 @@ class SequentialRows:
         self._held_start = 0
 
     def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
         # Ending where a block ends saves joining two.
         return min(start + most, self._block_stop(start))
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
         parts = []
         while start < stop:
             end = min(stop, self._block_stop(start))
@@ -345,8 +355,8 @@ def _stored_rows(group: Any, where: str) -> Rows:
         raise DataError(f"{where}: does not state its shape. Write the file again with anndata")
     kind = SparseRows if encoding.startswith("csr") else ColumnRows
     with refuse_damage(where):
-        arrays = tuple(_complete(group[key]) for key in ("data", "indices", "indptr"))
-    return numeric(kind(*arrays, (int(shape[0]), int(shape[1])), where), where)
+        data, indices, indptr = (_complete(group[key]) for key in ("data", "indices", "indptr"))
+    return numeric(kind(data, indices, indptr, (int(shape[0]), int(shape[1])), where), where)
 
 
 def _complete(array: Any) -> Any:

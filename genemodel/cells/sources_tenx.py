@@ -31,20 +31,25 @@ class SelectedColumns:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(C, chosen genes)."""
         return self.rows.shape[0], int(self.columns.size)
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Type of the stored values."""
         return self.rows.dtype
 
     @property
     def from_the_start(self) -> bool:
+        """See :class:`Rows`."""
         return self.rows.from_the_start
 
     def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
         return self.rows.stop_of(start, most)
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
         return self.rows.read(start, stop)[:, self.columns]
 
 

@@ -11,7 +11,14 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.contract import Candidate, choose_counts
-from genemodel.cells.matrices import DenseRows, Rows, SequentialRows, numeric, refuse_damage, rows_of
+from genemodel.cells.matrices import (
+    DenseRows,
+    Rows,
+    SequentialRows,
+    numeric,
+    refuse_damage,
+    rows_of,
+)
 from genemodel.cells.sources import OpenOptions, Source
 from genemodel.errors import DataError
 

@@ -1,8 +1,9 @@
 """Hold-out splits of a corpus by donor, data set or another group; never by cell.
 
 Cells of one donor resemble each other: a model that saw some of them in training looks better on
-the others than it will on a new donor. So whole groups are held out, chosen by a hash of their
-name: the same groups on every machine, and the same after more sources were appended.
+the others than it will on a new donor. So whole groups are held out, in the order of a hash of
+their names: the same on every machine and for any order of the sources. A share of a grown corpus
+may hold out other groups than before; name the groups to keep them held out.
 """
 
 import hashlib
@@ -90,7 +91,7 @@ def _groups(corpus: Corpus, by: str) -> tuple[npt.NDArray[np.int32], list[str]]:
 def _named(
     name: str, groups: Sequence[str], present: npt.NDArray[np.integer], by: str
 ) -> list[int]:
-    """Groups that a name means: the full name, or the part after the data set."""
+    """Find the groups that a name means: the full name, or the part after the data set."""
     found = [int(i) for i in present if groups[i] == name]
     found = found or [int(i) for i in present if groups[i].split(JOINT, 1)[-1] == name]
     if not found:

@@ -126,15 +126,15 @@ def _compare(corpus: Corpus) -> list[str]:
                 nonzero_SV[s] += np.bincount(genes, minlength=n_tokens)
         first += group.n_cells
     for s, name in enumerate(names):
-        stored = corpus.statistics.get(name)
+        known = corpus.statistics.get(name)
         n_cells = int((species_C == s).sum())
-        if stored is None:
+        if known is None:
             if n_cells:
                 problems.append(f"{corpus.manifest.statistics}: lacks {name}")
         elif not (
-            stored.n_cells == n_cells
-            and np.array_equal(stored.sum_V, sum_SV[s])
-            and np.array_equal(stored.nonzero_V, nonzero_SV[s])
+            known.n_cells == n_cells
+            and np.array_equal(known.sum_V, sum_SV[s])
+            and np.array_equal(known.nonzero_V, nonzero_SV[s])
         ):
             problems.append(
                 f"{corpus.manifest.statistics}: sums of {name} do not fit the stored counts"

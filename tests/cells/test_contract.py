@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from genemodel.cells import contract, matrices
-from genemodel.cells.contract import diagnose, find_counts
+from genemodel.cells import matrices
+from genemodel.cells.contract import find_counts
+from genemodel.cells.diagnosis import diagnose
 from genemodel.errors import DataError
 
 N, G = 120, 300
@@ -140,7 +141,7 @@ def test_text_and_objects_are_refused():
     adata = adata_of(RAW)
     for values in (RAW.astype(str), RAW.astype(object)):
         with pytest.raises(DataError, match="holds text, not numbers.*layer="):
-            contract.rows_of(values, "cells, X")
+            matrices.rows_of(values, "cells, X")
     adata.X = None
     with pytest.raises(DataError, match=r"X: is empty \(None\)"):
         find_counts(adata)

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from genemodel.cells import assembly, building, manifest, store
+from genemodel.cells import assembly, building, manifest, reading, store
 from genemodel.cells.corpus import Corpus
-from genemodel.cells.sources import COLUMNS, open_source
+from genemodel.cells.obs_columns import COLUMNS
+from genemodel.cells.sources import open_source
 from genemodel.errors import ConfigError, DataError
 
 
@@ -56,7 +57,9 @@ def oracle(adata, vocabulary, layer=None):
 @pytest.fixture(scope="module")
 def built(messy, vocabulary, tmp_path_factory):
     out = tmp_path_factory.mktemp("corpus") / "messy"
-    return Corpus.build({"messy": messy}, out, vocabulary=vocabulary, chunk_cells=13, keep=["extra"])
+    return Corpus.build(
+        {"messy": messy}, out, vocabulary=vocabulary, chunk_cells=13, keep=["extra"]
+    )
 
 
 def test_counts_equal_a_slow_sum_per_cell_and_gene(built, messy, vocabulary):
@@ -110,7 +113,7 @@ def test_codes_follow_the_obs_table(built, messy, vocabulary):
         codes, names = built.codes(column)
         assert [names[i] for i in codes] == list(kept[column])
     assert set(built.codes("assay")[0]) == {-1}
-    assert built.codes("extra") [1] == [] and set(built.codes("dataset")[1]) == {"messy"}
+    assert built.codes("extra")[1] == [] and set(built.codes("dataset")[1]) == {"messy"}
     joint, names = built.codes("dataset", "donor")
     assert [names[i] for i in joint] == [f"messy / {d}" for d in kept["donor"]]
     assert list(built.obs(["donor"])["donor"]) == list(kept["donor"])
@@ -129,7 +132,7 @@ def test_a_joint_category_is_missing_where_a_part_is(make_cells, vocabulary, tmp
 def test_any_ranges_in_any_order_give_the_same_cells(built, vocabulary, threads, monkeypatch):
     dense = built.read(0, len(built)).to_csr(len(vocabulary)).toarray()
     corpus = Corpus.open(built.path, threads=threads)
-    monkeypatch.setattr("genemodel.cells.corpus._WORTH_A_THREAD", 1)
+    monkeypatch.setattr(reading, "_WORTH_A_THREAD", 1)
     rng = np.random.default_rng(0)
     for _ in range(20):
         starts = rng.integers(0, len(built), 6)
@@ -153,12 +156,12 @@ def test_reading_from_many_threads_at_once(built):
 
 
 def test_small_chunks_and_shards_read_the_same(make_cells, vocabulary, tmp_path, monkeypatch):
-    adata = make_cells(90, seed=5)
+    adata = make_cells(90, seed=5, depth=0.15)
     adata.X[3, 4] = 70_000  # needs more than 16 bits
     large = Corpus.build({"x": adata}, tmp_path / "large", vocabulary=vocabulary)
     monkeypatch.setattr(store, "CHUNK_VALUES", 64)
     monkeypatch.setattr(store, "SHARD_VALUES", 640)
-    monkeypatch.setattr(building, "GROUP_VALUES", 2_000)
+    monkeypatch.setattr(building, "GROUP_VALUES", 2_500)
     small = Corpus.build({"x": adata}, tmp_path / "small", vocabulary=vocabulary, chunk_cells=7)
     assert len(small.manifest.groups) > 2
     shards = list((small.path / "cells.zarr/dataset_0/X/data/c").iterdir())

@@ -1,0 +1,134 @@
+"""Which obs columns of a source become which columns of a corpus."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.species import species_name
+
+# obs columns every corpus knows; each is there, or missing, in every source.
+COLUMNS = ("species", "dataset", "batch", "donor", "cell_type", "assay", "tissue")
+_MISSING = frozenset({"", "nan", "NaN", "<NA>"})
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Which obs column of a source becomes which column of the corpus.
+
+    ``wanted``: corpus column -> obs column, demanded; ``optional``: the same, absent is allowed.
+    ``species``: a constant, or None where it comes from a column.
+    """
+
+    wanted: Mapping[str, str]
+    optional: Mapping[str, str]
+    species: str | None
+
+    @classmethod
+    def of(
+        cls, species: str | None, columns: Mapping[str, str] | None, keep: Iterable[str]
+    ) -> Self:
+        """Plan from what the caller said."""
+        wanted = dict(columns or {})
+        for name, column in wanted.items():
+            if not isinstance(column, str) or not column:
+                raise ConfigError(
+                    f"columns: {name!r} is mapped to {column!r}; give the name of an obs column"
+                )
+        constant = None
+        if species is not None:
+            if species.startswith("obs:"):
+                wanted["species"] = species.removeprefix("obs:")
+            else:
+                constant = species_name(species)
+                wanted.pop("species", None)
+        optional = {name: name for name in (*COLUMNS, *keep) if name not in wanted}
+        if constant is not None:
+            optional.pop("species", None)
+        return cls(wanted, optional, constant)
+
+    def names(self) -> list[str]:
+        """Corpus columns in order: the usual ones, then the further ones."""
+        further = [n for n in (*self.wanted, *self.optional) if n not in COLUMNS]
+        return [*COLUMNS, *dict.fromkeys(further)]
+
+    def without_columns(self, names: Sequence[str], where: str, name: str) -> pd.DataFrame:
+        """Make the obs table of a source that has cell names only."""
+        return self.apply(pd.Index(names, dtype=str), (), _no_column, where, name)
+
+    def apply(
+        self,
+        index: pd.Index,
+        present: Sequence[str],
+        read: Callable[[str], Any],
+        where: str,
+        name: str,
+    ) -> pd.DataFrame:
+        """Make the obs table of a source from its columns."""
+        taken: dict[str, Any] = {}
+        for column, key in self.wanted.items():
+            if key not in present:
+                raise DataError(
+                    f"{where}: has no obs column {key!r} (wanted for {column}); it has "
+                    f"{', '.join(map(str, present)) or 'none'}. Name one of these, or leave "
+                    f"{column} out"
+                )
+            taken[column] = read(key)
+        for column, key in self.optional.items():
+            if key in present:
+                taken[column] = read(key)
+        obs = pd.DataFrame(index=pd.Index(index.astype(str), name=None))
+        for column in self.names():
+            values = taken.get(column)
+            if values is not None and len(values) != len(obs):
+                raise DataError(
+                    f"{where}: obs column {column!r} has {len(values):,} values for "
+                    f"{len(obs):,} cells. The file is damaged: make it again"
+                )
+            rename = species_name if column == "species" else str
+            obs[column] = _texts(values, len(obs), rename)
+        if self.species is not None:
+            obs["species"] = pd.Categorical([self.species] * len(obs))
+        elif "species" not in taken:
+            raise ConfigError(
+                f"{where}: the species of its cells is not stated. Set species=human (or "
+                f"another), or species=obs:COLUMN with one of its obs columns: "
+                f"{', '.join(map(str, present)) or '(it has none)'}"
+            )
+        if obs["dataset"].isna().all():
+            obs["dataset"] = pd.Categorical([name] * len(obs))
+        return obs
+
+
+def _no_column(column: str) -> Any:
+    raise KeyError(column)
+
+
+def _texts(values: Any, n: int, rename: Callable[[str], str]) -> pd.Categorical:
+    """Categories of text, codes −1 where the value is missing."""
+    if values is None:
+        return pd.Categorical.from_codes(np.full(n, -1, np.int8), pd.Index([], dtype=str))
+    array = values.array if isinstance(values, pd.Series) else values
+    if isinstance(array, pd.Categorical):
+        codes, categories = array.codes, array.categories
+    else:
+        codes, categories = pd.factorize(pd.Series(array))
+    texts = [_text(c) for c in categories]
+    # Different values may be one text (1 and "1"), and texts may say "missing".
+    renamed = ["" if t in _MISSING else rename(t) for t in texts]
+    kept = list(dict.fromkeys(t for t in renamed if t))
+    place = {t: i for i, t in enumerate(kept)}
+    table = np.array([place.get(t, -1) for t in renamed] + [-1], np.int64)
+    return pd.Categorical.from_codes(table[codes], pd.Index(kept, dtype=str))
+
+
+def _text(value: Any) -> str:
+    """Text of a category; 3.0 becomes 3, because a missing value makes integers floats."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
