@@ -504,13 +504,11 @@ class _Comparison:
             if seed == self.seeds[0]:
                 covered.insert(0, "method", name)
                 coverage.append(covered)
+                if not statistics:
+                    statistics["held-out counts"] = imputation_metrics.gene_statistics(
+                        split.test, split, counts=True
+                    )
                 statistics[name] = imputation_metrics.gene_statistics(given.mean, split)
-        if seed == self.seeds[0] and split is not None:
-            statistics = {
-                "held-out counts": imputation_metrics.gene_statistics(
-                    split.test, split, counts=True
-                )
-            } | statistics
         return EvaluationResult(
             "impute",
             self._table(scored),

@@ -29,17 +29,23 @@ COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
         "knn_accuracy_across": ("kNN", "high"),
     },
     "impute": {
-        "mse_ratio": ("MSE ratio", "low"),
-        "poisson_ratio": ("Poisson ratio", "low"),
+        "mse_ratio": ("MSE", "low"),
+        "poisson_ratio": ("Poisson", "low"),
         "pearson_cell": ("r cell", "high"),
         "pearson_gene": ("r gene", "high"),
         "spearman_gene": ("rho gene", "high"),
         "zero_fraction_error": ("zeros", "low"),
         "coverage_90": ("90 % int.", None),
-        "truth_pearson_cell": ("truth cell", "high"),
+        "truth_pearson_cell": ("truth", "high"),
         "truth_pearson_gene": ("truth gene", "high"),
     },
 }
+# What the terminal leaves out first where 100 columns are too few; summary.csv has everything.
+_LESS = {
+    "integrate": ("connect", "ARI", "cLISI", "PCR", "±"),
+    "impute": ("rho gene", "truth gene", "zeros", "±"),
+}
+_WIDTH = 100
 _SORT = {"integrate": ("total", "bio", "batch_unlabelled"), "impute": ("poisson_ratio",)}
 
 
@@ -113,20 +119,12 @@ class EvaluationResult:
     def text(self) -> str:
         """Lay the comparison out for a terminal of 100 columns."""
         table = self.headline()
-        heads = [self.task, *table.columns]
-        rows = [
-            [str(name), *(_cell_text(title, value) for title, value in row.items())]
-            for name, row in table.iterrows()
-        ]
-        widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-        lines = [
-            "  ".join(
-                text.ljust(width) if i == 0 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in [heads, *rows]
-        ]
-        lines.insert(1, "─" * min(100, max(map(len, lines))))
+        lines = _aligned(self.task, table)
+        for column in _LESS[self.task]:
+            if len(lines[0]) > _WIDTH and column in table:
+                table = table.drop(columns=column)
+                lines = _aligned(self.task, table)
+        lines.insert(1, "─" * len(lines[0]))
         return "\n".join([*lines, *self._notes()])
 
     def _notes(self) -> list[str]:
@@ -145,10 +143,15 @@ class EvaluationResult:
                 )
         else:
             notes.append(
-                "ratios are to no denoising, below 1 is better; r over all entries, zeros too; "
-                "zeros: mean error of the share of zeros; 90 % int.: coverage of held-out counts."
+                "MSE and Poisson are ratios to no denoising: below 1 is better; r over all "
+                "entries, zeros too; zeros: mean error of the share of zeros; 90 % int.: coverage "
+                "of held-out counts."
             )
-        return [line for note in notes for line in textwrap.wrap(note, 98, break_on_hyphens=False)]
+        return [
+            line
+            for note in notes
+            for line in textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
+        ]
 
     def write(self, out: str | Path, *, umaps: bool = True) -> Path:
         """Write tables, embeddings and ``report.html`` into a folder and return the report's path.
@@ -185,6 +188,23 @@ class EvaluationResult:
         """Lay the comparison out as one page; see `genemodel.evaluation.report`."""
         drawn = _integration_report if self.task == "integrate" else _imputation_report
         return drawn(self, umaps).settings(self.settings)
+
+
+def _aligned(corner: str, table: pd.DataFrame) -> list[str]:
+    """Lay a table of numbers out in columns, all lines equally long."""
+    heads = [corner, *map(str, table.columns)]
+    rows = [
+        [str(name), *(_cell_text(title, value) for title, value in row.items())]
+        for name, row in table.iterrows()
+    ]
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    return [
+        "  ".join(
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [heads, *rows]
+    ]
 
 
 def _cell_text(title: object, value: object) -> str:
@@ -322,7 +342,7 @@ def _imputation_report(result: EvaluationResult, umaps: bool) -> Report:
         "Imputation",
         "Molecular cross-validation: every molecule went at random to the methods (with "
         f"probability {keep:g}) or was set aside. MSE (log scale, depth taken away) and Poisson "
-        "loss (on counts) are judged on the molecules set aside, as ratios to no denoising: below "
+        "(loss on counts) are judged on the molecules set aside, as ratios to no denoising: below "
         "1 is better than doing nothing. r and rho: Pearson and Spearman correlation over all "
         "entries, zeros included. zeros: mean error of the share of zeros of a gene. 90 % int.: "
         "share of the counts set aside that lie in the 90 % interval, randomised so that 0.9 is "

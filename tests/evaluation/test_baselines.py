@@ -89,7 +89,12 @@ def test_correction_mixes_batches_and_keeps_types(name):
 
 @pytest.mark.parametrize("name", ["combat", "harmony", "scanorama"])
 def test_rows_follow_their_cells(cells, name):
-    if name in INSTALLED and not INSTALLED[name] or name == "harmony" and not INSTALLED["harmonypy"]:
+    if (
+        name in INSTALLED
+        and not INSTALLED[name]
+        or name == "harmony"
+        and not INSTALLED["harmonypy"]
+    ):
         pytest.skip(f"{name} is not installed: pip install 'genemodel[bench]'")
     order = np.random.default_rng(5).permutation(cells.n_obs)
     array = getattr(baselines, name)(cells, conditions())

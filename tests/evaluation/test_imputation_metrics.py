@@ -52,7 +52,11 @@ def test_parts_add_up_to_the_whole(counts):
 
 
 def test_split_depends_on_the_seed_alone(counts):
-    one, two, other = mcv_split(counts, 0.9, 3), mcv_split(counts, 0.9, 3), mcv_split(counts, 0.9, 4)
+    one, two, other = (
+        mcv_split(counts, 0.9, 3),
+        mcv_split(counts, 0.9, 3),
+        mcv_split(counts, 0.9, 4),
+    )
     assert (one.train != two.train).nnz == 0
     assert (one.train != other.train).nnz > 0
     dense = mcv_split(counts.toarray().astype(np.float32), 0.9, 3)

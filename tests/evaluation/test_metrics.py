@@ -7,6 +7,7 @@ import pytest
 from genemodel.errors import DataError
 from genemodel.evaluation.metrics import BATCH, BIO, score_cell_types, score_embeddings
 
+
 def toy(n=60, n_types=3, n_batches=2, shift=0.0, spread=0.3, seed=0):
     """Types on the corners of a simplex, batches moved apart by ``shift`` along one more axis."""
     draw = np.random.default_rng(seed)

@@ -1,0 +1,273 @@
+"""The comparison as a whole: what runs, what is skipped, what is written."""
+
+import importlib.util
+import logging
+import re
+import time
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from genemodel.errors import ConfigError, DataError
+from genemodel.evaluation import seurat
+from genemodel.evaluation.evaluate import EvaluateSettings, Meter, evaluate, run
+from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
+from genemodel.evaluation.result import EvaluationResult
+
+HAS_SCIB = importlib.util.find_spec("scib_metrics") is not None
+needs_scib = pytest.mark.skipif(
+    not HAS_SCIB, reason="scib-metrics is not installed: pip install 'genemodel[bench]'"
+)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """240 cells, three types, two batches; log counts in X, raw ones in a layer."""
+    draw = np.random.default_rng(0)
+    type_C, batch_C = draw.integers(0, 3, 240), draw.integers(0, 2, 240)
+    profile = draw.gamma(0.5, 1.0, (3, 120)) + 0.02
+    rate = profile[type_C] * np.exp(0.4 * draw.standard_normal((2, 120)))[batch_C]
+    rate *= draw.uniform(200, 500, (240, 1)) / rate.sum(axis=1, keepdims=True)
+    counts = sp.csr_matrix(draw.poisson(rate).astype(np.float32))
+    adata = ad.AnnData(counts.log1p())
+    adata.layers["counts"] = counts
+    adata.obs["donor"] = pd.Categorical([f"d{b}" for b in batch_C])
+    adata.obs["kind"] = pd.Categorical([f"t{t}" for t in type_C])
+    adata.obs["left"] = (type_C == 0).astype(float)
+    adata.obs["right"] = (type_C != 0).astype(float)
+    adata.obsm["X_tool"] = np.eye(3)[type_C] + 0.1 * draw.standard_normal((240, 3))
+    return adata
+
+
+def broken(adata):
+    raise ZeroDivisionError("nothing to divide by")
+
+
+@pytest.fixture(scope="module")
+def imputed(cells, tmp_path_factory):
+    """One imputation run with own methods, a failing and a mis-shaped one."""
+
+    def with_intervals(adata):
+        rate = np.tile(adata.X.mean(axis=0), (adata.n_obs, 1))
+        return Denoised(np.asarray(rate), np.asarray(rate))
+
+    own = {
+        "none": None,
+        "gene_mean": None,
+        "magic": None,
+        "mine": with_intervals,
+        "broken": broken,
+        "narrow": lambda adata: adata.X[:, :3],
+    }
+    out = tmp_path_factory.mktemp("impute")
+    result = evaluate(
+        cells, task="impute", layer="counts", methods=own, seeds=(0, 1), out=out,
+        mixture=("left", "right"),
+    )  # fmt: skip
+    return result, out
+
+
+def test_imputation_runs_every_method_and_names_what_failed(imputed):
+    result, _ = imputed
+    summary = result.summary()
+    assert set(summary.index) == {"none", "gene_mean", "magic", "mine"}
+    assert summary.at["none", "mse_ratio"] == 1.0
+    assert summary.at["magic", "poisson_ratio"] < 1.0
+    assert (summary["n_seeds"] == 2).all()
+    assert "nothing to divide by" in result.skipped["broken"]
+    assert "ZeroDivisionError" in result.skipped["broken"]
+    assert re.search(r"shape \(240, 3\); expected \(240, 1\d\d\)", result.skipped["narrow"])
+    assert summary.at["mine", "coverage_90"] > summary.at["gene_mean", "coverage_90"]
+    assert summary["truth_pearson_cell"].between(0, 1).all()
+
+
+def test_table_is_tidy_and_the_summary_is_its_mean(imputed):
+    result, _ = imputed
+    assert list(result.table.columns) == ["method", "kind", "seed", "metric", "value"]
+    assert not result.table.duplicated(["method", "seed", "metric"]).any()
+    kinds = result.table.drop_duplicates("method").set_index("method")["kind"]
+    assert kinds["mine"] == "own"
+    assert kinds["magic"] == "baseline"
+    rows = result.table.query("method == 'magic' and metric == 'mse'")["value"]
+    assert len(rows) == 2
+    assert result.summary().at["magic", "mse"] == pytest.approx(rows.mean())
+    assert result.spread().at["magic", "mse"] == pytest.approx(rows.std())
+
+
+def test_written_files_hold_the_same_numbers(imputed):
+    result, out = imputed
+    read = pd.read_csv(out / "scores.csv")
+    np.testing.assert_allclose(read["value"], result.table["value"], equal_nan=True)
+    assert pd.read_csv(out / "skipped.csv")["method"].tolist() == ["broken", "narrow"]
+    coverage = pd.read_csv(out / "coverage.csv")
+    assert set(coverage["level"]) == {0.5, 0.8, 0.9, 0.95}
+    page = (out / "report.html").read_text()
+    for word in ("magic", "broken", "nothing to divide by", "Poisson", "Intervals", "keep"):
+        assert word in page
+    assert page.count("data:image/png") >= 4
+
+
+def test_the_same_seed_gives_the_same_scores(cells, imputed):
+    again = evaluate(cells, task="impute", layer="counts", methods=["magic"], seeds=[1])
+    before = imputed[0].table.query("method == 'magic' and seed == 1").set_index("metric")["value"]
+    after = again.table.query("method == 'magic'").set_index("metric")["value"]
+    names = ["mse", "poisson", "pearson_gene", "coverage_90"]
+    np.testing.assert_allclose(after[names], before[names], rtol=1e-5)
+
+
+def test_terminal_text_fits_and_says_what_was_skipped(imputed):
+    text = imputed[0].text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.splitlines()[0].split()[:4] == ["impute", "MSE", "±", "Poisson"]
+    assert "skipped: broken: failed: ZeroDivisionError" in text
+
+
+def test_terminal_text_fits_with_every_integration_column():
+    metrics = ["total", "bio", "batch", "kmeans_nmi", "kmeans_ari", "clisi", "ilisi", "kbet",
+               "graph_connectivity", "pcr", "knn_accuracy_across", "seconds", "peak_mb"]  # fmt: skip
+    value = dict.fromkeys(metrics, 0.1) | {"seconds": 12345.6, "peak_mb": 12345.6}
+    table = pd.DataFrame(
+        {"method": name, "kind": "baseline", "seed": seed, "metric": metric, "value": value[metric]}
+        for name in METHODS["integrate"]
+        for seed in (0, 1)
+        for metric in metrics
+    )
+    result = EvaluationResult("integrate", table, {"scvi": "it is not installed " * 20})
+    lines = result.text().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split()[:5] == ["integrate", "total", "±", "bio", "batch"]
+    assert "connect" not in lines[0]  # the least telling column gives way
+
+
+@pytest.mark.slow
+@needs_scib
+def test_integration_scores_own_methods_and_standing_embeddings(cells, tmp_path, caplog):
+    def mine(adata):
+        assert sorted(adata.obs) == ["donor", "kind", "left", "right"]
+        return adata.obsm["X_tool"][:, :2]
+
+    with caplog.at_level(logging.INFO, "genemodel"):
+        result = evaluate(
+            cells, batch_key="donor", label_key="kind", layer="counts", obsm=["X_tool"],
+            methods={"none": None, "combat": None, "random": None, "mine": mine, "broken": broken},
+            seeds=(0, 1), n_comps=8, out=tmp_path,
+        )  # fmt: skip
+    summary = result.summary()
+    assert set(summary.index) == {"none", "combat", "random", "mine", "obsm:X_tool"}
+    assert summary.at["random", "n_seeds"] == 2  # random: every seed; the others once
+    assert summary.at["combat", "n_seeds"] == 1
+    assert summary.at["obsm:X_tool", "bio"] > summary.at["random", "bio"] + 0.3
+    assert list(summary["total"]) == sorted(summary["total"], reverse=True)
+    assert list(result.skipped) == ["broken"]
+    assert "combat" in caplog.text
+    with np.load(tmp_path / "embeddings.npz") as file:
+        np.testing.assert_array_equal(file["combat"], result.embeddings["combat"])
+    assert set(pd.read_csv(tmp_path / "cell_types.csv")["cell_type"]) == {"t0", "t1", "t2", "all"}
+    page = (tmp_path / "report.html").read_text()
+    for word in ("UMAP", "Cell types", "Time and memory", "donor", "obsm:X_tool"):
+        assert word in page
+    assert max(map(len, result.text().splitlines())) <= 100
+
+
+@pytest.mark.slow
+@needs_scib
+def test_without_labels_the_table_says_so(cells):
+    result = evaluate(
+        cells, batch_key="donor", layer="counts", methods=["combat"], n_comps=8, max_cells=120
+    )
+    text = result.text()
+    assert "no labels: biology cannot be scored" in text
+    assert "batch*" in text
+    assert "bio" not in text.splitlines()[0]
+    assert result.settings["cells"] == 120
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"batch_key": "plate"}, DataError, r"no column 'plate'; it has 'donor', 'kind'"),
+        ({"batch_key": "donor", "label_key": "x"}, DataError, "no column 'x'"),
+        ({}, ConfigError, r"batch_key; obs has donor, kind"),
+        ({"batch_key": "donor", "methods": ["harmny"]}, ConfigError, "did you mean 'harmony'"),
+        ({"batch_key": "donor", "obsm": ["X_x"]}, DataError, r"no 'X_x'; it has 'X_tool'"),
+        ({"batch_key": "donor", "seeds": ()}, ConfigError, "seeds is empty"),
+        ({"task": "impute", "obsm": ["X_tool"]}, ConfigError, "task=impute"),
+        ({"task": "guess"}, ConfigError, "task='guess': there are integrate, impute"),
+        ({"batch_key": "donor", "layer": None}, DataError, "layer"),
+        ({"batch_key": "donor", "methods": {"none": broken}}, ConfigError, "built in"),
+        ({"batch_key": "donor", "methods": {"mine": 3}}, ConfigError, "'mine' is a int"),
+        ({"task": "impute", "mixture": ("kind",)}, DataError, "not all are numbers"),
+        ({"task": "impute", "keep": 2.0}, DataError, "keep = 2.0"),
+    ],
+)
+def test_refusals_come_before_work(cells, settings, error, message, monkeypatch):
+    def never(self, *arguments, **named):
+        raise AssertionError("a method ran")
+
+    monkeypatch.setattr("genemodel.evaluation.evaluate._Comparison._run", never)
+    with pytest.raises(error, match=message):
+        evaluate(cells, **({"layer": "counts"} | settings))
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path, cells):
+    with pytest.raises(DataError, match="does not exist"):
+        evaluate(tmp_path / "no.h5ad", batch_key="donor")
+    (tmp_path / "text.h5ad").write_text("not HDF5")
+    with pytest.raises(DataError, match=r"text\.h5ad cannot be read"):
+        evaluate(tmp_path / "text.h5ad", batch_key="donor")
+    with pytest.raises(ConfigError, match="is a file; name a folder"):
+        evaluate(cells, batch_key="donor", out=tmp_path / "text.h5ad")
+    empty = cells.copy()
+    counts = cells.layers["counts"].toarray()
+    counts[4] = 0
+    empty.layers["counts"] = sp.csr_matrix(counts)
+    with pytest.raises(DataError, match="1 cells have no counts at all"):
+        evaluate(empty, batch_key="donor", layer="counts")
+
+
+def test_what_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch):
+    absent = Method(lambda adata, conditions: None, packages=("no_such_package_of_ours",))
+    monkeypatch.setitem(METHODS["integrate"], "absent", absent)
+    monkeypatch.setattr(seurat.shutil, "which", lambda name: None)
+    seurat.missing_r.cache_clear()
+    chosen, skipped = choose("integrate", None, has_labels=False)
+    seurat.missing_r.cache_clear()
+    assert "none" in chosen
+    assert "no_such_package_of_ours is not installed; pip install" in skipped["absent"]
+    assert "no Rscript" in skipped["seurat_cca"]
+    assert "apt-get install r-cran-seurat" in skipped["seurat_cca"]
+    assert "label_key" in skipped.get("scanvi", "label_key")
+    assert chosen.keys() | skipped.keys() == METHODS["integrate"].keys()
+
+
+def test_choosing_methods():
+    chosen, skipped = choose("impute", ["magic"], has_labels=False)
+    assert list(chosen) == ["none", "magic"]  # the reference is always there
+    assert not skipped
+    chosen, _ = choose("impute", {"mine": broken}, has_labels=False)
+    assert {"none", "magic", "mine"} <= chosen.keys()
+    chosen, _ = choose("impute", {"mine": broken, "alra": None}, has_labels=False)
+    assert list(chosen) == ["none", "alra", "mine"]
+
+
+def test_the_verb_runs_from_a_file(cells, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    settings = EvaluateSettings(
+        data=tmp_path / "cells.h5ad", out=tmp_path / "out", task="impute", layer="counts",
+        methods=("gene_mean",), umaps=False,
+    )  # fmt: skip
+    text = run(settings)
+    assert "gene_mean" in text
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_the_meter_sees_time_and_memory():
+    with Meter() as meter:
+        block = np.ones(12_000_000)  # 96 MB
+        time.sleep(0.1)
+        del block
+    assert 0.1 <= meter.seconds < 30
+    assert 60 < meter.peak_mb < 400
