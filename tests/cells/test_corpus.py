@@ -160,8 +160,8 @@ def test_small_chunks_and_shards_read_the_same(make_cells, vocabulary, tmp_path,
     adata.X[3, 4] = 70_000  # needs more than 16 bits
     large = Corpus.build({"x": adata}, tmp_path / "large", vocabulary=vocabulary)
     monkeypatch.setattr(store, "CHUNK_VALUES", 64)
-    monkeypatch.setattr(store, "SHARD_VALUES", 640)
-    monkeypatch.setattr(building, "GROUP_VALUES", 2_500)
+    monkeypatch.setattr(store, "SHARD_VALUES", 256)
+    monkeypatch.setattr(building, "GROUP_VALUES", 1_000)
     small = Corpus.build({"x": adata}, tmp_path / "small", vocabulary=vocabulary, chunk_cells=7)
     assert len(small.manifest.groups) > 2
     shards = list((small.path / "cells.zarr/dataset_0/X/data/c").iterdir())
