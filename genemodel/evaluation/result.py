@@ -186,8 +186,9 @@ class EvaluationResult:
 
     def report(self, *, umaps: bool = True) -> Report:
         """Lay the comparison out as one page; see `genemodel.evaluation.report`."""
-        drawn = _integration_report if self.task == "integrate" else _imputation_report
-        return drawn(self, umaps).settings(self.settings)
+        if self.task == "integrate":
+            return _integration_report(self, umaps).settings(self.settings)
+        return _imputation_report(self).settings(self.settings)
 
 
 def _aligned(corner: str, table: pd.DataFrame) -> list[str]:
@@ -218,8 +219,12 @@ def _cell_text(title: object, value: object) -> str:
     return f"{number:.3f}"
 
 
-def _opening(result: EvaluationResult, title: str, explanation: str) -> Report:
-    """Title, the table that matters, and what did not run."""
+def _opening(
+    result: EvaluationResult, title: str, explanation: str, bars: list[str], caption: str
+) -> Report:
+    """Title, the table and the figure that matter, and what did not run."""
+    from genemodel.evaluation import plots
+
     settings = result.settings
     size = f"{settings.get('cells', 0):,} cells × {settings.get('genes', 0):,} genes"
     report = Report(title, f"{settings.get('data', '')} · {size}")
@@ -237,6 +242,8 @@ def _opening(result: EvaluationResult, title: str, explanation: str) -> Report:
         "s = wall seconds, MB = peak of memory above where the method started (a lower bound).",
         best=best,
     )
+    ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
+    report.figure(plots.metric_bars(result.summary()[bars], highlight=ours), caption)
     if result.skipped:
         report.section("Not in the table").table(
             pd.DataFrame(
@@ -248,8 +255,6 @@ def _opening(result: EvaluationResult, title: str, explanation: str) -> Report:
 
 
 def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
-    from genemodel.evaluation import plots
-
     labelled = "total" in result.headline()
     report = _opening(
         result,
@@ -263,11 +268,10 @@ def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
         if labelled
         else "There are no labels, so only the mixing of batches can be scored, and a random "
         "embedding is best at it. batch* = mean of iLISI, PCR and kBET over all cells.",
+        ["bio", "batch", "total"] if labelled else ["batch_unlabelled", "ilisi", "pcr"],
+        "Higher is better.",
     )
     summary = result.summary()
-    wanted = ["bio", "batch", "total"] if labelled else ["batch_unlabelled", "ilisi", "pcr"]
-    ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
-    report.figure(plots.metric_bars(summary[wanted], highlight=ours), "Higher is better.")
     if umaps:
         report.section("UMAPs").text(
             "The same cells in every panel. 'none' is before integration. Colours: batch above, "
@@ -279,7 +283,7 @@ def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
             report.figure(axes, f"UMAP of {', '.join(names)}.")
     if result.cell_types is not None:
         _cell_type_section(report, result.cell_types, list(summary.index))
-    report.section("All metrics").table(summary.T, "Mean over the seeds.")
+    report.section("All metrics").table(summary, "Mean over the seeds; scroll to the right.")
     _time_section(report, summary)
     return report
 
@@ -332,9 +336,7 @@ def _time_section(report: Report, summary: pd.DataFrame) -> None:
     )
 
 
-def _imputation_report(result: EvaluationResult, umaps: bool) -> Report:
-    from genemodel.evaluation import plots
-
+def _imputation_report(result: EvaluationResult) -> Report:
     keep = result.settings.get("keep", float("nan"))
     truth = "truth_pearson_cell" in set(result.table["metric"])
     report = _opening(
@@ -350,19 +352,15 @@ def _imputation_report(result: EvaluationResult, umaps: bool) -> Report:
         + (
             " truth: correlation with the profile expected from the known mixture." if truth else ""
         ),
-    )
-    summary = result.summary()
-    wanted = ["mse_ratio", "poisson_ratio", "pearson_cell", "pearson_gene"]
-    wanted += ["truth_pearson_cell"] if truth else []
-    ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
-    report.figure(
-        plots.metric_bars(summary[wanted], highlight=ours),
+        ["mse_ratio", "poisson_ratio", "pearson_cell", "pearson_gene"]
+        + (["truth_pearson_cell"] if truth else []),
         "Ratios: lower is better. Correlations: higher is better.",
     )
+    summary = result.summary()
     if result.coverage is not None:
         _coverage_section(report, result.coverage, list(summary.index))
     _count_section(report, result, list(summary.index))
-    report.section("All metrics").table(summary.T, "Mean over the seeds.")
+    report.section("All metrics").table(summary, "Mean over the seeds; scroll to the right.")
     _time_section(report, summary)
     return report
 

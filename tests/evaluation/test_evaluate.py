@@ -126,11 +126,30 @@ def test_terminal_text_fits_and_says_what_was_skipped(imputed):
 
 
 def test_terminal_text_fits_with_every_integration_column():
-    metrics = ["total", "bio", "batch", "kmeans_nmi", "kmeans_ari", "clisi", "ilisi", "kbet",
-               "graph_connectivity", "pcr", "knn_accuracy_across", "seconds", "peak_mb"]  # fmt: skip
+    metrics = [
+        "total",
+        "bio",
+        "batch",
+        "kmeans_nmi",
+        "kmeans_ari",
+        "clisi",
+        "ilisi",
+        "kbet",
+        "graph_connectivity",
+        "pcr",
+        "knn_accuracy_across",
+        "seconds",
+        "peak_mb",
+    ]
     value = dict.fromkeys(metrics, 0.1) | {"seconds": 12345.6, "peak_mb": 12345.6}
     table = pd.DataFrame(
-        {"method": name, "kind": "baseline", "seed": seed, "metric": metric, "value": value[metric]}
+        {
+            "method": name,
+            "kind": "baseline",
+            "seed": seed,
+            "metric": metric,
+            "value": value[metric],
+        }
         for name in METHODS["integrate"]
         for seed in (0, 1)
         for metric in metrics
