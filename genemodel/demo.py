@@ -1,5 +1,6 @@
 """The main job in miniature: corpus, pre-training, embedding, report, in minutes on a CPU."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -251,7 +252,8 @@ def embed_corpus_cells(
     import torch
 
     from genemodel.evaluation.light_metrics import pca_of_lognorm
-    from genemodel.inference.counts import VocabularyChunk, batches
+    from genemodel.inference.counts import VocabularyChunk
+    from genemodel.inference.embed import encode
     from genemodel.model.gene_model import GeneModel
 
     runs = np.split(cells, np.flatnonzero(np.diff(cells) > 1) + 1)
@@ -276,18 +278,17 @@ def embed_corpus_cells(
         0, counts_CV, species_C, np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
     )
     torch.manual_seed(seed)
-    random = GeneModel(
-        bundle.model.settings, n_tokens=len(bundle.vocabulary), n_species=len(bundle.species),
-        context=bundle.tokens.context,
-    ).eval()  # fmt: skip
-    embeddings = {}
-    for name, model in (("genemodel", bundle.model), ("random weights", random)):
-        out = np.zeros((cells.size, bundle.model.settings.width), np.float32)
-        with torch.inference_mode():
-            for rows, batch in batches(chunk, bundle):
-                out[rows] = model.to(bundle.device)(batch.to(bundle.device)).cell_CD[
-                    : rows.size
-                ].float().cpu().numpy()
-        embeddings[name] = out
+    random = dataclasses.replace(
+        bundle,
+        model=GeneModel(
+            bundle.model.settings, n_tokens=len(bundle.vocabulary), n_species=len(bundle.species),
+            context=bundle.tokens.context,
+        ),
+        heads={},
+    )  # fmt: skip
+    embeddings = {
+        "genemodel": encode(chunk, bundle),
+        "random weights": encode(chunk, random.to(bundle.device)),
+    }
     embeddings["PCA"] = pca_of_lognorm(counts_CV, n_comps=30, n_hvg=2000, seed=seed)
     return embeddings, obs

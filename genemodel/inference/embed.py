@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.counts import VocabularyCells, batches, precision
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.tasks.decode_counts import CellProjection
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,7 +28,6 @@ logger = logging.getLogger(__name__)
 KEY = "X_genemodel"
 
 
-@torch.inference_mode()
 def embed_chunks(
     cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -34,17 +35,38 @@ def embed_chunks(
 
     A cell without any known gene gets NaN.
     """
-    bundle.model.eval()
-    device = bundle.device
     for chunk in cells.chunks():
-        out_CD = np.full(
-            (chunk.counts_CV.shape[0], bundle.model.settings.width), np.nan, np.float32
-        )
-        for rows, batch in batches(chunk, bundle, batch_size):
-            with precision(device):
-                encoded = bundle.model(batch.to(device))
-            out_CD[rows] = encoded.cell_CD[: rows.size].float().cpu().numpy()
-        yield chunk.start, out_CD
+        yield chunk.start, encode(chunk, bundle, batch_size=batch_size)
+
+
+@torch.inference_mode()
+def encode(
+    chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None
+) -> np.ndarray:
+    """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene.
+
+    Where the model has a count decoder, a cell is the vector that its counts are decoded from:
+    library, species and technical batch are terms of their own there, so it need not hold them.
+    Otherwise it is the hidden state of the cell token.
+    """
+    bundle.model.eval()
+    projection = cell_projection(bundle)
+    device = bundle.device
+    out_CD = np.full((chunk.counts_CV.shape[0], bundle.model.settings.width), np.nan, np.float32)
+    for rows, batch in batches(chunk, bundle, batch_size):
+        with precision(device):
+            cell_CD = projection(bundle.model(batch.to(device)).cell_CD[: rows.size])
+        out_CD[rows] = cell_CD.float().cpu().numpy()
+    return out_CD
+
+
+def cell_projection(bundle: Bundle) -> nn.Module:
+    """The count decoder's view of a cell, or the identity for a model without one."""
+    if any(name.startswith("decode_counts.projection.") for name in bundle.heads):
+        return bundle.head(
+            "decode_counts.projection", CellProjection(bundle.model.settings.width)
+        ).eval()
+    return nn.Identity()
 
 
 def collapse(embedding_CD: np.ndarray, *, sample: int = 2000) -> dict[str, float]:

@@ -238,7 +238,7 @@ def initialise(module: nn.Module) -> None:
     ==================================  ====================================================
     parameter                           start
     ==================================  ====================================================
-    embeddings                          normal, 0.02
+    embeddings                          normal, 0.02; genes 1 / √D
     linear weights                      normal, 1 / √(inputs)
     … that write to the stream          … / √(2 × layers), so the stream's size does not grow
     biases                              0
@@ -262,6 +262,9 @@ def initialise(module: nn.Module) -> None:
             for parameter in part.parameters(recurse=False):
                 nn.init.normal_(parameter, std=0.02)
     if isinstance(module, GeneModel):
+        # As large as the embedded value beside it: a block sees the sum normalised, and a gene
+        # that is small beside its value is learnt late.
+        nn.init.normal_(module.embedding.token.weight, std=module.settings.width**-0.5)
         scale = (2 * len(module.blocks)) ** -0.5
         for block in module.blocks:
             for out in (block.out, block.ffn.down):

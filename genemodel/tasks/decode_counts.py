@@ -88,6 +88,25 @@ def negative_binomial_loss(
     return zeros + (positive_N * measured_CV[cell_N, gene_N]).sum()
 
 
+class CellProjection(nn.Module):
+    """Backbone's cell vector → the vector from which counts are decoded (and cells embedded).
+
+    Library, species and technical batch have terms of their own in the decoder, so this vector
+    has no use for them. It starts at zero: training starts at the pseudobulk.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, width)
+        initialise(self)
+        nn.init.zeros_(self.project.weight)
+
+    def forward(self, cell_CD: Tensor) -> Tensor:
+        """(C, D) → (C, D)."""
+        return self.project(self.norm(cell_CD))
+
+
 class CountDecoder(nn.Module):
     """Cell vector → distribution of counts over the vocabulary."""
 
@@ -99,10 +118,14 @@ class CountDecoder(nn.Module):
         self, width: int, statistics: GeneStatistics, n_batches: int, measured_XV: Tensor
     ) -> None:
         super().__init__()
-        self.project = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
+        n_tokens = statistics.dispersion_V.shape[0]
         self.batch = nn.Embedding(max(n_batches, 1), width)
+        # Gene vectors of their own: those of the backbone are small, for the sake of its input
+        # and its tied head, and a zero projection times small vectors would hardly start to learn.
+        self.gene = nn.Embedding(n_tokens, width)
         initialise(self)
+        self.projection = CellProjection(width)
+        nn.init.normal_(self.gene.weight, std=width**-0.5)
         nn.init.zeros_(self.batch.weight)  # batches start alike
         log_rate_SV = torch.from_numpy(statistics.rate_SV).clamp_min(1e-9).log().float()
         log_theta_V = torch.from_numpy(statistics.dispersion_V).log().float()
@@ -116,7 +139,6 @@ class CountDecoder(nn.Module):
     def log_rate(
         self,
         cell_CD: Tensor,
-        gene_VD: Tensor,
         species_C: Tensor,
         batch_C: Tensor,
         library_C: Tensor,
@@ -126,15 +148,13 @@ class CountDecoder(nn.Module):
         shift_CD = torch.where(
             (batch_C >= 0)[:, None], self.batch(batch_C.clamp_min(0)), 0.0
         )
-        z_CD = self.norm(self.project(cell_CD)) + shift_CD
-        # 1/√D keeps the product of a normalised vector with trained gene vectors near one.
-        logit_CV = (z_CD @ gene_VD.T).float() + self.base_SV[species_C]
+        z_CD = self.projection(cell_CD) + shift_CD
+        logit_CV = (z_CD @ self.gene.weight.T).float() + self.base_SV[species_C]
         return _per_library(logit_CV, library_C, measured_CV)
 
     def forward(
         self,
         cell_CD: Tensor,
-        gene_VD: Tensor,
         species_C: Tensor,
         batch_C: Tensor,
         library_C: Tensor,
@@ -146,7 +166,7 @@ class CountDecoder(nn.Module):
         """Return the negative log-likelihood of the cells, and the pseudobulk's own."""
         measured_CV = self.measured_XV[panel_C]
         log_rate_CV = self.log_rate(
-            cell_CD, gene_VD, species_C, batch_C, library_C, measured_CV
+            cell_CD, species_C, batch_C, library_C, measured_CV
         )
         counts = (measured_CV, cell_N, gene_N, count_N)
         loss = negative_binomial_loss(log_rate_CV, self.log_theta_V, *counts)

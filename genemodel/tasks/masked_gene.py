@@ -59,16 +59,66 @@ class MaskedGeneHead(nn.Module):
         self.bias_SV = nn.Parameter(log_SV.float())
         self.register_buffer("trivial_SV", log_SV.float().log_softmax(-1), persistent=False)
 
+    def transform(self, hidden_MD: Tensor) -> Tensor:
+        """(M, D) → (M, D), before the product with the gene embedding."""
+        return self.norm(F.gelu(self.dense(hidden_MD)))
+
     def logits(self, hidden_MD: Tensor, species_M: Tensor, gene_VD: Tensor) -> Tensor:
         """Score every gene for the masked rows only: (M, D) → (M, V)."""
-        h_MD = self.norm(F.gelu(self.dense(hidden_MD)))
-        return h_MD @ gene_VD.T + self.bias_SV[species_M]
+        return self.transform(hidden_MD) @ gene_VD.T + self.bias_SV[species_M]
 
     def forward(
         self, hidden_MD: Tensor, gene_M: Tensor, species_M: Tensor, real_M: Tensor, gene_VD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return cross-entropy summed over the real rows, and the gene frequencies' own."""
-        logits_MV = self.logits(hidden_MD, species_M, gene_VD)
-        loss_M = F.cross_entropy(logits_MV.float(), gene_M, reduction="none")
-        trivial_M = -self.trivial_SV[species_M, gene_M]
-        return (loss_M * real_M).sum(), (trivial_M * real_M).sum()
+        trivial = (-self.trivial_SV[species_M, gene_M] * real_M).sum()
+        if hidden_MD.is_cuda:
+            logits_MV = self.logits(hidden_MD, species_M, gene_VD)
+            loss_M = F.cross_entropy(logits_MV.float(), gene_M, reduction="none")
+            return (loss_M * real_M).sum(), trivial
+        loss = ChunkedCrossEntropy.apply(
+            self.transform(hidden_MD), gene_VD, self.bias_SV, species_M, gene_M, real_M
+        )
+        return loss, trivial
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy of h·Eᵀ + bias without ever holding all logits.
+
+    On a CPU, logits of a thousand rows times the vocabulary are hundreds of megabytes that the
+    system maps, zeroes and unmaps several times a step; that takes longer than the arithmetic. The
+    gradients are made in the forward pass, chunk by chunk in one buffer.
+    """
+
+    BUFFER = 6_000_000  # floats; 24 MB stays below the size from which malloc maps afresh
+
+    @staticmethod
+    def forward(ctx, h_MD, gene_VD, bias_SV, species_M, gene_M, real_M):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        """Sum of the losses of the real rows."""
+        rows = max(1, ChunkedCrossEntropy.BUFFER // gene_VD.shape[0])
+        buffer = h_MD.new_empty(rows, gene_VD.shape[0])
+        grad_h, grad_gene = torch.zeros_like(h_MD), torch.zeros_like(gene_VD)
+        grad_bias = torch.zeros_like(bias_SV)
+        total = h_MD.new_zeros(())
+        for s in range(bias_SV.shape[0]):
+            for at in torch.nonzero(real_M & (species_M == s))[:, 0].split(rows):
+                h, p = h_MD[at], buffer[: at.numel()]
+                here = torch.arange(at.numel()), gene_M[at]
+                torch.addmm(bias_SV[s], h, gene_VD.T, out=p)
+                highest = p.amax(1, keepdim=True)
+                score = p[here] - highest[:, 0]
+                p.sub_(highest).exp_()
+                norm = p.sum(1, keepdim=True)
+                total += (norm[:, 0].log() - score).sum()
+                p.div_(norm)
+                p[here] -= 1.0  # now the gradient of the logits
+                grad_h[at] = p @ gene_VD
+                grad_gene.addmm_(p.T, h)
+                grad_bias[s] += p.sum(0)
+        ctx.save_for_backward(grad_h, grad_gene, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+        """Scale the gradients made on the way forward."""
+        return *(grad * saved for saved in ctx.saved_tensors), None, None, None

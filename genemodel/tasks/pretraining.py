@@ -161,11 +161,11 @@ class PretrainingObjectives(nn.Module):
                     encoded.hidden_TD[at], truth.value_T[at], truth.gene_T[at], species_T[at], real
                 )
             else:
-                total, trivial = self._decode(model, encoded, truth)
+                total, trivial = self._decode(encoded, truth)
             parts[name] = LossPart(total, prepared.items[name], trivial.detach())
         return parts
 
-    def _decode(self, model: GeneModel, encoded: Encoded, truth: CellBatch) -> tuple[Tensor, Tensor]:
+    def _decode(self, encoded: Encoded, truth: CellBatch) -> tuple[Tensor, Tensor]:
         n = truth.n_cells
         batch_C = truth.batch_C[:n]
         if self.training:
@@ -174,7 +174,6 @@ class PretrainingObjectives(nn.Module):
                 u_C < self.settings.decode_counts.batch_dropout, -1, batch_C
             )
         return self.heads["decode_counts"](
-            encoded.cell_CD[:n], model.embedding.token.weight, truth.species_C[:n], batch_C,
-            truth.library_C[:n], truth.panel_C[:n], truth.full_cell_N, truth.full_gene_N,
+            encoded.cell_CD[:n], truth.species_C[:n], batch_C, truth.library_C[:n], truth.panel_C[:n], truth.full_cell_N, truth.full_gene_N,
             truth.full_count_N,
         )  # fmt: skip

@@ -66,8 +66,8 @@ class TrainingModule(pl.LightningModule):
     # -- training ---------------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Build the optimisers; fused on CUDA."""
-        return build_optimisers(self, self.optim_settings, fused=self.device.type == "cuda")
+        """Build the optimisers."""
+        return build_optimisers(self, self.optim_settings)
 
     def training_step(self, step: Step, batch_idx: int) -> None:
         """Do one optimiser step over all micro-batches of this rank."""

@@ -36,7 +36,7 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def build_optimisers(
-    module: nn.Module, settings: OptimSettings, *, fused: bool
+    module: nn.Module, settings: OptimSettings
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the block matrices and AdamW for the rest."""
     groups = parameter_groups(module)
@@ -50,7 +50,7 @@ def build_optimisers(
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
-        fused=fused,
+        fused=True,
     )
     if not muon:
         return [adamw]

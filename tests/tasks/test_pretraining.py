@@ -170,6 +170,27 @@ def test_every_objective_starts_near_its_trivial_predictor_and_learns(pack_rando
     assert all(last[n] < first[n] - 0.03 for n in first), (first, last)
 
 
+def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch):
+    from genemodel.tasks.masked_gene import ChunkedCrossEntropy, MaskedGeneHead
+
+    monkeypatch.setattr(ChunkedCrossEntropy, "BUFFER", 5 * N_TOKENS)  # five rows a chunk
+    torch.manual_seed(0)
+    head = MaskedGeneHead(32, statistics())
+    hidden = torch.randn(23, 32, requires_grad=True)
+    gene_VD = torch.randn(N_TOKENS, 32, requires_grad=True)
+    gene, species = torch.randint(3, N_TOKENS, (23,)), torch.arange(23) % 2
+    real = torch.arange(23) < 19
+    loss, _ = head(hidden, gene, species, real, gene_VD)
+    logits = head.logits(hidden, species, gene_VD)
+    plain = (torch.nn.functional.cross_entropy(logits, gene, reduction="none") * real).sum()
+    torch.testing.assert_close(loss, plain)
+    inputs = (hidden, gene_VD, head.bias_SV, head.dense.weight)
+    for got, want in zip(
+        torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * plain, inputs), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_decoder_knows_the_batch_and_the_cell_vector_does_not(pack_random):
     task, model, batch = objectives().eval(), backbone().eval(), pack_random()
     moved = dataclasses.replace(batch, batch_C=torch.where(batch.batch_C >= 0, 1, -1))

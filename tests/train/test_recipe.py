@@ -204,7 +204,7 @@ def test_every_parameter_is_in_one_group_and_muon_takes_the_block_matrices():
     ids = [id(p) for group in groups.values() for p in group]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     assert len(groups["matrices"]) == 2 * 4
-    adamw, muon = build_optimisers(model, OptimSettings(name="muon"), fused=False)
+    adamw, muon = build_optimisers(model, OptimSettings(name="muon"))
     assert {id(p) for g in muon.param_groups for p in g["params"]} == {
         id(p) for p in groups["matrices"]
     }
