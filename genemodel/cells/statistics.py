@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import scipy.sparse as sp
 
 if TYPE_CHECKING:
     from genemodel.cells.corpus import Corpus
@@ -110,6 +111,80 @@ class GeneStatistics:
             rate_SV=rate,
             dispersion_V=np.where(total.sum(0) > 10, dispersion, 1.0),
             present_SV=present,
+        )
+
+
+@dataclass(frozen=True)
+class PrincipalGenes:
+    """Principal components of log1p(count ÷ library × 10⁴), centred within each species.
+
+    Attributes
+    ----------
+    loading_VK
+        Weight of a gene's value in a component; scores have unit variance over the sample.
+    offset_SK
+        What centring adds to the scores of a species.
+    deviation_VK
+        How far a gene's value moves per unit of a component's score.
+    mean_SV
+        Mean value of every gene, zeros included.
+    """
+
+    loading_VK: np.ndarray
+    offset_SK: np.ndarray
+    deviation_VK: np.ndarray
+    mean_SV: np.ndarray
+
+    @classmethod
+    def measure(
+        cls,
+        corpus: "Corpus",
+        cells: np.ndarray,
+        n_components: int,
+        *,
+        seed: int = 0,
+        sample: int = 8192,
+    ) -> Self:
+        """Measure over at most ``sample`` of ``cells`` by a randomised range finder."""
+        names = corpus.vocabulary.species
+        codes, categories = corpus.codes("species")
+        species_of = np.array([names.index(c) for c in categories])[codes]
+        runs = _blocks(np.asarray(cells), sample, seed)
+        parts, chosen = [], []
+        for run in runs:
+            block = corpus.read(int(run[0]), int(run[-1]) + 1)
+            rows = run - run[0]
+            parts.append(block.to_csr(len(corpus.vocabulary))[rows])
+            chosen.append(run)
+        cells = np.concatenate(chosen)
+        X_CV = sp.vstack(parts, format="csr").astype(np.float32)
+        library = np.repeat(corpus.library_C[cells], np.diff(X_CV.indptr))
+        X_CV.data = np.log1p(X_CV.data / library.astype(np.float32) * 1e4)
+        member_CS = np.zeros((cells.size, len(names)), np.float32)
+        member_CS[np.arange(cells.size), species_of[cells]] = 1.0
+        mean_SV = (member_CS.T @ X_CV) / np.maximum(member_CS.sum(0), 1.0)[:, None]
+
+        def times(B_VK: np.ndarray) -> np.ndarray:
+            return X_CV @ B_VK - member_CS @ (mean_SV @ B_VK)
+
+        def transposed_times(B_CK: np.ndarray) -> np.ndarray:
+            return X_CV.T @ B_CK - mean_SV.T @ (member_CS.T @ B_CK)
+
+        # Halko, Martinsson & Tropp (2011): random projection, two power iterations, small SVD.
+        k = min(n_components, cells.size - 1)
+        start = np.random.default_rng(seed).normal(size=(X_CV.shape[1], k + 8))
+        basis = np.linalg.qr(times(start.astype(np.float32)))[0]
+        for _ in range(2):
+            basis = np.linalg.qr(times(np.linalg.qr(transposed_times(basis))[0]))[0]
+        _, size, V_KV = np.linalg.svd(transposed_times(basis).T, full_matrices=False)
+        V_VK, size = V_KV[:k].T, np.maximum(size[:k], 1e-6)
+        spread = size / np.sqrt(cells.size)  # standard deviation of the unscaled scores
+        loading_VK = (V_VK / spread).astype(np.float32)
+        return cls(
+            loading_VK=loading_VK,
+            offset_SK=(-mean_SV @ loading_VK).astype(np.float32),
+            deviation_VK=(V_VK * spread).astype(np.float32),
+            mean_SV=mean_SV.astype(np.float32),
         )
 
 

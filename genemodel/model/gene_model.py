@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genemodel.cells.batch import CellBatch
+from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.model.attention import attend
 from genemodel.model.settings import ModelSettings
 
@@ -45,6 +46,37 @@ class NumberEmbedding(nn.Module):
         return self.down(F.gelu(self.up(torch.cat([bump, x_T[..., None]], -1))))
 
 
+class ExpressionComponents(nn.Module):
+    """Linear components of a cell's visible values, for its opening token.
+
+    Started at the principal components of the corpus (:meth:`start_at`), so that a model begins
+    where PCA ends instead of spending its first epochs finding it. Hidden genes and hidden values
+    take no part.
+    """
+
+    def __init__(self, n_tokens: int, n_species: int, components: int, width: int) -> None:
+        super().__init__()
+        self.loading = nn.Embedding(n_tokens, components)
+        self.offset = nn.Embedding(n_species, components)
+        self.project = nn.Linear(components, width, bias=False)
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """(T,) → (C, D)."""
+        visible_T = torch.where(batch.gene_T >= N_SPECIAL, batch.value_T.clamp_min(0.0), 0.0)
+        weighted_TK = self.loading(batch.gene_T) * visible_T[:, None]
+        score_CK = self.offset(batch.species_C)
+        score_CK = score_CK.index_add(0, batch.segment_T, weighted_TK.to(score_CK.dtype))
+        return self.project(score_CK)
+
+    @torch.no_grad()
+    def start_at(self, loading_VK: Tensor, offset_SK: Tensor) -> None:
+        """Start at given components; K may be fewer than the module's."""
+        k = loading_VK.shape[1]
+        for part, start in ((self.loading, loading_VK), (self.offset, offset_SK)):
+            part.weight.zero_()
+            part.weight[:, :k] = start
+
+
 class GeneEmbedding(nn.Module):
     """Gene, value, rank, species and depth as the first hidden state of every token."""
 
@@ -62,6 +94,11 @@ class GeneEmbedding(nn.Module):
         self.depth = NumberEmbedding(width, top=15.0)  # ln of 3 million counts
         self.value = NumberEmbedding(width, top=9.3) if settings.values else None  # log1p(10⁴)
         self.hidden_value_D = nn.Parameter(torch.empty(width)) if settings.values else None
+        self.components = (
+            ExpressionComponents(n_tokens, n_species, settings.components, width)
+            if settings.components
+            else None
+        )
         self.rank = (
             nn.Embedding(settings.max_rank + 1, width) if settings.position == "rank" else None
         )
@@ -91,6 +128,8 @@ class GeneEmbedding(nn.Module):
             x_TD = x_TD + self.rank(batch.rank_T.clamp(max=self.rank.num_embeddings - 1))
         # Species and depth belong to the cell: they are added to its opening token only.
         cell_CD = self.species(batch.species_C) + self.depth(torch.log1p(batch.library_C))
+        if self.components is not None:
+            cell_CD = cell_CD + self.components(batch)
         opens_T1 = (batch.rank_T == 0)[:, None]
         x_TD = x_TD + torch.where(opens_T1, cell_CD[batch.segment_T], 0.0)
         return self.norm(x_TD)

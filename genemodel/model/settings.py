@@ -27,6 +27,9 @@ class ModelSettings:
         Biases in attention and feed-forward.
     values
         Embed the expression value of every token; off for models that know ranks only.
+    components
+        Linear expression components added to the cell token, started at the corpus's principal
+        components; 0 for none. Needs ``values``.
     embedding_norm
         Normalise the sum of the embeddings before the first block (BERT does).
     dropout
@@ -48,6 +51,7 @@ class ModelSettings:
     max_rank: int = 2048
     bias: bool = False
     values: bool = True
+    components: int = 50
     embedding_norm: bool = False
     dropout: float = 0.0
     norm_eps: float = 1e-5
@@ -62,6 +66,11 @@ class ModelSettings:
         for name in ("layers", "width", "heads", "ffn", "max_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.components < 0 or (self.components and not self.values):
+            raise ConfigError(
+                f"model.components is {self.components} and model.values is {self.values}: the "
+                "components are sums of values. Set model.components=0, or model.values=true."
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must be in [0, 1).")
 

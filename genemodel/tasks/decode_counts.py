@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import ConfigError
 from genemodel.model.gene_model import initialise
 
@@ -120,8 +120,7 @@ class CountDecoder(nn.Module):
         super().__init__()
         n_tokens = statistics.dispersion_V.shape[0]
         self.batch = nn.Embedding(max(n_batches, 1), width)
-        # Gene vectors of their own: those of the backbone are small, for the sake of its input
-        # and its tied head, and a zero projection times small vectors would hardly start to learn.
+        # Gene vectors of their own: the backbone's serve its input and its tied head.
         self.gene = nn.Embedding(n_tokens, width)
         initialise(self)
         self.projection = CellProjection(width)
@@ -135,6 +134,18 @@ class CountDecoder(nn.Module):
         self.register_buffer("trivial_theta_V", log_theta_V.clone(), persistent=False)
         # The panels belong to the corpus, not to the model: not saved with the weights.
         self.register_buffer("measured_XV", measured_XV, persistent=False)
+
+    @torch.no_grad()
+    def start_at(self, components: PrincipalGenes) -> None:
+        """Start the gene vectors at principal components: log-rate per unit of a score.
+
+        Values are log1p; where a gene is rare its log-rate moves faster than its value, by about
+        the inverse of its mean.
+        """
+        mean_V = torch.from_numpy(components.mean_SV).amax(0).clamp(0.2, 1.0)
+        slope_VK = torch.from_numpy(components.deviation_VK) / mean_V[:, None]
+        k = min(slope_VK.shape[1], self.gene.weight.shape[1])
+        self.gene.weight[:, :k] = slope_VK[:, :k]
 
     def log_rate(
         self,

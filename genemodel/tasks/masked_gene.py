@@ -54,6 +54,7 @@ class MaskedGeneHead(nn.Module):
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         initialise(self)
+        nn.init.constant_(self.norm.weight, 0.1)  # start near the bias: the gene frequencies
         log_SV = torch.from_numpy(statistics.frequency_SV).clamp_min(1e-12).log()
         log_SV[~torch.from_numpy(statistics.present_SV)] = IMPOSSIBLE
         self.bias_SV = nn.Parameter(log_SV.float())

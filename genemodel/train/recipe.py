@@ -20,7 +20,7 @@ from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.order import Position
 from genemodel.cells.split import split_cells
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import ConfigError
 from genemodel.genes.knowledge import KnowledgeTable
 from genemodel.model.gene_model import GeneModel
@@ -280,6 +280,15 @@ def build(
         measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
         seed=settings.seed,
     )
+    if model.embedding.components is not None:
+        components = PrincipalGenes.measure(
+            corpus, train_cells, settings.model.components, seed=settings.seed
+        )
+        model.embedding.components.start_at(
+            torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
+        )
+        if "decode_counts" in objectives.heads:
+            objectives.heads["decode_counts"].start_at(components)
     return model, objectives
 
 

@@ -12,7 +12,7 @@ from genemodel.model.flops import encoder_flops, gene_head_flops
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.settings import ModelSettings
 
-SMALL = ModelSettings(layers=2, width=32, heads=4, ffn=48)
+SMALL = ModelSettings(layers=2, width=32, heads=4, ffn=48, components=6)
 
 
 def build(settings=SMALL, seed=0, **options):
@@ -22,7 +22,7 @@ def build(settings=SMALL, seed=0, **options):
 
 VARIANTS = [
     {},
-    {"norm": "post", "activation": "relu", "position": "rank", "bias": True, "values": False},
+    {"norm": "post", "activation": "relu", "position": "rank", "bias": True, "values": False, "components": 0},
     {"activation": "swiglu", "embedding_norm": True},
 ]
 
@@ -79,6 +79,22 @@ def test_knowledge_enters_and_absent_genes_share_a_vector(pack_random):
         before = model(pack_random()).cell_CD[0]
         model.embedding.knowledge["family"].table_VP[3:100] *= 2
         assert (model(pack_random()).cell_CD[0] - before).abs().max() > 1e-4
+
+
+def test_components_are_linear_in_visible_values_only(pack_random):
+    model, batch = build(), pack_random()
+    part = model.embedding.components
+    part.start_at(torch.randn(203, 4), torch.randn(2, 4))
+    value = torch.where(batch.gene_T >= 3, batch.value_T, 0.0)
+    expected = part.offset(batch.species_C)
+    for t in range(256):
+        expected[batch.segment_T[t]] += part.loading.weight[batch.gene_T[t]] * value[t]
+    torch.testing.assert_close(part(batch), part.project(expected), rtol=1e-4, atol=1e-4)
+    hidden = dataclasses.replace(batch, value_T=batch.value_T.clone())
+    hidden.value_T[5] = -1.0
+    gone = dataclasses.replace(batch, value_T=batch.value_T.clone())
+    gone.value_T[5] = 0.0
+    torch.testing.assert_close(part(hidden), part(gone))
 
 
 def test_stopping_early_runs_fewer_blocks(pack_random):
