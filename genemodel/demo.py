@@ -200,7 +200,7 @@ def _holdout_column(corpus: Any) -> str:
 
 
 def _recipe(settings: DemoSettings, corpus: Path, run: Path, by: str, opened: Any) -> Any:
-    """Settings of the demo's pre-training: ``configs/experiment/pretrain_demo.yaml``."""
+    """Compose the demo's pre-training from ``configs/experiment/pretrain_demo.yaml``."""
     from genemodel import config_files
     from genemodel.settings import parse
     from genemodel.train.settings import PretrainSettings

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.model.gene_model import GeneModel
+from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse, to_values
 
@@ -162,12 +162,11 @@ class Bundle:
             "vocabulary": self.vocabulary.fingerprint,
             "provenance": self.provenance,
             "knowledge": {
-                name: int(part.table_VP.shape[1])
+                name: part.table_VP.shape[1]
                 for name, part in self.model.embedding.knowledge.items()
+                if isinstance(part, KnowledgeEmbedding)
             },
-            "sha256": {
-                name: _sha256(partial / name) for name in (WEIGHTS, VOCABULARY, STATISTICS)
-            },
+            "sha256": {name: _sha256(partial / name) for name in (WEIGHTS, VOCABULARY, STATISTICS)},
         }
         (partial / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
         for file in partial.iterdir():
@@ -202,7 +201,9 @@ class Bundle:
         about = _read_about(path)
         for name, expected in about["sha256"].items():
             if not (path / name).is_file():
-                raise DataError(f"{path}: {name} is missing. Copy the whole bundle directory again.")
+                raise DataError(
+                    f"{path}: {name} is missing. Copy the whole bundle directory again."
+                )
             if _sha256(path / name) != expected:
                 raise DataError(
                     f"{path / name} is damaged: its checksum is not the one in {ABOUT}. Copy the "
@@ -229,9 +230,7 @@ class Bundle:
             context=tokens.context,
             knowledge=knowledge,
         )
-        own = {
-            k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")
-        }
+        own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
         _load_exactly(model, own, path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -262,9 +261,11 @@ def _read_about(path: Path) -> dict[str, Any]:
             "<run>/bundle."
         )
     if not (path / ABOUT).is_file():
-        inside = " It is a training run: use its bundle/ directory." if (
-            path / "bundle" / ABOUT
-        ).is_file() else ""
+        inside = (
+            " It is a training run: use its bundle/ directory."
+            if (path / "bundle" / ABOUT).is_file()
+            else ""
+        )
         raise DataError(f"{path} is not a model bundle: it has no {ABOUT}.{inside}")
     try:
         about: dict[str, Any] = json.loads((path / ABOUT).read_text())
@@ -281,7 +282,9 @@ def _read_about(path: Path) -> dict[str, Any]:
         )
     missing = {"model", "tokens", "settings", "provenance", "knowledge", "sha256"} - set(about)
     if missing:
-        raise DataError(f"{path / ABOUT} lacks {', '.join(sorted(missing))}: copy the bundle again.")
+        raise DataError(
+            f"{path / ABOUT} lacks {', '.join(sorted(missing))}: copy the bundle again."
+        )
     return about
 
 

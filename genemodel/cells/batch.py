@@ -27,8 +27,9 @@ full_cell_N        int64    which place in C it belongs to
 =================  =======  ==================================================================
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,25 +63,19 @@ class CellBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy every tensor to ``device``."""
-        return replace(
-            self,
-            **{
-                field.name: value.to(device, non_blocking=non_blocking)
-                for field in fields(self)
-                if isinstance(value := getattr(self, field.name), Tensor)
-            },
-        )
+        return self._with_tensors(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """Copy every tensor to page-locked memory, from which a GPU copy can overlap work."""
-        return replace(
-            self,
-            **{
-                field.name: value.pin_memory()
-                for field in fields(self)
-                if isinstance(value := getattr(self, field.name), Tensor)
-            },
-        )
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors: dict[str, Any] = {
+            field.name: change(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
 
     @property
     def device(self) -> torch.device:

@@ -433,9 +433,7 @@ def _matched(table: pd.DataFrame) -> "Axes":
     matched = table["matched"].to_numpy(float)
     rest = table["genes"].to_numpy(float) - matched
     axes.barh(range(len(table)), matched, color=_COLOURS[2], label="in the vocabulary", height=0.7)
-    axes.barh(
-        range(len(table)), rest, left=matched, color="#cccccc", label="not in it", height=0.7
-    )
+    axes.barh(range(len(table)), rest, left=matched, color="#cccccc", label="not in it", height=0.7)
     axes.axvline(SMALL_PANEL, color="black", linewidth=0.8, linestyle=":")
     _rows(axes, list(table.index))
     axes.set_xlabel("genes of the file", fontsize=8)

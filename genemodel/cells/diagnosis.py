@@ -128,9 +128,7 @@ def _diagnose_total(sample: sp.csr_matrix, total: float) -> Finding:
     if abs(total - 1e6) < 0.01 * 1e6:
         if _whole_ratios(sample):
             return Finding("cpm", "CPM, counts per million (every cell sums to 1,000,000)")
-        return Finding(
-            "tpm", "TPM or CPM, transcripts per million (every cell sums to 1,000,000)"
-        )
+        return Finding("tpm", "TPM or CPM, transcripts per million (every cell sums to 1,000,000)")
     if abs(total - 1e4) < 0.01 * 1e4:
         return Finding("cp10k", "CP10k, counts per 10,000 (every cell sums to 10,000)")
     return Finding("normalised", f"normalised counts (every cell sums to {total:,.5g})")

@@ -90,12 +90,24 @@ def pack(
     starts_C1 = np.empty(places + 1, np.int32)
     library = np.ascontiguousarray(window.library_C[cells], np.float32)
     n_tokens = pack_cells(
-        window.begin_C[cells], window.end_C[cells], window.gene_N, window.count_N, inverse_median_V, library,
-        settings.context - 1, CELL, PAD, gene_T, value_T, rank_T, segment_T, starts_C1,
-    )  # fmt: skip
+        window.begin_C[cells],
+        window.end_C[cells],
+        window.gene_N,
+        window.count_N,
+        inverse_median_V,
+        library,
+        settings.context - 1,
+        CELL,
+        PAD,
+        gene_T,
+        value_T,
+        rank_T,
+        segment_T,
+        starts_C1,
+    )
 
     def placed(values: np.ndarray, dtype: type, dummy: float) -> torch.Tensor:
-        out = np.full(places, dummy, dtype)
+        out: np.ndarray = np.full(places, dummy, dtype)
         out[: cells.size] = values[cells]
         return torch.from_numpy(out)
 
@@ -225,7 +237,7 @@ class CellStream:
     def _schedule(
         self, reader: ThreadPoolExecutor
     ) -> Iterator[tuple[Callable[[], CellBatch], Position]]:
-        """This rank's micro-batches, each with the position after its *round* over all ranks.
+        """Yield one rank's micro-batches, each with the position after its *round* over all ranks.
 
         Ranks stop after whole rounds, so a position in the middle of one would give some rank a
         micro-batch twice.
@@ -244,7 +256,7 @@ class CellStream:
     def _sequence(
         self, reader: ThreadPoolExecutor
     ) -> Iterator[tuple[Callable[[], CellBatch], Position]]:
-        """The global sequence of micro-batches, the same on every rank."""
+        """Yield the global sequence of micro-batches, the same on every rank."""
         taken = self.position.taken
         first_batch = self.position.batch
         windows = self._windows()

@@ -322,9 +322,7 @@ def rows_of(matrix: Any, where: str) -> Rows:
         return _stored_rows(group, where)
     if sp.issparse(matrix):
         if matrix.format == "csr":
-            rows: Rows = SparseRows(
-                matrix.data, matrix.indices, matrix.indptr, matrix.shape, where
-            )
+            rows: Rows = SparseRows(matrix.data, matrix.indices, matrix.indptr, matrix.shape, where)
         elif matrix.format == "csc":
             rows = ColumnRows(matrix.data, matrix.indices, matrix.indptr, matrix.shape, where)
         else:

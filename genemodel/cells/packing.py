@@ -9,7 +9,7 @@ LOOK_AHEAD = 256
 
 
 @njit(nogil=True, cache=True)
-def _plan(length_C, budget, max_cells, look_ahead, order_C, bins_C1):
+def _plan(length_C, budget, max_cells, look_ahead, order_C, bins_C1):  # type: ignore[no-untyped-def]
     n = length_C.shape[0]
     waiting = np.empty(look_ahead, np.int64)
     n_waiting = 0

@@ -251,9 +251,13 @@ class MatrixMarket:
         with _open(self.path) as file:
             for _ in range(self._skipped):
                 file.readline()
-            reader = pd.read_csv(
-                file, sep=r"\s+", header=None, chunksize=_LINES, dtype=np.float64, engine="c"
-            ) if self.n_values else ()
+            reader = (
+                pd.read_csv(
+                    file, sep=r"\s+", header=None, chunksize=_LINES, dtype=np.float64, engine="c"
+                )
+                if self.n_values
+                else ()
+            )
             for block in reader:
                 if block.shape[1] != 3:
                     raise DataError(

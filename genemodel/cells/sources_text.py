@@ -73,9 +73,7 @@ class _Table:
         self._path, self._separator, self._names = path, separator, names
 
     def _read(self, **options: Any) -> Any:
-        return pd.read_csv(
-            self._path, sep=self._separator, header=None, skiprows=1, **options
-        )
+        return pd.read_csv(self._path, sep=self._separator, header=None, skiprows=1, **options)
 
     def row_names(self) -> list[str]:
         names = self._read(usecols=[0], dtype=str, keep_default_na=False)

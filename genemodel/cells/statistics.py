@@ -189,7 +189,7 @@ class PrincipalGenes:
 
 
 def _blocks(cells: np.ndarray, sample: int, seed: int) -> list[np.ndarray]:
-    """Runs of nearby cells, at random, until ``sample`` cells are covered."""
+    """Draw runs of nearby cells at random until ``sample`` cells are covered."""
     blocks = np.array_split(cells, max(1, cells.size // 512))
     blocks = [
         run for block in blocks for run in np.split(block, np.flatnonzero(np.diff(block) > 512) + 1)

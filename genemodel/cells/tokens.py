@@ -53,7 +53,9 @@ class TokenSettings:
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def _rank_cell(gene, count, inverse_median_V, key_a, key_b, order_a, order_b, histogram):
+def _rank_cell(  # type: ignore[no-untyped-def]
+    gene, count, inverse_median_V, key_a, key_b, order_a, order_b, histogram
+):
     """Stable descending radix sort of one cell; the order lies in ``order_a[:n]`` afterwards."""
     n = gene.shape[0]
     for i in range(n):
@@ -106,7 +108,9 @@ def _rank_cell(gene, count, inverse_median_V, key_a, key_b, order_a, order_b, hi
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def rank_cells(starts_C1, gene_N, count_N, inverse_median_V, limit, out_starts_C1, out_index):
+def rank_cells(  # type: ignore[no-untyped-def]
+    starts_C1, gene_N, count_N, inverse_median_V, limit, out_starts_C1, out_index
+):
     """Rank every cell's genes by count ÷ median, descending; ties by token, ascending.
 
     Parameters
@@ -154,7 +158,7 @@ def rank_cells(starts_C1, gene_N, count_N, inverse_median_V, limit, out_starts_C
 
 
 @njit(nogil=True, cache=True, boundscheck=False)
-def pack_cells(
+def pack_cells(  # type: ignore[no-untyped-def]
     begin_C,
     end_C,
     gene_N,
@@ -172,8 +176,9 @@ def pack_cells(
 ):
     """Rank cells and lay them end to end into one micro-batch.
 
-    Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending by token. Every cell opens with ``cell_token``; the tail of
-    the budget becomes one dummy cell of ``pad_token``. Returns the number of real tokens.
+    Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending by token. Every cell opens with
+    ``cell_token``; the tail of the budget becomes one dummy cell of ``pad_token``. Returns the
+    number of real tokens.
     """
     budget = gene_T.shape[0]
     longest = 0

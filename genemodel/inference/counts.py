@@ -74,7 +74,6 @@ class VocabularyCells:
         *,
         layer: str | None = None,
         species: str | None = None,
-        min_fraction: float | None = None,
     ) -> None:
         if species is None and len(bundle.species) == 1:
             species = bundle.species[0]
@@ -89,11 +88,8 @@ class VocabularyCells:
                 "them."
             )
         self.species_C = np.array([bundle.species.index(n) for n in names], np.int64)
-        options = {} if min_fraction is None else {"min_fraction": min_fraction}
         self.matches: dict[int, GeneMatch] = {
-            int(s): bundle.vocabulary.match(
-                self.source.genes, species=bundle.species[s], **options
-            )
+            int(s): bundle.vocabulary.match(self.source.genes, species=bundle.species[s])
             for s in np.unique(self.species_C)
         }
         for match in self.matches.values():
@@ -119,9 +115,7 @@ class VocabularyCells:
             if here.size == 1:
                 counts_CV = self.matches[int(here[0])].project(chunk.counts_CG)
             else:
-                parts = [
-                    (np.flatnonzero(species_C == s), self.matches[int(s)]) for s in here
-                ]
+                parts = [(np.flatnonzero(species_C == s), self.matches[int(s)]) for s in here]
                 stacked = sp.vstack(
                     [match.project(chunk.counts_CG[rows]) for rows, match in parts], format="csr"
                 )
@@ -168,8 +162,16 @@ def batches(
     if batch_size is not None:
         budget = min(budget, max(1, batch_size) * bundle.tokens.context)
     for rows in plan_bins(length_C, budget, limit):
-        yield usable[rows], pack(
-            window, usable[rows], inverse_median_V, bundle.tokens, budget=budget, max_cells=limit
+        yield (
+            usable[rows],
+            pack(
+                window,
+                usable[rows],
+                inverse_median_V,
+                bundle.tokens,
+                budget=budget,
+                max_cells=limit,
+            ),
         )
 
 

@@ -40,9 +40,7 @@ def embed_chunks(
 
 
 @torch.inference_mode()
-def encode(
-    chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None
-) -> np.ndarray:
+def encode(chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None) -> np.ndarray:
     """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene.
 
     Where the model has a count decoder, a cell is the vector that its counts are decoded from:
@@ -61,7 +59,7 @@ def encode(
 
 
 def cell_projection(bundle: Bundle) -> nn.Module:
-    """The count decoder's view of a cell, or the identity for a model without one."""
+    """Return the count decoder's view of a cell, or the identity for a model without one."""
     if any(name.startswith("decode_counts.projection.") for name in bundle.heads):
         return bundle.head(
             "decode_counts.projection", CellProjection(bundle.model.settings.width)
@@ -109,8 +107,10 @@ def warn_of_collapse(health: dict[str, float], where: str) -> None:
         )  # fmt: skip
 
 
-def provenance_of(cells: VocabularyCells, bundle: Bundle, embedding_CD: np.ndarray) -> dict[str, Any]:
-    """What was done with which model, for ``uns``: plain values only."""
+def provenance_of(
+    cells: VocabularyCells, bundle: Bundle, embedding_CD: np.ndarray
+) -> dict[str, Any]:
+    """Say what was done with which model, for ``uns``: plain values only."""
     return {
         "genemodel": genemodel.__version__,
         "model": bundle.fingerprint,

@@ -8,6 +8,8 @@ custom operator, so a compiled model stays one graph.
 Axes: T tokens, H heads, K head width, C cells.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +35,9 @@ def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longe
     if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(q_THK, k_THK, v_THK, starts_C1, starts_C1, longest, longest)
+        out = varlen_attn(q_THK, k_THK, v_THK, starts_C1, starts_C1, longest, longest)
+        assert isinstance(out, Tensor)  # the log-sum-exp comes only when asked for
+        return out
     out, _ = _per_cell(q_THK, k_THK, v_THK, starts_C1)
     return out
 
@@ -87,7 +91,7 @@ def _per_cell_backward(
     logsumexp_TH: Tensor,
     starts_C1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(
+    grad_q, grad_k, grad_v = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_THK, v_THK)
     )
     for a, b in _spans(starts_C1):
@@ -111,9 +115,9 @@ def _per_cell_backward(
             pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, logsumexp, 0.0, False
             )
-        for total, piece in zip(grads, pieces, strict=True):
+        for total, piece in zip((grad_q, grad_k, grad_v), pieces, strict=True):
             total[a:b] = piece[0].transpose(0, 1)
-    return grads
+    return grad_q, grad_k, grad_v
 
 
 @_per_cell_backward.register_fake
@@ -132,12 +136,12 @@ def _(
     return q, k, v
 
 
-def _keep(ctx, inputs, output) -> None:  # noqa: ANN001 - the types are torch's own
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     q_THK, k_THK, v_THK, starts_C1 = inputs
     ctx.save_for_backward(q_THK, k_THK, v_THK, *output, starts_C1)
 
 
-def _backward(ctx, grad_THK: Tensor, _grad_logsumexp_TH: Tensor):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, grad_THK: Tensor, _grad_logsumexp_TH: Tensor) -> tuple[Tensor | None, ...]:
     return *_per_cell_backward(grad_THK, *ctx.saved_tensors), None
 
 
@@ -145,13 +149,16 @@ _per_cell.register_autograd(_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.genemodel.attend_per_cell, get_raw=True)
-def _flops(q_THK, k_THK, v_THK, starts_C1, *args, out_val=None, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
+def _flops(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, *_: Any, **__: Any
+) -> int:
     return sum(4 * (b - a) ** 2 for a, b in _spans(starts_C1)) * q_THK.shape[1] * q_THK.shape[2]
 
 
 @register_flop_formula(torch.ops.genemodel.attend_per_cell_backward, get_raw=True)
-def _flops_backward(grad_THK, q_THK, k_THK, v_THK, out, lse, starts_C1, *args, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
+def _flops_backward(grad_THK: Tensor, q_THK: Tensor, *others: Any, **_: Any) -> int:
     # Five matrix products against the forward's two: the scores are computed once more.
+    starts_C1 = others[-1]
     return sum(10 * (b - a) ** 2 for a, b in _spans(starts_C1)) * q_THK.shape[1] * q_THK.shape[2]
 
 

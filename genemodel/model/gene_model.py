@@ -31,6 +31,8 @@ class Encoded:
 class NumberEmbedding(nn.Module):
     """A continuous number as a vector: a two-layer network over fixed, smooth features of it."""
 
+    centre_F: Tensor
+
     def __init__(self, width: int, top: float, features: int = 32) -> None:
         super().__init__()
         # Gaussian bumps over [0, top] let the network treat low and high values differently
@@ -306,6 +308,7 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.embedding.token.weight, std=module.settings.width**-0.5)
         scale = (2 * len(module.blocks)) ** -0.5
         for block in module.blocks:
+            assert isinstance(block, Block)
             for out in (block.out, block.ffn.down):
                 with torch.no_grad():
                     out.weight.mul_(scale)

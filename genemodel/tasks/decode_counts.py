@@ -156,9 +156,7 @@ class CountDecoder(nn.Module):
         measured_CV: Tensor,
     ) -> Tensor:
         """Log mean count of every measured gene; shape (C, V)."""
-        shift_CD = torch.where(
-            (batch_C >= 0)[:, None], self.batch(batch_C.clamp_min(0)), 0.0
-        )
+        shift_CD = torch.where((batch_C >= 0)[:, None], self.batch(batch_C.clamp_min(0)), 0.0)
         z_CD = self.projection(cell_CD) + shift_CD
         logit_CV = (z_CD @ self.gene.weight.T).float() + self.base_SV[species_C]
         return _per_library(logit_CV, library_C, measured_CV)
@@ -176,9 +174,7 @@ class CountDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood of the cells, and the pseudobulk's own."""
         measured_CV = self.measured_XV[panel_C]
-        log_rate_CV = self.log_rate(
-            cell_CD, species_C, batch_C, library_C, measured_CV
-        )
+        log_rate_CV = self.log_rate(cell_CD, species_C, batch_C, library_C, measured_CV)
         counts = (measured_CV, cell_N, gene_N, count_N)
         loss = negative_binomial_loss(log_rate_CV, self.log_theta_V, *counts)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Masked gene identity: which gene is this, given its value and the rest of the cell?
+"""Masked gene identity: find a gene from its value and the rest of the cell.
 
 Axes: M masked tokens, D width, V vocabulary, S species.
 """
@@ -49,6 +49,8 @@ class MaskedGeneHead(nn.Module):
     starts at the trivial predictor instead of spending its first thousand steps finding it.
     """
 
+    trivial_SV: Tensor
+
     def __init__(self, width: int, statistics: GeneStatistics) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
@@ -94,7 +96,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     BUFFER = 6_000_000  # floats; 24 MB stays below the size from which malloc maps afresh
 
     @staticmethod
-    def forward(ctx, h_MD, gene_VD, bias_SV, species_M, gene_M, real_M):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def forward(ctx, h_MD, gene_VD, bias_SV, species_M, gene_M, real_M):  # type: ignore[no-untyped-def]
         """Sum of the losses of the real rows."""
         rows = max(1, ChunkedCrossEntropy.BUFFER // gene_VD.shape[0])
         buffer = h_MD.new_empty(rows, gene_VD.shape[0])
@@ -120,6 +122,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         """Scale the gradients made on the way forward."""
         return *(grad * saved for saved in ctx.saved_tensors), None, None, None

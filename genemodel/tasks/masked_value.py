@@ -1,4 +1,4 @@
-"""Masked value: how strongly is this gene expressed, given which gene it is and the rest?
+"""Masked value: find how strongly a known gene is expressed from the rest of the cell.
 
 The model sees no rank, and tokens attend as a set, so a hidden value cannot be read off the
 neighbours between which it was sorted (as it can in models with rank positions).
@@ -38,6 +38,8 @@ class MaskedValueSettings:
 
 class MaskedValueHead(nn.Module):
     """Deviation of log1p(counts per 10⁴) from the gene's own mean where detected."""
+
+    trivial_SV: Tensor
 
     def __init__(self, width: int, statistics: GeneStatistics) -> None:
         super().__init__()

@@ -46,9 +46,7 @@ class PretrainingSettings:
                 f"Objective weights are {weights}: none may be negative and at least one must be "
                 "positive. Set for example task.masked_gene.weight=1."
             )
-        hidden = sum(
-            s.fraction for s in (self.masked_gene, self.masked_value) if s.weight > 0
-        )
+        hidden = sum(s.fraction for s in (self.masked_gene, self.masked_value) if s.weight > 0)
         if hidden >= 1:
             raise ConfigError(
                 f"task.masked_gene.fraction and task.masked_value.fraction add up to {hidden}: "
@@ -134,9 +132,7 @@ class PretrainingObjectives(nn.Module):
             items["masked_value"] = values.n
         if "decode_counts" in self.heads:
             # Per expressed gene: keeps the loss of the order of a cross-entropy whatever the panel.
-            items["decode_counts"] = torch.tensor(
-                batch.full_gene_N.shape[0], device=batch.device
-            )
+            items["decode_counts"] = torch.tensor(batch.full_gene_N.shape[0], device=batch.device)
         return Prepared(hide(batch, genes, values), batch, genes, values, items)
 
     def forward(
@@ -170,10 +166,14 @@ class PretrainingObjectives(nn.Module):
         batch_C = truth.batch_C[:n]
         if self.training:
             u_C = uniform(self.seed, DROP_BATCH, truth.epoch, truth.cell_C[:n])
-            batch_C = torch.where(
-                u_C < self.settings.decode_counts.batch_dropout, -1, batch_C
-            )
+            batch_C = torch.where(u_C < self.settings.decode_counts.batch_dropout, -1, batch_C)
         return self.heads["decode_counts"](
-            encoded.cell_CD[:n], truth.species_C[:n], batch_C, truth.library_C[:n], truth.panel_C[:n], truth.full_cell_N, truth.full_gene_N,
+            encoded.cell_CD[:n],
+            truth.species_C[:n],
+            batch_C,
+            truth.library_C[:n],
+            truth.panel_C[:n],
+            truth.full_cell_N,
+            truth.full_gene_N,
             truth.full_count_N,
-        )  # fmt: skip
+        )

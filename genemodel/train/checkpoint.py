@@ -94,9 +94,7 @@ class CheckpointDirectory(CheckpointIO):
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read tensors and plain values; anything else in the file is refused by torch."""
-        return torch.load(
-            Path(path) / STATE, map_location=map_location or "cpu", weights_only=True
-        )
+        return torch.load(Path(path) / STATE, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete one checkpoint."""

@@ -78,7 +78,7 @@ class StepData(pl.LightningDataModule):
         return self.train_steps
 
     def val_dataloader(self) -> Steps:
-        """The same held-out micro-batches every time."""
+        """Yield the same held-out micro-batches every time."""
         return Steps(lambda: self._validation(*self._ranks()), 1, self.validation_batches)
 
     def transfer_batch_to_device(
@@ -87,10 +87,7 @@ class StepData(pl.LightningDataModule):
         """Copy a step, from page-locked memory where that lets the copy overlap work."""
         cuda = device.type == "cuda"
         return Step(
-            [
-                (b.pin_memory() if cuda else b).to(device, non_blocking=cuda)
-                for b in batch.batches
-            ],
+            [(b.pin_memory() if cuda else b).to(device, non_blocking=cuda) for b in batch.batches],
             batch.position,
         )
 
@@ -99,5 +96,3 @@ class StepData(pl.LightningDataModule):
         """Seconds the training loop has waited for data so far."""
         stream = self.train_steps.stream if self.train_steps else None
         return stream.waited_s if stream else 0.0
-
-

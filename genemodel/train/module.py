@@ -51,8 +51,8 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = model
-        self.objectives = objectives
+        self.model: Any = model
+        self.objectives: Any = objectives
         self.optim_settings = optim
         self.max_steps = max_steps
         self.seed = seed
@@ -168,7 +168,7 @@ class TrainingModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Turn sums over all ranks into means, with each trivial predictor's beside them."""
         result: dict[str, float] = {}
-        total = 0.0
+        total: float = 0.0
         for name, sums in self._validation_sums.items():
             self._sum_over_ranks(sums)
             loss, trivial, items = sums.tolist()

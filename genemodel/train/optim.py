@@ -35,9 +35,7 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def build_optimisers(
-    module: nn.Module, settings: OptimSettings
-) -> list[torch.optim.Optimizer]:
+def build_optimisers(module: nn.Module, settings: OptimSettings) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the block matrices and AdamW for the rest."""
     groups = parameter_groups(module)
     muon = settings.name == "muon"

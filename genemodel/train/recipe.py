@@ -8,7 +8,7 @@ import signal
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -25,6 +25,7 @@ from genemodel.errors import ConfigError
 from genemodel.genes.knowledge import KnowledgeTable
 from genemodel.model.gene_model import GeneModel
 from genemodel.settings import difference, to_values
+from genemodel.tasks.decode_counts import CountDecoder
 from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train.checkpoint import Checkpoint, CheckpointDirectory, newest_checkpoint
 from genemodel.train.data import StepData
@@ -144,9 +145,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         }
         bundle_of(trained, corpus, settings, provenance).save(run / "bundle")
 
-    watch = Watch(
-        run, trainer_settings, settings.log, on_improvement=release, values=values
-    )
+    watch = Watch(run, trainer_settings, settings.log, on_improvement=release, values=values)
     run.mkdir(parents=True, exist_ok=True)
     devices, nodes = processes(trainer_settings)
     trainer = pl.Trainer(
@@ -154,7 +153,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         devices=devices,
         num_nodes=nodes,
         strategy="ddp" if devices * nodes > 1 else "auto",
-        precision=precision,
+        precision=cast(Any, precision),
         max_epochs=-1,
         max_steps=-1,  # Watch counts steps: with two optimisers Lightning counts each twice
         val_check_interval=trainer_settings.validate_every,
@@ -188,7 +187,7 @@ def pretrain(settings: PretrainSettings) -> Path:
 
 
 def processes(settings: TrainerSettings) -> tuple[int, int]:
-    """Processes per node and nodes: those that torchrun started, or those the settings ask for."""
+    """Count processes per node and nodes: torchrun's, or those the settings ask for."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         return here, int(os.environ["WORLD_SIZE"]) // here
@@ -196,7 +195,7 @@ def processes(settings: TrainerSettings) -> tuple[int, int]:
 
 
 def find_checkpoint(run: Path, values: dict[str, Any], corpus: str) -> Checkpoint | None:
-    """Return where an earlier session of the same run stopped, or refuse another run's directory."""
+    """Find where an earlier session of the same run stopped; refuse another run's directory."""
     checkpoint = newest_checkpoint(run / "checkpoints") if run.exists() else None
     if checkpoint is None:
         return None
@@ -287,8 +286,9 @@ def build(
         model.embedding.components.start_at(
             torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
         )
-        if "decode_counts" in objectives.heads:
-            objectives.heads["decode_counts"].start_at(components)
+        for head in objectives.heads.values():
+            if isinstance(head, CountDecoder):
+                head.start_at(components)
     return model, objectives
 
 
@@ -313,5 +313,3 @@ def bundle_of(
         settings={"pretraining": to_values(settings.task)},
         provenance=provenance,
     )
-
-

@@ -135,9 +135,7 @@ class Watch(pl.Callback):
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: stop now, without saving
         self.signal = number
-        logger.info(
-            "%s received: saving at the end of this step.", signal.Signals(number).name
-        )
+        logger.info("%s received: saving at the end of this step.", signal.Signals(number).name)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back; close the log."""
@@ -301,9 +299,7 @@ def start_wandb(run: Path, log: LogSettings, values: Mapping[str, Any]) -> Any:
 
     number_file = run / "wandb-run.json"
     number = (
-        json.loads(number_file.read_text())["id"]
-        if number_file.exists()
-        else secrets.token_hex(4)
+        json.loads(number_file.read_text())["id"] if number_file.exists() else secrets.token_hex(4)
     )
     number_file.write_text(json.dumps({"id": number}))
     return wandb.init(
@@ -316,8 +312,13 @@ def start_wandb(run: Path, log: LogSettings, values: Mapping[str, Any]) -> Any:
         config=without_secrets(values),
         # Neither the command line, the host's hardware nor code is anybody's business.
         settings=wandb.Settings(
-            console="off", disable_code=True, disable_git=True, x_disable_meta=True,
-            x_disable_stats=True, silent=True, program="genemodel",
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            silent=True,
+            program="genemodel",
         ),  # fmt: skip
     )
 

@@ -18,7 +18,7 @@ def test_an_epoch_is_a_permutation_and_depends_on_its_address_only():
     assert sorted(first.tolist()) == list(range(10_001))
     again = sequence(EpochOrder(10_001, seed=1, epoch=0, block=16, window_blocks=8))
     np.testing.assert_array_equal(first, again)
-    for other in (dict(seed=2, epoch=0), dict(seed=1, epoch=1)):
+    for other in ({"seed": 2, "epoch": 0}, {"seed": 1, "epoch": 1}):
         assert (sequence(EpochOrder(10_001, **other, block=16, window_blocks=8)) != first).any()
 
 

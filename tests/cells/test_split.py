@@ -63,9 +63,7 @@ def test_cells_of_unknown_donor_are_trained_on(corpus):
     assert np.isin(np.flatnonzero(codes == -1), train).all()
 
 
-def test_neither_order_nor_company_changes_which_group_goes_first(
-    make_cells, vocabulary, tmp_path
-):
+def test_neither_order_nor_company_changes_which_group_goes_first(make_cells, vocabulary, tmp_path):
     one = {"a": make_cells(60, n_donors=6)}
     other = {"b": make_cells(60, n_donors=6, seed=2)}
     first = _ranked(Corpus.build(one, tmp_path / "1", vocabulary=vocabulary))

@@ -64,6 +64,8 @@ def test_components_equal_a_dense_svd_of_species_centred_values(opened):
         scores[species == name] += got.offset_SK[s]
     np.testing.assert_allclose(scores.std(0), 1.0, rtol=0.05)
     np.testing.assert_allclose(scores.mean(0), 0.0, atol=1e-3)
-    expected = centred @ Vt[:3].T / (size[:3] / np.sqrt(len(corpus)))
-    for k in range(2):  # leading components, up to sign
-        assert abs(np.corrcoef(scores[:, k], expected[:, k])[0, 1]) > 0.98
+    # Neighbouring components of a flat spectrum may mix; how much they explain may not change.
+    spread = 1 / np.linalg.norm(got.loading_VK, axis=0)
+    np.testing.assert_allclose(spread, size[:5] / np.sqrt(len(corpus)), rtol=0.05)
+    expected = centred @ Vt[0]
+    assert abs(np.corrcoef(scores[:, 0], expected)[0, 1]) > 0.98

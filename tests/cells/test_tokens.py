@@ -116,9 +116,9 @@ def test_genecompass_sequence_with_values_and_species():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (dict(style="geneformer_v1", library=None), "library is None"),
-        (dict(style="geneformer_v2", library=10.0), "cls= and eos="),
-        (dict(style="genecompass", species=None), "species 0 (human) and 1 (mouse)"),
+        ({"style": "geneformer_v1", "library": None}, "library is None"),
+        ({"style": "geneformer_v2", "library": 10.0}, "cls= and eos="),
+        ({"style": "genecompass", "species": None}, "species 0 (human) and 1 (mouse)"),
     ],
 )
 def test_published_sequences_refuse_what_they_cannot_do(call, words):

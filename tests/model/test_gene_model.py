@@ -22,7 +22,14 @@ def build(settings=SMALL, seed=0, **options):
 
 VARIANTS = [
     {},
-    {"norm": "post", "activation": "relu", "position": "rank", "bias": True, "values": False, "components": 0},
+    {
+        "norm": "post",
+        "activation": "relu",
+        "position": "rank",
+        "bias": True,
+        "values": False,
+        "components": 0,
+    },
     {"activation": "swiglu", "embedding_norm": True},
 ]
 
@@ -101,9 +108,7 @@ def test_stopping_early_runs_fewer_blocks(pack_random):
     model = build()
     with torch.no_grad():
         early = model(pack_random(), layer=1).hidden_TD
-        expected = model.blocks[0](
-            model.embedding(pack_random()), pack_random().starts_C1, 256
-        )
+        expected = model.blocks[0](model.embedding(pack_random()), pack_random().starts_C1, 256)
     torch.testing.assert_close(early, expected)
 
 

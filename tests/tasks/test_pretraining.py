@@ -74,9 +74,7 @@ def test_masks_do_not_depend_on_packing(pack_random):
         for kind, chosen in (("gene", prepared.genes), ("value", prepared.values)):
             at = chosen.index_M[chosen.real_M]
             cell = batch.cell_C[batch.segment_T[at]]
-            found |= {
-                (kind, int(c), int(g)) for c, g in zip(cell, batch.gene_T[at], strict=True)
-            }
+            found |= {(kind, int(c), int(g)) for c, g in zip(cell, batch.gene_T[at], strict=True)}
         return found
 
     together = hidden([0, 1, 2, 3], 256)
@@ -130,9 +128,7 @@ def test_a_hidden_value_and_a_hidden_gene_do_not_leak(pack_random):
     again = task.prepare(other)
     assert torch.equal(again.seen.value_T, prepared.seen.value_T)
     with torch.no_grad():
-        assert torch.equal(
-            model(prepared.seen).hidden_TD, model(again.seen).hidden_TD
-        )
+        assert torch.equal(model(prepared.seen).hidden_TD, model(again.seen).hidden_TD)
 
 
 def test_negative_binomial_loss_equals_torchs_distribution():
@@ -157,9 +153,7 @@ def test_every_objective_starts_near_its_trivial_predictor_and_learns(pack_rando
         batch = dataclasses.replace(pack_random(seed=0), epoch=step)
         prepared = task.prepare(batch)
         parts = task(model, model(prepared.seen), prepared)
-        ratio = {
-            n: float(p.total.detach() / p.trivial) for n, p in parts.items()
-        }
+        ratio = {n: float(p.total.detach() / p.trivial) for n, p in parts.items()}
         first = first or ratio
         last = ratio
         loss = sum(p.total / p.items for p in parts.values())
