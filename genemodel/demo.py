@@ -64,10 +64,9 @@ def demo(settings: DemoSettings) -> str:
     """
     from genemodel.bundle.bundle import Bundle
     from genemodel.cells.corpus import Corpus
-    from genemodel.cells.split import split_cells
     from genemodel.evaluation.demo_report import write_demo_report
     from genemodel.genes import GeneVocabulary
-    from genemodel.train.recipe import pretrain
+    from genemodel.train.recipe import pretrain, split
 
     begin = time.perf_counter()
     out = Path(settings.out)
@@ -102,15 +101,7 @@ def demo(settings: DemoSettings) -> str:
 
     logger.info("3/4 embedding held-out cells")
     bundle = Bundle.load(bundle_path)
-    if by:
-        _, cells = split_cells(
-            corpus,
-            by=by,
-            holdout=list(recipe.holdout.groups) or recipe.holdout.fraction,
-            seed=recipe.holdout.seed,
-        )
-    else:
-        cells = np.arange(len(corpus))
+    _, cells = split(recipe, corpus)
     rng = np.random.default_rng(settings.seed)
     if cells.size > SHOWN_CELLS:
         cells = np.sort(rng.choice(cells, SHOWN_CELLS, replace=False))
@@ -207,8 +198,6 @@ def _recipe(settings: DemoSettings, corpus: Path, run: Path, by: str, opened: An
 
     if settings.steps < 1:
         raise ConfigError(f"steps={settings.steps}: it must be at least 1.")
-    codes, _ = opened.codes(by) if by else (np.array([0]), [])
-    share = max(0.15, 1.0 / max(1, np.unique(codes).size))
     every = max(1, settings.steps // 5)
     values = config_files.compose(
         "pretrain",
@@ -218,14 +207,29 @@ def _recipe(settings: DemoSettings, corpus: Path, run: Path, by: str, opened: An
             f"out={json.dumps(str(run))}",
             f"seed={settings.seed}",
             f"holdout.by={json.dumps(by)}",
-            f"holdout.fraction={share}",
             f"trainer.max_steps={settings.steps}",
             f"trainer.validate_every={every}",
             f"trainer.checkpoint_every={every}",
             f"optim.warmup_steps={min(20, settings.steps // 5)}",
         ],
     )
+    values["holdout"]["groups"] = _one_group_per_species(opened, by, settings.seed) if by else []
     return parse(PretrainSettings, values)
+
+
+def _one_group_per_species(corpus: Any, by: str, seed: int) -> list[str]:
+    """Draw one group to hold out from every species that has two or more."""
+    group_C, names = corpus.codes(by) if by == "dataset" else corpus.codes("dataset", by)
+    species_C, _ = corpus.codes("species")
+    rng = np.random.default_rng(seed)
+    drawn = [
+        int(rng.choice(groups))
+        for s in np.unique(species_C)
+        if (groups := np.unique(group_C[(species_C == s) & (group_C >= 0)])).size >= 2
+    ]
+    # Groups can hold several species: they count once, and one must stay for training.
+    chosen = sorted(set(drawn))[: np.unique(group_C[group_C >= 0]).size - 1]
+    return [names[g] for g in chosen] or [names[int(np.max(group_C))]]
 
 
 def embed_corpus_cells(

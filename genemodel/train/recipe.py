@@ -83,16 +83,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         return run / "bundle"
     accelerator, precision = choose_device(trainer_settings)
 
-    train_cells, held_out = split_cells(
-        corpus,
-        by=settings.holdout.by,
-        holdout=list(settings.holdout.groups) or settings.holdout.fraction,
-        seed=settings.holdout.seed,
-    )
-    logger.info(
-        "Corpus %s: %s cells to train on, %s held out by %s.",
-        settings.corpus, f"{train_cells.size:,}", f"{held_out.size:,}", settings.holdout.by,
-    )  # fmt: skip
+    train_cells, held_out = split(settings, corpus)
     batch_codes, n_batches = training_batches(
         corpus, settings.task.decode_counts.batch_key, train_cells
     )
@@ -147,6 +138,8 @@ def pretrain(settings: PretrainSettings) -> Path:
 
     watch = Watch(run, trainer_settings, settings.log, on_improvement=release, values=values)
     run.mkdir(parents=True, exist_ok=True)
+    # What the trainer says about devices at level INFO has been said above, in fewer words.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     devices, nodes = processes(trainer_settings)
     trainer = pl.Trainer(
         accelerator=accelerator,
@@ -236,6 +229,29 @@ def choose_device(settings: TrainerSettings) -> tuple[str, str]:
     if precision == "auto":
         precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
     return accelerator, precision
+
+
+def split(settings: PretrainSettings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """Return cells to train on and cells to validate on; the same where nothing is held out."""
+    by = settings.holdout.by
+    if not by:
+        every = np.arange(len(corpus))
+        logger.warning(
+            "Nothing is held out (holdout.by is empty): validation losses are on training cells "
+            "and say nothing about new ones."
+        )
+        return every, every
+    train_cells, held_out = split_cells(
+        corpus,
+        by=by,
+        holdout=list(settings.holdout.groups) or settings.holdout.fraction,
+        seed=settings.holdout.seed,
+    )
+    logger.info(
+        "Corpus %s: %s cells to train on, %s held out by %s.",
+        settings.corpus, f"{train_cells.size:,}", f"{held_out.size:,}", by,
+    )  # fmt: skip
+    return train_cells, held_out
 
 
 def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple[np.ndarray, int]:

@@ -16,7 +16,7 @@ class HoldoutSettings:
     Attributes
     ----------
     by
-        obs column whose groups are held out (``dataset``, ``donor``, …).
+        obs column whose groups are held out (``dataset``, ``donor``, …); empty holds nothing out.
     groups
         Names of the groups to hold out; empty draws them at random.
     fraction
