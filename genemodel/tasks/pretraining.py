@@ -5,12 +5,14 @@ Axes as in ``genemodel.cells.batch``.
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from genemodel.cells.batch import CellBatch
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError
+from genemodel.model.flops import encoder_flops, gene_head_flops
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.tasks.decode_counts import CountDecoder, DecodeCountsSettings
 from genemodel.tasks.masked_gene import MaskedGeneHead, MaskedGeneSettings
@@ -109,6 +111,17 @@ class PretrainingObjectives(nn.Module):
     def weights(self) -> dict[str, float]:
         """Weight of every objective that is on."""
         return {name: getattr(self.settings, name).weight for name in self.heads}
+
+    def forward_flops(self, model: GeneModel, lengths_C: np.ndarray) -> int:
+        """Operations of one forward pass over cells of these lengths: encoder and heads."""
+        shape = model.settings
+        flops = encoder_flops(shape, lengths_C)
+        if "masked_gene" in self.heads:
+            hidden = int(self.settings.masked_gene.fraction * lengths_C.sum())
+            flops += gene_head_flops(shape, hidden, model.n_tokens)
+        if "decode_counts" in self.heads:
+            flops += 2 * len(lengths_C) * (shape.width**2 + shape.width * model.n_tokens)
+        return flops
 
     @torch.no_grad()
     def prepare(self, batch: CellBatch, *, validation: bool = False) -> Prepared:

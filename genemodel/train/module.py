@@ -34,7 +34,7 @@ class TrainingModule(pl.LightningModule):
         Encodes a micro-batch.
     objectives
         ``prepare(batch) -> prepared`` (with ``.seen`` and ``.items``), ``forward(model, encoded,
-        prepared) -> {name: LossPart}`` and ``weights``.
+        prepared) -> {name: LossPart}``, ``weights`` and ``forward_flops(model, lengths_C)``.
     optim, max_steps, seed
         Of the run.
     """

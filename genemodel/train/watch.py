@@ -23,12 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from genemodel.model.flops import (
-    device_peak,
-    encoder_flops,
-    gene_head_flops,
-    training_flops,
-)
+from genemodel.model.flops import device_peak, training_flops
 from genemodel.train.checkpoint import prune
 from genemodel.train.data import Step, StepData
 from genemodel.train.module import TrainingModule
@@ -185,12 +180,7 @@ class Watch(pl.Callback):
 
     def _note(self, trainer: pl.Trainer, module: TrainingModule, step: Step) -> None:
         lengths = np.concatenate([b.lengths_C() for b in step.batches])
-        settings = module.model.settings
-        forward = encoder_flops(settings, lengths)
-        fraction = getattr(module.objectives.settings, "masked_gene", None)
-        if fraction is not None and fraction.weight > 0:
-            masked = int(fraction.fraction * lengths.sum())
-            forward += gene_head_flops(settings, masked, module.model.n_tokens)
+        forward = module.objectives.forward_flops(module.model, lengths)
         self._rows.append(
             {
                 **module.last_step,
