@@ -17,6 +17,7 @@ ORDER = (
     ("model",),
     ("tasks",),
     ("bundle",),
+    ("adapt",),
     ("inference",),
     ("plotting",),
     ("evaluation",),
@@ -37,7 +38,17 @@ ALLOWED: dict[str, set[str]] = {
     "scvi": {"evaluation"},
     "scib_metrics": {"evaluation"},
     "wandb": {"train"},
-    "torch": {"cells", "model", "tasks", "bundle", "inference", "evaluation", "train", "demo"},
+    "torch": {
+        "cells",
+        "model",
+        "tasks",
+        "bundle",
+        "adapt",
+        "inference",
+        "evaluation",
+        "train",
+        "demo",
+    },  # fmt: skip
 }
 # Too slow to import for whoever only wants the room: only inside functions, or for type checkers.
 ONLY_WHEN_USED = {"scanpy", "scvi", "scib_metrics", "wandb", "matplotlib", "umap", "transformers"}

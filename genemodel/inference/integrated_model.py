@@ -1,0 +1,360 @@
+"""A model fine-tuned for batch-robust embedding: what it needs to embed further cells, on disk too.
+
+::
+
+    integrated.json      format, batches, labels, settings, provenance, checksums
+    weights.safetensors  network ("net.*"), correction ("correction.*")
+    genes.txt            the genes that are read, one a line
+    vocabulary.tsv.gz    only where genes are tokens and there is no bundle
+    bundle/              only where cell vectors of a pre-trained model are read
+
+Axes: C cells, D latent, G genes read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from genemodel.adapt.integration import encode
+from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
+from genemodel.adapt.shared_clusters import SharedClusterCorrection
+from genemodel.bundle.bundle import Bundle
+from genemodel.errors import DataError
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.gene_counts import GeneCounts, read_counts
+from genemodel.inference.obs_keys import batch_names
+from genemodel.settings import parse, to_values
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+KEY = "X_genemodel"
+ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
+    "integrated.json",
+    "weights.safetensors",
+    "genes.txt",
+    "vocabulary.tsv.gz",
+    "bundle",
+)
+FITTED = ("centre_KD", "mean_KD", "offset_KBD", "reference_CD")
+MIN_SHARE = 0.3
+
+
+@dataclass
+class IntegratedModel:
+    """Result of :func:`genemodel.integrate`.
+
+    Attributes
+    ----------
+    net
+        The trained network.
+    correction
+        Offsets of shared populations; None where ``settings.correct`` is off.
+    genes
+        Names of the genes that are read: those of the data, or tokens of a vocabulary as text.
+    settings
+        The recipe.
+    batch_keys, batches
+        Columns of obs that make the batch, and the batches seen.
+    labels
+        Cell types of the classification head; empty without.
+    bundle
+        The pre-trained model whose cell vectors are read.
+    vocabulary
+        What names genes where ``genes`` are tokens.
+    provenance
+        How it was made, plain values.
+    """
+
+    net: IntegrationNet
+    correction: SharedClusterCorrection | None
+    genes: list[str]
+    settings: IntegrationSettings
+    batch_keys: tuple[str, ...]
+    batches: list[str]
+    labels: list[str] = field(default_factory=list)
+    bundle: Bundle | None = None
+    vocabulary: GeneVocabulary | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    # -- embedding --------------------------------------------------------------------------
+
+    def encode(
+        self,
+        adata: "AnnData",
+        *,
+        new_batch: bool | None = None,
+        layer: str | None = None,
+        species: str | None = None,
+    ) -> np.ndarray:
+        """Embed cells without training; float32 (C, D), in input order.
+
+        Parameters
+        ----------
+        adata
+            Raw counts of the same kind of cells.
+        new_batch
+            None looks at the batch columns: cells of a batch that was trained on get its offsets,
+            every other batch is mapped onto the trained cells; without these columns all cells
+            are one new batch. True takes all cells as one new batch, False demands known ones.
+        layer
+            Where the raw counts are; default ``X``.
+        species
+            As in :func:`genemodel.embed`; only for a model over a vocabulary.
+
+        Raises
+        ------
+        DataError
+            No raw counts, too few of the model's genes, or an unknown batch with
+            ``new_batch=False``.
+
+        Notes
+        -----
+        Cells without any count get NaN. A cell of the training data lands close to, not exactly
+        on, its row from :func:`genemodel.integrate`, which saw all cells at once.
+        """
+        name_C = self._names_of_batches(adata, new_batch)
+        if self.vocabulary is None and self.bundle is None and species is not None:
+            raise DataError(
+                f"species={species!r} says nothing to this model, which reads genes by the names "
+                "in its training data: leave it out, or integrate with species= in the first place."
+            )
+        counts = read_counts(
+            adata, bundle=self.bundle, vocabulary=self.vocabulary, layer=layer, species=species
+        )
+        chosen_CG, measured_G = self._columns(counts)
+        latent_CD = encode(self.net, chosen_CG, counts.features_CF, measured_G)
+        out_CD = latent_CD.copy()
+        empty_C = np.asarray(counts.counts_CG.sum(1)).ravel() == 0
+        if self.correction is not None:
+            for name in sorted(set(name_C)):
+                rows = np.flatnonzero((name_C == name) & ~empty_C)
+                if not rows.size:
+                    continue
+                if name in self.batches:
+                    code_C = np.full(rows.size, self.batches.index(name))
+                    out_CD[rows] = self.correction.map_known(latent_CD[rows], code_C)
+                else:
+                    out_CD[rows] = self.correction.map_batch(latent_CD[rows])
+        out_CD[empty_C] = np.nan
+        return out_CD
+
+    def embed(
+        self,
+        adata: "AnnData",
+        *,
+        new_batch: bool | None = None,
+        layer: str | None = None,
+        species: str | None = None,
+        key_added: str = KEY,
+    ) -> None:
+        """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``."""
+        adata.obsm[key_added] = self.encode(
+            adata, new_batch=new_batch, layer=layer, species=species
+        )
+        adata.uns[key_added] = {**self.provenance, "embedded": "without retraining"}
+
+    def _names_of_batches(self, adata: "AnnData", new_batch: bool | None) -> np.ndarray:
+        """Name of each cell's batch; the empty name is a batch that nobody knows."""
+        there = all(key in adata.obs.columns for key in self.batch_keys)
+        if new_batch is True or (new_batch is None and not there):
+            if new_batch is None:
+                logger.info(
+                    "obs has no %s: all cells are taken as one new batch.",
+                    ", ".join(self.batch_keys),
+                )
+            return np.full(adata.n_obs, "", dtype=object)
+        name_C = batch_names(adata.obs, self.batch_keys)
+        unknown = sorted(set(name_C) - set(self.batches))
+        if unknown and new_batch is False:
+            raise DataError(
+                f"adata.obs: batch {', '.join(map(repr, unknown[:5]))} was not trained on (known: "
+                f"{', '.join(self.batches[:10])}). Leave new_batch out to map it onto the "
+                "trained cells."
+            )
+        if unknown:
+            logger.info("%d batches are new: mapped onto the trained cells.", len(unknown))
+        return name_C
+
+    def _columns(self, counts: GeneCounts) -> tuple[sp.csr_matrix, np.ndarray | None]:
+        """Bring the genes in the model's order; the second is None where all were measured."""
+        place = {name: column for column, name in enumerate(counts.genes)}
+        column_G = np.array([place.get(name, -1) for name in self.genes])
+        measured_G = column_G >= 0
+        measured_G[measured_G] = counts.measured_G[column_G[measured_G]]
+        n_found = int(measured_G.sum())
+        if n_found < MIN_SHARE * len(self.genes):
+            raise DataError(
+                f"adata.var: only {n_found:,} of the {len(self.genes):,} genes that the model "
+                f"reads are there (the model's: {', '.join(self.genes[:3])}; here: "
+                f"{', '.join(counts.genes[:3])}). Use the gene names of the training data."
+            )
+        if n_found == len(self.genes):
+            return counts.counts_CG[:, column_G], None
+        logger.info(
+            "%d of the %d genes that the model reads were not measured.",
+            len(self.genes) - n_found, len(self.genes),
+        )  # fmt: skip
+        there = np.flatnonzero(measured_G)
+        onto = sp.csr_matrix(
+            (np.ones(n_found), (column_G[there], there)),
+            (counts.counts_CG.shape[1], len(self.genes)),
+        )
+        return (counts.counts_CG @ onto).tocsr(), measured_G
+
+    # -- disk -------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as directory ``path``, replacing one of its kind that is there.
+
+        Raises
+        ------
+        DataError
+            If ``path`` exists and is not such a model.
+        """
+        path = Path(path)
+        if path.exists() and not (path / ABOUT).is_file():
+            raise DataError(
+                f"{path} exists and is not an integrated model (no {ABOUT}): choose another "
+                "directory."
+            )
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = {f"net.{k}": v.detach().contiguous() for k, v in self.net.state_dict().items()}
+        fitted: dict[str, Any] | None = None
+        if self.correction is not None:
+            values = vars(self.correction)
+            fitted = {k: v for k, v in values.items() if not isinstance(v, np.ndarray)}
+            for name in FITTED:
+                array = np.ascontiguousarray(values[name])
+                weights[f"correction.{name}"] = torch.from_numpy(array)
+        save_file(weights, partial / WEIGHTS)
+        (partial / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
+        if self.bundle is not None:
+            self.bundle.save(partial / BUNDLE)
+        elif self.vocabulary is not None:
+            self.vocabulary.save(partial / VOCABULARY)
+        files = sorted(file for file in partial.iterdir() if file.is_file())
+        about = {
+            "format": FORMAT,
+            "settings": to_values(self.settings),
+            "correction": fitted,
+            "batch_keys": list(self.batch_keys),
+            "batches": self.batches,
+            "labels": self.labels,
+            "bundle": None if self.bundle is None else self.bundle.fingerprint,
+            "provenance": self.provenance,
+            "sha256": {file.name: _sha256(file) for file in files},
+        }
+        (partial / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+        for file in partial.iterdir():
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
+        """Read what :meth:`save` wrote; ``device`` is for the bundle, if there is one.
+
+        Raises
+        ------
+        DataError
+            If a file is missing, damaged, or of a newer format.
+        """
+        path = Path(path)
+        about = _read_about(path)
+        for name, expected in about["sha256"].items():
+            if not (path / name).is_file() or _sha256(path / name) != expected:
+                raise DataError(
+                    f"{path / name} is missing or damaged: its checksum is not the one in {ABOUT}. "
+                    "Copy the whole directory again from where it was made."
+                )
+        settings = parse(IntegrationSettings, about["settings"], where=f"{path / ABOUT}: settings")
+        genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
+        try:
+            weights = load_file(path / WEIGHTS)
+        except SafetensorError as error:
+            raise DataError(f"{path / WEIGHTS} cannot be read ({error}).") from error
+        bundle = None
+        if about["bundle"] is not None:
+            bundle = Bundle.load(path / BUNDLE, device=device)
+        vocabulary = bundle.vocabulary if bundle is not None else None
+        if (path / VOCABULARY).is_file():
+            vocabulary = GeneVocabulary.read(path / VOCABULARY)
+        net = IntegrationNet(
+            len(genes),
+            len(about["batches"]),
+            settings,
+            n_features=weights["net.feature_mean_F"].shape[0],
+            n_labels=len(about["labels"]),
+        )
+        net.load_state_dict(
+            {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
+        )
+        correction = None
+        if about["correction"] is not None:
+            correction = SharedClusterCorrection(**about["correction"])
+            for name in FITTED:
+                setattr(correction, name, weights[f"correction.{name}"].numpy())
+        return cls(
+            net=net.eval(),
+            correction=correction,
+            genes=genes,
+            settings=settings,
+            batch_keys=tuple(about["batch_keys"]),
+            batches=list(about["batches"]),
+            labels=list(about["labels"]),
+            bundle=bundle,
+            vocabulary=vocabulary,
+            provenance=about["provenance"],
+        )
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    if not (path / ABOUT).is_file():
+        raise DataError(
+            f"{path} is not an integrated model: it has no {ABOUT}. `genemodel finetune` writes "
+            "one to <out>/model."
+        )
+    try:
+        about: dict[str, Any] = json.loads((path / ABOUT).read_text())
+        number = int(about["format"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path / ABOUT} cannot be read ({error}): copy the directory again."
+        ) from error
+    if number > FORMAT:
+        raise DataError(f"{path} has format {number}; this version reads up to {FORMAT}. Upgrade.")
+    wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle", "sha256"}
+    missing = (wanted | {"provenance"}) - set(about)
+    if missing:
+        raise DataError(f"{path / ABOUT} lacks {', '.join(sorted(missing))}: copy it again.")
+    return about
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

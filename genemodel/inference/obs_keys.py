@@ -1,0 +1,80 @@
+"""Columns of obs as codes: batches from one column or several, labels with gaps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import DataError
+from genemodel.settings import nearest
+
+JOIN = " | "
+
+
+def keys_of(batch_key: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the columns as a tuple; refuses none at all."""
+    keys = (batch_key,) if isinstance(batch_key, str) else tuple(batch_key)
+    if not keys or not all(keys):
+        raise DataError("batch_key names no obs column: give the column of the technical batch.")
+    return keys
+
+
+def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.Series:
+    """Return a column of obs, or refuse and name what there is."""
+    if key not in obs.columns:
+        known = [str(name) for name in obs.columns]
+        near = nearest(key, known)
+        raise DataError(
+            f"{where}.obs has no column {key!r} ({what})"
+            + (f": did you mean {near!r}? " if near else ". ")
+            + f"It has {', '.join(known) or 'no columns'}."
+        )
+    return obs[key]
+
+
+def batch_names(obs: pd.DataFrame, keys: Sequence[str], where: str = "adata") -> np.ndarray:
+    """Name the batch of every cell: the values of the columns, joined.
+
+    Raises
+    ------
+    DataError
+        A column is not there or has missing values.
+    """
+    parts = []
+    for key in keys:
+        values = column(obs, key, "batch_key", where)
+        missing = int(values.isna().sum())
+        if missing:
+            raise DataError(
+                f"{where}.obs[{key!r}] (batch_key) is missing in {missing:,} of {len(obs):,} "
+                "cells: fill it or leave those cells out."
+            )
+        parts.append(values.astype(str).to_numpy(dtype=object))
+    names = parts[0]
+    for part in parts[1:]:
+        names = names + JOIN + part
+    return names
+
+
+def label_codes(
+    obs: pd.DataFrame, key: str, what: str = "label_key", where: str = "adata"
+) -> tuple[np.ndarray, list[str]]:
+    """Code the labels, -1 where missing.
+
+    Raises
+    ------
+    DataError
+        The column is not there or holds fewer than two labels.
+    """
+    values = column(obs, key, what, where)
+    known = values.notna().to_numpy()
+    names = sorted({str(value) for value in values[known]})
+    if len(names) < 2:
+        raise DataError(
+            f"{where}.obs[{key!r}] ({what}) holds {len(names)} different labels: at least two are "
+            "needed."
+        )
+    place = {name: code for code, name in enumerate(names)}
+    code_C = np.full(len(obs), -1, np.int64)
+    code_C[known] = [place[str(value)] for value in values[known]]
+    return code_C, names
