@@ -140,6 +140,26 @@ def test_a_signal_saves_at_a_step_and_the_exit_code_says_so(tiny_corpus, tmp_pat
     assert saved.step == int(rows(metrics)[-1]["step"])
 
 
+def test_early_stopping_ends_a_run_that_does_not_improve(tiny_corpus, tmp_path):
+    patient = settings(
+        tiny_corpus, tmp_path / "run", validate_every=2, early_stopping=2, max_steps=1000
+    )
+    patient = dataclasses.replace(
+        patient, optim=dataclasses.replace(patient.optim, lr=1e-12, weight_decay=0.0)
+    )
+    pretrain(patient)
+    validation = rows(tmp_path / "run" / "validation.csv")
+    assert 3 <= len(validation) < 20
+
+
+def test_nothing_held_out_is_said(tiny_corpus, tmp_path, caplog):
+    short = settings(tiny_corpus, tmp_path / "run", max_steps=1)
+    short = dataclasses.replace(short, holdout=dataclasses.replace(short.holdout, by=""))
+    with caplog.at_level("WARNING"):
+        pretrain(short)
+    assert "Nothing is held out" in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_corpus, tmp_path):
     bad = settings(tiny_corpus, tmp_path / "run")
     bad = dataclasses.replace(bad, optim=dataclasses.replace(bad.optim, lr=1e12, clip=0.0))

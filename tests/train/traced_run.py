@@ -1,6 +1,6 @@
 """Run pre-training and note every step exactly: which cells, which masks, which losses.
 
-    python traced_run.py CORPUS OUT TRACE STEPS OPTIMISER KILL_AFTER
+    python traced_run.py CORPUS OUT TRACE STEPS OPTIMISER KILL_AFTER ACCUMULATE DROPOUT
 
 Started by test_resume.py, alone or under torchrun; every rank writes TRACE.<rank>, and kills itself
 without warning after step KILL_AFTER (0: never).
@@ -20,7 +20,7 @@ from genemodel.train.settings import PretrainSettings
 
 def main() -> None:
     corpus, out, trace, max_steps, optimiser = sys.argv[1:6]
-    kill_after = int(sys.argv[6])
+    kill_after, accumulate, dropout = int(sys.argv[6]), int(sys.argv[7]), float(sys.argv[8])
     file = Path(f"{trace}.{os.environ.get('RANK', '0')}").open("a")
     step_itself = TrainingModule.training_step
 
@@ -48,12 +48,12 @@ def main() -> None:
                 "corpus": corpus,
                 "out": out,
                 "tokens": {"context": 64, "budget": 512},
-                "model": {"layers": 1, "width": 16, "heads": 2, "ffn": 16, "dropout": 0.1},
+                "model": {"layers": 1, "width": 16, "heads": 2, "ffn": 16, "dropout": dropout},
                 "optim": {"name": optimiser, "warmup_steps": 3, "clip": 0.5},
                 "trainer": {
                     "max_steps": int(max_steps),
                     "accelerator": "cpu",
-                    "accumulate": 2,
+                    "accumulate": accumulate,
                     "checkpoint_every": 4,
                     "validate_every": 7,
                     "validation_batches": 2,
