@@ -16,9 +16,11 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
     "embed": ("genemodel.inference.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
+    "impute": ("genemodel.inference.impute", "impute"),
     "integrate": ("genemodel.inference.integrate", "integrate"),
     "load": ("genemodel.bundle.bundle", "load"),
     "pl": ("genemodel.evaluation.pl", ""),
+    "rubin_pool": ("genemodel.adapt.posterior", "rubin_pool"),
     "synthetic": ("genemodel.cells.synthetic", "synthetic"),
 }
 
@@ -29,9 +31,11 @@ __all__ = [
     "__version__",
     "embed",
     "evaluate",
+    "impute",
     "integrate",
     "load",
     "pl",
+    "rubin_pool",
     "synthetic",
 ]
 

@@ -115,6 +115,16 @@ VERBS: dict[str, Verb] = {
             "embed model=runs/small/bundle input=counts.h5 output=mice.h5ad species=mouse",
         ),
     ),
+    "impute": Verb(
+        summary="denoise the counts of a file, with calibrated uncertainty",
+        config="impute",
+        settings="genemodel.inference.impute:ImputeSettings",
+        function="genemodel.inference.impute:impute_file",
+        examples=(
+            "impute input=lung.h5ad output=lung.imputed.h5ad uncertainty=true",
+            "impute input=lung.h5ad output=lung.zarr batch_key=donor batch=mean library=median",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",

@@ -1,0 +1,394 @@
+"""Gamma posterior of expression rates, its calibration, its check, and Rubin's rules.
+
+A decoder's answer is a prior; a cell's own counts are evidence; the posterior is closed. How far
+rates stray from the decoder is learned from molecules that neither trained it nor entered as
+evidence. No network here: any prior mean will do.
+
+Axes: C cells, G genes, M posterior draws, Q quantile levels, K grid points, N stored (non-zero)
+entries. A rate is in counts at the cell's own library unless an exposure says otherwise.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import gammaincinv, gammaln
+from scipy.stats import nbinom
+
+from genemodel.errors import DataError
+
+Floats = NDArray[np.floating]
+DISPERSION_SHAPES_K: NDArray[np.float64] = np.geomspace(0.05, 2000.0, 20)
+_SMALLEST_MEAN = 1e-12
+
+
+def split_molecules(
+    count_CG: sp.csr_matrix,
+    fraction: float | NDArray[np.float64],
+    generator: np.random.Generator,
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Split every molecule at random into a kept and a held-out part.
+
+    Parameters
+    ----------
+    count_CG
+        Non-negative integer counts, CSR (C, G); any dtype.
+    fraction
+        Probability of keeping a molecule, one number or one per cell (C,).
+    generator
+        Source of randomness.
+
+    Returns
+    -------
+    tuple of csr_matrix
+        Kept and held-out counts, float32, explicit zeros removed. For Poisson counts the two are
+        independent given the true rates, with exposures ``fraction`` and ``1 - fraction``.
+    """
+    count_CG = sp.csr_matrix(count_CG)
+    stored_C = np.diff(count_CG.indptr)
+    keep_N = np.repeat(np.broadcast_to(fraction, stored_C.shape), stored_C)
+    value_N = np.asarray(count_CG.data)
+    kept_N = generator.binomial(value_N.astype(np.int64), keep_N)
+    parts = []
+    for part_N in (kept_N, value_N - kept_N):
+        part = sp.csr_matrix(
+            (part_N.astype(np.float32), count_CG.indices.copy(), count_CG.indptr.copy()),
+            shape=count_CG.shape,
+        )
+        part.eliminate_zeros()
+        parts.append(part)
+    return parts[0], parts[1]
+
+
+def nb_log_likelihood(
+    count_CG: sp.csr_matrix, mean_CG: Floats, shape_CG: ArrayLike
+) -> NDArray[np.float64]:
+    """Negative binomial log-likelihood per gene, summed over cells.
+
+    The log-gamma terms vanish at zero, so they are evaluated on the stored entries only.
+
+    Parameters
+    ----------
+    count_CG
+        Counts, CSR (C, G).
+    mean_CG
+        Means, (C, G), positive.
+    shape_CG
+        Shapes (inverse dispersions), broadcastable to (C, G).
+
+    Returns
+    -------
+    numpy.ndarray
+        (G,), in nats.
+    """
+    shape_CG = np.broadcast_to(np.asarray(shape_CG), mean_CG.shape)
+    total_G = -(shape_CG * np.log1p(mean_CG / shape_CG)).sum(axis=0, dtype=np.float64)
+    entries = count_CG.tocoo()
+    count_N = entries.data.astype(np.float64)
+    shape_N = shape_CG[entries.row, entries.col].astype(np.float64)
+    mean_N = mean_CG[entries.row, entries.col].astype(np.float64)
+    extra_N = (
+        gammaln(shape_N + count_N)
+        - gammaln(shape_N)
+        - gammaln(count_N + 1.0)
+        + count_N * np.log(mean_N / (shape_N + mean_N))
+    )
+    return total_G + np.bincount(entries.col, extra_N, minlength=mean_CG.shape[1])
+
+
+def calibrate_dispersion(
+    prior_mean: Floats | Callable[[slice], Floats],
+    count_CG: sp.csr_matrix,
+    held_CG: sp.csr_matrix,
+    exposure_ratio: float,
+    *,
+    shapes_K: NDArray[np.float64] = DISPERSION_SHAPES_K,
+    n_bins: int = 10,
+    n_iterations: int = 200,
+    block: int = 256,
+) -> NDArray[np.float64]:
+    """Dispersion of the prior per gene, by the predictive likelihood of held-out molecules.
+
+    For every shape of a grid the posterior given ``count_CG`` predicts ``held_CG``; the resulting
+    (K, G) likelihood is combined with a non-parametric prior over the grid, learned by EM within
+    bins of expression, so that a gene with few molecules borrows from genes like it. Because the
+    decoder has seen ``count_CG`` already, this measures what those counts still add, and so
+    corrects for their being used twice.
+
+    Parameters
+    ----------
+    prior_mean
+        Decoder's mean at the exposure of ``count_CG``, positive, (C, G); or a function that gives
+        it for a slice of cells, so that it never exists whole.
+    count_CG, held_CG
+        Evidence, and molecules unseen by the decoder and by the evidence; CSR (C, G).
+    exposure_ratio
+        Exposure of ``held_CG`` over that of ``count_CG``, e.g. 1/9.
+    shapes_K
+        Candidate shapes (inverse dispersions).
+    n_bins, n_iterations, block
+        Bins of total expression, EM steps, cells at a time.
+
+    Returns
+    -------
+    numpy.ndarray
+        Dispersion (G,): posterior geometric mean of 1 / shape.
+    """
+    n_genes = count_CG.shape[1]
+    n_bins = min(n_bins, n_genes)
+    score_KG = np.zeros((len(shapes_K), n_genes))
+    for start in range(0, count_CG.shape[0], block):
+        cells = slice(start, start + block)
+        seen_CG = count_CG[cells].toarray()
+        prior_CG = prior_mean(cells) if callable(prior_mean) else prior_mean[cells]
+        for k, shape in enumerate(shapes_K.tolist()):
+            mean_CG, shape_CG = _posterior_mean(prior_CG, seen_CG, shape)
+            score_KG[k] += nb_log_likelihood(held_CG[cells], exposure_ratio * mean_CG, shape_CG)
+    total_G = np.asarray(count_CG.sum(axis=0)).ravel()
+    bin_G = np.argsort(np.argsort(total_G, kind="stable"), kind="stable") * n_bins // n_genes
+    likelihood_KG = np.exp(score_KG - score_KG.max(axis=0))
+    log_shape_G = np.empty(n_genes)
+    for b in range(n_bins):
+        member_KG = likelihood_KG[:, bin_G == b]
+        weight_K = np.full(len(shapes_K), 1.0 / len(shapes_K))
+        for _ in range(n_iterations):
+            share_KG = member_KG * weight_K[:, None]
+            share_KG /= share_KG.sum(axis=0)
+            weight_K = share_KG.mean(axis=1) + 1e-6
+            weight_K /= weight_K.sum()
+        log_shape_G[bin_G == b] = np.log(shapes_K) @ share_KG
+    return np.exp(-log_shape_G)
+
+
+def _posterior_mean(prior_mean_CG: Floats, count_CG: Floats, shape: float) -> tuple[Floats, Floats]:
+    """Posterior mean and shape at unit exposure."""
+    shape_CG = count_CG + shape
+    return prior_mean_CG * shape_CG / (prior_mean_CG + shape), shape_CG
+
+
+def posterior_gamma(
+    count_CG: Floats,
+    prior_mean_CG: Floats,
+    prior_dispersion_G: Floats,
+    exposure_CG: ArrayLike = 1.0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shape and rate of the Gamma posterior of every (cell, gene) rate.
+
+    Parameters
+    ----------
+    count_CG
+        Observed counts.
+    prior_mean_CG
+        Decoder's mean at the cell's library.
+    prior_dispersion_G
+        Prior variance over squared prior mean.
+    exposure_CG
+        Broadcastable to (C, G): one where the gene was measured, zero where it was not (the
+        answer is then the prior: prediction from the decoder only).
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        ``shape_CG = 1/dispersion + count`` and ``rate_CG = 1/(dispersion * mean) + exposure``.
+    """
+    prior_shape_G = 1.0 / np.asarray(prior_dispersion_G, dtype=np.float64)
+    exposure_CG = np.broadcast_to(np.asarray(exposure_CG, dtype=np.float64), prior_mean_CG.shape)
+    return (
+        prior_shape_G + np.where(exposure_CG > 0, count_CG, 0.0),
+        prior_shape_G / np.maximum(prior_mean_CG, _SMALLEST_MEAN) + exposure_CG,
+    )
+
+
+def gamma_poisson_posterior(
+    count_CG: Floats,
+    prior_mean_CG: Floats,
+    prior_dispersion_G: Floats,
+    exposure_CG: ArrayLike = 1.0,
+    library_ratio_C: ArrayLike = 1.0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Posterior mean and variance of the rate of every (cell, gene), in closed form.
+
+    Parameters
+    ----------
+    count_CG, prior_mean_CG, prior_dispersion_G, exposure_CG
+        As in ``posterior_gamma``.
+    library_ratio_C
+        Requested library over the cell's own, a number or (C,): the answer scales with it.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Mean and variance, (C, G), of the rate (not of a new count: add the mean for that).
+    """
+    shape_CG, rate_CG = posterior_gamma(count_CG, prior_mean_CG, prior_dispersion_G, exposure_CG)
+    ratio_C1 = np.asarray(library_ratio_C, dtype=np.float64).reshape(-1, 1)
+    mean_CG = ratio_C1 * shape_CG / rate_CG
+    return mean_CG, mean_CG * (ratio_C1 / rate_CG)
+
+
+def posterior_draws(
+    shape_CG: Floats,
+    rate_CG: Floats,
+    n_draws: int,
+    generator: np.random.Generator,
+    *,
+    exposure: float | None = None,
+) -> NDArray[np.float32]:
+    """Multiple imputations: independent draws from the posterior, (M, C, G) float32.
+
+    Parameters
+    ----------
+    shape_CG, rate_CG
+        From ``posterior_gamma``.
+    n_draws
+        M.
+    generator
+        Source of randomness.
+    exposure
+        If given, draw new counts at this multiple of the cell's library instead of rates.
+    """
+    draw_MCG = np.empty((n_draws, *shape_CG.shape), dtype=np.float32)
+    for m in range(n_draws):
+        rate_draw_CG = generator.standard_gamma(shape_CG) / rate_CG
+        draw_MCG[m] = (
+            rate_draw_CG if exposure is None else generator.poisson(exposure * rate_draw_CG)
+        )
+    return draw_MCG
+
+
+def rate_quantiles(shape_CG: Floats, rate_CG: Floats, level_Q: ArrayLike) -> NDArray[np.float64]:
+    """Quantiles of the rate itself (credible interval), (Q, C, G)."""
+    level_Q11 = np.asarray(level_Q, dtype=np.float64).reshape(-1, 1, 1)
+    return gammaincinv(shape_CG, level_Q11) / rate_CG
+
+
+def predictive_quantiles(
+    shape_CG: Floats, rate_CG: Floats, level_Q: ArrayLike, exposure: float = 1.0
+) -> NDArray[np.float64]:
+    """Quantiles of a new count at ``exposure`` times the cell's library, (Q, C, G).
+
+    Integer-valued: the smallest count whose cumulative probability reaches the level. With rare
+    genes the resulting interval holds more than its level; ``randomised_coverage`` is the exact
+    check.
+    """
+    level_Q11 = np.asarray(level_Q, dtype=np.float64).reshape(-1, 1, 1)
+    return nbinom.ppf(level_Q11, shape_CG, rate_CG / (rate_CG + exposure))
+
+
+def randomised_pit(
+    held_CG: Floats,
+    shape_CG: Floats,
+    rate_CG: Floats,
+    exposure: float,
+    generator: np.random.Generator,
+) -> NDArray[np.float64]:
+    """Randomised probability integral transform of held-out counts, (C, G) in [0, 1].
+
+    ``u = F(y - 1) + v * P(y)`` with ``v`` uniform. If and only if the predictive distribution is
+    right, ``u`` is uniform, whatever the discreteness; hence ``0.05 <= u <= 0.95`` is a 90 %
+    interval whose boundary counts belong to it with the probability that makes it exact.
+    """
+    success_CG = rate_CG / (rate_CG + exposure)
+    uniform_CG = generator.random(held_CG.shape)
+    pit_CG = uniform_CG * np.exp(shape_CG * np.log(success_CG))  # y = 0: no mass below
+    row_N, column_N = np.nonzero(held_CG)
+    held_N, shape_N = held_CG[row_N, column_N], shape_CG[row_N, column_N]
+    success_N = success_CG[row_N, column_N]
+    below_N = nbinom.cdf(held_N - 1, shape_N, success_N)
+    mass_N = nbinom.pmf(held_N, shape_N, success_N)
+    pit_CG[row_N, column_N] = below_N + uniform_CG[row_N, column_N] * mass_N
+    return pit_CG
+
+
+def randomised_coverage(
+    pit_CG: Floats, group_CG: NDArray[np.integer], level: float = 0.9
+) -> dict[int, float]:
+    """Share of held-out counts inside the randomised central interval, per group.
+
+    Parameters
+    ----------
+    pit_CG
+        From ``randomised_pit``.
+    group_CG
+        Group of every entry, broadcastable to (C, G), e.g. the expression decile of the gene.
+    level
+        Nominal coverage.
+    """
+    hits, total = tally_coverage(pit_CG, group_CG, int(np.max(group_CG)) + 1, level)
+    return {int(g): float(hits[g] / total[g]) for g in np.flatnonzero(total)}
+
+
+def tally_coverage(
+    pit_CG: Floats, group_CG: NDArray[np.integer], n_groups: int, level: float = 0.9
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Entries inside the randomised central interval, and all entries, per group.
+
+    Both add up over blocks of cells; see :func:`randomised_coverage`.
+    """
+    tail = (1.0 - level) / 2.0
+    inside_CG = (pit_CG >= tail) & (pit_CG <= 1.0 - tail)
+    group_N = np.broadcast_to(group_CG, pit_CG.shape).ravel()
+    total = np.bincount(group_N, minlength=n_groups).astype(np.float64)
+    hits = np.bincount(group_N, weights=inside_CG.ravel(), minlength=n_groups)
+    return hits, total
+
+
+def rubin_pool(
+    estimates_MG: Floats, variances_MG: Floats, complete_df: float = math.inf
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Pool a per-gene statistic over M imputations by Rubin's rules.
+
+    Parameters
+    ----------
+    estimates_MG
+        The statistic in every imputed data set, (M, G), M >= 2.
+    variances_MG
+        Its squared standard error in every imputed data set.
+    complete_df
+        Degrees of freedom the analysis would have without missing data; finite values apply the
+        small-sample adjustment of Barnard and Rubin (1999).
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Pooled estimate, total variance, degrees of freedom, fraction of missing information; (G,).
+
+    Raises
+    ------
+    DataError
+        If M < 2 or the shapes differ.
+
+    Notes
+    -----
+    Rubin (1987), chapter 3: total = within + (1 + 1/M) between; degrees of freedom
+    ``(M - 1) / lambda**2`` with ``lambda`` the share of the total that the between part makes up.
+    """
+    estimates_MG = np.asarray(estimates_MG, dtype=np.float64)
+    variances_MG = np.asarray(variances_MG, dtype=np.float64)
+    n_draws = estimates_MG.shape[0] if estimates_MG.ndim else 0
+    if n_draws < 2 or estimates_MG.shape != variances_MG.shape:
+        raise DataError(
+            f"rubin_pool: estimates have shape {estimates_MG.shape}, variances "
+            f"{variances_MG.shape}; both must be (M, genes) with at least two imputations M. Ask "
+            "impute for draws=5 or more."
+        )
+    within_G = variances_MG.mean(axis=0)
+    between_G = (1.0 + 1.0 / n_draws) * estimates_MG.var(axis=0, ddof=1)
+    total_G = within_G + between_G
+    share_G = np.divide(between_G, total_G, out=np.zeros_like(total_G), where=total_G > 0)
+    with np.errstate(divide="ignore"):
+        df_G = (n_draws - 1) / share_G**2
+    if math.isfinite(complete_df):
+        observed_G = (complete_df + 1) / (complete_df + 3) * complete_df * (1.0 - share_G)
+        with np.errstate(divide="ignore"):
+            df_G = 1.0 / (1.0 / df_G + 1.0 / observed_G)
+    increase_G = np.divide(
+        between_G, within_G, out=np.full_like(total_G, np.inf), where=within_G > 0
+    )
+    missing_G = np.where(
+        np.isinf(increase_G), 1.0, (increase_G + 2.0 / (df_G + 3.0)) / (increase_G + 1.0)
+    )
+    missing_G = np.where(between_G == 0, 0.0, missing_G)
+    return estimates_MG.mean(axis=0), total_G, df_G, missing_G

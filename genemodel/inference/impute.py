@@ -1,0 +1,826 @@
+"""Counts → denoised rates with their uncertainty, in place or streamed to a file.
+
+Axes: C cells, G genes, P output columns (genes asked for), V vocabulary.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+import genemodel
+from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
+from genemodel.adapt.imputation_model import (
+    LARGEST_IN_MEMORY,
+    GammaPosterior,
+    ImputationModel,
+    Kind,
+    Library,
+    check_batch,
+    check_kind,
+    check_library,
+)
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.sources import Source, open_source
+from genemodel.cells.statistics import GeneStatistics
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.match import USUAL_COLUMNS
+from genemodel.genes.species import SPECIES
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.settings import nearest, to_values
+from genemodel.tasks.decode_counts import CountDecoder
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+KEY = "imputed"
+# Cells whose rates over the whole vocabulary are held at once.
+_VOCABULARY_CELLS = 64
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is written: its names, and where each comes from.
+
+    ``column_P`` is the gene's position in the data, -1 where it was not measured; ``token_P`` its
+    token then.
+    """
+
+    names: list[str]
+    column_P: np.ndarray
+    token_P: np.ndarray
+
+    @property
+    def measured_P(self) -> np.ndarray:
+        return self.column_P >= 0
+
+    @property
+    def unmeasured(self) -> list[str]:
+        return [self.names[p] for p in np.flatnonzero(~self.measured_P)]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Layers to write, checked."""
+
+    key: str
+    uncertainty: bool
+    draws: int
+    quantiles: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            raise ConfigError("key_added is empty: name the layer to write, such as 'imputed'.")
+        if isinstance(self.draws, bool) or self.draws < 0:
+            raise ConfigError(f"draws is {self.draws!r}; it must be 0 or a number of draws.")
+        for level in self.quantiles:
+            if not 0 < level < 1:
+                raise ConfigError(f"quantiles holds {level!r}; each must lie between 0 and 1.")
+
+    @property
+    def names(self) -> list[str]:
+        """Mean, sd, quantiles, draws."""
+        names = [self.key]
+        if self.uncertainty:
+            names.append(f"{self.key}_sd")
+        names += [quantile_name(self.key, level) for level in self.quantiles]
+        return names + [f"{self.key}_draw{i}" for i in range(self.draws)]
+
+    def values(
+        self, posterior: GammaPosterior, generator: np.random.Generator
+    ) -> Iterator[np.ndarray]:
+        """Arrays in the order of the names."""
+        yield posterior.mean
+        if self.uncertainty:
+            yield posterior.sd
+        if self.quantiles:
+            yield from posterior.quantiles(self.quantiles)
+        if self.draws:
+            yield from posterior.draws(self.draws, generator)
+
+
+def quantile_name(key: str, level: float) -> str:
+    """Name of a quantile's layer: ``imputed_q5`` for 0.05, ``imputed_q97.5`` for 0.975."""
+    return f"{key}_q{100 * level:g}"
+
+
+def impute(
+    adata: "AnnData | str | Path",
+    model: Bundle | None = None,
+    *,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    species: str | None = None,
+    key_added: str = KEY,
+    uncertainty: bool = False,
+    draws: int = 0,
+    quantiles: Sequence[float] = (),
+    library: Library = None,
+    batch: str | None = None,
+    genes: Sequence[str] | None = None,
+    kind: Kind = "posterior",
+    seed: int = 0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    settings: DecoderSettings | None = None,
+) -> ImputationModel:
+    """Denoise counts: the expected count of every gene in every cell, and how sure that is.
+
+    A decoder is trained on the data itself, on molecules hidden from its encoder; it is combined
+    with each cell's own counts in closed form; its uncertainty is calibrated on a tenth of the
+    molecules set aside, and what the intervals hold of those is logged and kept in ``uns``. See
+    ``docs/imputation.md`` for what the numbers are and what they are not good for.
+
+    Parameters
+    ----------
+    adata
+        AnnData in memory or backed, written in place unless ``output`` is given; or the path of
+        anything :func:`genemodel.cells.sources.open_source` reads, which needs ``output``.
+    model
+        From :func:`genemodel.load`. Only needed for ``genes`` that the data did not measure: they
+        are predicted by its count decoder. Measured genes are always learned from the data itself.
+    batch_key
+        obs column of the technical batch.
+    layer
+        Where the raw counts are; default ``X``. Anything but raw counts is refused.
+    species
+        As in :func:`genemodel.embed`; only read for unmeasured genes.
+    key_added
+        Name of the layer, and beginning of the names of the others.
+    uncertainty
+        Write the posterior standard deviation as ``{key_added}_sd``.
+    draws
+        Number of posterior draws, written as ``{key_added}_draw0`` and so on; see
+        :func:`genemodel.rubin_pool`.
+    quantiles
+        Levels, written as ``{key_added}_q5`` for 0.05 and so on.
+    library
+        None: every cell at its own library; ``"median"``: all at the median; or a number of counts.
+    batch
+        None: as measured in the cell's own batch; ``"mean"``: batch-corrected; or the name of a
+        batch, as if measured there.
+    genes
+        Only these, by name; the result is then a table in ``obsm`` instead of a layer.
+    kind
+        ``"posterior"``: this cell's rates given its own counts; ``"decoder"``: what cells like it
+        express, closer to biology, further from this cell's own library.
+    seed
+        Of the split of molecules, the training and the draws.
+    output
+        ``.h5ad`` or ``.zarr`` to write instead, in blocks of cells.
+    overwrite
+        Replace an existing output.
+    settings
+        Of the decoder; its ``seed`` is replaced by ``seed``.
+
+    Returns
+    -------
+    ImputationModel
+        For posteriors and draws of chosen cells without writing anything.
+
+    Raises
+    ------
+    DataError
+        Not raw counts, too few cells, or genes and columns that are not there.
+    ConfigError
+        An impossible or contradictory argument, an existing output, or a result over 4 GB that is
+        not written to a file.
+
+    Notes
+    -----
+    Layers are float32 in the order of the input, shape (n_obs, n_vars); with ``genes``, tables of
+    shape (n_obs, len(genes)). A cell without counts gets 0, or NaN at another library than its own.
+    The counts are held in memory in sparse form, the dense result only where it is not written to a
+    file.
+    """
+    wanted = _Wanted(key_added, uncertainty, draws, tuple(quantiles))
+    check_kind(kind)
+    check_library(library)
+    path = _checked_output(output, overwrite, adata)
+    source = _open(adata, model, layer, species, batch_key, needs_species=genes is not None)
+    try:
+        codes_C, names = _batches(source, batch_key)
+        check_batch(batch, names, source.where)
+        columns, cells = _columns(source, genes, model)
+        if path is None:
+            _refuse_too_large(source.n_cells, len(columns.names), wanted)
+            _refuse_other_genes(adata, source, genes)
+        foreign = _Unmeasured(cells, columns.token_P) if cells is not None else None
+        counts_CG = _read(source)
+        trained = ImputationModel.train(
+            counts_CG,
+            codes_C,
+            names,
+            _seeded(settings or DecoderSettings(), seed),
+            where=source.where,
+        )
+        about = _provenance(trained, source, columns, model, library, batch, kind, seed)
+        sink: _Sink
+        if path is None:
+            sink = _InPlace(cast("AnnData", adata), columns, wanted, in_table=genes is not None)
+        else:
+            sink = _ToFile(path, overwrite, _tables(adata, source, columns), wanted)
+        with np.errstate(invalid="ignore"), sink.open():
+            _write(sink, trained, foreign, columns, wanted, library, batch, kind, seed)
+            sink.finish(about, _dispersion(trained, foreign, columns))
+    finally:
+        if isinstance(adata, str | Path):
+            source.close()
+    empty = int((trained.library_C == 0).sum())
+    if empty:
+        logger.warning(
+            "%s: %s of %s cells have no counts and get %s.",
+            source.where, f"{empty:,}", f"{source.n_cells:,}", "0" if library is None else "NaN",
+        )  # fmt: skip
+    return trained
+
+
+# -- before the work -----------------------------------------------------------------------------
+
+
+def _checked_output(output: str | Path | None, overwrite: bool, adata: object) -> Path | None:
+    if output is None:
+        if isinstance(adata, str | Path):
+            raise ConfigError(
+                f"{adata} is a path: name output=FILE.h5ad or FILE.zarr for the result, or give an "
+                "AnnData."
+            )
+        return None
+    path = Path(output)
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise ConfigError(f"output={path} ends neither in .h5ad nor in .zarr: it is one of them.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output={path}: the folder {path.parent} does not exist.")
+    if path.exists():
+        if not overwrite:
+            raise ConfigError(f"output={path} exists: set overwrite=true, or another name.")
+        if isinstance(adata, str | Path) and path.resolve() == Path(adata).resolve():
+            raise ConfigError(f"output={path} is the input itself: name another file.")
+    return path
+
+
+def _open(
+    data: "AnnData | str | Path",
+    model: Bundle | None,
+    layer: str | None,
+    species: str | None,
+    batch_key: str | None,
+    *,
+    needs_species: bool,
+) -> Source:
+    columns = {batch_key: batch_key} if batch_key else None
+    if model is not None and species is None and len(model.species) == 1:
+        species = model.species[0]
+    try:
+        return open_source(data, layer=layer, species=species, columns=columns)
+    except ConfigError:
+        if species is not None or (model is not None and needs_species):
+            raise
+    # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
+    source = open_source(data, layer=layer, species=next(iter(SPECIES)), columns=columns)
+    source.obs = source.obs.drop(columns="species")
+    return source
+
+
+def _batches(source: Source, batch_key: str | None) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    if batch_key is None:
+        return None, ()
+    values = source.obs[batch_key].cat.remove_unused_categories()
+    codes_C = values.cat.codes.to_numpy(np.int64)
+    missing = int((codes_C < 0).sum())
+    if missing:
+        raise DataError(
+            f"{source.where}: obs column {batch_key!r} has no value for {missing:,} of "
+            f"{source.n_cells:,} cells. Fill them in (a name of their own will do), or leave those "
+            "cells out."
+        )
+    return codes_C, tuple(map(str, values.cat.categories))
+
+
+def _columns(
+    source: Source, genes: Sequence[str] | None, model: Bundle | None
+) -> tuple[_Columns, VocabularyCells | None]:
+    """Find the genes asked for in the data, then in the model's vocabulary."""
+    index = [str(name) for name in source.genes.index]
+    if genes is None:
+        n = len(index)
+        return _Columns(index, np.arange(n), np.full(n, -1)), None
+    if isinstance(genes, str):
+        raise ConfigError(f"genes is the text {genes!r}: give a list of names.")
+    names = [str(name) for name in genes]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or repeated:
+        raise ConfigError(
+            f"genes names {', '.join(repeated[:5])} more than once."
+            if repeated
+            else "genes is an empty list: name genes, or leave it out for all."
+        )
+    tables = [index] + [
+        [str(name) for name in source.genes[column]]
+        for column in USUAL_COLUMNS
+        if column in source.genes
+    ]
+    places = [_places(table) for table in tables]
+    column_P = np.full(len(names), -1)
+    token_P = np.full(len(names), -1)
+    for p, name in enumerate(names):
+        found = next((place[name] for place in places if name in place), [])
+        if len(found) > 1:
+            raise DataError(
+                f"{source.where}: {len(found)} genes are called {name!r}. Make the names unique "
+                "(adata.var_names_make_unique()), or use their ids."
+            )
+        if found:
+            column_P[p] = found[0]
+    missing = np.flatnonzero(column_P < 0)
+    if not missing.size:
+        return _Columns(names, column_P, token_P), None
+    if model is None:
+        known = [name for table in tables for name in table]
+        _refuse_unknown(source, [names[p] for p in missing], known, model)
+    cells = VocabularyCells(source, cast(Bundle, model))
+    token_P[missing] = _tokens(cells, [names[p] for p in missing])
+    column_V = {int(t): g for m in cells.matches.values() for g, t in enumerate(m.token_G)}
+    for p in missing.tolist():
+        column_P[p] = column_V.get(int(token_P[p]), -1) if token_P[p] >= 0 else -1
+    unknown = [names[p] for p in missing if token_P[p] < 0]
+    if unknown:
+        table = cells.bundle.vocabulary.genes
+        known = [name for t in tables for name in t] + table["symbol"].astype(str).tolist()
+        _refuse_unknown(source, unknown, known, model)
+    columns = _Columns(names, column_P, token_P)
+    return columns, cells if columns.unmeasured else None
+
+
+def _places(names: list[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    return places
+
+
+def _tokens(cells: VocabularyCells, names: list[str]) -> np.ndarray:
+    """Token of every name in the first of the cells' species that knows it, else -1."""
+    token_P = np.full(len(names), -1)
+    for species in cells.matches:
+        # Name by name: a few names are too few to be told from another species' by the matcher.
+        for p in np.flatnonzero(token_P < 0):
+            found = cells.bundle.vocabulary.match(
+                [names[p]], species=cells.bundle.species[species], min_fraction=0.0, min_genes=0
+            )
+            token_P[p] = found.token_G[0]
+    return token_P
+
+
+def _refuse_unknown(
+    source: Source, unknown: list[str], known: list[str], model: Bundle | None
+) -> None:
+    shown = []
+    for name in unknown[:5]:
+        near = nearest(name, known)
+        shown.append(f"{name} (nearest: {near})" if near else name)
+    more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
+    way_out = (
+        "A pre-trained model predicts unmeasured genes of its vocabulary: give it as model."
+        if model is None
+        else "The model's vocabulary does not have them either: correct or leave out the names."
+    )
+    raise DataError(f"{source.where}: did not measure {', '.join(shown)}{more}. {way_out}")
+
+
+def _refuse_too_large(n_cells: int, n_columns: int, wanted: _Wanted) -> None:
+    size = 4.0 * n_cells * n_columns * len(wanted.names)
+    if size > LARGEST_IN_MEMORY:
+        raise ConfigError(
+            f"{n_cells:,} cells × {n_columns:,} genes × {len(wanted.names)} layers take "
+            f"{size / 1e9:.1f} GB in memory (most is {LARGEST_IN_MEMORY / 1e9:.0f} GB): write them "
+            "to a file with output=FILE.zarr or FILE.h5ad, name the genes you need with "
+            "genes=[...], or ask for fewer draws and quantiles."
+        )
+
+
+def _refuse_other_genes(adata: Any, source: Source, genes: Sequence[str] | None) -> None:
+    if genes is None and len(source.genes) != adata.n_vars:
+        raise ConfigError(
+            f"{source.where}: the counts have {len(source.genes):,} genes, the AnnData "
+            f"{adata.n_vars:,}, so they cannot become a layer. Use output=FILE.h5ad or genes=[...]."
+        )
+
+
+def _seeded(settings: DecoderSettings, seed: int) -> DecoderSettings:
+    return replace(settings, seed=seed)
+
+
+def _read(source: Source) -> sp.csr_matrix:
+    parts = [chunk.counts_CG for chunk in source.chunks()]
+    counts_CG = sp.csr_matrix(sp.vstack(parts, format="csr") if len(parts) > 1 else parts[0])
+    counts_CG.sum_duplicates()
+    return counts_CG
+
+
+# -- unmeasured genes ----------------------------------------------------------------------------
+
+
+class _Unmeasured:
+    """Prior predictive of genes that the data did not measure, from a pre-trained count decoder.
+
+    The softmax is normalised over the measured genes, on which the library was counted; a gene
+    beside them gets its own weight relative to theirs.
+    """
+
+    def __init__(self, cells: VocabularyCells, token_P: np.ndarray) -> None:
+        bundle = cells.bundle
+        n_tokens, n_species = len(bundle.vocabulary), len(bundle.species)
+        saved = bundle.heads.get("decode_counts.batch.weight")
+        decoder = CountDecoder(
+            bundle.model.settings.width,
+            GeneStatistics.empty(n_species, n_tokens),
+            1 if saved is None else saved.shape[0],
+            torch.zeros(1, n_tokens, dtype=torch.bool),
+        )
+        self.decoder = cast(CountDecoder, bundle.head("decode_counts", decoder)).eval()
+        self.cells = cells
+        self.token_U = token_P[token_P >= 0]
+        theta_V = self.decoder.log_theta_V.detach().exp().cpu().numpy().astype(np.float64)
+        self.theta_U = theta_V[self.token_U]
+        self.has_SU = np.stack(
+            [np.isin(self.token_U, bundle.vocabulary.tokens_of(name)) for name in bundle.species]
+        )
+
+    @torch.inference_mode()
+    def mean(self, chunk: VocabularyChunk) -> np.ndarray:
+        """Means at the cells' own libraries, (C, U); NaN where the species has no such gene."""
+        bundle = self.cells.bundle
+        device = bundle.device
+        bundle.model.eval()
+        mean_CU = np.full((chunk.counts_CV.shape[0], self.token_U.size), np.nan)
+        token_U = torch.from_numpy(self.token_U).to(device)
+        measured_SV = torch.from_numpy(self.cells.measured_SV).to(device)
+        for rows, batch in batches(chunk, bundle, _VOCABULARY_CELLS):
+            with precision(device):
+                cell_CD = bundle.model(batch.to(device)).cell_CD[: rows.size]
+                species_C = torch.from_numpy(chunk.species_C[rows]).to(device)
+                everything_CV = torch.ones_like(measured_SV)[species_C]
+                log_rate_CV = self.decoder.log_rate(
+                    cell_CD,
+                    species_C,
+                    torch.full_like(species_C, -1),
+                    torch.ones(rows.size, device=device),
+                    everything_CV,
+                ).float()
+            outside_CV = ~measured_SV[species_C]
+            total_C1 = log_rate_CV.masked_fill(outside_CV, -torch.inf).logsumexp(1, keepdim=True)
+            share_CU = (log_rate_CV[:, token_U] - total_C1).exp().cpu().numpy()
+            mean_CU[rows] = share_CU * chunk.library_C[rows, None]
+        mean_CU[~self.has_SU[chunk.species_C]] = np.nan
+        return mean_CU
+
+
+# -- the work ------------------------------------------------------------------------------------
+
+
+def _write(
+    sink: "_Sink",
+    trained: ImputationModel,
+    foreign: _Unmeasured | None,
+    columns: _Columns,
+    wanted: _Wanted,
+    library: Library,
+    batch: str | None,
+    kind: Kind,
+    seed: int,
+) -> None:
+    """Compute block after block of cells and hand each to the sink."""
+    measured_P = columns.measured_P
+    ratio_C = trained.library_ratio(library)
+    for start, chunk in _blocks(trained, foreign):
+        stop = min(start + BLOCK_CELLS, len(trained))
+        if chunk is not None:
+            stop = start + chunk.counts_CV.shape[0]
+        rows = slice(start, stop)
+        found = trained.posterior(
+            rows, genes=columns.column_P[measured_P], library=library, batch=batch, kind=kind
+        )
+        if foreign is not None and chunk is not None:
+            shape_CP = np.empty((stop - start, len(columns.names)))
+            rate_CP = np.empty_like(shape_CP)
+            mean_CU = foreign.mean(chunk) * ratio_C[rows, None]
+            shape_CP[:, measured_P], rate_CP[:, measured_P] = found.shape_CG, found.rate_CG
+            shape_CP[:, ~measured_P] = foreign.theta_U
+            rate_CP[:, ~measured_P] = foreign.theta_U / np.maximum(mean_CU, 1e-12)
+            found = GammaPosterior(shape_CP, rate_CP)
+        # One stream of chance a block: the order in which blocks are made cannot matter.
+        generator = np.random.default_rng((seed, start))
+        for name, values_CP in zip(wanted.names, wanted.values(found, generator), strict=True):
+            sink.write(name, rows, values_CP.astype(np.float32))
+
+
+def _blocks(
+    trained: ImputationModel, foreign: _Unmeasured | None
+) -> Iterator[tuple[int, VocabularyChunk | None]]:
+    if foreign is None:
+        yield from ((start, None) for start in range(0, len(trained), BLOCK_CELLS))
+    else:
+        yield from ((chunk.start, chunk) for chunk in foreign.cells.chunks(BLOCK_CELLS))
+
+
+def _dispersion(
+    trained: ImputationModel, foreign: _Unmeasured | None, columns: _Columns
+) -> np.ndarray:
+    dispersion_P = np.empty(len(columns.names))
+    measured_P = columns.measured_P
+    dispersion_P[measured_P] = trained.dispersion_G[columns.column_P[measured_P]]
+    if foreign is not None:
+        dispersion_P[~measured_P] = 1.0 / foreign.theta_U
+    return dispersion_P
+
+
+def _provenance(
+    trained: ImputationModel,
+    source: Source,
+    columns: _Columns,
+    model: Bundle | None,
+    library: Library,
+    batch: str | None,
+    kind: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Say what was done, for ``uns``: plain values only."""
+    coverage = trained.trained.coverage
+    about: dict[str, Any] = {
+        "genemodel": genemodel.__version__,
+        "counts": source.counts.name,
+        "kind": kind,
+        "library": "as sequenced" if library is None else library,
+        "batch": "as measured" if batch is None else batch,
+        "batches": list(trained.batches),
+        "seed": seed,
+        "settings": to_values(trained.settings),
+        "passes": trained.trained.history[-1][0],
+        "heldout_nats_per_molecule": trained.trained.heldout_nats,
+        "dispersion_median": float(np.median(trained.trained.dispersion_G)),
+        "coverage": {
+            "definition": "90 % randomised interval, molecules set aside",
+            "share_of_molecules": trained.settings.calibration_fraction,
+            "overall": coverage.overall,
+            "by_gene_decile": np.array(coverage.by_gene_decile),
+            "by_predicted_mean_from": np.array([low for low, _, _ in coverage.by_mean]),
+            "by_predicted_mean": np.array([share for _, share, _ in coverage.by_mean]),
+            "entries": np.array([n for _, _, n in coverage.by_mean]),
+        },
+        "unmeasured": columns.unmeasured,
+    }
+    if model is not None and columns.unmeasured:
+        about["model"] = model.fingerprint
+    return about
+
+
+# -- where it goes -------------------------------------------------------------------------------
+
+
+class _Sink(Protocol):
+    def open(self) -> AbstractContextManager[None]: ...
+
+    def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None: ...
+
+    def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None: ...
+
+
+class _InPlace:
+    """Layers of an AnnData, or tables in its ``obsm``; nothing is set before all is computed."""
+
+    def __init__(
+        self, adata: "AnnData", columns: _Columns, wanted: _Wanted, *, in_table: bool
+    ) -> None:
+        self.adata, self.columns, self.key, self.in_table = adata, columns, wanted.key, in_table
+        shape = (adata.n_obs, len(columns.names))
+        self.arrays = {name: np.empty(shape, np.float32) for name in wanted.names}
+
+    def open(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None:
+        self.arrays[name][rows] = values_CP
+
+    def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None:
+        for name, array_CP in self.arrays.items():
+            if self.in_table:
+                self.adata.obsm[name] = pd.DataFrame(
+                    array_CP, index=self.adata.obs_names, columns=self.columns.names
+                )
+            else:
+                self.adata.layers[name] = array_CP
+        if self.in_table:
+            about = {**about, "dispersion": dispersion_P}
+        else:
+            self.adata.var[f"{self.key}_dispersion"] = dispersion_P
+        self.adata.uns[self.key] = about
+
+
+def _tables(adata: object, source: Source, columns: _Columns) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make obs and var of the output; var says which genes were measured."""
+    obs = source.obs if isinstance(adata, str | Path) else cast(Any, adata).obs
+    measured_P = columns.measured_P
+    if measured_P.all():
+        var = source.genes.iloc[columns.column_P].copy()
+    else:
+        # The table has no rows for genes it did not measure: only names are kept.
+        var = pd.DataFrame(index=pd.Index(columns.names, dtype=str))
+    var["measured"] = measured_P
+    return obs.copy(), var
+
+
+class _ToFile(AbstractContextManager[None]):
+    """An h5ad or zarr without counts, whose layers are written in blocks of cells.
+
+    It bears another name until it is complete.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        overwrite: bool,
+        tables: tuple[pd.DataFrame, pd.DataFrame],
+        wanted: _Wanted,
+    ) -> None:
+        self.path, self.overwrite, self.key = path, overwrite, wanted.key
+        self.obs, self.var = tables
+        self.names = wanted.names
+        self.partial = path.with_name(f".partial.{path.name}")
+        self.close: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        import anndata as ad
+
+        self._remove(self.partial)
+        shape = (len(self.obs), len(self.var))
+        skeleton = ad.AnnData(obs=self.obs, var=self.var)
+        try:
+            if self.path.suffix == ".zarr":
+                skeleton.write_zarr(self.partial)
+            else:
+                skeleton.write_h5ad(self.partial)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            self._remove(self.partial)
+            raise DataError(
+                f"obs or var of the input cannot be written to {self.path} ({error}): make their "
+                "columns text, numbers or categories."
+            ) from error
+        if self.path.suffix == ".zarr":
+            import zarr
+
+            self.root: Any = zarr.open_group(self.partial, mode="r+", use_consolidated=False)
+        else:
+            import h5py
+
+            self.root = h5py.File(self.partial, "r+")
+            self.close = self.root.close
+        self.arrays = {}
+        for name in self.names:
+            layers = self.root["layers"]
+            if self.path.suffix == ".zarr":
+                chunks = (min(BLOCK_CELLS, shape[0]), shape[1])
+                array = layers.create_array(name, shape=shape, chunks=chunks, dtype="float32")
+            else:
+                array = layers.create_dataset(name, shape=shape, dtype="float32")
+            array.attrs["encoding-type"] = "array"
+            array.attrs["encoding-version"] = "0.2.0"
+            self.arrays[name] = array
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.close is not None:
+            self.close()
+        if kind is not None:
+            self._remove(self.partial)
+            return
+        if self.overwrite:
+            self._remove(self.path)
+        os.replace(self.partial, self.path)
+
+    def open(self) -> AbstractContextManager[None]:
+        return self
+
+    def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None:
+        self.arrays[name][rows] = values_CP
+
+    def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None:
+        import anndata as ad
+
+        self.var[f"{self.key}_dispersion"] = dispersion_P
+        ad.io.write_elem(self.root, "var", self.var)
+        ad.io.write_elem(self.root, "uns", {self.key: about})
+        if self.path.suffix == ".zarr":
+            import zarr
+
+            zarr.consolidate_metadata(self.partial)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImputeSettings:
+    """Denoise a file and write the result to another.
+
+    Attributes
+    ----------
+    input
+        File or folder with raw counts.
+    output
+        h5ad or zarr to write: obs, var, layers and provenance, without counts.
+    model
+        Bundle directory, for genes that were not measured; empty for none.
+    batch_key
+        obs column of the technical batch; empty for none.
+    layer
+        Where the raw counts are; empty for X.
+    species
+        One species for all cells or obs:COLUMN; empty for the obs column species.
+    key_added
+        Name of the layer, and beginning of the names of the others.
+    uncertainty
+        Write the standard deviation.
+    draws
+        Number of posterior draws to write.
+    quantiles
+        Levels to write.
+    library
+        null for as sequenced, median, or a number of counts per cell.
+    batch
+        Empty for each cell's own, mean for batch-corrected, or the name of a batch.
+    genes
+        Only these; empty for all measured ones.
+    kind
+        posterior or decoder.
+    seed
+        Of the split of molecules, the training and the draws.
+    device
+        Where the model is: auto, cpu, cuda, cuda:1 …
+    overwrite
+        Replace an existing output.
+    """
+
+    input: str
+    output: str
+    model: str = ""
+    batch_key: str = ""
+    layer: str = ""
+    species: str = ""
+    key_added: str = KEY
+    uncertainty: bool = False
+    draws: int = 0
+    quantiles: tuple[float, ...] = ()
+    library: float | str | None = None
+    batch: str = ""
+    genes: tuple[str, ...] = ()
+    kind: Kind = "posterior"
+    seed: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+
+
+def impute_file(settings: ImputeSettings) -> Path:
+    """Denoise a file; the dense result is written in blocks and never held whole.
+
+    Returns
+    -------
+    The output path.
+    """
+    model = Bundle.load(settings.model, device=settings.device) if settings.model else None
+    impute(
+        settings.input,
+        model,
+        batch_key=settings.batch_key or None,
+        layer=settings.layer or None,
+        species=settings.species or None,
+        key_added=settings.key_added,
+        uncertainty=settings.uncertainty,
+        draws=settings.draws,
+        quantiles=settings.quantiles,
+        library=settings.library,
+        batch=settings.batch or None,
+        genes=settings.genes or None,
+        kind=settings.kind,
+        seed=settings.seed,
+        output=settings.output,
+        overwrite=settings.overwrite,
+    )
+    return Path(settings.output)
