@@ -105,6 +105,17 @@ VERBS: dict[str, Verb] = {
             "pretrain corpus=corpora/mine out=runs/small optim.lr=5e-4 log=wandb",
         ),
     ),
+    "finetune": Verb(
+        summary="train a batch-robust embedding on a file, from a model or from scratch",
+        config="finetune",
+        settings="genemodel.inference.finetune:FinetuneSettings",
+        function="genemodel.inference.finetune:finetune",
+        examples=(
+            "finetune data=lung.h5ad batch_key=donor out=runs/lung",
+            "finetune data=lung.h5ad 'batch_key=[donor,study]' label_key=cell_type "
+            "model=runs/small/bundle out=runs/lung_labels",
+        ),
+    ),
     "embed": Verb(
         summary="write cell embeddings for a file of any size",
         config="embed",

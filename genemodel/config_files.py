@@ -20,6 +20,7 @@ from genemodel.settings import nearest
 # them and no others. tests/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {
     "holdout": "genemodel.train.settings:HoldoutSettings",
+    "integration": "genemodel.adapt.integration_net:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",
     "optim": "genemodel.train.settings:OptimSettings",

@@ -15,23 +15,29 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.inference.integrated_model import IntegratedModel
 
 N_GENES = 300
-QUICK = IntegrationSettings(steps=250, passes=1, hidden=48, rank=24, latent=12, batch_cells=64)
+QUICK = IntegrationSettings(steps=400, passes=1, hidden=48, rank=24, latent=12, batch_cells=64)
 SHORT = IntegrationSettings(steps=12, passes=0, hidden=16, rank=8, latent=6, batch_cells=32)
 
 
 def planted(n=480, *, seed=0, batches=("a", "b"), private=True):
-    """Four types in all batches, a fifth in the first alone; each batch bends every gene."""
+    """Four types in all batches, a fifth in the first alone; each batch bends every gene.
+
+    Within a type cells lie along two programs, as real ones do: where cells of a type differ by
+    noise alone, the least rest of a batch effect decides who is whose neighbour.
+    """
     rng = np.random.default_rng(seed)
     # The world (programs, bends) is the same for every seed of the cells.
     world = np.random.default_rng(99)
     base_G = world.gamma(0.6, 1.0, N_GENES) + 0.05
     program_TG = np.exp(1.1 * world.normal(size=(5, N_GENES)) * (world.random((5, N_GENES)) < 0.25))
+    state_SG = 0.8 * world.normal(size=(2, N_GENES)) * (world.random((2, N_GENES)) < 0.3)
     bend_BG = {name: np.exp(0.3 * world.normal(size=N_GENES)) for name in "abc"}
     batch_C = rng.choice(list(batches), n)
     type_C = rng.integers(0, 4, n)
     if private:
         type_C[(batch_C == batches[0]) & (rng.random(n) < 0.25)] = 4
     mean_CG = base_G * program_TG[type_C] * np.stack([bend_BG[b] for b in batch_C])
+    mean_CG *= np.exp(rng.normal(size=(n, 2)) @ state_SG)
     depth_C = rng.lognormal(np.log(900), 0.3, n)
     mean_CG *= (depth_C / mean_CG.sum(1))[:, None]
     counts_CG = rng.poisson(rng.gamma(4, mean_CG / 4)).astype(np.float32)
@@ -88,8 +94,8 @@ def test_a_planted_batch_effect_goes_and_types_stay(integrated):
     batch = adata.obs["batch"].astype("category").cat.codes.to_numpy().astype(int)
     kind = adata.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)
     shared = np.flatnonzero(kind < 4)
-    assert same_share(before, batch, shared) > 0.9  # the effect was there
-    assert same_share(embedding, batch, shared) < 0.7
+    assert same_share(before, batch, shared) > 0.7  # the effect was there
+    assert same_share(embedding, batch, shared) < 0.55
     assert accuracy(embedding, kind) >= accuracy(before, kind) - 0.05
 
 
@@ -235,6 +241,15 @@ def test_without_a_bundle_a_species_shares_orthologs(tmp_path):
     back = IntegratedModel.load(tmp_path / "model")
     out = back.encode(mouse, species="mouse", new_batch=True)
     assert out.shape == (mouse.n_obs, SHORT.latent) and np.isfinite(out).all()
+    both = ad.concat([human, mouse], join="outer", fill_value=0)
+    order = np.random.default_rng(0).permutation(both.n_obs)
+    mixed = gm.integrate(
+        both[order].copy(), batch_key="species", species="obs:species", settings=SHORT
+    )
+    assert mixed.batches == ["human", "mouse"]
+    straight = mixed.encode(both, species="obs:species")
+    turned = mixed.encode(both[order].copy(), species="obs:species")
+    np.testing.assert_allclose(turned, straight[order], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
