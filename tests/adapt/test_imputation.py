@@ -1,0 +1,138 @@
+"""The decoder: its loss against autograd, what it learns, what it refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from genemodel.adapt.imputation import (
+    Decoder,
+    DecoderSettings,
+    MultinomialLoss,
+    decode_fraction,
+    train_decoder,
+)
+from genemodel.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(3)
+
+
+def test_multinomial_gradient_matches_autograd(rng):
+    x = sp.csr_matrix(rng.poisson(0.5, (6, 9)).astype(np.float64)).tocoo()
+    torch.manual_seed(0)
+    z, e, b = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((6, 4), (9, 4), (9,))
+    )
+    row, col = (torch.as_tensor(a.astype(np.int64)) for a in (x.row, x.col))
+    val = torch.as_tensor(x.data)
+    library = torch.as_tensor(x.toarray().sum(1))
+    fused = MultinomialLoss.apply(z, e, b, row, col, val, library)
+    grads = torch.autograd.grad(fused, (z, e, b))
+    plain = (
+        -(torch.as_tensor(x.toarray()) * torch.log_softmax(z @ e.T + b, 1)).sum() / library.sum()
+    )
+    assert torch.allclose(fused, plain)
+    for ours, theirs in zip(grads, torch.autograd.grad(plain, (z, e, b)), strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def two_groups(rng, n=240, g=60):
+    """Counts of two groups of cells with unlike profiles, and their true shares."""
+    share = rng.dirichlet(np.full(g, 2.0), 2)[np.arange(n) % 2]
+    return sp.csr_matrix(rng.poisson(share * 150.0)).astype(np.float32), share
+
+
+QUICK = DecoderSettings(hidden=16, latent=4, epochs=10, batch_cells=32, learning_rate=1e-2)
+
+
+def test_the_decoder_finds_the_groups(rng):
+    counts, share = two_groups(rng)
+    trained = train_decoder(counts, settings=QUICK)
+    found = decode_fraction(trained.decoder, counts, np.zeros(240, int))
+    np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-4)
+    raw = counts.toarray() / counts.sum(1)
+    assert np.abs(found - share).mean() < 0.5 * np.abs(share.mean(0) - share).mean()
+    assert np.abs(found - share).mean() < 0.7 * np.abs(np.asarray(raw) - share).mean()
+    assert [epoch for epoch, _ in trained.history] == [5, 10]
+    assert trained.heldout_nats == min(nats for _, nats in trained.history)
+    assert abs(trained.coverage.overall - 0.9) < 0.02
+    assert sum(n for _, _, n in trained.coverage.by_mean) == counts.shape[0] * counts.shape[1]
+    assert np.median(trained.dispersion_G) < 0.1  # nothing but Poisson noise around the profiles
+
+
+def test_the_seed_decides_and_the_callers_randomness_is_left_alone(rng):
+    counts, _ = two_groups(rng, n=60, g=30)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = (
+        train_decoder(counts, settings=replace(QUICK, epochs=1, seed=seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.rand(3), expected)
+    np.testing.assert_array_equal(first.dispersion_G, again.dispersion_G)
+    assert first.heldout_nats == again.heldout_nats != other.heldout_nats
+
+
+def test_unknown_batch_is_the_mean_of_the_offsets(rng):
+    decoder = Decoder(np.full(7, 1 / 7), 2, QUICK)
+    with torch.no_grad():
+        decoder.offset_BD.normal_(generator=torch.Generator().manual_seed(0))
+    latent, code = torch.randn(1, 4), torch.tensor([-1])
+    mean = latent + decoder.offset_BD.mean(0)
+    expected = torch.log_softmax(decoder.bias_G + mean @ decoder.gene_GD.T, 1)
+    torch.testing.assert_close(decoder.log_fraction(latent, code), expected)
+
+
+def test_the_offset_holds_a_part_of_the_batch_effect(rng):
+    # Only a part: the encoder is not told the batch, sees its effect and may carry it as well.
+    share = rng.dirichlet(np.full(40, 2.0), 2)
+    batch = np.arange(200) % 2
+    counts = sp.csr_matrix(rng.poisson(share[batch] * 200.0)).astype(np.float32)
+    trained = train_decoder(counts, batch, settings=QUICK)
+    own = decode_fraction(trained.decoder, counts, batch)
+    swapped = decode_fraction(trained.decoder, counts, 1 - batch)
+    assert np.abs(own - share[batch]).mean() < 0.6 * np.abs(swapped - share[batch]).mean()
+
+
+def test_passes_fall_with_the_number_of_cells():
+    settings = DecoderSettings()
+    assert [settings.passes(n) for n in (10, 50_000, 100_000, 10**9)] == [40, 40, 20, 1]
+
+
+def test_calibration_on_a_sample_of_the_cells_agrees(rng):
+    counts, _ = two_groups(rng)
+    whole = train_decoder(counts, settings=QUICK)
+    some = train_decoder(counts, settings=replace(QUICK, calibration_cells=120))
+    assert whole.heldout_nats == some.heldout_nats
+    entries = sum(n for _, _, n in some.coverage.by_mean)
+    assert entries == 120 * counts.shape[1]
+    ratio = np.log(some.dispersion_G / whole.dispersion_G)
+    assert 0 < np.abs(ratio).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"thin_low": 0.9, "thin_high": 0.3}, "low before high"),
+        ({"calibration_fraction": 0.7}, "between 0 and 0.5"),
+        ({"epochs": 0}, ">= 1"),
+    ],
+)
+def test_impossible_settings_are_refused(change, words):
+    with pytest.raises(ConfigError, match=words):
+        DecoderSettings(**change)
+
+
+def test_empty_genes_and_foreign_codes_are_refused(rng):
+    counts, _ = two_groups(rng, n=30)
+    empty = sp.csr_matrix(counts.toarray() * (np.arange(60) > 0))
+    with pytest.raises(DataError, match="without any count"):
+        train_decoder(empty, settings=QUICK)
+    with pytest.raises(DataError, match=r"expected \(30,\)"):
+        train_decoder(counts, np.zeros(3, int), QUICK)
