@@ -136,6 +136,18 @@ VERBS: dict[str, Verb] = {
             "impute input=lung.h5ad output=lung.zarr batch_key=donor batch=mean library=median",
         ),
     ),
+    "annotate": Verb(
+        summary="give cells the types of a labelled reference, of another species too",
+        config="annotate",
+        settings="genemodel.inference.annotate:AnnotateSettings",
+        function="genemodel.inference.annotate:annotate_file",
+        examples=(
+            "annotate model=runs/small/bundle query=lung.h5ad reference=atlas.h5ad "
+            "label_key=cell_type output=lung.labelled.h5ad",
+            "annotate model=runs/atlas/model query=mice.h5ad reference=atlas.h5ad "
+            "label_key=cell_type species=mouse reference_species=human output=mice.labelled.h5ad",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",

@@ -5,6 +5,7 @@ Axes: C cells of the query, D width, K neighbours, R cells of the reference, L l
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import pandas as pd
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import embed_chunks
-from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.integrated_model import ABOUT, IntegratedModel
 from genemodel.inference.obs_keys import label_codes
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KEY = "genemodel_label"
 UNKNOWN = "unknown"
 CALIBRATION_CELLS = 5000
 MIN_REFERENCE = 50
@@ -35,7 +38,7 @@ def annotate(
     model: Bundle | IntegratedModel,
     *,
     label_key: str,
-    key_added: str = "genemodel_label",
+    key_added: str = KEY,
     k: int = 15,
     unknown: float = 0.5,
     far_quantile: float | None = 0.99,
@@ -235,3 +238,112 @@ class _Transfer:
         regression = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
         regression.fit(share_R, right_R)
         return _Calibration(regression, float(right_R.mean()), distance_R)
+
+
+@dataclass(frozen=True)
+class AnnotateSettings:
+    """Annotate a file.
+
+    Attributes
+    ----------
+    model
+        Bundle directory, or what finetune wrote to <out>/model.
+    query
+        h5ad with raw counts.
+    reference
+        h5ad with raw counts and labels.
+    label_key
+        obs column of the reference.
+    output
+        h5ad to write: obs with labels and confidence, without counts.
+    key_added
+        obs column of the labels.
+    k
+        Neighbours that vote.
+    unknown
+        Labels of lower confidence become unknown.
+    far_quantile
+        Cells farther than this share of the reference's own become unknown; none for never.
+    layer, reference_layer
+        Where the raw counts are; empty for X.
+    species, reference_species
+        One species for all cells or obs:COLUMN; empty for the obs column species.
+    device
+        auto, cpu, cuda, cuda:1 …
+    seed
+        Which reference cells are held out for calibration.
+    overwrite
+        Replace an existing output.
+    """
+
+    model: str
+    query: str
+    reference: str
+    label_key: str
+    output: str
+    key_added: str = KEY
+    k: int = 15
+    unknown: float = 0.5
+    far_quantile: float | None = 0.99
+    layer: str = ""
+    reference_layer: str = ""
+    species: str = ""
+    reference_species: str = ""
+    device: str = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+
+def annotate_file(settings: AnnotateSettings) -> Path:
+    """Annotate a file with the labels of another one.
+
+    Returns
+    -------
+    The output path.
+    """
+    import anndata as ad
+
+    output = Path(settings.output)
+    if output.suffix != ".h5ad":
+        raise ConfigError(f"output={output} does not end in .h5ad: it is written as one.")
+    if output.exists() and not settings.overwrite:
+        raise ConfigError(f"output={output} exists: set overwrite=true, or another name.")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"output={output}: the folder {output.parent} does not exist.")
+    cells = {}
+    for name in ("query", "reference"):
+        path = Path(getattr(settings, name))
+        if not path.is_file():
+            raise DataError(f"{name}={path} is no file: name an h5ad file with raw counts.")
+        with refuse_damage(str(path)):
+            cells[name] = ad.read_h5ad(path)
+    model: Bundle | IntegratedModel
+    if (Path(settings.model) / ABOUT).is_file():
+        model = IntegratedModel.load(settings.model, device=settings.device)
+    else:
+        model = Bundle.load(settings.model, device=settings.device)
+    annotate(
+        cells["query"],
+        cells["reference"],
+        model,
+        label_key=settings.label_key,
+        key_added=settings.key_added,
+        k=settings.k,
+        unknown=settings.unknown,
+        far_quantile=settings.far_quantile,
+        layer=settings.layer or None,
+        reference_layer=settings.reference_layer or None,
+        species=settings.species or None,
+        reference_species=settings.reference_species or None,
+        seed=settings.seed,
+    )
+    labelled = ad.AnnData(obs=cells["query"].obs)
+    labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]
+    partial = output.with_name(f".{output.name}.partial")
+    labelled.write_h5ad(partial)
+    partial.replace(output)
+    logger.info(
+        "%s: %d cells labelled, %.1f %% unknown.",
+        output, labelled.n_obs, 100 * labelled.uns[settings.key_added]["share_unknown"],
+    )  # fmt: skip
+    return output

@@ -128,3 +128,26 @@ def test_refusals(random_bundle, cells, options, words):
 def test_what_is_no_model_is_refused(cells):
     with pytest.raises(ConfigError, match="model is a str"):
         gm.annotate(cells["mouse"], cells["human"], "bundle", label_key="cell_type")
+
+
+def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):
+    from genemodel.cli import main
+
+    cells["human"].write_h5ad(tmp_path / "human.h5ad")
+    cells["mouse"].write_h5ad(tmp_path / "mouse.h5ad")
+    random_bundle.save(tmp_path / "bundle")
+    words = [
+        "annotate", f"model={tmp_path / 'bundle'}", f"query={tmp_path / 'mouse.h5ad'}",
+        f"reference={tmp_path / 'human.h5ad'}", "label_key=cell_type", "k=9", "far_quantile=null",
+        f"output={tmp_path / 'out.h5ad'}", "device=cpu",
+    ]  # fmt: skip
+    assert main(words) == 0
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    query = cells["mouse"].copy()
+    gm.annotate(query, cells["human"], random_bundle, label_key="cell_type", k=9, far_quantile=None)
+    assert list(written.obs["genemodel_label"]) == list(query.obs["genemodel_label"])
+    assert list(written.obs_names) == list(query.obs_names) and written.n_vars == 0
+    assert main(words) == 2
+    assert "overwrite=true" in capsys.readouterr().err
+    assert main([*words, "overwrite=true", f"query={tmp_path / 'no.h5ad'}"]) == 2
+    assert "no.h5ad is no file" in capsys.readouterr().err
