@@ -448,3 +448,32 @@ def test_mixed_dense_and_sparse_inputs_are_not_changed(cells):
     before = adata.X.copy()
     gm.impute(adata, settings=QUICK)
     assert (adata.X != before).nnz == 0 and sp.issparse(adata.X) and adata.X.dtype == before.dtype
+
+
+def test_a_backed_object_is_written_in_memory_only(cells, tmp_path):
+    plain = small(cells)
+    plain.write_h5ad(tmp_path / "b.h5ad")
+    backed = ad.read_h5ad(tmp_path / "b.h5ad", backed="r")
+    gm.impute(backed, settings=QUICK)
+    gm.impute(plain, settings=QUICK)
+    np.testing.assert_array_equal(backed.layers["imputed"], plain.layers["imputed"])
+    backed.file.close()
+    assert "imputed" not in ad.read_h5ad(tmp_path / "b.h5ad").layers
+
+
+def test_a_species_without_the_gene_gets_nothing(decoding_bundle):
+    parts = synthetic(80, n_genes=200, genes_per_cell=80, seed=4)
+    table = decoding_bundle.vocabulary.genes
+    shared = table["token"].isin(table.loc[table["species"] == "mouse", "token"])
+    own = (
+        (table["species"] == "human")
+        & ~shared
+        & ~table["ensembl_id"].isin(parts["human"].var_names)
+    )
+    gene = table.loc[own, "ensembl_id"].iloc[0]
+    both = ad.concat([part[:30] for part in parts.values()], join="outer", fill_value=0)
+    both.obs["species"] = ["human"] * 30 + ["mouse"] * 30
+    gm.impute(both, decoding_bundle, genes=[gene], uncertainty=True, settings=QUICK)
+    for key in ("imputed", "imputed_sd"):
+        values = both.obsm[key][gene].to_numpy()
+        assert np.isfinite(values[:30]).all() and np.isnan(values[30:]).all()
