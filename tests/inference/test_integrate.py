@@ -288,3 +288,25 @@ def test_settings_that_make_no_run_are_refused():
     for wrong in ({"latent": 0}, {"keep_min": 0.0}, {"dropout": 1.5}, {"kl_weight": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             IntegrationSettings(**wrong)
+
+
+def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
+    """The guard, fed a result in which the private type was moved onto another one."""
+    from genemodel.adapt.integration import Integration
+    from genemodel.inference.integrate import _guard
+
+    adata, model = integrated
+    kind = adata.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)
+    batch = adata.obs["batch"].astype("category").cat.codes.to_numpy().astype(int)
+    good = adata.obsm["X_genemodel"]
+    merged = good.copy()
+    merged[kind == 4] += good[kind == 2].mean(0) - good[kind == 4].mean(0)
+    genes = np.arange(N_GENES)
+    names = ["t0", "t1", "t2", "t3", "t4"]
+    for outcome, expected in ((good, []), (merged, ["t4"])):
+        trained = Integration(model.net, genes, model.correction, good, outcome, [])
+        with caplog.at_level(logging.WARNING):
+            assert _guard(trained, adata.X, batch, kind, names, 0) == expected
+        assert ("t4 is found in one batch only, but now lies among t2" in caplog.text) == bool(
+            expected
+        )
