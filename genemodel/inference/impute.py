@@ -218,21 +218,22 @@ def impute(
             _refuse_other_genes(adata, source, genes)
         foreign = _Unmeasured(cells, columns.token_P) if cells is not None else None
         counts_CG = _read(source)
-        trained = ImputationModel.train(
-            counts_CG,
-            codes_C,
-            names,
-            _seeded(settings or DecoderSettings(), seed),
-            where=source.where,
-        )
-        about = _provenance(trained, source, columns, model, library, batch, kind, seed)
         sink: _Sink
         if path is None:
             sink = _InPlace(cast("AnnData", adata), columns, wanted, in_table=genes is not None)
         else:
             sink = _ToFile(path, overwrite, _tables(adata, source, columns), wanted)
-        with np.errstate(invalid="ignore"), sink.open():
+        # Opened before the training, so that what cannot be written is refused at once.
+        with sink.open(), np.errstate(invalid="ignore"):
+            trained = ImputationModel.train(
+                counts_CG,
+                codes_C,
+                names,
+                replace(settings or DecoderSettings(), seed=seed),
+                where=source.where,
+            )
             _write(sink, trained, foreign, columns, wanted, library, batch, kind, seed)
+            about = _provenance(trained, source, columns, model, library, batch, kind, seed)
             sink.finish(about, _dispersion(trained, foreign, columns))
     finally:
         if isinstance(adata, str | Path):
@@ -416,10 +417,6 @@ def _refuse_other_genes(adata: Any, source: Source, genes: Sequence[str] | None)
             f"{source.where}: the counts have {len(source.genes):,} genes, the AnnData "
             f"{adata.n_vars:,}, so they cannot become a layer. Use output=FILE.h5ad or genes=[...]."
         )
-
-
-def _seeded(settings: DecoderSettings, seed: int) -> DecoderSettings:
-    return replace(settings, seed=seed)
 
 
 def _read(source: Source) -> sp.csr_matrix:
@@ -666,26 +663,23 @@ class _ToFile(AbstractContextManager[None]):
         self._remove(self.partial)
         shape = (len(self.obs), len(self.var))
         skeleton = ad.AnnData(obs=self.obs, var=self.var)
+        if self.path.suffix == ".zarr":
+            import zarr
+
+            self.root: Any = zarr.open_group(self.partial, mode="w")
+        else:
+            import h5py
+
+            self.root = h5py.File(self.partial, "w")
+            self.close = self.root.close
         try:
-            if self.path.suffix == ".zarr":
-                skeleton.write_zarr(self.partial)
-            else:
-                skeleton.write_h5ad(self.partial)
+            ad.io.write_elem(self.root, "/", skeleton)
         except (TypeError, ValueError, NotImplementedError) as error:
-            self._remove(self.partial)
+            self.__exit__(type(error))
             raise DataError(
                 f"obs or var of the input cannot be written to {self.path} ({error}): make their "
                 "columns text, numbers or categories."
             ) from error
-        if self.path.suffix == ".zarr":
-            import zarr
-
-            self.root: Any = zarr.open_group(self.partial, mode="r+", use_consolidated=False)
-        else:
-            import h5py
-
-            self.root = h5py.File(self.partial, "r+")
-            self.close = self.root.close
         self.arrays = {}
         for name in self.names:
             layers = self.root["layers"]
@@ -698,7 +692,7 @@ class _ToFile(AbstractContextManager[None]):
             array.attrs["encoding-version"] = "0.2.0"
             self.arrays[name] = array
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         if self.close is not None:
             self.close()
         if kind is not None:
@@ -720,10 +714,6 @@ class _ToFile(AbstractContextManager[None]):
         self.var[f"{self.key}_dispersion"] = dispersion_P
         ad.io.write_elem(self.root, "var", self.var)
         ad.io.write_elem(self.root, "uns", {self.key: about})
-        if self.path.suffix == ".zarr":
-            import zarr
-
-            zarr.consolidate_metadata(self.partial)
 
     @staticmethod
     def _remove(path: Path) -> None:

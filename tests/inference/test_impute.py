@@ -477,3 +477,11 @@ def test_a_species_without_the_gene_gets_nothing(decoding_bundle):
     for key in ("imputed", "imputed_sd"):
         values = both.obsm[key][gene].to_numpy()
         assert np.isfinite(values[:30]).all() and np.isnan(values[30:]).all()
+
+
+def test_an_obs_that_cannot_be_written_is_refused_and_leaves_nothing(cells, tmp_path):
+    adata = small(cells)
+    adata.obs["odd"] = [object() for _ in range(60)]
+    with pytest.raises(DataError, match="make their columns text"):
+        gm.impute(adata, output=tmp_path / "o.h5ad", settings=QUICK)
+    assert list(tmp_path.iterdir()) == []
