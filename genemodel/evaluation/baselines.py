@@ -20,6 +20,8 @@ from genemodel.errors import DataError
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from genemodel.bundle.bundle import Bundle
+
 logger = logging.getLogger(__name__)
 
 _TARGET_SUM = 1e4
@@ -294,9 +296,34 @@ Integration = Callable[["AnnData", Conditions], np.ndarray]
 
 
 def genemodel(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-    """Ours with its defaults: fine-tuned on these cells without labels, then embedded."""
-    from genemodel.inference.integrate import integrate
+    """Ours with its defaults: trained on these cells without labels, then embedded."""
+    return tuned(adata, conditions)
 
+
+def genemodel_labels(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """Ours with its defaults and the labels, as scANVI has them."""
+    return tuned(adata, conditions, label_key=conditions.label_key)
+
+
+def tuned(
+    adata: "AnnData",
+    conditions: Conditions,
+    *,
+    label_key: str | None = None,
+    model: "Bundle | None" = None,
+) -> np.ndarray:
+    """Embed with `genemodel.integrate`, from scratch or from a pre-trained model."""
+    from genemodel.inference.integrate import integrate
+    from genemodel.inference.integrated_model import KEY
+
+    if conditions.batch_key is None:
+        raise DataError("genemodel.integrate removes a batch effect and needs batch_key")
     copy = adata.copy()
-    integrate(copy, batch_key=conditions.batch_key, seed=conditions.seed)
-    return np.asarray(cast(Any, copy.obsm["X_genemodel"]))
+    integrate(
+        copy,
+        batch_key=conditions.batch_key,
+        label_key=label_key,
+        model=model,
+        seed=conditions.seed,
+    )
+    return np.asarray(cast(Any, copy.obsm[KEY]))

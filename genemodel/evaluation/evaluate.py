@@ -3,6 +3,7 @@
 Axes: C cells, G genes, D embedding width.
 """
 
+import copy
 import ctypes
 import gc
 import importlib
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -23,7 +24,7 @@ import scipy.sparse as sp
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import imputation_metrics, metrics
-from genemodel.evaluation.baselines import Conditions, column
+from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import EvaluationResult
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
+    from genemodel.inference.integrated_model import IntegratedModel
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def evaluate(
     label_key: str | None = None,
     layer: str | None = None,
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
-    models: "Sequence[str | Path | Bundle]" = (),
+    models: "Sequence[str | Path | Bundle | IntegratedModel]" = (),
     obsm: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     max_cells: int | None = None,
@@ -123,7 +125,9 @@ def evaluate(
         Names of the methods to run, or a mapping of names to your own functions AnnData -> array;
         default all there are. See `genemodel.evaluation.methods.choose`. "none" always runs.
     models
-        Bundles, or folders of bundles, to be scored beside them as they are.
+        Trained models or their folders. One fine-tuned by `genemodel.integrate` embeds the cells. A
+        pre-trained bundle is scored as it is, tuned on these cells, and, as a control, with its
+        weights drawn at random.
     obsm
         Embeddings that stand in ``adata.obsm`` already, by whatever tool, to be scored as well.
     seeds
@@ -162,8 +166,11 @@ def evaluate(
         raise ConfigError("seeds is empty: give at least one, seeds=[0]")
     if out is not None and Path(out).is_file():
         raise ConfigError(f"out={out} is a file; name a folder")
-    if task == "impute" and obsm:
-        raise ConfigError("obsm holds embeddings: they cannot be scored with task=impute")
+    if task == "impute" and (obsm or models):
+        raise ConfigError(
+            "obsm and models give embeddings, which task=impute cannot score; genemodel.impute, "
+            "the method 'genemodel', learns from the data themselves"
+        )
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
     if task == "integrate" and batch_key is None:
@@ -172,7 +179,7 @@ def evaluate(
             f"{', '.join(map(str, cells.obs.columns)) or 'no columns'}"
         )
     chosen |= {f"obsm:{key}": _standing(key) for key in obsm}
-    chosen |= _model_methods(task, models)
+    chosen |= _model_methods(models)
     conditions = Conditions(
         batch_key=batch_key,
         label_key=label_key,
@@ -268,45 +275,76 @@ def _standing(key: str) -> Method:
     return Method(read, kind="own")
 
 
-def _model_methods(task: str, models: "Sequence[str | Path | Bundle]") -> dict[str, Method]:
-    """Methods for bundles: loaded now, so that a wrong path is refused before anything runs."""
+def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") -> dict[str, Method]:
+    """Methods for trained models, loaded now: a wrong path is refused before anything runs."""
     from genemodel.bundle.bundle import load
+    from genemodel.inference.integrated_model import ABOUT, IntegratedModel
 
     found: dict[str, Method] = {}
-    for number, model in enumerate(models):
-        folder = isinstance(model, str | Path)
-        bundle = load(cast(str, model)) if folder else cast("Bundle", model)
-        name = f"model:{_short_name(Path(cast(str, model)))}" if folder else f"model:{number}"
+    for number, given in enumerate(models):
+        name = f"model {number}"
+        model = given
+        if isinstance(given, str | Path):
+            name = f"model {_short_name(Path(given))}"
+            fine_tuned = (Path(given) / ABOUT).exists()
+            model = IntegratedModel.load(Path(given)) if fine_tuned else load(given)
         if name in found:
-            name = f"{name}:{number}"
-        found[name] = Method(_embedder(bundle) if task == "integrate" else _imputer(bundle), "ours")
+            name = f"{name} {number}"
+        if isinstance(model, IntegratedModel):
+            found[name] = Method(_encoder(model), kind="ours")
+            continue
+        bundle = cast("Bundle", model)
+        found[name] = Method(_embedder(bundle), kind="ours")
+        found[f"{name} tuned"] = Method(_tuner(bundle), kind="ours", seeded=True)
+        found[f"{name} untrained"] = Method(_untrained(bundle), kind="control", seeded=True)
     return found
 
 
 def _short_name(path: Path) -> str:
-    return path.resolve().parent.name if path.name == "bundle" else path.name
+    return path.resolve().parent.name if path.name in ("bundle", "model") else path.name
+
+
+def _encoder(model: "IntegratedModel") -> Any:
+    def encode(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+        return model.encode(adata)
+
+    return encode
 
 
 def _embedder(bundle: "Bundle") -> Any:
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
         from genemodel.inference.embed import KEY, embed
 
-        copy = adata.copy()
-        embed(copy, bundle)
-        return np.asarray(cast(Any, copy.obsm[KEY]))
+        cells = adata.copy()
+        embed(cells, bundle)
+        return np.asarray(cast(Any, cells.obsm[KEY]))
 
     return embed
 
 
-def _imputer(bundle: "Bundle") -> Any:
-    def impute(adata: "AnnData", conditions: Conditions) -> Denoised:
-        from genemodel.inference.impute import impute
+def _tuner(bundle: "Bundle") -> Any:
+    def tune(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+        return tuned(adata, conditions, model=bundle)
 
-        copy = adata.copy()
-        impute(copy, bundle, uncertainty=True)
-        return Denoised(cast(Any, copy.layers["imputed"]), cast(Any, copy.layers["imputed_sd"]))
+    return tune
 
-    return impute
+
+def _untrained(bundle: "Bundle") -> Any:
+    """Control: the same architecture with the matrices drawn anew."""
+
+    def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+        import torch
+
+        model = copy.deepcopy(bundle.model)
+        draw = torch.Generator(device="cpu").manual_seed(conditions.seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim >= 2:
+                    noise = torch.randn(weight.shape, generator=draw)
+                    weight.copy_(0.02 * noise.to(weight))
+        return np.asarray(_embedder(replace(bundle, model=model))(adata, conditions))
+
+    return embed
 
 
 class Meter:

@@ -10,6 +10,7 @@ not return to the depth of the input, each cell is scaled back to its own number
 Without it the Poisson score judges the lost factor and not the denoising.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -28,6 +29,22 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _CP10K = 1e4
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What an imputation method may return instead of a bare matrix, to be judged on its intervals.
+
+    Attributes
+    ----------
+    mean
+        Denoised counts, (n_cells, n_genes), at the depth of the counts given.
+    sd
+        Standard deviation of the same rates, without sampling noise.
+    """
+
+    mean: np.ndarray | sp.csr_matrix
+    sd: np.ndarray | sp.csr_matrix | None = None
 
 
 def _library(counts: Any) -> np.ndarray:
@@ -270,10 +287,11 @@ def mice(adata: "AnnData", conditions: Conditions, *, n_genes: int = 100) -> np.
     return result_CG
 
 
-def genemodel(adata: "AnnData", conditions: Conditions) -> np.ndarray | sp.csr_matrix:
-    """Our own, with the defaults of `genemodel.impute`: fine-tuned on these molecules."""
-    from genemodel.inference.impute import impute
+def genemodel(adata: "AnnData", conditions: Conditions) -> Denoised:
+    """Ours with its defaults: a decoder and a posterior, trained on these molecules."""
+    from genemodel.inference.impute import KEY, impute
 
     copy = adata.copy()
-    impute(copy, batch_key=conditions.batch_key, seed=conditions.seed)
-    return cast(Any, copy.layers["imputed"])
+    impute(copy, batch_key=conditions.batch_key, uncertainty=True, seed=conditions.seed)
+    layers = cast(Any, copy.layers)
+    return Denoised(layers[KEY], layers[f"{KEY}_sd"])

@@ -11,38 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import scipy.sparse as sp
-
 from genemodel.errors import ConfigError
 from genemodel.evaluation import baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions
+from genemodel.evaluation.imputation_baselines import Denoised
 from genemodel.settings import nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+__all__ = ["METHODS", "Denoised", "Method", "Own", "Task", "choose"]
 
 type Task = Literal["integrate", "impute"]
 type Own = Callable[["AnnData"], Any]
 
 _BENCH = "pip install 'genemodel[bench]'"
 _DEBIAN = "on Debian: apt-get install r-cran-seurat r-bioc-sva"
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """What an imputation method may return instead of a bare matrix, to be judged on its intervals.
-
-    Attributes
-    ----------
-    mean
-        Denoised counts, (n_cells, n_genes), at the depth of the counts given.
-    sd
-        Standard deviation of the same rates, without sampling noise.
-    """
-
-    mean: np.ndarray | sp.csr_matrix
-    sd: np.ndarray | sp.csr_matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +80,9 @@ METHODS: dict[str, dict[str, Method]] = {
         "random": Method(baselines.random, kind="control", seeded=True),
         "random_weights": Method(baselines.random_weights, kind="control", seeded=True),
         "genemodel": Method(baselines.genemodel, kind="ours", seeded=True),
+        "genemodel_labels": Method(
+            baselines.genemodel_labels, kind="ours", seeded=True, labels=True
+        ),
     },
     "impute": {
         "none": Method(imputation_baselines.none),

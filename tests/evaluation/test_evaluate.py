@@ -13,7 +13,8 @@ import scipy.sparse as sp
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import seurat
-from genemodel.evaluation.evaluate import EvaluateSettings, Meter, evaluate, run
+from genemodel.evaluation.baselines import Conditions
+from genemodel.evaluation.evaluate import EvaluateSettings, Meter, _model_methods, evaluate, run
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.result import EvaluationResult
 
@@ -290,3 +291,60 @@ def test_the_meter_sees_time_and_memory():
         del block
     assert 0.1 <= meter.seconds < 30
     assert 60 < meter.peak_mb < 400
+
+
+@pytest.fixture(scope="module")
+def human_cells():
+    from genemodel.cells.synthetic import synthetic
+
+    return synthetic(60, species=("human",), n_genes=300, genes_per_cell=80, seed=0)["human"]
+
+
+def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_cells, tmp_path):
+    random_bundle.save(tmp_path / "mine" / "bundle")
+    found = _model_methods([tmp_path / "mine" / "bundle", random_bundle])
+    assert list(found) == [
+        "model mine", "model mine tuned", "model mine untrained",
+        "model 1", "model 1 tuned", "model 1 untrained",
+    ]  # fmt: skip
+    assert found["model mine untrained"].kind == "control"
+    conditions = Conditions(batch_key="batch")
+    as_it_is = found["model mine"].run(human_cells, conditions)
+    np.testing.assert_allclose(found["model 1"].run(human_cells, conditions), as_it_is, atol=1e-5)
+    untrained = found["model mine untrained"]
+    other = untrained.run(human_cells, conditions)
+    assert other.shape == as_it_is.shape
+    assert np.abs(other - as_it_is).max() > 1e-3
+    np.testing.assert_array_equal(other, untrained.run(human_cells, conditions))
+    again = found["model 1"].run(human_cells, conditions)  # the bundle itself is as it was
+    np.testing.assert_allclose(again, as_it_is, atol=1e-5)
+
+
+def test_ours_trains_on_the_cells(human_cells, tmp_path, monkeypatch):
+    """The hooks hand over the right columns and give back the right arrays."""
+    import genemodel.inference.impute
+    import genemodel.inference.integrate
+
+    asked = []
+
+    def integrate(adata, *, batch_key, label_key, model, seed):
+        asked.append((batch_key, label_key, model, seed))
+        adata.obsm["X_genemodel"] = np.full((adata.n_obs, 2), seed, np.float32)
+
+    def impute(adata, *, batch_key, uncertainty, seed):
+        asked.append((batch_key, uncertainty, seed))
+        adata.layers["imputed"], adata.layers["imputed_sd"] = adata.X.copy(), adata.X.copy()
+
+    monkeypatch.setattr(genemodel.inference.integrate, "integrate", integrate)
+    monkeypatch.setattr(genemodel.inference.impute, "impute", impute)
+    conditions = Conditions(batch_key="batch", label_key="cell_type", seed=5)
+    for name in ("genemodel", "genemodel_labels"):
+        array = METHODS["integrate"][name].run(human_cells, conditions)
+        assert array.tolist() == [[5.0, 5.0]] * human_cells.n_obs
+    assert asked == [("batch", None, None, 5), ("batch", "cell_type", None, 5)]
+    denoised = METHODS["impute"]["genemodel"].run(human_cells, conditions)
+    assert isinstance(denoised, Denoised)
+    assert denoised.sd is not None
+    assert asked[-1] == ("batch", True, 5)
+    assert "X_genemodel" not in human_cells.obsm
+    assert "imputed" not in human_cells.layers
