@@ -145,7 +145,7 @@ def bench_loader() -> None:
         line("read + tokenise + pack", f"{n / packed:,.0f} cells/s", f"{os.cpu_count()} cores")
 
 
-def bench_step(size: str, n_cells: int) -> None:
+def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     """A training step against a padded Hugging Face BertForMaskedLM of the same shape."""
     import torch
     import yaml
@@ -170,8 +170,14 @@ def bench_step(size: str, n_cells: int) -> None:
         ModelSettings, yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
     )
     n_tokens, context = 25_426, 2048
-    length = np.random.default_rng(0).lognormal(7.1, 0.55, n_cells).clip(100, context - 1)
-    length = length.astype(int)
+    rng = np.random.default_rng(0)
+    if corpus is None:
+        length = rng.lognormal(7.1, 0.55, n_cells).clip(100, context - 1).astype(int)
+    else:
+        from genemodel.cells.corpus import Corpus
+
+        length = rng.choice(Corpus.open(corpus).n_genes_C, n_cells).clip(8, context - 1)
+        length = length.astype(int)
     tokens = int(length.sum() + n_cells)
     budget = 65_536 if cuda else 16_384
     print(
@@ -243,7 +249,7 @@ def bench_step(size: str, n_cells: int) -> None:
         )
     ).to(device)  # fmt: skip
     theirs = torch.optim.AdamW(bert.parameters(), lr=1e-4, fused=cuda)
-    width = 16 if cuda else 8
+    width = 16
     padded = []
     for a in range(0, n_cells, width):
         rows = range(a, min(a + width, n_cells))
@@ -335,6 +341,7 @@ def main() -> None:
     parser.add_argument("benches", nargs="*", default=["tokens", "packing", "loader", "step"])
     parser.add_argument("--size", default="small", help="model size for step: small, base …")
     parser.add_argument("--cells", type=int, default=32, help="cells for step")
+    parser.add_argument("--corpus", help="take the cells' lengths for step from this corpus")
     parser.add_argument("--build", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--build-one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -350,7 +357,7 @@ def main() -> None:
             case "loader":
                 bench_loader()
             case "step":
-                bench_step(arguments.size, arguments.cells)
+                bench_step(arguments.size, arguments.cells, arguments.corpus)
             case "build":
                 bench_build(arguments.build)
             case _:

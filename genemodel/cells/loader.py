@@ -89,6 +89,9 @@ def pack(
     segment_T = np.empty(budget, np.int64)
     starts_C1 = np.empty(places + 1, np.int32)
     library = np.ascontiguousarray(window.library_C[cells], np.float32)
+    n_full = int((window.end_C[cells] - window.begin_C[cells]).sum())
+    full_gene_N, full_cell_N = np.empty(n_full, np.int64), np.empty(n_full, np.int64)
+    full_count_N = np.empty(n_full, np.float32)
     n_tokens = pack_cells(
         window.begin_C[cells],
         window.end_C[cells],
@@ -104,6 +107,9 @@ def pack(
         rank_T,
         segment_T,
         starts_C1,
+        full_gene_N,
+        full_count_N,
+        full_cell_N,
     )
 
     def placed(values: np.ndarray, dtype: type, dummy: float) -> torch.Tensor:
@@ -111,8 +117,6 @@ def pack(
         out[: cells.size] = values[cells]
         return torch.from_numpy(out)
 
-    lengths = window.end_C[cells] - window.begin_C[cells]
-    index = np.repeat(window.begin_C[cells], lengths) + _within(lengths)
     return CellBatch(
         gene_T=torch.from_numpy(gene_T),
         value_T=torch.from_numpy(value_T),
@@ -124,19 +128,13 @@ def pack(
         batch_C=placed(window.batch_C, np.int64, -1),
         panel_C=placed(window.panel_C, np.int64, -1),
         cell_C=placed(window.cell_C, np.int64, -1),
-        full_gene_N=torch.from_numpy(window.gene_N[index].astype(np.int64)),
-        full_count_N=torch.from_numpy(window.count_N[index].astype(np.float32)),
-        full_cell_N=torch.from_numpy(np.repeat(np.arange(cells.size), lengths)),
+        full_gene_N=torch.from_numpy(full_gene_N),
+        full_count_N=torch.from_numpy(full_count_N),
+        full_cell_N=torch.from_numpy(full_cell_N),
         n_cells=int(cells.size),
         n_tokens=int(n_tokens),
         epoch=epoch,
     )
-
-
-def _within(lengths: np.ndarray) -> np.ndarray:
-    """0 … length − 1 for every length, end to end."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - lengths, lengths)
 
 
 class CellStream:

@@ -52,6 +52,9 @@ class TokenSettings:
         return max(8, self.budget // 32)
 
 
+N_LOGS = 64  # counts below this share a table of logarithms within a cell
+
+
 @njit(nogil=True, cache=True, boundscheck=False)
 def _rank_cell(  # type: ignore[no-untyped-def]
     gene, count, inverse_median_V, key_a, key_b, order_a, order_b, histogram
@@ -173,12 +176,15 @@ def pack_cells(  # type: ignore[no-untyped-def]
     rank_T,
     segment_T,
     out_starts_C1,
+    full_gene_N,
+    full_count_N,
+    full_cell_N,
 ):
     """Rank cells and lay them end to end into one micro-batch.
 
     Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending by token. Every cell opens with
-    ``cell_token``; the tail of the budget becomes one dummy cell of ``pad_token``. Returns the
-    number of real tokens.
+    ``cell_token``; the tail of the budget becomes one dummy cell of ``pad_token``. The ``full``
+    arrays take every stored gene in storage order. Returns the number of real tokens.
     """
     budget = gene_T.shape[0]
     longest = 0
@@ -189,6 +195,8 @@ def pack_cells(  # type: ignore[no-untyped-def]
     order_a = np.empty(longest, np.int32)
     order_b = np.empty(longest, np.int32)
     histogram = np.empty((3, 2048), np.int32)
+    log_of = np.empty(N_LOGS, np.float32)
+    full = 0
     at = 0
     for place in range(begin_C.shape[0]):
         lo, hi = begin_C[place], end_C[place]
@@ -209,13 +217,25 @@ def pack_cells(  # type: ignore[no-untyped-def]
         segment_T[at] = place
         at += 1
         scale = np.float32(1e4) / np.float32(library_C[place])
+        # Most counts are small whole numbers: their logarithms are taken once a cell.
+        for x in range(N_LOGS):
+            log_of[x] = np.log1p(np.float32(x) * scale)
         for i in range(min(limit, hi - lo)):
             j = lo + order_a[i]
             gene_T[at] = gene_N[j]
-            value_T[at] = np.log1p(np.float32(count_N[j]) * scale)
+            x = np.int64(count_N[j])
+            if x < N_LOGS and x == count_N[j]:
+                value_T[at] = log_of[x]
+            else:
+                value_T[at] = np.log1p(np.float32(count_N[j]) * scale)
             rank_T[at] = i + 1
             segment_T[at] = place
             at += 1
+        for j in range(lo, hi):
+            full_gene_N[full] = gene_N[j]
+            full_count_N[full] = count_N[j]
+            full_cell_N[full] = place
+            full += 1
     n_cells = begin_C.shape[0]
     for place in range(n_cells, out_starts_C1.shape[0]):
         out_starts_C1[place] = budget

@@ -55,9 +55,13 @@ def test_packed_cells_keep_values_and_open_with_the_cell_token():
     gene_T, rank_T, segment_T = (np.empty(budget, np.int64) for _ in range(3))
     value_T = np.empty(budget, np.float32)
     out_starts = np.empty(9, np.int32)
+    n_full = int((starts_C1[cells + 1] - starts_C1[cells]).sum())
+    full_gene, full_cell = np.empty(n_full, np.int64), np.empty(n_full, np.int64)
+    full_count = np.empty(n_full, np.float32)
+    count_N[:50] += 100  # beyond the table of logarithms
     n = pack_cells(
         starts_C1[cells], starts_C1[cells + 1], gene_N, count_N, inverse, library, 50, 2, 0,
-        gene_T, value_T, rank_T, segment_T, out_starts,
+        gene_T, value_T, rank_T, segment_T, out_starts, full_gene, full_count, full_cell,
     )  # fmt: skip
     expected = rank_cells_reference(starts_C1, gene_N, count_N, inverse, 50)
     for place, c in enumerate(cells):
@@ -71,6 +75,10 @@ def test_packed_cells_keep_values_and_open_with_the_cell_token():
         )
         np.testing.assert_array_equal(rank_T[a:b], np.arange(b - a))
         assert (segment_T[a:b] == place).all()
+        # Beyond the context too, in storage order.
+        stored = slice(starts_C1[c], starts_C1[c + 1])
+        np.testing.assert_array_equal(full_gene[full_cell == place], gene_N[stored])
+        np.testing.assert_array_equal(full_count[full_cell == place], count_N[stored])
     assert n == out_starts[4]
     assert (out_starts[5:] == budget).all()
     assert (gene_T[n:] == 0).all() and (segment_T[n:] == 4).all()
