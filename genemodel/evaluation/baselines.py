@@ -5,9 +5,11 @@ nothing in ``adata`` may be changed. Heavy packages are imported by the function
 that one that is absent stops only its own method.
 """
 
+import contextlib
+import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TARGET_SUM = 1e4
+SCVI_LOGGERS = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "scvi",
+)
 _SCANORAMA_WIDTH = 100  # its own default
 _UNLABELLED = "genemodel: no label"
 
@@ -181,13 +190,14 @@ def scanorama(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     batch_C = conditions.batch_of(adata)
     genes = [str(gene) for gene in range(logged_CG.shape[1])]
     rows_of = [np.flatnonzero(batch_C == batch) for batch in pd.unique(batch_C)]
-    parts, _ = integrate(
-        [logged_CG[rows] for rows in rows_of],
-        [genes] * len(rows_of),
-        verbose=0,
-        dimred=min(_SCANORAMA_WIDTH, min(logged_CG.shape) - 1),
-        seed=conditions.seed,
-    )
+    with hushed():
+        parts, _ = integrate(
+            [logged_CG[rows] for rows in rows_of],
+            [genes] * len(rows_of),
+            verbose=0,
+            dimred=min(_SCANORAMA_WIDTH, min(logged_CG.shape) - 1),
+            seed=conditions.seed,
+        )
     result_CD = np.empty((adata.n_obs, parts[0].shape[1]), dtype=np.float32)
     for rows, part in zip(rows_of, parts, strict=True):
         result_CD[rows] = part
@@ -210,8 +220,23 @@ def scanvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     conditions.borrowed_seconds += seconds
     model = SCANVI.from_scvi_model(base, unlabeled_category=_UNLABELLED, labels_key="label")
     epochs = None if conditions.scvi_epochs is None else max(2, conditions.scvi_epochs // 40)
-    model.train(max_epochs=epochs, **quiet_training())
+    with hushed(*SCVI_LOGGERS):
+        model.train(max_epochs=epochs, **quiet_training())
     return _latent(model, kept_C)
+
+
+@contextlib.contextmanager
+def hushed(*loggers: str) -> Iterator[None]:
+    """Keep a library's chatter off the terminal: its loggers below errors, and what it prints."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def quiet_training() -> dict[str, Any]:
@@ -245,10 +270,11 @@ def _scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, n
     data.obs_names = [str(i) for i in range(data.n_obs)]
     data.obs["batch"] = pd.Categorical(batch_C[kept_C])
     data.obs["label"] = pd.Categorical(_labels(adata, conditions)[kept_C])
-    scvi_tools.settings.seed = conditions.seed
-    scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch", labels_key="label")
-    model = scvi_tools.model.SCVI(data)
-    model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
+    with hushed(*SCVI_LOGGERS):
+        scvi_tools.settings.seed = conditions.seed
+        scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch", labels_key="label")
+        model = scvi_tools.model.SCVI(data)
+        model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
     seconds = time.perf_counter() - start
     conditions.shared[key] = (model, seconds, kept_C)
     return model, 0.0, kept_C

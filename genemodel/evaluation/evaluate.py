@@ -70,6 +70,7 @@ class EvaluateSettings:
     n_hvg: int = 2000
     n_comps: int = 30
     scvi_epochs: int | None = None
+    hidden_labels: float = 0.0
     keep: float = imputation_metrics.KEEP
     mixture: tuple[str, ...] = ()
     umaps: bool = True
@@ -99,6 +100,7 @@ def evaluate(
     n_hvg: int = 2000,
     n_comps: int = 30,
     scvi_epochs: int | None = None,
+    hidden_labels: float = 0.0,
     keep: float = imputation_metrics.KEEP,
     mixture: Sequence[str] = (),
     umaps: bool = True,
@@ -138,6 +140,9 @@ def evaluate(
         Variable genes and principal components of the linear methods.
     scvi_epochs
         Epochs of scVI; default its own rule (400 below 20,000 cells: slow without a GPU).
+    hidden_labels
+        Share of the cells whose label is hidden from the methods that learn from labels. At 0, as
+        is usual, these are judged on labels they have seen, and the table says so.
     keep
         Share of the molecules that the methods see, for "impute".
     mixture
@@ -171,6 +176,8 @@ def evaluate(
             "obsm and models give embeddings, which task=impute cannot score; genemodel.impute, "
             "the method 'genemodel', learns from the data themselves"
         )
+    if not 0.0 <= hidden_labels < 1.0:
+        raise ConfigError(f"hidden_labels={hidden_labels}: a share of the cells, from 0 to below 1")
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
     if task == "integrate" and batch_key is None:
@@ -190,7 +197,7 @@ def evaluate(
     )
     for name, reason in skipped.items():
         logger.info("%s is skipped: %s", name, reason)
-    comparison = _Comparison(cells, conditions, chosen, seeds, dict(skipped))
+    comparison = _Comparison(cells, conditions, chosen, seeds, dict(skipped), hidden_labels)
     result = (
         comparison.integrate() if task == "integrate" else comparison.impute(keep, tuple(mixture))
     )
@@ -206,6 +213,7 @@ def evaluate(
         "n_hvg": n_hvg,
         "n_comps": n_comps,
         "scvi_epochs": scvi_epochs,
+        "hidden_labels": hidden_labels,
         "n_jobs": n_jobs,
     } | ({"keep": keep, "mixture": tuple(mixture)} if task == "impute" else {})
     if out is not None:
@@ -405,6 +413,7 @@ class _Comparison:
     methods: dict[str, Method]
     seeds: tuple[int, ...]
     skipped: dict[str, str]
+    hidden_labels: float = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def _runs(self, every_seed: bool) -> list[tuple[str, Method, int]]:
@@ -455,6 +464,17 @@ class _Comparison:
         table = pd.DataFrame(self.records)
         return table[table["method"].isin(scored)].reset_index(drop=True)
 
+    def _with_labels_hidden(self, seed: int) -> "AnnData":
+        """Give the cells with a share of the labels missing, the same ones for every method."""
+        if self.hidden_labels == 0.0:
+            return self.cells
+        key = cast(str, self.conditions.label_key)
+        label = column(self.cells, key)
+        hidden_C = np.random.default_rng(seed).random(len(label)) < self.hidden_labels
+        shown = self.cells.copy()
+        shown.obs[key] = pd.Categorical(label.mask(hidden_C, None))
+        return shown
+
     def integrate(self) -> EvaluationResult:
         batch, label = self.conditions.batch_key, self.conditions.label_key
         batch_C = column(self.cells, cast(str, batch))
@@ -462,7 +482,8 @@ class _Comparison:
         by_run: dict[tuple[str, int], np.ndarray] = {}
         runs = self._runs(every_seed=False)
         for number, (name, method, seed) in enumerate(runs, start=1):
-            found = self._run(name, method, seed, self.cells, f"[{number}/{len(runs)}]")
+            shown = self._with_labels_hidden(seed) if method.labels else self.cells
+            found = self._run(name, method, seed, shown, f"[{number}/{len(runs)}]")
             if found is None:
                 continue
             problem = _embedding_problem(found, self.cells.n_obs)
@@ -496,10 +517,12 @@ class _Comparison:
                 once, batch_C, cast(pd.Series, label_C), pre=once["none"]
             )
         table = self._table({name for name, _ in by_run})
+        saw_labels = [name for name in once if self.methods[name].labels]
         return EvaluationResult(
             "integrate",
             table,
             self.skipped,
+            saw_labels=saw_labels,
             cell_types=per_type,
             embeddings=once,
             obs=cast(pd.DataFrame, self.cells.obs),

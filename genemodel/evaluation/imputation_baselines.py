@@ -17,9 +17,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from genemodel.evaluation.baselines import (
+    SCVI_LOGGERS,
     Conditions,
     counts_of,
     highly_variable,
+    hushed,
     log_normalised,
     principal_components,
     quiet_training,
@@ -246,10 +248,11 @@ def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     if conditions.batch_key is not None:
         data.obs["batch"] = pd.Categorical(conditions.batch_of(adata)[kept_C])
         batch_key = "batch"
-    scvi_tools.settings.seed = conditions.seed
-    scvi_tools.model.SCVI.setup_anndata(data, batch_key=batch_key)
-    model = scvi_tools.model.SCVI(data)
-    model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
+    with hushed(*SCVI_LOGGERS):
+        scvi_tools.settings.seed = conditions.seed
+        scvi_tools.model.SCVI.setup_anndata(data, batch_key=batch_key)
+        model = scvi_tools.model.SCVI(data)
+        model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
     result_CG = np.zeros(counts.shape, dtype=np.float32)
     result_CG[kept_C] = model.get_normalized_expression(library_size=1, return_numpy=True)
     return result_CG * library_C1

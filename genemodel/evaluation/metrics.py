@@ -6,8 +6,9 @@ stand scores of `genemodel.evaluation.light_metrics` that need no convention to 
 table per cell type.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,6 +242,18 @@ def _nearest(neighbours: "NeighborsResults", n: int) -> "NeighborsResults":
     return neighbours.subset_neighbors(n=min(n, neighbours.indices.shape[1]))
 
 
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Undo what logging.info() does to a root logger without handlers: it installs one for good."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in root.handlers if handler not in before]:
+            root.removeHandler(handler)
+
+
 def _scib(
     array_CD: np.ndarray,
     neighbours: "NeighborsResults",
@@ -257,7 +270,8 @@ def _scib(
     if label_C is not None:
         step("isolated_labels")
         batch_or_one_C = batch_C if batch_C is not None else np.zeros(len(label_C), dtype=int)
-        row["isolated_labels"] = scib.isolated_labels(array_CD, label_C, batch_or_one_C)
+        with _root_logger_kept():
+            row["isolated_labels"] = scib.isolated_labels(array_CD, label_C, batch_or_one_C)
         step("kmeans")
         agreement = scib.nmi_ari_cluster_labels_kmeans(array_CD, label_C)
         row["kmeans_nmi"], row["kmeans_ari"] = agreement["nmi"], agreement["ari"]

@@ -61,6 +61,8 @@ class EvaluationResult:
         Tidy: one row per ``method``, ``kind``, ``seed`` and ``metric``, with its ``value``.
     skipped
         Methods that did not run, or failed, with the reason.
+    saw_labels
+        Methods that learnt from the labels they are judged by.
     cell_types
         Integration with labels: biology and batch per cell type of every method (first seed).
     coverage
@@ -76,6 +78,7 @@ class EvaluationResult:
     task: str
     table: pd.DataFrame
     skipped: dict[str, str]
+    saw_labels: list[str] = field(default_factory=list)
     cell_types: pd.DataFrame | None = None
     coverage: pd.DataFrame | None = None
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
@@ -127,6 +130,18 @@ class EvaluationResult:
         lines.insert(1, "─" * len(lines[0]))
         return "\n".join([*lines, *self._notes()])
 
+    def labels_note(self) -> str:
+        """Say which methods were judged on labels they had seen; empty where none was."""
+        if not self.saw_labels:
+            return ""
+        hidden = self.settings.get("hidden_labels", 0.0)
+        share = "the" if hidden == 0 else f"{1 - hidden:.0%} of the"
+        advice = " hidden_labels=0.5 hides half of them." if hidden == 0 else ""
+        return (
+            f"{', '.join(self.saw_labels)} learnt from {share} labels that bio is judged by: "
+            f"compare them with each other, not with the rest.{advice}"
+        )
+
     def _notes(self) -> list[str]:
         notes = [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
         has = set(self.table["metric"])
@@ -141,6 +156,7 @@ class EvaluationResult:
                     "total = 0.6 bio + 0.4 batch (scib-metrics); kNN: cell types called from other "
                     "batches. Read bio and batch together: noise wins on batch alone."
                 )
+            notes.append(self.labels_note())
         else:
             notes.append(
                 "MSE and Poisson are ratios to no denoising: below 1 is better; r over all "
@@ -150,6 +166,7 @@ class EvaluationResult:
         return [
             line
             for note in notes
+            if note
             for line in textwrap.wrap(note, _WIDTH - 2, break_on_hyphens=False)
         ]
 
@@ -271,6 +288,8 @@ def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
         ["bio", "batch", "total"] if labelled else ["batch_unlabelled", "ilisi", "pcr"],
         "Higher is better.",
     )
+    if result.labels_note():
+        report.text(result.labels_note())
     summary = result.summary()
     if umaps:
         report.section("UMAPs").text(

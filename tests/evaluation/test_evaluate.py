@@ -14,7 +14,14 @@ import scipy.sparse as sp
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import seurat
 from genemodel.evaluation.baselines import Conditions
-from genemodel.evaluation.evaluate import EvaluateSettings, Meter, _model_methods, evaluate, run
+from genemodel.evaluation.evaluate import (
+    EvaluateSettings,
+    Meter,
+    _Comparison,
+    _model_methods,
+    evaluate,
+    run,
+)
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.result import EvaluationResult
 
@@ -221,6 +228,7 @@ def test_without_labels_the_table_says_so(cells):
         ({"batch_key": "donor", "methods": {"mine": 3}}, ConfigError, "'mine' is a int"),
         ({"task": "impute", "mixture": ("kind",)}, DataError, "not all are numbers"),
         ({"task": "impute", "keep": 2.0}, DataError, "keep = 2.0"),
+        ({"batch_key": "donor", "hidden_labels": 1.0}, ConfigError, "hidden_labels=1.0"),
     ],
 )
 def test_refusals_come_before_work(cells, settings, error, message, monkeypatch):
@@ -348,3 +356,33 @@ def test_ours_trains_on_the_cells(human_cells, tmp_path, monkeypatch):
     assert asked[-1] == ("batch", True, 5)
     assert "X_genemodel" not in human_cells.obsm
     assert "imputed" not in human_cells.layers
+
+
+def test_labels_are_hidden_from_those_who_learn_from_them(cells):
+    seen = {}
+
+    def learns(adata, conditions):
+        seen["learns"] = adata.obs["kind"].copy()
+        return adata.obsm["X_tool"]
+
+    def does_not(adata, conditions):
+        seen["does not"] = adata.obs["kind"].copy()
+        return adata.obsm["X_tool"]
+
+    methods = {
+        "learns": Method(learns, labels=True, seeded=True),
+        "does not": Method(does_not),
+    }
+    conditions = Conditions(batch_key="donor", label_key="kind")
+    comparison = _Comparison(cells, conditions, methods, (0,), {}, hidden_labels=0.5)
+    for name, method in methods.items():
+        shown = comparison._with_labels_hidden(0) if method.labels else cells
+        comparison._run(name, method, 0, shown, "")
+    assert not seen["does not"].isna().any()
+    assert 0.4 < seen["learns"].isna().mean() < 0.6
+    kept = ~seen["learns"].isna()
+    assert (seen["learns"][kept].astype(str) == cells.obs["kind"][kept].astype(str)).all()
+    result = EvaluationResult("integrate", pd.DataFrame({"metric": ["total"]}), {}, ["learns"])
+    assert "learns learnt from the labels" in result.labels_note()
+    result.settings = {"hidden_labels": 0.5}
+    assert "50% of the labels" in result.labels_note()
