@@ -8,6 +8,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that two processes end together."""
+    first = ("test_resume.py", "test_demo.py", "test_recipe.py")
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 9)
+
+
 def _real_data() -> Path:
     return Path(os.environ.get("GENEMODEL_TEST_DATA") or REPOSITORY.parent / "shared")
 

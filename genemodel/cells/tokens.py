@@ -218,8 +218,8 @@ def pack_cells(  # type: ignore[no-untyped-def]
         at += 1
         scale = np.float32(1e4) / np.float32(library_C[place])
         # Most counts are small whole numbers: their logarithms are taken once a cell.
-        for x in range(N_LOGS):
-            log_of[x] = np.log1p(np.float32(x) * scale)
+        for small in range(N_LOGS):
+            log_of[small] = np.log1p(np.float32(small) * scale)
         for i in range(min(limit, hi - lo)):
             j = lo + order_a[i]
             gene_T[at] = gene_N[j]
