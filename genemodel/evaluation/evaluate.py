@@ -448,7 +448,8 @@ class _Comparison:
             seed,
             {
                 "seconds": meter.seconds + self.conditions.borrowed_seconds,
-                "peak_mb": meter.peak_mb,
+                # R works in a process of its own, which the meter does not see
+                "peak_mb": float("nan") if method.r_packages else meter.peak_mb,
             },
         )
         return found

@@ -43,7 +43,11 @@ anchors <- function(reduction) {
     parts, anchor.features = features, reduction = reduction, dims = dims,
     k.filter = min(200, smallest - 1), k.score = min(30, smallest - 1), verbose = FALSE
   )
-  whole <- IntegrateData(found, dims = dims, k.weight = min(100, smallest - 1), verbose = FALSE)
+  # a cell is moved by its nearest anchors: no more than the pair of batches with fewest has
+  pairs <- split(found@anchors, found@anchors[c("dataset1", "dataset2")], drop = TRUE)
+  fewest <- min(sapply(pairs, function(pair) length(unique(pair$cell2))))
+  k <- max(2, min(100, smallest - 1, fewest - 1))
+  whole <- IntegrateData(found, dims = dims, k.weight = k, verbose = FALSE)
   DefaultAssay(whole) <- "integrated"
   whole <- ScaleData(whole, verbose = FALSE)
   whole <- RunPCA(whole, npcs = width, verbose = FALSE)
