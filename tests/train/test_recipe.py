@@ -244,6 +244,10 @@ def test_learning_rate_warms_up_and_decays(schedule):
         assert share[79] == 1.0 and share[90] < 0.6
 
 
+def all_bytes(folder):
+    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
 def test_wandb_offline_leaks_neither_secrets_nor_paths(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     from genemodel.train.settings import LogSettings
@@ -260,7 +264,10 @@ def test_wandb_offline_leaks_neither_secrets_nor_paths(tmp_path, monkeypatch):
     run = start_wandb(tmp_path, LogSettings(kind="wandb"), values)
     run.log({"loss": 1.0}, step=1)
     run.finish()
-    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    # wandb's service process may flush the last records a moment after `finish` has returned.
+    deadline = time.monotonic() + 30
+    while b"loss" not in (written := all_bytes(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert b"loss" in written
     assert b"verysecret123" not in written and b"somebody" not in written
 
