@@ -18,17 +18,24 @@ from genemodel.adapt.imputation import (
     decode_fraction,
     train_decoder,
 )
-from genemodel.adapt.posterior import posterior_draws, posterior_gamma, rate_quantiles
+from genemodel.adapt.posterior import (
+    expected_log1p,
+    posterior_draws,
+    posterior_gamma,
+    rate_quantiles,
+)
 from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
 
 Kind = Literal["posterior", "decoder"]
+"""Whose rates: this cell's, or those of cells like it."""
 Library = float | str | None
 Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
 LARGEST_IN_MEMORY = 4e9
+CP10K = 1e4
 _FEWEST = 20
 # Counts that a gene is given which was measured and never seen; the decoder starts from the same.
 _UNSEEN = 0.1
@@ -57,6 +64,18 @@ class GammaPosterior:
     def sd(self) -> NDArray[np.float64]:
         """Posterior standard deviation of the rate (not of a new count), (C, G)."""
         return np.sqrt(self.shape_CG) / self.rate_CG
+
+    def log_mean(self, library_C: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Give the expected log1p CP10k of another measurement of the same cells, (C, G).
+
+        Parameters
+        ----------
+        library_C
+            Counts of that measurement per cell, to which the rates belong.
+        """
+        return expected_log1p(
+            self.shape_CG, self.rate_CG, CP10K / np.maximum(library_C, 1.0).astype(np.float64)
+        )
 
     def quantiles(self, levels: Sequence[float]) -> NDArray[np.float64]:
         """Quantiles of the rate, (Q, C, G)."""

@@ -11,6 +11,7 @@ entries. A rate is in counts at the cell's own library unless an exposure says o
 import math
 from collections.abc import Callable
 
+import numba
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
@@ -96,6 +97,64 @@ def nb_log_likelihood(
         + count_N * np.log(mean_N / (shape_N + mean_N))
     )
     return total_G + np.bincount(entries.col, extra_N, minlength=mean_CG.shape[1])
+
+
+@numba.njit(nogil=True, cache=True)
+def _expected_log1p(
+    shape_CG: NDArray[np.float64],
+    rate_CG: NDArray[np.float64],
+    scale_C: NDArray[np.float64],
+    out_CG: NDArray[np.float64],
+) -> None:
+    n_cells, n_genes = shape_CG.shape
+    for cell in range(n_cells):
+        scale = scale_C[cell]
+        for gene in range(n_genes):
+            shape, rate = shape_CG[cell, gene], rate_CG[cell, gene]
+            mean = shape / rate
+            if not mean < 50.0:
+                # Second order around the mean; NaN stays NaN.
+                curve = scale / (1.0 + scale * mean)
+                variance = mean + mean * mean / shape
+                out_CG[cell, gene] = np.log1p(scale * mean) - 0.5 * curve * curve * variance
+                continue
+            probability = math.exp(-shape * math.log1p(1.0 / rate))
+            left, left_mean, total = 1.0 - probability, mean, 0.0
+            count = 0
+            while left > 1e-7 and count < 400:
+                count += 1
+                probability *= (shape + count - 1.0) / (count * (1.0 + rate))
+                left -= probability
+                left_mean -= count * probability
+                total += probability * math.log1p(scale * count)
+            if left > 1e-7 and left_mean > 0.0:
+                total += left * math.log1p(scale * left_mean / left)
+            out_CG[cell, gene] = total
+
+
+def expected_log1p(
+    shape_CG: NDArray[np.float64], rate_CG: NDArray[np.float64], scale_C: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Mean of log(1 + scale · y) over new counts y of cells whose rates are Gamma distributed.
+
+    Summed over the negative binomial of y; above a mean of 50 to second order around it.
+
+    Parameters
+    ----------
+    shape_CG, rate_CG
+        Gamma parameters of the rates, (C, G).
+    scale_C
+        Factor of every cell, such as 10,000 ÷ library.
+
+    Returns
+    -------
+    numpy.ndarray
+        (C, G); NaN where the rate is.
+    """
+    out_CG = np.empty(np.shape(shape_CG))
+    arguments = (np.ascontiguousarray(a, dtype=np.float64) for a in (shape_CG, rate_CG, scale_C))
+    _expected_log1p(*arguments, out_CG)
+    return out_CG
 
 
 def calibrate_dispersion(

@@ -145,20 +145,23 @@ def magic(
     decay: float = 1.0,
     t: int = 3,
     n_comps: int = 100,
+    logarithm: bool = False,
 ) -> np.ndarray:
     """MAGIC (van Dijk et al. 2018), implemented here; settings of the Open Problems run.
 
-    Square roots of depth-normalised counts; a kernel exp(-(d / d_knn)^decay) between cells on their
-    PCA, d_knn the distance to the knn-th neighbour, cut below 10⁻⁴ and at 3 × knn neighbours,
-    made symmetric; its rows scaled to 1; the data multiplied by it t times; squared again.
+    Square roots of depth-normalised counts (`magic_log`: their log1p); a kernel
+    exp(-(d / d_knn)^decay) between cells on their PCA, d_knn the distance to the knn-th neighbour,
+    cut below 10⁻⁴ and at 3 × knn neighbours, made symmetric; its rows scaled to 1; the data
+    multiplied by it t times; transformed back.
     """
     from sklearn.neighbors import NearestNeighbors
 
     counts = counts_of(adata)
     library_C1 = _library(counts)
-    roots = sp.csr_matrix(counts.multiply(_CP10K / np.maximum(library_C1, 1.0)))
-    roots.data = np.sqrt(roots.data)
-    place_CD = principal_components(roots, n_comps, conditions.seed)
+    there, back = (np.log1p, np.expm1) if logarithm else (np.sqrt, np.square)
+    bent = sp.csr_matrix(counts.multiply(_CP10K / np.maximum(library_C1, 1.0)))
+    bent.data = there(bent.data)
+    place_CD = principal_components(bent, n_comps, conditions.seed)
     knn = min(knn, adata.n_obs - 1)
     n_near = min(3 * knn, adata.n_obs - 1) + 1  # the cell itself is its own first neighbour
     distance_CK, index_CK = NearestNeighbors(n_neighbors=n_near).fit(place_CD).kneighbors(place_CD)
@@ -171,10 +174,15 @@ def magic(
     )
     kernel = sp.csr_matrix((kernel + kernel.T) / 2)
     step = sp.csr_matrix(kernel.multiply(1.0 / kernel.sum(axis=1))).astype(np.float32)
-    smooth_CG = roots.toarray()
+    smooth_CG = bent.toarray()
     for _ in range(t):
         smooth_CG = step @ smooth_CG
-    return _to_library(smooth_CG**2, library_C1)
+    return _to_library(back(smooth_CG), library_C1)
+
+
+def magic_log(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """MAGIC on logarithms instead of square roots, which suits the Poisson score better."""
+    return magic(adata, conditions, logarithm=True)
 
 
 def alra(adata: "AnnData", conditions: Conditions, *, max_rank: int = 100) -> np.ndarray:
@@ -288,6 +296,19 @@ def mice(adata: "AnnData", conditions: Conditions, *, n_genes: int = 100) -> np.
     result_CG = counts.toarray()
     result_CG[:, genes] = filled_CG
     return result_CG
+
+
+def genemodel_log(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """Ours, for those who go on with logarithms: what log1p CP10k of a replicate is expected to be.
+
+    The same model as `genemodel`, answering in logarithms, taken back to counts.
+    """
+    from genemodel.inference.impute import KEY, impute
+
+    copy = adata.copy()
+    impute(copy, batch_key=conditions.batch_key, kind="log", seed=conditions.seed)
+    logged_CG = cast(np.ndarray, cast(Any, copy.layers)[KEY])
+    return _to_library(np.expm1(logged_CG), _library(counts_of(adata)))
 
 
 def genemodel(adata: "AnnData", conditions: Conditions) -> Denoised:

@@ -90,10 +90,12 @@ METHODS: dict[str, dict[str, Method]] = {
         "gene_median": Method(imputation_baselines.gene_median),
         "knn_smoothing": Method(imputation_baselines.knn_smoothing),
         "magic": Method(imputation_baselines.magic),
+        "magic_log": Method(imputation_baselines.magic_log),
         "alra": Method(imputation_baselines.alra, seeded=True),
         "mice": Method(imputation_baselines.mice, seeded=True),
         "scvi": Method(imputation_baselines.scvi, packages=("scvi",), seeded=True),
         "genemodel": Method(imputation_baselines.genemodel, kind="ours", seeded=True),
+        "genemodel_log": Method(imputation_baselines.genemodel_log, kind="ours", seeded=True),
     },
 }
 

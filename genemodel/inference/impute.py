@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,6 @@ from genemodel.adapt.imputation_model import (
     Kind,
     Library,
     check_batch,
-    check_kind,
     check_library,
 )
 from genemodel.bundle.bundle import Bundle
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "imputed"
+Written = Literal["posterior", "decoder", "log"]
 # Cells whose rates over the whole vocabulary are held at once.
 _VOCABULARY_CELLS = 64
 
@@ -129,7 +129,7 @@ def impute(
     library: Library = None,
     batch: str | None = None,
     genes: Sequence[str] | None = None,
-    kind: Kind = "posterior",
+    kind: Written = "posterior",
     seed: int = 0,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -174,7 +174,8 @@ def impute(
         Only these, by name; the result is then a table in ``obsm`` instead of a layer.
     kind
         ``"posterior"``: this cell's rates given its own counts; ``"decoder"``: what cells like it
-        express, closer to biology, further from this cell's own library.
+        express, closer to biology, further from this cell's own library; ``"log"``: not counts but
+        the expected log1p of counts per 10,000 of another measurement of this cell.
     seed
         Of the split of molecules, the training and the draws.
     output
@@ -205,7 +206,7 @@ def impute(
     file.
     """
     wanted = _Wanted(key_added, uncertainty, draws, tuple(quantiles))
-    check_kind(kind)
+    _check_kind(kind, wanted)
     check_library(library)
     path = _checked_output(output, overwrite, adata)
     source = _open(adata, model, layer, species, batch_key, needs_species=genes is not None)
@@ -248,6 +249,16 @@ def impute(
 
 
 # -- before the work -----------------------------------------------------------------------------
+
+
+def _check_kind(kind: str, wanted: _Wanted) -> None:
+    if kind not in get_args(Written):
+        raise ConfigError(f"kind is {kind!r}; it must be 'posterior', 'decoder' or 'log'.")
+    if kind == "log" and len(wanted.names) > 1:
+        raise ConfigError(
+            "kind='log' gives expected logarithms only: leave uncertainty, draws and quantiles to "
+            "kind='posterior'."
+        )
 
 
 def _checked_output(output: str | Path | None, overwrite: bool, adata: object) -> Path | None:
@@ -495,19 +506,20 @@ def _write(
     wanted: _Wanted,
     library: Library,
     batch: str | None,
-    kind: Kind,
+    kind: Written,
     seed: int,
 ) -> None:
     """Compute block after block of cells and hand each to the sink."""
     measured_P = columns.measured_P
     ratio_C = trained.library_ratio(library)
+    whose: Kind = "decoder" if kind == "decoder" else "posterior"
     for start, chunk in _blocks(trained, foreign):
         stop = min(start + BLOCK_CELLS, len(trained))
         if chunk is not None:
             stop = start + chunk.counts_CV.shape[0]
         rows = slice(start, stop)
         found = trained.posterior(
-            rows, genes=columns.column_P[measured_P], library=library, batch=batch, kind=kind
+            rows, genes=columns.column_P[measured_P], library=library, batch=batch, kind=whose
         )
         if foreign is not None and chunk is not None:
             shape_CP = np.empty((stop - start, len(columns.names)))
@@ -517,6 +529,10 @@ def _write(
             shape_CP[:, ~measured_P] = foreign.theta_U
             rate_CP[:, ~measured_P] = foreign.theta_U / np.maximum(mean_CU, 1e-12)
             found = GammaPosterior(shape_CP, rate_CP)
+        if kind == "log":
+            value_CP = found.log_mean(ratio_C[rows] * trained.library_C[rows])
+            sink.write(wanted.key, rows, value_CP.astype(np.float32))
+            continue
         # One stream of chance a block: the order in which blocks are made cannot matter.
         generator = np.random.default_rng((seed, start))
         for name, values_CP in zip(wanted.names, wanted.values(found, generator), strict=True):

@@ -10,6 +10,7 @@ from scipy import stats
 import genemodel as gm
 from genemodel.adapt.posterior import (
     calibrate_dispersion,
+    expected_log1p,
     gamma_poisson_posterior,
     nb_log_likelihood,
     posterior_draws,
@@ -178,3 +179,16 @@ def test_coverage_adds_up_over_blocks(rng):
     parts = [tally_coverage(block, group, 4) for block in (pit[:13], pit[13:])]
     np.testing.assert_array_equal(whole, np.sum(parts, 0))
     assert randomised_coverage(pit, group).keys() == {0, 1, 2}
+
+
+def test_expected_log_is_the_sum_over_the_negative_binomial():
+    shape_CG = np.array([[0.05, 0.5, 2.0, 30.0], [1.0, 4.0, 100.0, 0.3]])
+    mean_CG = np.array([[1e-4, 0.02, 1.5, 40.0], [5.0, 60.0, 900.0, 10.0]])
+    scale_C = np.array([2.0, 0.7])
+    found_CG = expected_log1p(shape_CG, shape_CG / mean_CG, scale_C)
+    count_N = np.arange(20_000)
+    for cell, gene in np.ndindex(shape_CG.shape):
+        shape, mean = shape_CG[cell, gene], mean_CG[cell, gene]
+        mass_N = stats.nbinom.pmf(count_N, shape, shape / (shape + mean))
+        slow = (mass_N * np.log1p(scale_C[cell] * count_N)).sum()
+        assert found_CG[cell, gene] == pytest.approx(slow, rel=6e-3 if mean > 50 else 1e-5)

@@ -164,6 +164,23 @@ def test_the_decoder_is_the_posterior_without_evidence(done):
     np.testing.assert_allclose(model.posterior().mean, shape / rate, rtol=1e-6)
 
 
+def test_logarithms_are_those_of_another_measurement(cells, done):
+    """Drawn replicates of the posterior have the expected logarithms that are written."""
+    _, _, model = done
+    library_C = model.library_C[:40]
+    posterior = model.posterior(slice(0, 40))
+    draw = np.random.default_rng(0)
+    rate = draw.gamma(posterior.shape_CG, 1 / posterior.rate_CG, (2000, *posterior.shape_CG.shape))
+    replicate = np.log1p(1e4 * draw.poisson(rate) / library_C[:, None])
+    found_CG = posterior.log_mean(library_C)
+    error_CG = replicate.std(0) / np.sqrt(2000)
+    assert (np.abs(found_CG - replicate.mean(0)) < 5 * error_CG + 0.01).all()
+    adata = small(cells)
+    written = gm.impute(adata, kind="log", settings=QUICK)
+    expected_CG = written.posterior().log_mean(written.library_C)
+    np.testing.assert_allclose(adata.layers["imputed"], expected_CG, rtol=1e-5)
+
+
 def test_genes_asked_for_become_a_table(cells, done):
     adata = small(cells)
     symbols = adata.var["gene_symbol"].tolist()
@@ -379,7 +396,8 @@ def test_a_symbol_that_the_data_know_by_id_counts_as_measured(cells, random_bund
         ({"batch_key": "batch", "batch": "human_batch9"}, "did you mean 'human_batch"),
         ({"library": "mean"}, "'median', or a positive"),
         ({"library": -3.0}, "positive"),
-        ({"kind": "prior"}, "'posterior' or 'decoder'"),
+        ({"kind": "prior"}, "'posterior', 'decoder' or 'log'"),
+        ({"kind": "log", "draws": 2}, "expected logarithms only"),
         ({"draws": -1}, "draws is -1"),
         ({"quantiles": [5]}, "between 0 and 1"),
         ({"key_added": ""}, "key_added is empty"),
