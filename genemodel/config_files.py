@@ -19,6 +19,7 @@ from genemodel.settings import nearest
 # A group of files, or one file of a group, and the dataclass whose fields it must list, all of
 # them and no others. tests/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {
+    "backbone": "genemodel.model.tuning:TuningSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
     "integration": "genemodel.adapt.integration_net:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",

@@ -64,6 +64,7 @@ def demo(settings: DemoSettings) -> str:
     """
     from genemodel.bundle.bundle import Bundle
     from genemodel.cells.corpus import Corpus
+    from genemodel.cells.split import usual_groups
     from genemodel.evaluation.demo_report import write_demo_report
     from genemodel.genes import GeneVocabulary
     from genemodel.train.recipe import pretrain, split
@@ -94,7 +95,7 @@ def demo(settings: DemoSettings) -> str:
     description.to_html(out / "corpus.html")
     logger.info("    %s cells; readiness report: %s", f"{len(corpus):,}", out / "corpus.html")
 
-    by = _holdout_column(corpus)
+    by = usual_groups(corpus)
     recipe = _recipe(settings, corpus_path, out / "run", by, corpus)
     logger.info("2/4 pre-training %s steps; held out by %s", settings.steps, by or "nothing")
     bundle_path = pretrain(recipe)
@@ -179,15 +180,6 @@ def _fetch_pbmc3k(out: Path) -> Path:
     adata.obs["species"] = "human"
     adata.write_h5ad(path)
     return path
-
-
-def _holdout_column(corpus: Any) -> str:
-    """Column by whose groups cells can be held out: the first with two groups or more."""
-    for column in ("donor", "dataset", "batch"):
-        codes, _ = corpus.codes(column)
-        if np.unique(codes[codes >= 0]).size >= 2 and (codes >= 0).all():
-            return column
-    return ""
 
 
 def _recipe(settings: DemoSettings, corpus: Path, run: Path, by: str, opened: Any) -> Any:

@@ -13,10 +13,7 @@ No file holds code, and reading needs neither Lightning nor Hydra.
 import gzip
 import hashlib
 import io
-import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +21,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -142,18 +139,13 @@ class Bundle:
         DataError
             If ``path`` exists and is not a bundle.
         """
-        path = Path(path)
-        if path.exists() and not (path / ABOUT).is_file():
-            raise DataError(
-                f"{path} exists and is not a model bundle (no {ABOUT}): choose another directory."
-            )
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in self._weights().items()}
-        save_file(weights, partial / WEIGHTS)
-        self.vocabulary.save(partial / VOCABULARY)
-        write_medians(partial / STATISTICS, self.medians_V)
+
+        def fill(folder: Path) -> None:
+            save_file(weights, folder / WEIGHTS)
+            self.vocabulary.save(folder / VOCABULARY)
+            write_medians(folder / STATISTICS, self.medians_V)
+
         about = {
             "format": FORMAT,
             "model": to_values(self.model.settings),
@@ -166,20 +158,8 @@ class Bundle:
                 for name, part in self.model.embedding.knowledge.items()
                 if isinstance(part, KnowledgeEmbedding)
             },
-            "sha256": {name: _sha256(partial / name) for name in (WEIGHTS, VOCABULARY, STATISTICS)},
         }
-        (partial / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        write_checked(Path(path), ABOUT, "a model bundle", about, fill)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -199,23 +179,10 @@ class Bundle:
         """
         path = Path(path)
         about = _read_about(path)
-        for name, expected in about["sha256"].items():
-            if not (path / name).is_file():
-                raise DataError(
-                    f"{path}: {name} is missing. Copy the whole bundle directory again."
-                )
-            if _sha256(path / name) != expected:
-                raise DataError(
-                    f"{path / name} is damaged: its checksum is not the one in {ABOUT}. Copy the "
-                    "bundle again from where it was made."
-                )
         settings = parse(ModelSettings, about["model"], where=f"{path / ABOUT}: model")
         tokens = parse(TokenSettings, about["tokens"], where=f"{path / ABOUT}: tokens")
         vocabulary = GeneVocabulary.read(path / VOCABULARY)
-        try:
-            weights = load_file(path / WEIGHTS)
-        except SafetensorError as error:
-            raise DataError(f"{path / WEIGHTS} cannot be read ({error}).") from error
+        weights = read_tensors(path / WEIGHTS)
         knowledge = {
             name: (
                 torch.zeros(len(vocabulary), width),
@@ -267,25 +234,8 @@ def _read_about(path: Path) -> dict[str, Any]:
             else ""
         )
         raise DataError(f"{path} is not a model bundle: it has no {ABOUT}.{inside}")
-    try:
-        about: dict[str, Any] = json.loads((path / ABOUT).read_text())
-        number = int(about["format"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(
-            f"{path / ABOUT} cannot be read ({error}): copy the bundle again from where it was "
-            "made."
-        ) from error
-    if number > FORMAT:
-        raise DataError(
-            f"{path} has bundle format {number}; this version reads up to {FORMAT}. Upgrade "
-            "genemodel."
-        )
-    missing = {"model", "tokens", "settings", "provenance", "knowledge", "sha256"} - set(about)
-    if missing:
-        raise DataError(
-            f"{path / ABOUT} lacks {', '.join(sorted(missing))}: copy the bundle again."
-        )
-    return about
+    wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
+    return read_about(path, ABOUT, "a model bundle", newest=FORMAT, wanted=wanted)
 
 
 def _load_exactly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
@@ -298,11 +248,6 @@ def _load_exactly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
             f"{wrong[0][0]} {tuple(wrong[0][1])}. The bundle was put together from two models."
         )
     model.load_state_dict(dict(weights))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_medians(path: Path, medians_V: np.ndarray) -> None:

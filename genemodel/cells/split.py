@@ -82,6 +82,20 @@ def split_cells(
     return np.flatnonzero(~out_C), np.flatnonzero(out_C)
 
 
+def usual_groups(corpus: Corpus) -> str:
+    """Find the column to hold out by: the first of donor, dataset and batch that can be divided.
+
+    Returns
+    -------
+    The column; empty where each of them is missing for some cells or has one group only.
+    """
+    for by in ("donor", "dataset", "batch"):
+        codes_C, _ = _groups(corpus, by)
+        if (codes_C >= 0).all() and np.unique(codes_C).size >= 2:
+            return by
+    return ""
+
+
 def _groups(corpus: Corpus, by: str) -> tuple[npt.NDArray[np.int32], list[str]]:
     if by in _WITHIN_DATASET:
         return corpus.codes("dataset", by)

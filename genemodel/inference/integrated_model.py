@@ -11,11 +11,7 @@
 Axes: C cells, D latent, G genes read.
 """
 
-import hashlib
-import json
 import logging
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from genemodel.adapt.integration import encode
 from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import GeneCounts, read_counts
@@ -226,15 +222,6 @@ class IntegratedModel:
         DataError
             If ``path`` exists and is not such a model.
         """
-        path = Path(path)
-        if path.exists() and not (path / ABOUT).is_file():
-            raise DataError(
-                f"{path} exists and is not an integrated model (no {ABOUT}): choose another "
-                "directory."
-            )
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         weights = {f"net.{k}": v.detach().contiguous() for k, v in self.net.state_dict().items()}
         fitted: dict[str, Any] | None = None
         if self.correction is not None:
@@ -243,13 +230,15 @@ class IntegratedModel:
             for name in FITTED:
                 array = np.ascontiguousarray(values[name])
                 weights[f"correction.{name}"] = torch.from_numpy(array)
-        save_file(weights, partial / WEIGHTS)
-        (partial / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
-        if self.bundle is not None:
-            self.bundle.save(partial / BUNDLE)
-        elif self.vocabulary is not None:
-            self.vocabulary.save(partial / VOCABULARY)
-        files = sorted(file for file in partial.iterdir() if file.is_file())
+
+        def fill(folder: Path) -> None:
+            save_file(weights, folder / WEIGHTS)
+            (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
+            if self.bundle is not None:
+                self.bundle.save(folder / BUNDLE)
+            elif self.vocabulary is not None:
+                self.vocabulary.save(folder / VOCABULARY)
+
         about = {
             "format": FORMAT,
             "settings": to_values(self.settings),
@@ -259,21 +248,8 @@ class IntegratedModel:
             "labels": self.labels,
             "bundle": None if self.bundle is None else self.bundle.fingerprint,
             "provenance": self.provenance,
-            "sha256": {file.name: _sha256(file) for file in files},
         }
-        (partial / ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-        for file in partial.iterdir():
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        write_checked(Path(path), ABOUT, "an integrated model", about, fill)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -286,18 +262,9 @@ class IntegratedModel:
         """
         path = Path(path)
         about = _read_about(path)
-        for name, expected in about["sha256"].items():
-            if not (path / name).is_file() or _sha256(path / name) != expected:
-                raise DataError(
-                    f"{path / name} is missing or damaged: its checksum is not the one in {ABOUT}. "
-                    "Copy the whole directory again from where it was made."
-                )
         settings = parse(IntegrationSettings, about["settings"], where=f"{path / ABOUT}: settings")
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
-        try:
-            weights = load_file(path / WEIGHTS)
-        except SafetensorError as error:
-            raise DataError(f"{path / WEIGHTS} cannot be read ({error}).") from error
+        weights = read_tensors(path / WEIGHTS)
         bundle = None
         if about["bundle"] is not None:
             bundle = Bundle.load(path / BUNDLE, device=device)
@@ -339,22 +306,5 @@ def _read_about(path: Path) -> dict[str, Any]:
             f"{path} is not an integrated model: it has no {ABOUT}. `genemodel finetune` writes "
             "one to <out>/model."
         )
-    try:
-        about: dict[str, Any] = json.loads((path / ABOUT).read_text())
-        number = int(about["format"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(
-            f"{path / ABOUT} cannot be read ({error}): copy the directory again."
-        ) from error
-    if number > FORMAT:
-        raise DataError(f"{path} has format {number}; this version reads up to {FORMAT}. Upgrade.")
-    wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle", "sha256"}
-    missing = (wanted | {"provenance"}) - set(about)
-    if missing:
-        raise DataError(f"{path / ABOUT} lacks {', '.join(sorted(missing))}: copy it again.")
-    return about
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle", "provenance"}
+    return read_about(path, ABOUT, "an integrated model", newest=FORMAT, wanted=wanted)

@@ -3,6 +3,7 @@
 Axes as in ``genemodel.cells.batch``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from genemodel.tasks.parts import LossPart
 
 # Purposes of randomness; part of every address, so streams never coincide.
 HIDE, DROP_BATCH = 1, 2
+BATCH_TABLE = "decode_counts.batch.weight"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,30 @@ class PretrainingObjectives(nn.Module):
             self.heads["masked_value"] = MaskedValueHead(width, statistics)
         if settings.decode_counts.weight > 0:
             self.heads["decode_counts"] = CountDecoder(width, statistics, n_batches, measured_XV)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Take up saved weights of heads, ``"decode_counts.log_theta_V"`` and the like.
+
+        The table of technical batches stays new, because the batches of other cells are others. A
+        weight of another shape stays new as well.
+
+        Returns
+        -------
+        Names of the objectives whose weights, but for the batches, were all there.
+        """
+        complete = []
+        for name, head in self.heads.items():
+            own = head.state_dict()
+            wanted = [key for key in own if f"{name}.{key}" != BATCH_TABLE]
+            taken = {
+                key: weights[f"{name}.{key}"]
+                for key in wanted
+                if f"{name}.{key}" in weights and weights[f"{name}.{key}"].shape == own[key].shape
+            }
+            head.load_state_dict({**own, **taken})
+            if len(taken) == len(wanted):
+                complete.append(name)
+        return complete
 
     @property
     def weights(self) -> dict[str, float]:

@@ -6,18 +6,18 @@ written under another name, flushed to disk, renamed. Whoever looks takes the ne
 checksums hold; a damaged one is named and passed over.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+
+from genemodel.bundle.directory import flush, sha256, write_directory
 
 logger = logging.getLogger(__name__)
 
@@ -37,40 +37,6 @@ class Checkpoint:
         return int(self.about["step"])
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Create directory ``path`` in one move: fill a sibling, flush it, rename it."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    for file in sorted(partial.iterdir()):
-        _flush(file)
-    _flush(partial)
-    if path.exists():
-        # A directory cannot be replaced atomically: the old one steps aside first.
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
-    _flush(path.parent)
-
-
 class CheckpointDirectory(CheckpointIO):
     """Lightning's door to checkpoints, writing and reading the directories described above."""
 
@@ -83,9 +49,9 @@ class CheckpointDirectory(CheckpointIO):
         def fill(folder: Path) -> None:
             torch.save(checkpoint, folder / STATE)
             (folder / ABOUT).write_text(json.dumps(about, indent=1))
-            sums = {name: _sha256(folder / name) for name in (STATE, ABOUT)}
+            sums = {name: sha256(folder / name) for name in (STATE, ABOUT)}
             for name in (STATE, ABOUT):
-                _flush(folder / name)
+                flush(folder / name)
             (folder / MARKER).write_text(json.dumps(sums, indent=1))
 
         write_directory(Path(path), fill)
@@ -106,7 +72,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
     try:
         sums: Mapping[str, str] = json.loads((path / MARKER).read_text())
         for name, expected in sums.items():
-            if _sha256(path / name) != expected:
+            if sha256(path / name) != expected:
                 logger.warning("Checkpoint %s: %s is damaged, passing over it.", path, name)
                 return None
         return Checkpoint(path, json.loads((path / ABOUT).read_text()))

@@ -5,7 +5,7 @@ Knows modules, losses and ranks; what the data mean is none of its business.
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +37,10 @@ class TrainingModule(pl.LightningModule):
         prepared) -> {name: LossPart}``, ``weights`` and ``forward_flops(model, lengths_C)``.
     optim, max_steps, seed
         Of the run.
+    about
+        Plain values kept with every checkpoint.
+    rate_shares
+        Learning rates of the model's parameters by name, as shares of the run's; 1 by default.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class TrainingModule(pl.LightningModule):
         max_steps: int,
         seed: int,
         about: dict[str, Any],
+        rate_shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -57,6 +62,7 @@ class TrainingModule(pl.LightningModule):
         self.max_steps = max_steps
         self.seed = seed
         self.about = about
+        self.rate_shares = {f"model.{k}": share for k, share in (rate_shares or {}).items()}
         self.steps_done = 0
         self.position = Position()
         self.last_step: dict[str, float] = {}
@@ -67,7 +73,7 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Build the optimisers."""
-        return build_optimisers(self, self.optim_settings)
+        return build_optimisers(self, self.optim_settings, self.rate_shares)
 
     def training_step(self, step: Step, batch_idx: int) -> None:
         """Do one optimiser step over all micro-batches of this rank."""
@@ -78,7 +84,7 @@ class TrainingModule(pl.LightningModule):
         share = lr_share(self.steps_done, self.max_steps, self.optim_settings)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = self.optim_settings.lr * share
+                group["lr"] = self.optim_settings.lr * share * group.get("share", 1.0)
             optimiser.zero_grad(set_to_none=True)
         # Dropout's randomness has an address too: a restarted step drops the same units.
         torch.manual_seed(hash((self.seed, self.steps_done, self.global_rank)) & 0x7FFFFFFF)

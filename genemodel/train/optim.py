@@ -1,6 +1,8 @@
 """Optimisers and the learning-rate schedule."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,27 +37,53 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def build_optimisers(module: nn.Module, settings: OptimSettings) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the block matrices and AdamW for the rest."""
+def build_optimisers(
+    module: nn.Module, settings: OptimSettings, rate_shares: Mapping[str, float] | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the block matrices and AdamW for the rest.
+
+    Parameters
+    ----------
+    module
+        Whose trainable parameters are meant.
+    settings
+        Of the optimisers.
+    rate_shares
+        By parameter name, the share of the learning rate that it gets; 1 where not named. Every
+        group of an optimiser carries its share as ``group["share"]``.
+    """
     groups = parameter_groups(module)
     muon = settings.name == "muon"
     decayed = groups["decayed"] + ([] if muon else groups["matrices"])
+    share_of = {
+        id(parameter): (rate_shares or {}).get(name, 1.0)
+        for name, parameter in module.named_parameters()
+    }
+
+    def by_share(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+        shares = sorted({share_of[id(p)] for p in parameters}, reverse=True)
+        return [
+            {
+                "params": [p for p in parameters if share_of[id(p)] == share],
+                "weight_decay": weight_decay,
+                "share": share,
+            }
+            for share in shares
+        ]
+
     adamw = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": groups["plain"], "weight_decay": 0.0},
-        ],
+        by_share(decayed, settings.weight_decay) + by_share(groups["plain"], 0.0),
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=True,
     )
-    if not muon:
+    if not muon or not groups["matrices"]:
         return [adamw]
     return [
         adamw,
         torch.optim.Muon(
-            groups["matrices"],
+            by_share(groups["matrices"], settings.weight_decay),
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             adjust_lr_fn="match_rms_adamw",  # so that one learning rate serves both

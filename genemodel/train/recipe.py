@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -15,23 +16,26 @@ import numpy as np
 import torch
 
 import genemodel
-from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.order import Position
-from genemodel.cells.split import split_cells
+from genemodel.cells.split import split_cells, usual_groups
 from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
-from genemodel.errors import ConfigError
+from genemodel.cells.tokens import TokenSettings
+from genemodel.errors import ConfigError, DataError
 from genemodel.genes.knowledge import KnowledgeTable
+from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.gene_model import GeneModel
-from genemodel.settings import difference, to_values
+from genemodel.model.tuning import merged, rate_shares, tune
+from genemodel.settings import difference, parse, to_values
 from genemodel.tasks.decode_counts import CountDecoder
 from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train.checkpoint import Checkpoint, CheckpointDirectory, newest_checkpoint
 from genemodel.train.data import StepData
 from genemodel.train.module import TrainingModule
 from genemodel.train.settings import PretrainSettings, TrainerSettings
-from genemodel.train.watch import Watch
+from genemodel.train.watch import Watch, keep_rows_up_to
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 # a number that is learnt.
 FREE_ON_RESUME = (
     "out",
+    "start",  # where the bundle lies; what it holds is compared by itself
     "log.",
     "trainer.max_minutes",
     "trainer.log_every",
@@ -72,10 +77,16 @@ def pretrain(settings: PretrainSettings) -> Path:
     """
     run = Path(settings.out)
     trainer_settings = settings.trainer
-    values = to_values(settings)
     corpus = Corpus.open(settings.corpus)
-    checkpoint = find_checkpoint(run, values, corpus.fingerprint)
-    if checkpoint is not None and checkpoint.step >= trainer_settings.max_steps:
+    start = open_start(settings.start, corpus) if settings.start else None
+    if start is not None:
+        settings = shaped_like(start, settings)
+    values = to_values(settings)
+    content = {"corpus": corpus.fingerprint, "start": start.fingerprint if start else ""}
+    checkpoint = find_checkpoint(run, values, content)
+    if checkpoint is not None and (
+        checkpoint.step >= trainer_settings.max_steps or checkpoint.about.get("ended")
+    ):
         logger.info(
             "%s is complete (%s steps): nothing to do. Choose another out= for a new run.",
             run, f"{checkpoint.step:,}",
@@ -87,7 +98,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     batch_codes, n_batches = training_batches(
         corpus, settings.task.decode_counts.batch_key, train_cells
     )
-    inverse_median_V = inverse_medians(corpus.medians_V)
+    medians_V = medians_of(corpus, start)
+    inverse_median_V = inverse_medians(medians_V)
 
     def stream(cells: np.ndarray, rank: int, world: int, **options: Any) -> CellStream:
         return CellStream(
@@ -105,7 +117,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     )
 
     torch.manual_seed(settings.seed)
-    model, objectives = build(settings, corpus, train_cells, n_batches)
+    model, objectives = build(settings, corpus, train_cells, n_batches, start)
     if trainer_settings.compile:
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)
@@ -115,10 +127,15 @@ def pretrain(settings: PretrainSettings) -> Path:
         optim=settings.optim,
         max_steps=trainer_settings.max_steps,
         seed=settings.seed,
-        about={"settings": values, "corpus": corpus.fingerprint},
+        about={"settings": values, **content},
+        rate_shares=rate_shares(model, settings.backbone),
     )
     n = sum(p.numel() for p in model.parameters())
-    logger.info("Model: %s parameters, %s, %s.", f"{n:,}", accelerator, precision)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(
+        "Model: %s parameters, %s of them learn, %s, %s.",
+        f"{n:,}", f"{learning:,}", accelerator, precision,
+    )  # fmt: skip
 
     begin = time.time()
 
@@ -127,14 +144,14 @@ def pretrain(settings: PretrainSettings) -> Path:
             "genemodel": genemodel.__version__,
             "torch": version("torch"),
             "python": platform.python_version(),
-            "corpus": corpus.fingerprint,
+            **content,
             "cells": int(train_cells.size),
             "steps": trained.steps_done,
             "seed": settings.seed,
             "validation": trained.validation,
             "session_minutes": round((time.time() - begin) / 60, 1),
         }
-        bundle_of(trained, corpus, settings, provenance).save(run / "bundle")
+        bundle_of(trained, corpus.vocabulary, medians_V, settings, provenance).save(run / "bundle")
 
     watch = Watch(run, trainer_settings, settings.log, on_improvement=release, values=values)
     run.mkdir(parents=True, exist_ok=True)
@@ -163,6 +180,11 @@ def pretrain(settings: PretrainSettings) -> Path:
     )
     if trainer.is_global_zero:
         (run / "settings.json").write_text(json.dumps(values, indent=1) + "\n")
+        if checkpoint is None:
+            keep_rows_up_to(run / "validation.csv", -1)
+    if start is not None and checkpoint is None:
+        # What was there before is the first to beat: a run that only harms releases its start.
+        trainer.validate(module, data, verbose=False)
     trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
 
     if watch.signal is not None and not watch.finished:
@@ -187,18 +209,54 @@ def processes(settings: TrainerSettings) -> tuple[int, int]:
     return settings.devices, settings.num_nodes
 
 
-def find_checkpoint(run: Path, values: dict[str, Any], corpus: str) -> Checkpoint | None:
+def open_start(path: str, corpus: Corpus) -> Bundle:
+    """Read the bundle to start from, and refuse one with other genes than the corpus."""
+    start = Bundle.load(path, device="cpu")
+    mine, theirs = corpus.vocabulary, start.vocabulary
+    if mine.fingerprint != theirs.fingerprint:
+        raise DataError(
+            f"corpus {corpus.path} was built with vocabulary {mine.fingerprint[:12]} "
+            f"({', '.join(mine.species)}; {len(mine):,} tokens), but start={path} knows "
+            f"{theirs.fingerprint[:12]} ({', '.join(theirs.species)}; {len(theirs):,} tokens). "
+            f"Build the corpus with vocabulary={Path(path) / VOCABULARY}, or leave start out."
+        )
+    return start
+
+
+def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
+    """Take architecture and context from the bundle; the budget of a step stays the run's."""
+    context = start.tokens.context
+    logger.info(
+        "Starting from %s: its architecture and its context of %s tokens are taken.",
+        settings.start, f"{context:,}",
+    )  # fmt: skip
+    tokens = TokenSettings(context, max(settings.tokens.budget, context))
+    return replace(settings, model=start.model.settings, tokens=tokens)
+
+
+def medians_of(corpus: Corpus, start: Bundle | None) -> np.ndarray:
+    """Medians that scale the counts: those a model has learnt with, the corpus's for new genes."""
+    medians_V = np.asarray(corpus.medians_V, np.float32)
+    if start is None:
+        return medians_V
+    return np.where(np.isfinite(start.medians_V), start.medians_V, medians_V)
+
+
+def find_checkpoint(
+    run: Path, values: dict[str, Any], content: dict[str, str]
+) -> Checkpoint | None:
     """Find where an earlier session of the same run stopped; refuse another run's directory."""
     checkpoint = newest_checkpoint(run / "checkpoints") if run.exists() else None
     if checkpoint is None:
         return None
-    changed = [
-        line
-        for line in difference(checkpoint.about["settings"], values)
-        if not line.startswith(FREE_ON_RESUME)
+    # A setting that is newer than the run had its default then.
+    before = to_values(parse(PretrainSettings, checkpoint.about["settings"]))
+    changed = [line for line in difference(before, values) if not line.startswith(FREE_ON_RESUME)]
+    changed += [
+        f"{name}: its content is not what the run started with"
+        for name, fingerprint in content.items()
+        if checkpoint.about.get(name, "") != fingerprint
     ]
-    if checkpoint.about["corpus"] != corpus:
-        changed.append("corpus: its content is not what the run started with")
     if changed:
         raise ConfigError(
             f"{run} holds a run of {checkpoint.step:,} steps with other settings:\n  "
@@ -234,11 +292,14 @@ def choose_device(settings: TrainerSettings) -> tuple[str, str]:
 def split(settings: PretrainSettings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     """Return cells to train on and cells to validate on; the same where nothing is held out."""
     by = settings.holdout.by
+    if by == "auto":
+        by = usual_groups(corpus)
     if not by:
         every = np.arange(len(corpus))
         logger.warning(
-            "Nothing is held out (holdout.by is empty): validation losses are on training cells "
-            "and say nothing about new ones."
+            "Nothing is held out (holdout.by is %s): validation losses are on training cells "
+            "and say nothing about new ones.",
+            "auto, and there are no groups" if settings.holdout.by else "empty",
         )
         return every, every
     train_cells, held_out = split_cells(
@@ -270,22 +331,14 @@ def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple
 
 
 def build(
-    settings: PretrainSettings, corpus: Corpus, train_cells: np.ndarray, n_batches: int
+    settings: PretrainSettings,
+    corpus: Corpus,
+    train_cells: np.ndarray,
+    n_batches: int,
+    start: Bundle | None = None,
 ) -> tuple[GeneModel, PretrainingObjectives]:
-    """Build backbone and objectives with their starting points from the training cells."""
-    vocabulary = corpus.vocabulary
-    knowledge = {}
-    for name in settings.model.knowledge:
-        table = KnowledgeTable.read(name, vocabulary)
-        key = Path(name).name.split(".")[0]
-        knowledge[key] = (torch.from_numpy(table.table_VP), torch.from_numpy(table.present_V))
-    model = GeneModel(
-        settings.model,
-        n_tokens=len(vocabulary),
-        n_species=len(vocabulary.species),
-        context=settings.tokens.context,
-        knowledge=knowledge,
-    )
+    """Build backbone and objectives with their starting points: a bundle, or the training cells."""
+    model = new_model(settings, corpus) if start is None else start.model.train()
     statistics = GeneStatistics.measure(corpus, train_cells, seed=settings.seed)
     objectives = PretrainingObjectives(
         settings.task,
@@ -295,36 +348,61 @@ def build(
         measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
         seed=settings.seed,
     )
+    components = None
     if model.embedding.components is not None:
         components = PrincipalGenes.measure(
             corpus, train_cells, settings.model.components, seed=settings.seed
         )
-        model.embedding.components.start_at(
-            torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
-        )
         for head in objectives.heads.values():
             if isinstance(head, CountDecoder):
                 head.start_at(components)
+    if start is not None:
+        taken = objectives.start_from(start.heads)
+        if new := [name for name in objectives.heads if name not in taken]:
+            logger.info("New heads, which the bundle has not or not all of: %s.", ", ".join(new))
+    elif model.embedding.components is not None and components is not None:
+        model.embedding.components.start_at(
+            torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
+        )
+    tune(model, settings.backbone)
     return model, objectives
+
+
+def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
+    """Make a backbone of new weights for the genes of the corpus."""
+    vocabulary = corpus.vocabulary
+    knowledge = {}
+    for name in settings.model.knowledge:
+        table = KnowledgeTable.read(name, vocabulary)
+        key = Path(name).name.split(".")[0]
+        knowledge[key] = (torch.from_numpy(table.table_VP), torch.from_numpy(table.present_V))
+    return GeneModel(
+        settings.model,
+        n_tokens=len(vocabulary),
+        n_species=len(vocabulary.species),
+        context=settings.tokens.context,
+        knowledge=knowledge,
+    )
 
 
 def bundle_of(
     module: TrainingModule,
-    corpus: Corpus,
+    vocabulary: GeneVocabulary,
+    medians_V: np.ndarray,
     settings: PretrainSettings,
     provenance: dict[str, Any],
 ) -> Bundle:
-    """Release what was trained."""
+    """Release what was trained, adapters merged."""
     assert isinstance(module.model, GeneModel)
     heads = {
         name.removeprefix("heads."): tensor.detach().cpu().clone()
         for name, tensor in module.objectives.state_dict().items()
     }
     return Bundle(
-        model=module.model,
-        vocabulary=corpus.vocabulary,
+        model=merged(module.model),
+        vocabulary=vocabulary,
         tokens=settings.tokens,
-        medians_V=np.asarray(corpus.medians_V, np.float32),
+        medians_V=medians_V,
         heads=heads,
         settings={"pretraining": to_values(settings.task)},
         provenance=provenance,

@@ -6,6 +6,7 @@ from typing import Literal
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError
 from genemodel.model.settings import ModelSettings
+from genemodel.model.tuning import TuningSettings
 from genemodel.tasks.pretraining import PretrainingSettings
 
 
@@ -16,7 +17,8 @@ class HoldoutSettings:
     Attributes
     ----------
     by
-        obs column whose groups are held out (``dataset``, ``donor``, …); empty holds nothing out.
+        obs column whose groups are held out (``dataset``, ``donor``, …); ``auto`` takes the first
+        of donor, dataset and batch that has several groups; empty holds nothing out.
     groups
         Names of the groups to hold out; empty draws them at random.
     fraction
@@ -170,19 +172,37 @@ class PretrainSettings:
         Directory of a corpus made by ``genemodel corpus build``.
     out
         Run directory. If it holds an unfinished run with the same settings, that run goes on.
+    start
+        Bundle directory whose weights are the start; empty for new weights. Architecture and
+        context are then the bundle's, whatever ``model`` and ``tokens.context`` say.
     seed
         Of initialisation, order and masks.
-    tokens, model, task, optim, trainer, log, holdout
+    tokens, model, backbone, task, optim, trainer, log, holdout
         Groups of settings.
     """
 
     corpus: str
     out: str
+    start: str = ""
     seed: int = 0
     tokens: TokenSettings = field(default_factory=TokenSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    backbone: TuningSettings = field(default_factory=TuningSettings)
     task: PretrainingSettings = field(default_factory=PretrainingSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     log: LogSettings = field(default_factory=LogSettings)
     holdout: HoldoutSettings = field(default_factory=HoldoutSettings)
+
+    def __post_init__(self) -> None:
+        tune = self.backbone.tune
+        if not self.start and tune not in ("full", "scratch"):
+            raise ConfigError(
+                f"backbone={tune} leaves weights as they are, and without start there are only new "
+                "ones: set start=BUNDLE, or backbone=full."
+            )
+        if self.start and tune == "scratch":
+            raise ConfigError(
+                f"backbone=scratch means new weights, but start={self.start} names some: leave "
+                "start out, or set backbone=full."
+            )

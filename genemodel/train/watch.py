@@ -269,6 +269,10 @@ class Watch(pl.Callback):
         if patience and self.since_best >= patience:
             logger.info("No improvement in %s validations: stopping early.", patience)
             trainer.should_stop = True
+            if trainer.state.fn == "fit":
+                # The same command must find a run that has ended, not one that was cut off.
+                pl_module.about["ended"] = "early"
+                self._save(trainer, pl_module.steps_done)
 
 
 def _duration(seconds: float) -> str:

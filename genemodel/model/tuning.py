@@ -1,0 +1,136 @@
+"""Which weights of a pre-trained backbone learn on, how fast, and through what.
+
+Low-rank adapters (Hu et al. 2022) stand in for changes of the hidden matrices; they are added to
+the matrices when a model is released, so that a tuned model is a model like any other.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from genemodel.errors import ConfigError
+from genemodel.model.gene_model import Block, GeneModel
+
+Tune = Literal["frozen", "lora", "last", "full", "scratch"]
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What of the backbone learns.
+
+    Attributes
+    ----------
+    tune
+        ``frozen``: nothing. ``lora``: low-rank changes of the matrices of all blocks. ``last``: the
+        top blocks and the final norm. ``full``: everything. ``scratch``: everything, from new
+        weights.
+    rank, alpha
+        Of ``lora``: width of the change, and its weight, which is alpha ÷ rank.
+    layers
+        Of ``last``: how many blocks from the top.
+    layer_decay
+        Learning rate of a block as a share of that of the block above it. The top block has the
+        full rate, the embeddings the lowest; 1 gives the same to all.
+    """
+
+    tune: Tune = "full"
+    rank: int = 8
+    alpha: float = 16.0
+    layers: int = 1
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"backbone.{name} is {getattr(self, name)}: it must be at least 1."
+                )
+        if self.alpha <= 0:
+            raise ConfigError(f"backbone.alpha is {self.alpha}: it must be positive.")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"backbone.layer_decay is {self.layer_decay}: it is a share, above 0 and at most 1."
+            )
+
+
+class LowRank(nn.Module):
+    """Adds a product of two thin matrices to a weight; the second starts at zero."""
+
+    def __init__(self, weight_OI: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        outputs, inputs = weight_OI.shape
+        self.scale = alpha / rank
+        self.down_RI = nn.Parameter(torch.randn(rank, inputs) * inputs**-0.5)
+        self.up_OR = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, weight_OI: Tensor) -> Tensor:
+        """(O, I) → (O, I)."""
+        return weight_OI + self.scale * (self.up_OR @ self.down_RI)
+
+
+def tune(model: GeneModel, settings: TuningSettings) -> None:
+    """Freeze what is not to learn, and put in the adapters where they are asked for.
+
+    Raises
+    ------
+    ConfigError
+        More blocks or a larger rank than the model has.
+    """
+    shape = model.settings
+    everything = settings.tune in ("full", "scratch")
+    model.requires_grad_(everything)
+    if settings.tune == "last":
+        if settings.layers > shape.layers:
+            raise ConfigError(
+                f"backbone.layers is {settings.layers}, but the model has {shape.layers} blocks: "
+                f"set it to at most {shape.layers}, or backbone=full."
+            )
+        for part in (*model.blocks[-settings.layers :], model.final_norm):
+            part.requires_grad_(True)
+    elif settings.tune == "lora":
+        smallest = min(shape.width, shape.ffn)
+        if settings.rank >= smallest:
+            raise ConfigError(
+                f"backbone.rank is {settings.rank}, but the matrices of the model are {smallest} "
+                f"wide: set it well below, such as 8, or backbone=full."
+            )
+        for matrix in _matrices(model):
+            adapter = LowRank(matrix.weight, settings.rank, settings.alpha)
+            parametrize.register_parametrization(matrix, "weight", adapter)
+
+
+def merged(model: GeneModel) -> GeneModel:
+    """Return the model with its adapters added to the matrices; itself where it has none."""
+    if not any(parametrize.is_parametrized(matrix) for matrix in _matrices(model)):
+        return model
+    plain = copy.deepcopy(model)
+    for matrix in _matrices(plain):
+        parametrize.remove_parametrizations(matrix, "weight", leave_parametrized=True)
+    return plain
+
+
+def rate_shares(model: GeneModel, settings: TuningSettings) -> dict[str, float]:
+    """Learning rate of every parameter by name, as a share of the run's."""
+    top = len(model.blocks)
+    shares = {}
+    for name, _ in model.named_parameters():
+        depth = 0
+        if name.startswith("embedding."):
+            depth = top
+        elif name.startswith("blocks."):
+            depth = top - 1 - int(name.split(".")[1])
+        shares[name] = settings.layer_decay**depth
+    return shares
+
+
+def _matrices(model: GeneModel) -> list[nn.Linear]:
+    """All matrices of the blocks."""
+    found: list[nn.Linear] = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        found += [block.qkv, block.out, block.ffn.up, block.ffn.down]
+    return found
