@@ -106,14 +106,14 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "finetune": Verb(
-        summary="train a batch-robust embedding on a file, from a model or from scratch",
+        summary="adapt a model to a file: batch-robust embedding, imputed counts, or both",
         config="finetune",
-        settings="genemodel.inference.finetune:FinetuneSettings",
-        function="genemodel.inference.finetune:finetune",
+        settings="genemodel.finetune:FinetuneSettings",
+        function="genemodel.finetune:finetune",
         examples=(
             "finetune data=lung.h5ad batch_key=donor out=runs/lung",
-            "finetune data=lung.h5ad 'batch_key=[donor,study]' label_key=cell_type "
-            "model=runs/small/bundle out=runs/lung_labels",
+            "finetune data=lung.h5ad 'batch_key=[donor,study]' label_key=cell_type task=both "
+            "model=runs/small/bundle backbone=lora backbone.rank=8 out=runs/lung_lora",
         ),
     ),
     "embed": Verb(

@@ -21,6 +21,7 @@ from genemodel.settings import nearest
 GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
+    "imputation": "genemodel.adapt.imputation:DecoderSettings",
     "integration": "genemodel.adapt.integration_net:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",

@@ -23,7 +23,7 @@ ORDER = (
     ("evaluation",),
     ("train",),
     ("config_files",),
-    ("verbs", "demo"),
+    ("verbs", "demo", "finetune"),
     ("cli",),
     ("__main__",),
 )

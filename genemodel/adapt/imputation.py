@@ -64,8 +64,8 @@ class DecoderSettings:
         all stay the same.
     calibration_cells
         Most cells, drawn at random, on which the dispersion is calibrated and checked.
-    seed
-        Fixes the split, the initial weights and the order of cells.
+    gene_vectors
+        Start genes from the gene vectors of a pre-trained model instead of at random.
     """
 
     hidden: int = 128
@@ -82,7 +82,7 @@ class DecoderSettings:
     check_every: int = 5
     full_passes: int = 50_000
     calibration_cells: int = 20_000
-    seed: int = 0
+    gene_vectors: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.thin_low <= self.thin_high < 1:
@@ -201,6 +201,24 @@ class Decoder(nn.Module):
         self.offset_BD = nn.Parameter(
             torch.zeros(n_batches, settings.latent), requires_grad=n_batches > 1
         )
+
+    @torch.no_grad()
+    def start_from(self, vectors_GE: Floats) -> None:
+        """Start genes at the principal components of pre-trained vectors, as large as otherwise.
+
+        Genes whose row is NaN start at random, and so do columns beyond the components.
+        """
+        vectors = torch.as_tensor(vectors_GE, dtype=torch.float32)
+        known_G = torch.isfinite(vectors).all(1)
+        if int(known_G.sum()) < 2:
+            return
+        centred_GE = vectors[known_G] - vectors[known_G].mean(0)
+        left_GE, size_E, _ = torch.linalg.svd(centred_GE, full_matrices=False)
+        score_GE = left_GE * size_E
+        for target in (self.input_GH, self.gene_GD):
+            k = min(score_GE.shape[1], target.shape[1])
+            chosen_GE = score_GE[:, :k]
+            target[known_G, :k] = chosen_GE / chosen_GE.std().clamp_min(1e-12) * target.std()
 
     def encode(self, count_CG: sp.csr_matrix) -> Tensor:
         """Latent vector of every cell, (C, D)."""
@@ -389,6 +407,9 @@ def train_decoder(
     count_CG: sp.csr_matrix,
     batch_C: NDArray[np.integer] | None = None,
     settings: DecoderSettings | None = None,
+    *,
+    gene_vectors_GE: Floats | None = None,
+    seed: int = 0,
 ) -> TrainedDecoder:
     """Train the decoder by thinning and calibrate its dispersion on molecules set aside.
 
@@ -400,6 +421,12 @@ def train_decoder(
         Technical batch codes 0..B-1; one batch if omitted.
     settings
         Default ``DecoderSettings()``.
+    gene_vectors_GE
+        Pre-trained vectors from which the genes start; NaN for a gene without one. There is no such
+        door for *cell* vectors: they are made from all molecules of a cell, and would show the
+        encoder those that it is to predict.
+    seed
+        Fixes the split, the initial weights and the order of cells.
 
     Returns
     -------
@@ -421,12 +448,14 @@ def train_decoder(
     if codes_C.shape != (n_cells,) or codes_C.min() < 0:
         raise DataError(f"batch codes have shape {codes_C.shape}; expected ({n_cells},), all >= 0")
 
-    generator = np.random.default_rng(settings.seed)
+    generator = np.random.default_rng(seed)
     seen_CG, held_CG = split_molecules(count_CG, 1.0 - settings.calibration_fraction, generator)
     frequency_G = np.asarray(seen_CG.sum(axis=0)).ravel() + 0.1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         decoder = Decoder(frequency_G / frequency_G.sum(), int(codes_C.max()) + 1, settings)
+        if gene_vectors_GE is not None:
+            decoder.start_from(gene_vectors_GE)
         averaged, nats, history = _fit(decoder, seen_CG, held_CG, codes_C, generator, settings)
 
     chosen_C = np.arange(n_cells)
@@ -443,7 +472,7 @@ def train_decoder(
     ratio = settings.calibration_fraction / (1.0 - settings.calibration_fraction)
     dispersion_G = calibrate_dispersion(prior_mean, seen_CG, held_CG, ratio)
     coverage = measure_coverage(
-        prior_mean, dispersion_G, seen_CG, held_CG, ratio, np.random.default_rng(settings.seed)
+        prior_mean, dispersion_G, seen_CG, held_CG, ratio, np.random.default_rng(seed)
     )
     logger.info("%s", coverage)
     return TrainedDecoder(averaged, dispersion_G, nats, coverage, history)

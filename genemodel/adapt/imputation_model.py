@@ -1,18 +1,31 @@
 """A trained decoder with the counts it explains: the posterior of any cell and gene on demand.
 
+On disk it has the decoder and not the counts, and is given further cells with
+:meth:`ImputationModel.of`::
+
+    imputation.json      format, settings, batches, calibration, checksums
+    weights.safetensors  decoder ("decoder.*"), dispersion of every gene, which genes have counts
+    genes.txt            names of the genes, one a line
+
 Axes: C cells, G genes, M posterior draws, Q quantile levels.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from genemodel.adapt.imputation import (
     BLOCK_CELLS,
+    Coverage,
+    Decoder,
     DecoderSettings,
     TrainedDecoder,
     decode_fraction,
@@ -24,13 +37,18 @@ from genemodel.adapt.posterior import (
     posterior_gamma,
     rate_quantiles,
 )
+from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import nearest
+from genemodel.settings import nearest, parse, to_values
 
 Kind = Literal["posterior", "decoder"]
 """Whose rates: this cell's, or those of cells like it."""
 Library = float | str | None
 Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None
+
+FORMAT = 1
+ABOUT, WEIGHTS, GENES = "imputation.json", "weights.safetensors", "genes.txt"
+KIND = "an imputation model"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
@@ -103,6 +121,10 @@ class ImputationModel:
         Names of the batches; empty where none were told apart.
     settings
         What it was trained with.
+    genes
+        Names of all genes; their numbers where they have no names.
+    batch_keys
+        Columns of obs that told the batches apart.
     where
         Name of the data in messages.
     """
@@ -115,23 +137,74 @@ class ImputationModel:
         batch_C: NDArray[np.integer],
         batches: tuple[str, ...],
         settings: DecoderSettings,
+        *,
+        genes: Sequence[str] = (),
+        batch_keys: tuple[str, ...] = (),
         where: str = "AnnData",
     ) -> None:
         self.trained = trained
-        self.counts_CG = counts_CG
         self.kept_G = kept_G
-        self.batch_C = batch_C
         self.batches = batches
+        self.batch_keys = batch_keys
         self.settings = settings
-        self.where = where
-        self.library_C = np.asarray(counts_CG.sum(axis=1), dtype=np.float64).ravel()
-        self._kept_CG = counts_CG[:, kept_G].astype(np.float32)
+        self.genes = list(genes) or [str(gene) for gene in range(counts_CG.shape[1])]
+        self._explain(counts_CG, batch_C, None, where)
+        self.unseen_share = _UNSEEN / max(float(self.library_C.sum()), 1.0)
         order_G = np.argsort(np.asarray(self._kept_CG.sum(axis=0)).ravel(), kind="stable")
         rarest_G = trained.dispersion_G[order_G[: max(1, len(order_G) // 10)]]
         # A gene measured and never seen is taken to vary as the rarest genes do.
         dispersion_G = np.full(counts_CG.shape[1], np.exp(np.log(rarest_G).mean()))
         dispersion_G[kept_G] = trained.dispersion_G
         self.dispersion_G = dispersion_G
+
+    def _explain(
+        self,
+        counts_CG: sp.csr_matrix,
+        batch_C: NDArray[np.integer],
+        measured_G: NDArray[np.bool_] | None,
+        where: str,
+    ) -> None:
+        """Take up the cells that are asked about; ``measured_G`` is None where all genes were."""
+        self.counts_CG = counts_CG
+        self.batch_C = batch_C
+        self.measured_G = measured_G
+        self.where = where
+        self.library_C = np.asarray(counts_CG.sum(axis=1), dtype=np.float64).ravel()
+        self._kept_CG = counts_CG[:, self.kept_G].astype(np.float32)
+
+    def of(
+        self,
+        counts_CG: sp.csr_matrix,
+        batch_C: NDArray[np.integer] | None = None,
+        measured_G: NDArray[np.bool_] | None = None,
+        *,
+        where: str = "AnnData",
+    ) -> Self:
+        """Return the same model of other cells, without training.
+
+        Parameters
+        ----------
+        counts_CG
+            Raw counts in the order of ``genes``, CSR; nothing where a gene was not measured.
+        batch_C
+            Positions in ``batches``; -1, the default, for a batch that was not trained on, which
+            gets the mean of all offsets.
+        measured_G
+            Genes that these cells' data measured; all by default. The others are predicted from
+            those.
+        where
+            Name of the data in messages.
+        """
+        if counts_CG.shape[1] != len(self.genes):
+            raise DataError(
+                f"{where}: has {counts_CG.shape[1]:,} columns of counts, the model "
+                f"{len(self.genes):,} genes: bring the counts in the order of model.genes."
+            )
+        other = copy.copy(self)
+        codes_C = np.full(counts_CG.shape[0], -1) if batch_C is None else np.asarray(batch_C)
+        complete = measured_G is None or bool(np.all(measured_G))
+        other._explain(sp.csr_matrix(counts_CG), codes_C, None if complete else measured_G, where)
+        return other
 
     @classmethod
     def train(
@@ -141,6 +214,10 @@ class ImputationModel:
         batches: tuple[str, ...] = (),
         settings: DecoderSettings | None = None,
         *,
+        genes: Sequence[str] = (),
+        batch_keys: tuple[str, ...] = (),
+        gene_vectors_GE: NDArray[np.floating] | None = None,
+        seed: int = 0,
         where: str = "AnnData",
     ) -> Self:
         """Train a decoder on counts and calibrate it on molecules set aside.
@@ -153,6 +230,14 @@ class ImputationModel:
             Code per cell and names of the technical batches; one batch where omitted.
         settings
             Default :class:`DecoderSettings`.
+        genes
+            Names of the genes, by which they are found in other cells.
+        batch_keys
+            Columns of obs that told the batches apart.
+        gene_vectors_GE
+            Pre-trained vectors of the genes, NaN where there is none; see :func:`train_decoder`.
+        seed
+            Of the split of molecules and the training.
         where
             Name of the data in messages.
 
@@ -174,9 +259,16 @@ class ImputationModel:
                 "Impute it together with more cells."
             )
         trained = train_decoder(
-            counts_CG[kept_C][:, kept_G].astype(np.float32), codes_C[kept_C], settings
+            counts_CG[kept_C][:, kept_G].astype(np.float32),
+            codes_C[kept_C],
+            settings,
+            gene_vectors_GE=None if gene_vectors_GE is None else gene_vectors_GE[kept_G],
+            seed=seed,
         )
-        return cls(trained, counts_CG, kept_G, codes_C, batches, settings, where)
+        return cls(
+            trained, counts_CG, kept_G, codes_C, batches, settings,
+            genes=genes, batch_keys=batch_keys, where=where,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self.counts_CG.shape[0]
@@ -250,10 +342,12 @@ class ImputationModel:
             )
         own_CG = self._fraction(at_C, at_G, self.batch_C[at_C])
         prior_mean_CG = own_CG * self.library_C[at_C, None]
-        exposure = 1.0 if kind == "posterior" else 0.0
+        exposure_G = np.full(len(at_G), 1.0 if kind == "posterior" else 0.0)
+        if self.measured_G is not None:
+            exposure_G[~self.measured_G[at_G]] = 0.0
         count_CG = self.counts_CG[at_C][:, at_G].toarray()
         shape_CG, rate_CG = posterior_gamma(
-            count_CG, prior_mean_CG, self.dispersion_G[at_G], exposure
+            count_CG, prior_mean_CG, self.dispersion_G[at_G], exposure_G
         )
         if (code := self.batch_code(batch)) is not None:
             # What the counts say about a cell, as a factor on the prior, holds in any batch.
@@ -305,8 +399,7 @@ class ImputationModel:
         self, at_C: NDArray[np.integer], at_G: NDArray[np.integer], code_C: NDArray[np.integer]
     ) -> NDArray[np.float64]:
         """Share of molecules per gene, with a floor for genes measured and never seen."""
-        floor = _UNSEEN / max(float(self.library_C.sum()), 1.0)
-        fraction_CG = np.full((len(at_C), len(at_G)), floor)
+        fraction_CG = np.full((len(at_C), len(at_G)), self.unseen_share)
         place_G = np.full(self.counts_CG.shape[1], -1)
         place_G[self.kept_G] = np.arange(len(self.kept_G))
         seen_G = place_G[at_G] >= 0
@@ -315,8 +408,98 @@ class ImputationModel:
             all_CG = decode_fraction(
                 self.trained.decoder, self._kept_CG[at_C[cells]], code_C[cells]
             )
+            if self.measured_G is not None:
+                # The library was counted on these genes: the others come on top of it.
+                counted_C1 = all_CG[:, self.measured_G[self.kept_G]].sum(1, keepdims=True)
+                all_CG /= np.maximum(counted_C1, 1e-12)
             fraction_CG[cells, seen_G] = all_CG[:, place_G[at_G[seen_G]]]
         return fraction_CG
+
+    # -- disk ---------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the model, without any cells, as directory ``path``, replacing one of its kind.
+
+        Raises
+        ------
+        DataError
+            If ``path`` exists and is not such a model.
+        """
+        trained = self.trained
+        weights = {f"decoder.{k}": v for k, v in trained.decoder.state_dict().items()}
+        weights = {k: v.detach().contiguous() for k, v in weights.items()}
+        weights["dispersion_G"] = torch.from_numpy(np.ascontiguousarray(self.dispersion_G))
+        weights["kept_G"] = torch.from_numpy(np.asarray(self.kept_G, np.int64))
+
+        def fill(folder: Path) -> None:
+            save_file(weights, folder / WEIGHTS)
+            (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
+
+        about = {
+            "format": FORMAT,
+            "settings": to_values(self.settings),
+            "batches": list(self.batches),
+            "batch_keys": list(self.batch_keys),
+            "unseen_share": self.unseen_share,
+            "heldout_nats": trained.heldout_nats,
+            "history": [list(row) for row in trained.history],
+            "coverage": {
+                "overall": trained.coverage.overall,
+                "by_gene_decile": list(trained.coverage.by_gene_decile),
+                "by_mean": [list(row) for row in trained.coverage.by_mean],
+            },
+        }
+        write_checked(Path(path), ABOUT, KIND, about, fill)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote: a model of no cells, to be given some with :meth:`of`.
+
+        Raises
+        ------
+        DataError
+            If a file is missing, damaged, or of a newer format.
+        """
+        path = Path(path)
+        if not (path / ABOUT).is_file():
+            raise DataError(
+                f"{path} is not {KIND}: it has no {ABOUT}. `genemodel finetune task=impute` writes "
+                "one to <out>/imputation_model."
+            )
+        wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "history"}
+        about = read_about(path, ABOUT, KIND, newest=FORMAT, wanted=wanted | {"coverage"})
+        settings = parse(DecoderSettings, about["settings"], where=f"{path / ABOUT}: settings")
+        weights = read_tensors(path / WEIGHTS)
+        genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
+        kept_G = weights["kept_G"].numpy()
+        dispersion_G = weights["dispersion_G"].numpy()
+        n_batches = weights["decoder.offset_BD"].shape[0]
+        decoder = Decoder(np.full(len(kept_G), 1 / len(kept_G)), n_batches, settings)
+        decoder.load_state_dict(
+            {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
+        )
+        coverage = Coverage(
+            overall=about["coverage"]["overall"],
+            by_gene_decile=tuple(about["coverage"]["by_gene_decile"]),
+            by_mean=tuple((low, share, n) for low, share, n in about["coverage"]["by_mean"]),
+        )
+        history = [(epoch, nats) for epoch, nats in about["history"]]
+        trained = TrainedDecoder(
+            decoder.eval(), dispersion_G[kept_G], about["heldout_nats"], coverage, history
+        )
+        model = cls(
+            trained,
+            sp.csr_matrix((0, len(genes)), dtype=np.float32),
+            kept_G,
+            np.zeros(0, np.int64),
+            tuple(about["batches"]),
+            settings,
+            genes=genes,
+            batch_keys=tuple(about["batch_keys"]),
+            where=str(path),
+        )
+        model.unseen_share, model.dispersion_G = about["unseen_share"], dispersion_G
+        return model
 
 
 def check_kind(kind: str) -> None:

@@ -6,9 +6,10 @@ Axes: C cells, G genes, P output columns (genes asked for), V vocabulary.
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
@@ -20,6 +21,7 @@ import torch
 import genemodel
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
 from genemodel.adapt.imputation_model import (
+    ABOUT,
     LARGEST_IN_MEMORY,
     GammaPosterior,
     ImputationModel,
@@ -35,6 +37,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import USUAL_COLUMNS
 from genemodel.genes.species import SPECIES
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.inference.obs_keys import batch_names, column
 from genemodel.settings import nearest, to_values
 from genemodel.tasks.decode_counts import CountDecoder
 
@@ -47,6 +50,8 @@ KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
 # Cells whose rates over the whole vocabulary are held at once.
 _VOCABULARY_CELLS = 64
+# Share of a trained model's genes that other cells must have.
+MIN_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,9 @@ def quantile_name(key: str, level: float) -> str:
 
 def impute(
     adata: "AnnData | str | Path",
-    model: Bundle | None = None,
+    model: Bundle | ImputationModel | None = None,
     *,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     layer: str | None = None,
     species: str | None = None,
     key_added: str = KEY,
@@ -148,10 +153,14 @@ def impute(
         AnnData in memory or backed, written in place unless ``output`` is given; or the path of
         anything :func:`genemodel.cells.sources.open_source` reads, which needs ``output``.
     model
-        From :func:`genemodel.load`. Only needed for ``genes`` that the data did not measure: they
-        are predicted by its count decoder. Measured genes are always learned from the data itself.
+        What an earlier call returned (:class:`ImputationModel`, which can be saved): nothing is
+        trained, and its genes are predicted from those of them that these cells measured. Or a
+        bundle (:func:`genemodel.load`): its count decoder predicts ``genes`` that the data did not
+        measure, and its gene vectors are the start where ``settings.gene_vectors`` says so.
+        Measured genes are otherwise learned from the data itself.
     batch_key
-        obs column of the technical batch.
+        obs column of the technical batch, or several nested ones; with a trained model by default
+        its own. A batch that it was not trained on gets the mean of all offsets.
     layer
         Where the raw counts are; default ``X``. Anything but raw counts is refused.
     species
@@ -183,7 +192,7 @@ def impute(
     overwrite
         Replace an existing output.
     settings
-        Of the decoder; its ``seed`` is replaced by ``seed``.
+        Of the decoder.
 
     Returns
     -------
@@ -209,32 +218,65 @@ def impute(
     _check_kind(kind, wanted)
     check_library(library)
     path = _checked_output(output, overwrite, adata)
-    source = _open(adata, model, layer, species, batch_key, needs_species=genes is not None)
+    trained = model if isinstance(model, ImputationModel) else None
+    bundle = model if isinstance(model, Bundle) else None
+    if trained is not None and settings is not None:
+        raise ConfigError("settings are those of a training, and this model is trained: give one.")
+    settings = settings or DecoderSettings()
+    keys = (batch_key,) if isinstance(batch_key, str) else tuple(batch_key or ())
+    vectors = trained is None and settings.gene_vectors
+    if vectors and bundle is None:
+        raise ConfigError("gene_vectors=true needs a pre-trained model: give model=BUNDLE.")
+    source = _open(
+        adata, bundle, layer, species, keys,
+        keep=trained.batch_keys if trained is not None else (),
+        needs_species=genes is not None or vectors,
+    )  # fmt: skip
     try:
-        codes_C, names = _batches(source, batch_key)
+        cells: VocabularyCells | None = None
+        gene_vectors_GE: np.ndarray | None = None
+        if trained is not None:
+            if not keys and all(key in source.obs for key in trained.batch_keys):
+                keys = trained.batch_keys
+            trained = _other_cells(trained, source, keys)
+            codes_C, names = None, trained.batches
+            columns = _trained_columns(trained, source, genes)
+        else:
+            codes_C, names = _batches(source, keys)
+            columns, cells = _columns(source, genes, bundle)
+            if vectors and bundle is not None:
+                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle))
         check_batch(batch, names, source.where)
-        columns, cells = _columns(source, genes, model)
         if path is None:
             _refuse_too_large(source.n_cells, len(columns.names), wanted)
             _refuse_other_genes(adata, source, genes)
         foreign = _Unmeasured(cells, columns.token_P) if cells is not None else None
-        counts_CG = _read(source)
         sink: _Sink
         if path is None:
             sink = _InPlace(cast("AnnData", adata), columns, wanted, in_table=genes is not None)
         else:
-            sink = _ToFile(path, overwrite, _tables(adata, source, columns), wanted)
+            tables = _tables(
+                adata, source, columns, every=genes is None, trained=trained is not None
+            )
+            sink = _ToFile(path, overwrite, tables, wanted)
+        counts_CG = _read(source) if trained is None else None
         # Opened before the training, so that what cannot be written is refused at once.
         with sink.open(), np.errstate(invalid="ignore"):
-            trained = ImputationModel.train(
-                counts_CG,
-                codes_C,
-                names,
-                replace(settings or DecoderSettings(), seed=seed),
-                where=source.where,
-            )
+            if trained is None:
+                trained = ImputationModel.train(
+                    counts_CG,
+                    codes_C,
+                    names,
+                    settings,
+                    genes=[str(name) for name in source.genes.index],
+                    batch_keys=keys,
+                    gene_vectors_GE=gene_vectors_GE,
+                    seed=seed,
+                    where=source.where,
+                )
             _write(sink, trained, foreign, columns, wanted, library, batch, kind, seed)
-            about = _provenance(trained, source, columns, model, library, batch, kind, seed)
+            about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
+            about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
             sink.finish(about, _dispersion(trained, foreign, columns))
     finally:
         if isinstance(adata, str | Path):
@@ -287,37 +329,135 @@ def _open(
     model: Bundle | None,
     layer: str | None,
     species: str | None,
-    batch_key: str | None,
+    batch_keys: tuple[str, ...],
     *,
+    keep: tuple[str, ...],
     needs_species: bool,
 ) -> Source:
-    columns = {batch_key: batch_key} if batch_key else None
+    columns = {key: key for key in batch_keys}
     if model is not None and species is None and len(model.species) == 1:
         species = model.species[0]
     try:
-        return open_source(data, layer=layer, species=species, columns=columns)
+        return open_source(data, layer=layer, species=species, columns=columns, keep=keep)
     except ConfigError:
         if species is not None or (model is not None and needs_species):
             raise
     # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
-    source = open_source(data, layer=layer, species=next(iter(SPECIES)), columns=columns)
+    species = next(iter(SPECIES))
+    source = open_source(data, layer=layer, species=species, columns=columns, keep=keep)
     source.obs = source.obs.drop(columns="species")
     return source
 
 
-def _batches(source: Source, batch_key: str | None) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    if batch_key is None:
+def _batches(source: Source, keys: tuple[str, ...]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    if not keys:
         return None, ()
-    values = source.obs[batch_key].cat.remove_unused_categories()
-    codes_C = values.cat.codes.to_numpy(np.int64)
-    missing = int((codes_C < 0).sum())
-    if missing:
+    names, codes_C = np.unique(_batch_names(source, keys), return_inverse=True)
+    return codes_C.astype(np.int64), tuple(map(str, names))
+
+
+def _batch_names(source: Source, keys: tuple[str, ...]) -> np.ndarray:
+    for key in keys:
+        missing = int(column(source.obs, key, "batch_key", source.where).isna().sum())
+        if missing:
+            raise DataError(
+                f"{source.where}: obs column {key!r} has no value for {missing:,} of "
+                f"{source.n_cells:,} cells. Fill them in (a name of their own will do), or leave "
+                "those cells out."
+            )
+    return batch_names(source.obs, keys, source.where).astype(str)
+
+
+def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
+    """Pre-trained vector of every gene of the data, NaN for a gene outside the vocabulary, (G, E).
+
+    Those of the count decoder where the model has one, because they say what ours are to say.
+    """
+    bundle = cells.bundle
+    weight_VE = bundle.heads.get("decode_counts.gene.weight", bundle.model.embedding.token.weight)
+    token_G = np.full(len(cells.source.genes), -1)
+    for match in cells.matches.values():
+        token_G = np.where(token_G >= 0, token_G, match.token_G)
+    vectors_GE = weight_VE.detach().float().cpu().numpy()[token_G]
+    vectors_GE[token_G < 0] = np.nan
+    return vectors_GE
+
+
+# -- a model that is there -----------------------------------------------------------------------
+
+
+def _other_cells(
+    trained: ImputationModel, source: Source, keys: tuple[str, ...]
+) -> ImputationModel:
+    """Bring the genes of other cells in the model's order, and look their batches up."""
+    index = [str(name) for name in source.genes.index]
+    place: dict[str, int] = {}
+    for at, name in enumerate(index):
+        place.setdefault(name, at)
+    column_G = np.array([place.get(name, -1) for name in trained.genes])
+    often = Counter(index)
+    if repeated := sorted(name for name in set(trained.genes) if often[name] > 1):
         raise DataError(
-            f"{source.where}: obs column {batch_key!r} has no value for {missing:,} of "
-            f"{source.n_cells:,} cells. Fill them in (a name of their own will do), or leave those "
-            "cells out."
+            f"{source.where}: genes of the model occur more than once ({', '.join(repeated[:5])}). "
+            "Make the names unique (adata.var_names_make_unique()) as in the training data."
         )
-    return codes_C, tuple(map(str, values.cat.categories))
+    measured_G = column_G >= 0
+    found, wanted = int(measured_G[trained.kept_G].sum()), len(trained.kept_G)
+    if found < MIN_SHARE * wanted:
+        raise DataError(
+            f"{source.where}: has only {found:,} of the {wanted:,} genes that the model reads (the "
+            f"model's: {', '.join(trained.genes[:3])}; here: {', '.join(index[:3])}). Use the gene "
+            "names of the training data, or train on these cells by leaving model out."
+        )
+    if found < wanted:
+        logger.info(
+            "%s: %s of the %s genes that the model reads are not here: predicted from the others.",
+            source.where, f"{wanted - found:,}", f"{wanted:,}",
+        )  # fmt: skip
+    there = np.flatnonzero(measured_G)
+    onto = sp.csr_matrix(
+        (np.ones(there.size, np.float32), (column_G[there], there)), (len(index), len(column_G))
+    )
+    counts_CG = sp.csr_matrix(_read(source).astype(np.float32) @ onto)
+    code_C = np.full(source.n_cells, -1)
+    if keys and trained.batches:
+        name_C = _batch_names(source, keys)
+        known = {name: code for code, name in enumerate(trained.batches)}
+        code_C = np.array([known.get(name, -1) for name in name_C])
+    elif not trained.batches:
+        code_C[:] = 0
+    if (code_C < 0).any():
+        logger.info(
+            "%s: %s cells are of no batch of the training: they get the mean of all.",
+            source.where, f"{int((code_C < 0).sum()):,}",
+        )  # fmt: skip
+    return trained.of(counts_CG, code_C, measured_G, where=source.where)
+
+
+def _trained_columns(
+    trained: ImputationModel, source: Source, genes: Sequence[str] | None
+) -> _Columns:
+    """Find the genes asked for among the model's; genes it does not know get NaN."""
+    place = {name: gene for gene, name in enumerate(trained.genes)}
+    if genes is None:
+        names = [str(name) for name in source.genes.index]
+        unknown = [name for name in names if name not in place]
+        if unknown:
+            logger.warning(
+                "%s: %s genes were not in the training data and get NaN (%s).",
+                source.where, f"{len(unknown):,}", ", ".join(unknown[:3]),
+            )  # fmt: skip
+    else:
+        names = _checked_names(genes)
+        if unknown := [name for name in names if name not in place]:
+            near = nearest(unknown[0], trained.genes)
+            raise DataError(
+                f"genes: the model does not have {', '.join(unknown[:5])}"
+                + (f" (nearest: {near})" if near else "")
+                + ". It knows the genes of its training data only: leave these out."
+            )
+    column_P = np.array([place.get(name, -1) for name in names])
+    return _Columns(names, column_P, np.full(len(names), -1))
 
 
 def _columns(
@@ -328,16 +468,7 @@ def _columns(
     if genes is None:
         n = len(index)
         return _Columns(index, np.arange(n), np.full(n, -1)), None
-    if isinstance(genes, str):
-        raise ConfigError(f"genes is the text {genes!r}: give a list of names.")
-    names = [str(name) for name in genes]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if not names or repeated:
-        raise ConfigError(
-            f"genes names {', '.join(repeated[:5])} more than once."
-            if repeated
-            else "genes is an empty list: name genes, or leave it out for all."
-        )
+    names = _checked_names(genes)
     tables = [index] + [
         [str(name) for name in source.genes[column]]
         for column in USUAL_COLUMNS
@@ -373,6 +504,20 @@ def _columns(
         _refuse_unknown(source, unknown, known, model)
     columns = _Columns(names, column_P, token_P)
     return columns, cells if columns.unmeasured else None
+
+
+def _checked_names(genes: Sequence[str]) -> list[str]:
+    if isinstance(genes, str):
+        raise ConfigError(f"genes is the text {genes!r}: give a list of names.")
+    names = [str(name) for name in genes]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or repeated:
+        raise ConfigError(
+            f"genes names {', '.join(repeated[:5])} more than once."
+            if repeated
+            else "genes is an empty list: name genes, or leave it out for all."
+        )
+    return names
 
 
 def _places(names: list[str]) -> dict[str, list[int]]:
@@ -521,13 +666,14 @@ def _write(
         found = trained.posterior(
             rows, genes=columns.column_P[measured_P], library=library, batch=batch, kind=whose
         )
-        if foreign is not None and chunk is not None:
-            shape_CP = np.empty((stop - start, len(columns.names)))
-            rate_CP = np.empty_like(shape_CP)
-            mean_CU = foreign.mean(chunk) * ratio_C[rows, None]
+        if not measured_P.all():
+            shape_CP = np.ones((stop - start, len(columns.names)))
+            rate_CP = np.full_like(shape_CP, np.nan)
             shape_CP[:, measured_P], rate_CP[:, measured_P] = found.shape_CG, found.rate_CG
-            shape_CP[:, ~measured_P] = foreign.theta_U
-            rate_CP[:, ~measured_P] = foreign.theta_U / np.maximum(mean_CU, 1e-12)
+            if foreign is not None and chunk is not None:
+                mean_CU = foreign.mean(chunk) * ratio_C[rows, None]
+                shape_CP[:, ~measured_P] = foreign.theta_U
+                rate_CP[:, ~measured_P] = foreign.theta_U / np.maximum(mean_CU, 1e-12)
             found = GammaPosterior(shape_CP, rate_CP)
         if kind == "log":
             value_CP = found.log_mean(ratio_C[rows] * trained.library_C[rows])
@@ -551,7 +697,7 @@ def _blocks(
 def _dispersion(
     trained: ImputationModel, foreign: _Unmeasured | None, columns: _Columns
 ) -> np.ndarray:
-    dispersion_P = np.empty(len(columns.names))
+    dispersion_P = np.full(len(columns.names), np.nan)
     measured_P = columns.measured_P
     dispersion_P[measured_P] = trained.dispersion_G[columns.column_P[measured_P]]
     if foreign is not None:
@@ -641,11 +787,20 @@ class _InPlace:
         self.adata.uns[self.key] = about
 
 
-def _tables(adata: object, source: Source, columns: _Columns) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make obs and var of the output; var says which genes were measured."""
+def _tables(
+    adata: object, source: Source, columns: _Columns, *, every: bool, trained: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Make obs and var of the output; var says which genes were measured.
+
+    ``every``: the columns are those of the data. ``trained``: positions are those of a model.
+    """
     obs = source.obs if isinstance(adata, str | Path) else cast(Any, adata).obs
     measured_P = columns.measured_P
-    if measured_P.all():
+    if trained:
+        measured_P = np.isin(columns.names, source.genes.index.astype(str))
+    if every:
+        var = source.genes.copy()
+    elif measured_P.all() and not trained:
         var = source.genes.iloc[columns.column_P].copy()
     else:
         # The table has no rows for genes it did not measure: only names are kept.
@@ -753,9 +908,10 @@ class ImputeSettings:
     output
         h5ad or zarr to write: obs, var, layers and provenance, without counts.
     model
-        Bundle directory, for genes that were not measured; empty for none.
+        Folder of an imputation model, which is then used and not trained again; or of a bundle, for
+        genes that were not measured; empty for none.
     batch_key
-        obs column of the technical batch; empty for none.
+        obs column of the technical batch, several for nested ones; empty for none.
     layer
         Where the raw counts are; empty for X.
     species
@@ -787,7 +943,7 @@ class ImputeSettings:
     input: str
     output: str
     model: str = ""
-    batch_key: str = ""
+    batch_key: tuple[str, ...] = ()
     layer: str = ""
     species: str = ""
     key_added: str = KEY
@@ -810,11 +966,18 @@ def impute_file(settings: ImputeSettings) -> Path:
     -------
     The output path.
     """
-    model = Bundle.load(settings.model, device=settings.device) if settings.model else None
+    model: Bundle | ImputationModel | None = None
+    if settings.model:
+        trained = (Path(settings.model) / ABOUT).is_file()
+        model = (
+            ImputationModel.load(settings.model)
+            if trained
+            else Bundle.load(settings.model, device=settings.device)
+        )
     impute(
         settings.input,
         model,
-        batch_key=settings.batch_key or None,
+        batch_key=settings.batch_key,
         layer=settings.layer or None,
         species=settings.species or None,
         key_added=settings.key_added,

@@ -25,6 +25,7 @@ from genemodel.inference.obs_keys import batch_names, keys_of, label_codes
 from genemodel.settings import to_values
 
 if TYPE_CHECKING:
+    import pandas as pd
     import scipy.sparse as sp
     from anndata import AnnData
 
@@ -92,14 +93,7 @@ def integrate(
     if not key_added:
         raise ConfigError("key_added is empty: give the key of obsm to write.")
     keys = keys_of(batch_key)
-    name_C = batch_names(adata.obs, keys)
-    batches = sorted(set(name_C))
-    if len(batches) < 2:
-        raise DataError(
-            f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds "
-            f"{'one batch only' if batches else 'no cells'}: there is nothing to integrate. Use "
-            "gm.embed, or name the column that tells the batches apart."
-        )
+    name_C, batches = batches_of(adata.obs, keys)
     label_C: np.ndarray | None = None
     labels: list[str] = []
     if label_key is not None:
@@ -146,6 +140,7 @@ def integrate(
         labels=labels,
         bundle=model,
         vocabulary=vocabulary,
+        history=trained.history,
     )
     result.provenance = {
         "genemodel": genemodel.__version__,
@@ -170,6 +165,19 @@ def integrate(
     adata.obsm[key_added] = embedding_CD
     adata.uns[key_added] = dict(result.provenance)
     return result
+
+
+def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Name the batch of every cell, and all batches in order; refuses fewer than two."""
+    name_C = batch_names(obs, keys)
+    batches = sorted(set(name_C))
+    if len(batches) < 2:
+        raise DataError(
+            f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds "
+            f"{'one batch only' if batches else 'no cells'}: there is nothing to integrate. Use "
+            "gm.embed, or name the column that tells the batches apart."
+        )
+    return name_C, batches
 
 
 def _train(

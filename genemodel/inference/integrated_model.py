@@ -74,6 +74,8 @@ class IntegratedModel:
         What names genes where ``genes`` are tokens.
     provenance
         How it was made, plain values.
+    history
+        Losses of every step; not saved with the model.
     """
 
     net: IntegrationNet
@@ -86,6 +88,7 @@ class IntegratedModel:
     bundle: Bundle | None = None
     vocabulary: GeneVocabulary | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
 
     # -- embedding --------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from genemodel.errors import ConfigError
 from genemodel.model.gene_model import Block, GeneModel
@@ -57,19 +57,23 @@ class TuningSettings:
             )
 
 
-class LowRank(nn.Module):
-    """Adds a product of two thin matrices to a weight; the second starts at zero."""
+class AdaptedLinear(nn.Linear):
+    """A frozen matrix with a product of two thin matrices added, of which one starts at zero."""
 
-    def __init__(self, weight_OI: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        outputs, inputs = weight_OI.shape
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
         self.scale = alpha / rank
-        self.down_RI = nn.Parameter(torch.randn(rank, inputs) * inputs**-0.5)
-        self.up_OR = nn.Parameter(torch.zeros(outputs, rank))
+        self.down_RI = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features**-0.5)
+        self.up_OR = nn.Parameter(torch.zeros(self.out_features, rank))
 
-    def forward(self, weight_OI: Tensor) -> Tensor:
-        """(O, I) → (O, I)."""
-        return weight_OI + self.scale * (self.up_OR @ self.down_RI)
+    def sum(self) -> Tensor:
+        """Add the change to the matrix, (O, I)."""
+        return self.weight + self.scale * (self.up_OR @ self.down_RI)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """(T, I) → (T, O)."""
+        return F.linear(x_TI, self.sum(), self.bias)
 
 
 def tune(model: GeneModel, settings: TuningSettings) -> None:
@@ -98,18 +102,21 @@ def tune(model: GeneModel, settings: TuningSettings) -> None:
                 f"backbone.rank is {settings.rank}, but the matrices of the model are {smallest} "
                 f"wide: set it well below, such as 8, or backbone=full."
             )
-        for matrix in _matrices(model):
-            adapter = LowRank(matrix.weight, settings.rank, settings.alpha)
-            parametrize.register_parametrization(matrix, "weight", adapter)
+        for owner, name, matrix in _matrices(model):
+            setattr(owner, name, AdaptedLinear(matrix, settings.rank, settings.alpha))
 
 
 def merged(model: GeneModel) -> GeneModel:
     """Return the model with its adapters added to the matrices; itself where it has none."""
-    if not any(parametrize.is_parametrized(matrix) for matrix in _matrices(model)):
+    if not any(isinstance(matrix, AdaptedLinear) for _, _, matrix in _matrices(model)):
         return model
     plain = copy.deepcopy(model)
-    for matrix in _matrices(plain):
-        parametrize.remove_parametrizations(matrix, "weight", leave_parametrized=True)
+    for owner, name, matrix in _matrices(plain):
+        assert isinstance(matrix, AdaptedLinear)
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = matrix.in_features, matrix.out_features
+        linear.weight, linear.bias = nn.Parameter(matrix.sum().detach()), matrix.bias
+        setattr(owner, name, linear)
     return plain
 
 
@@ -127,10 +134,11 @@ def rate_shares(model: GeneModel, settings: TuningSettings) -> dict[str, float]:
     return shares
 
 
-def _matrices(model: GeneModel) -> list[nn.Linear]:
-    """All matrices of the blocks."""
-    found: list[nn.Linear] = []
+def _matrices(model: GeneModel) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """All matrices of the blocks, with where they are."""
+    found: list[tuple[nn.Module, str, nn.Linear]] = []
     for block in model.blocks:
         assert isinstance(block, Block)
-        found += [block.qkv, block.out, block.ffn.up, block.ffn.down]
+        found += [(block, "qkv", block.qkv), (block, "out", block.out)]
+        found += [(block.ffn, "up", block.ffn.up), (block.ffn, "down", block.ffn.down)]
     return found

@@ -72,7 +72,7 @@ def test_the_seed_decides_and_the_callers_randomness_is_left_alone(rng):
     expected = torch.rand(3)
     torch.manual_seed(5)
     first, again, other = (
-        train_decoder(counts, settings=replace(QUICK, epochs=1, seed=seed)) for seed in (0, 0, 1)
+        train_decoder(counts, settings=replace(QUICK, epochs=1), seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(torch.rand(3), expected)
     np.testing.assert_array_equal(first.dispersion_G, again.dispersion_G)

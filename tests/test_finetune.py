@@ -2,6 +2,7 @@
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 from genemodel.cells.synthetic import synthetic
@@ -32,10 +33,20 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     model = IntegratedModel.load(tmp_path / "run" / "model")
     assert model.batch_keys == ("batch", "donor")
     assert np.isfinite(model.encode(data)).all()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["embedded.h5ad", "model"]
-    assert main([*words, *TINY]) == 2
-    assert "overwrite=true" in capsys.readouterr().err
-    assert main([*words, *TINY, "overwrite=true"]) == 0
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "curves.csv", "embedded.h5ad", "finetune.json", "model",
+    ]  # fmt: skip
+    curves = pd.read_csv(tmp_path / "run" / "curves.csv")
+    assert set(curves["loss"]) == {"counts", "kl"} and curves["step"].max() == 6
+    before = (tmp_path / "run" / "embedded.h5ad").stat().st_mtime_ns
+    assert main([*words, *TINY]) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert (tmp_path / "run" / "embedded.h5ad").stat().st_mtime_ns == before
+    assert main([*words, *TINY, "seed=1"]) == 2
+    said = capsys.readouterr().err
+    assert "seed: 0 -> 1" in said and "overwrite=true" in said
+    assert main([*words, *TINY, "seed=1", "overwrite=true"]) == 0
+    assert (tmp_path / "run" / "embedded.h5ad").stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize(

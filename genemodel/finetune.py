@@ -1,0 +1,483 @@
+"""Fine-tuning by the command line: a file or a corpus in; embedding, imputed counts and models out.
+
+::
+
+    out/finetune.json      settings, and what data and model were
+    out/backbone/          stage 1, a training run: corpus/, metrics.csv, checkpoints/, bundle/
+    out/embedded.h5ad      task integrate: obs, embedding
+    out/model/             … the IntegratedModel
+    out/imputed.h5ad       task impute: obs, var, layers with mean and standard deviation
+    out/imputation_model/  … the ImputationModel
+    out/curves.csv         losses of the heads
+
+Stage 1 goes on with the pre-training objectives on the user's cells, by the recipe of pre-training;
+stage 2 trains the heads on what the backbone then says. Axes: C cells, V vocabulary, G genes.
+"""
+
+import csv
+import json
+import logging
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from genemodel import config_files
+from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import sha256
+from genemodel.cells.corpus import Corpus
+from genemodel.cells.manifest import MANIFEST
+from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.sources import Source, open_source
+from genemodel.cells.tokens import TokenSettings
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.impute import impute
+from genemodel.inference.integrate import batches_of, integrate
+from genemodel.inference.integrated_model import KEY
+from genemodel.inference.obs_keys import batch_names, keys_of, label_codes
+from genemodel.model.settings import ModelSettings
+from genemodel.model.tuning import TuningSettings
+from genemodel.settings import difference, parse, to_values
+from genemodel.tasks.pretraining import PretrainingSettings
+from genemodel.train.recipe import FREE_ON_RESUME, pretrain
+from genemodel.train.settings import (
+    HoldoutSettings,
+    LogSettings,
+    OptimSettings,
+    PretrainSettings,
+    TrainerSettings,
+)
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+ABOUT, CURVES, BACKBONE = "finetune.json", "curves.csv", "backbone"
+EMBEDDED, MODEL = "embedded.h5ad", "model"
+IMPUTED, IMPUTATION_MODEL = "imputed.h5ad", "imputation_model"
+RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, CURVES)
+# Stored counts of a corpus that the heads take into memory: about 8 bytes each, several times over.
+MOST_COUNTS = 300_000_000
+# Settings that change no number: they may differ when a run goes on.
+_FREE = ("out", "overwrite", "device", "data", "model", *FREE_ON_RESUME)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Fine-tune on a file or a corpus.
+
+    Attributes
+    ----------
+    data
+        h5ad with raw counts, or the folder of a corpus of one species.
+    out
+        Folder of the results. If it holds an unfinished run with the same settings, that goes on.
+    task
+        ``integrate``: an embedding free of the technical batch. ``impute``: denoised counts.
+        ``both``: both on one backbone.
+    batch_key
+        obs column of the technical batch; several for nested ones; only imputation can do without.
+    label_key
+        obs column of cell types, missing where unknown; empty for none.
+    model
+        Bundle directory; empty for none.
+    size
+        Shape of new weights where ``backbone.tune`` is scratch and there is no ``model``: a choice
+        of the group ``model`` of pre-training.
+    layer
+        Where the raw counts are; empty for X.
+    species
+        One species for all cells or obs:COLUMN; empty for the obs column species (with a model)
+        or the data's own gene names (without).
+    key_added
+        Key in obsm.
+    device
+        Where the backbone runs in stage 2: auto, cpu, cuda, cuda:1 … (stage 1: ``trainer``).
+    seed
+        Of everything random.
+    overwrite
+        Throw away what is in the folder and start anew.
+    backbone
+        What of the backbone is adapted to the cells first; ``frozen`` is no stage 1.
+    tokens, optim, trainer, holdout, log
+        Of stage 1, as in pre-training; ``tokens.context`` is the model's where there is one.
+    integration, imputation
+        Recipes of the heads.
+    """
+
+    data: str
+    out: str
+    task: Literal["integrate", "impute", "both"] = "integrate"
+    batch_key: tuple[str, ...] = ()
+    label_key: str = ""
+    model: str = ""
+    size: str = "tiny"
+    layer: str = ""
+    species: str = ""
+    key_added: str = KEY
+    device: str = "auto"
+    seed: int = 0
+    overwrite: bool = False
+    backbone: TuningSettings = field(default_factory=lambda: TuningSettings(tune="frozen"))
+    tokens: TokenSettings = field(default_factory=lambda: TokenSettings(512, 8192))
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, warmup_steps=20))
+    trainer: TrainerSettings = field(
+        default_factory=lambda: TrainerSettings(
+            max_steps=300,
+            validate_every=50,
+            validation_batches=10,
+            checkpoint_every=50,
+            early_stopping=3,
+        )
+    )
+    holdout: HoldoutSettings = field(default_factory=lambda: HoldoutSettings(by="auto"))
+    log: LogSettings = field(default_factory=LogSettings)
+    integration: IntegrationSettings = field(default_factory=IntegrationSettings)
+    imputation: DecoderSettings = field(default_factory=DecoderSettings)
+
+    def __post_init__(self) -> None:
+        tune = self.backbone.tune
+        if self.integrates and not self.batch_key:
+            raise ConfigError(
+                f"task={self.task} needs batch_key, the obs column of the technical batch: it is "
+                "what the embedding is freed of. Only task=impute can do without."
+            )
+        if tune in ("lora", "last", "full") and not self.model:
+            raise ConfigError(
+                f"backbone={tune} adapts a pre-trained model: give model=BUNDLE, or train new "
+                "weights with backbone=scratch."
+            )
+        if self.imputes and self.imputation.gene_vectors and not (self.model or tune == "scratch"):
+            raise ConfigError(
+                "imputation.gene_vectors=true needs a pre-trained model: give model=BUNDLE."
+            )
+
+    @property
+    def integrates(self) -> bool:
+        """Whether an embedding is asked for."""
+        return self.task in ("integrate", "both")
+
+    @property
+    def imputes(self) -> bool:
+        """Whether counts are to be denoised."""
+        return self.task in ("impute", "both")
+
+
+def finetune(settings: FinetuneSettings) -> Path:
+    """Fine-tune on a file or a corpus of counts, or go on with the run that is in the folder.
+
+    Returns
+    -------
+    The folder; what is in it is said at the top of this module.
+
+    Raises
+    ------
+    ConfigError
+        The folder holds a run with other settings, data or model; an impossible setting.
+    DataError
+        The data cannot be read or used.
+    """
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file: name a folder.")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"out={out}: the folder {out.absolute().parent} does not exist.")
+    bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
+    corpus, adata, content = _read(settings)
+    # Whatever would be refused after stage 1 is refused before it.
+    if settings.integrates:
+        batches_of(adata.obs, keys_of(settings.batch_key))
+        if settings.label_key:
+            label_codes(adata.obs, settings.label_key)
+    elif settings.batch_key:
+        batch_names(adata.obs, settings.batch_key)
+    about = {
+        "settings": to_values(settings),
+        "data": content,
+        "model": bundle.fingerprint if bundle is not None else "",
+    }
+    _refuse_another_run(out, about, overwrite=settings.overwrite)
+    if all((out / name).exists() for name in _wanted(settings)):
+        logger.info("%s is complete: nothing to do. Choose another out= for a new run.", out)
+        return out
+    if settings.backbone.tune != "frozen":
+        bundle = _adapt(settings, bundle, corpus, adata, about)
+    _note(out, about)
+    if settings.integrates and not (out / EMBEDDED).exists():
+        _integrate(settings, adata, bundle)
+    if settings.imputes and not (out / IMPUTATION_MODEL).exists():
+        _impute(settings, adata, bundle)
+    return out
+
+
+def _wanted(settings: FinetuneSettings) -> list[str]:
+    """Results that a finished run has; in each pair the second is written last."""
+    names = [MODEL, EMBEDDED] if settings.integrates else []
+    return names + ([IMPUTED, IMPUTATION_MODEL] if settings.imputes else [])
+
+
+def _note(out: Path, about: dict[str, Any]) -> None:
+    """Write down what the run is."""
+    out.mkdir(exist_ok=True)
+    (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) -> None:
+    """Refuse a folder with a run of other settings, data or model; clear it if that is wanted."""
+    there = [name for name in RESULTS if (out / name).exists()]
+    begun = bool(there) or (out / BACKBONE / "checkpoints").exists()
+    # A folder that is not ours is not cleared, whatever it is called.
+    begun = begun or ((out / BACKBONE).exists() and not (out / ABOUT).exists())
+    if overwrite or not begun:
+        for name in (*there, BACKBONE):
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+        return
+    try:
+        earlier = json.loads((out / ABOUT).read_text())
+        before = to_values(parse(FinetuneSettings, earlier["settings"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"out={out} holds {', '.join(there) or BACKBONE}, and no {ABOUT} that says how it was "
+            "made: choose another folder, or set overwrite=true."
+        ) from error
+    changed = [line for line in difference(before, about["settings"]) if not line.startswith(_FREE)]
+    changed += [
+        f"{name}: its content is not what the run started with"
+        for name in ("data", "model")
+        if earlier.get(name) != about[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"out={out} holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nSet them back to go on with that run, choose another folder, or set "
+            "overwrite=true to start anew."
+        )
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
+    """Read the cells; the last is a fingerprint of what was read."""
+    import anndata as ad
+
+    data = Path(settings.data)
+    if (data / MANIFEST).is_file():
+        corpus = Corpus.open(data)
+        if settings.layer or settings.species:
+            raise ConfigError(
+                f"data={data} is a corpus, whose layer and species were settled when it was built: "
+                "leave layer and species out."
+            )
+        return corpus, cells_of(corpus), corpus.fingerprint
+    if not data.is_file():
+        raise DataError(
+            f"data={data} is no file: name an h5ad file with raw counts, or the folder of a corpus."
+        )
+    with refuse_damage(str(data)):
+        return None, ad.read_h5ad(data), sha256(data)
+
+
+def cells_of(corpus: Corpus) -> "AnnData":
+    """Read all cells of a corpus of one species into memory, with the genes that it measured.
+
+    Raises
+    ------
+    DataError
+        Several species, or more counts than fit into memory with all that is made of them.
+    """
+    import anndata as ad
+
+    n_counts = int(corpus.n_genes_C.sum())
+    if n_counts > MOST_COUNTS:
+        raise DataError(
+            f"data={corpus.path} holds {n_counts:,} counts that are not zero; the heads train in "
+            f"memory on at most {MOST_COUNTS:,}. Adapt the backbone to it with `genemodel pretrain "
+            f"start=BUNDLE corpus={corpus.path}`, and fine-tune on a part of its cells."
+        )
+    species = list(corpus.statistics)
+    if len(species) != 1:
+        raise DataError(
+            f"data={corpus.path} holds {', '.join(species)}: the heads name genes by one species. "
+            "Give the h5ad files of the cells, or a corpus for each species."
+        )
+    rows = corpus.vocabulary.species_rows(species[0])
+    token_G, first_G = np.unique(np.asarray(rows["token"]), return_index=True)
+    measured_G = corpus.measured_SV.any(0)[token_G]
+    token_G, first_G = token_G[measured_G], first_G[measured_G]
+    counts_CV = corpus.read(0, len(corpus)).to_csr(len(corpus.vocabulary))
+    var = pd.DataFrame(
+        {"symbol": np.asarray(rows["symbol"], dtype=object)[first_G].astype(str)},
+        index=pd.Index(np.asarray(rows["ensembl_id"], dtype=object)[first_G].astype(str)),
+    )
+    obs = corpus.obs()
+    obs.index = obs.index.astype(str)
+    return ad.AnnData(X=counts_CV[:, token_G].astype(np.float32), obs=obs, var=var)
+
+
+# -- stage 1 ---------------------------------------------------------------------------------------
+
+
+def _adapt(
+    settings: FinetuneSettings,
+    bundle: Bundle | None,
+    corpus: Corpus | None,
+    adata: "AnnData",
+    about: dict[str, Any],
+) -> Bundle:
+    """Go on with pre-training on the user's cells; returns the adapted bundle."""
+    run = Path(settings.out) / BACKBONE
+    _note(Path(settings.out), about)
+    batch_column = "batch"
+    if corpus is None:
+        corpus = _corpus(settings, bundle, adata, run / "corpus")
+    elif len(settings.batch_key) > 1:
+        raise ConfigError(
+            f"batch_key={list(settings.batch_key)}: a corpus has one technical batch. Name one "
+            "column, or build the corpus with a column that joins them."
+        )
+    else:
+        batch_column = settings.batch_key[0] if settings.batch_key else "batch"
+    task = PretrainingSettings()
+    if bundle is not None and "pretraining" in bundle.settings:
+        task = parse(PretrainingSettings, bundle.settings["pretraining"], where="model: objectives")
+    task = replace(task, decode_counts=replace(task.decode_counts, batch_key=batch_column))
+    fresh = settings.backbone.tune == "scratch"
+    if bundle is None:
+        shape = config_files.compose("pretrain", [f"model={settings.size}"])["model"]
+        model, tokens = parse(ModelSettings, shape), settings.tokens
+    else:
+        context = bundle.tokens.context
+        model = bundle.model.settings
+        tokens = TokenSettings(context, max(settings.tokens.budget, context))
+    logger.info("Stage 1: the backbone on these cells (%s).", settings.backbone.tune)
+    path = pretrain(
+        PretrainSettings(
+            corpus=str(corpus.path),
+            out=str(run),
+            start="" if fresh else settings.model,
+            seed=settings.seed,
+            tokens=tokens,
+            model=model,
+            backbone=settings.backbone,
+            task=task,
+            optim=settings.optim,
+            trainer=settings.trainer,
+            log=settings.log,
+            holdout=settings.holdout,
+        )
+    )
+    adapted = Bundle.load(path, device=settings.device)
+    if adapted.provenance["steps"] == 0:
+        logger.warning(
+            "Stage 1 did not lower the loss on held-out cells: the backbone is used as it was. "
+            "Try a lower optim.lr, or leave stage 1 out with backbone=frozen."
+        )
+    return adapted
+
+
+def _corpus(
+    settings: FinetuneSettings, bundle: Bundle | None, adata: "AnnData", path: Path
+) -> Corpus:
+    """Build the corpus of stage 1 from the cells, or open the one that is there."""
+    if path.exists():
+        return Corpus.open(path)
+    vocabulary = bundle.vocabulary if bundle is not None else GeneVocabulary.builtin()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Corpus.build([_source(settings, vocabulary, adata)], path, vocabulary=vocabulary)
+
+
+def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnData") -> Source:
+    """Open the cells for a corpus, with the technical batch under the corpus's name for it."""
+    species = settings.species or None
+    if species is None and len(vocabulary.species) == 1:
+        species = vocabulary.species[0]
+    keep = (settings.holdout.by,) if settings.holdout.by not in ("", "auto") else ()
+    source = open_source(
+        adata,
+        layer=settings.layer or None,
+        species=species,
+        keep=keep,
+        name=Path(settings.data).stem,
+    )
+    if settings.batch_key:
+        name_C = batch_names(adata.obs, settings.batch_key, where="data")
+        source.obs["batch"] = pd.Categorical(name_C)
+    return source
+
+
+# -- stage 2 ---------------------------------------------------------------------------------------
+
+
+def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None) -> None:
+    import anndata as ad
+
+    out = Path(settings.out)
+    result = integrate(
+        adata,
+        batch_key=settings.batch_key,
+        label_key=settings.label_key or None,
+        model=bundle,
+        layer=settings.layer or None,
+        species=settings.species or None,
+        key_added=settings.key_added,
+        settings=settings.integration,
+        seed=settings.seed,
+    )
+    _add_curves(
+        out / CURVES,
+        "integrate",
+        [(step, name, x) for step, row in enumerate(result.history, 1) for name, x in row.items()],
+    )
+    result.save(out / MODEL)
+    embedded = ad.AnnData(obs=adata.obs)
+    embedded.obsm[settings.key_added] = adata.obsm[settings.key_added]
+    embedded.uns[settings.key_added] = adata.uns[settings.key_added]
+    partial = out / f".{EMBEDDED}.partial"
+    embedded.write_h5ad(partial)
+    partial.replace(out / EMBEDDED)
+    logger.info("%s: %d cells embedded without their batch.", out / EMBEDDED, embedded.n_obs)
+
+
+def _impute(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None) -> None:
+    out = Path(settings.out)
+    result = impute(
+        adata,
+        bundle,
+        batch_key=settings.batch_key,
+        layer=settings.layer or None,
+        species=settings.species or None,
+        uncertainty=True,
+        settings=settings.imputation,
+        seed=settings.seed,
+        output=out / IMPUTED,
+        overwrite=True,
+    )
+    rows = [(epoch, "nats_per_molecule", nats) for epoch, nats in result.trained.history]
+    _add_curves(out / CURVES, "impute", rows)
+    result.save(out / IMPUTATION_MODEL)
+    logger.info("%s: %s", out / IMPUTED, result.trained.coverage)
+
+
+def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> None:
+    """Write the losses of one head, one row a number; those of an earlier attempt go."""
+    kept: list[list[str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in list(csv.reader(file))[1:] if row[0] != task]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "step", "loss", "value"])
+        writer.writerows(kept)
+        writer.writerows([task, step, name, f"{value:.6g}"] for step, name, value in rows)
