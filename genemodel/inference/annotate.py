@@ -1,12 +1,13 @@
 """Cell types of a labelled reference onto other cells, with a confidence that means something.
 
-Axes: C cells of the query, D width, K neighbours, R cells of the reference, L labels.
+Axes: C cells of the query, D width, H held-out cells of the reference, K neighbours, R cells of the
+reference, L labels.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import embed_chunks
+from genemodel.inference.embed import embedding_of, writable_h5ad
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
 from genemodel.inference.obs_keys import label_codes
 
@@ -30,6 +31,13 @@ UNKNOWN = "unknown"
 CALIBRATION_CELLS = 5000
 MIN_REFERENCE = 50
 BLOCK = 2048
+FOLDS = 5
+CROSS_VALIDATED_CELLS = 20_000
+# Strength of the linear transfer: inverse penalty and length of the vectors, of little weight.
+INVERSE_PENALTY, LENGTH, MOST_STEPS = 0.1, 3.0, 500
+
+type Transfer = Literal["knn", "linear"]
+TRANSFERS: tuple[Transfer, ...] = ("knn", "linear")
 
 
 def annotate(
@@ -39,6 +47,7 @@ def annotate(
     *,
     label_key: str,
     key_added: str = KEY,
+    transfer: Transfer = "knn",
     k: int = 15,
     unknown: float = 0.5,
     far_quantile: float | None = 0.99,
@@ -48,7 +57,7 @@ def annotate(
     reference_species: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Label cells by their nearest labelled cells in a model's embedding.
+    """Label cells by the labelled cells of a reference, in a model's embedding.
 
     Parameters
     ----------
@@ -63,8 +72,11 @@ def annotate(
         obs column of the reference; cells without a label are left out.
     key_added
         Where the labels go.
+    transfer
+        "knn": the nearest reference cells vote. "linear": multinomial logistic regression, which
+        asks for less local agreement and is the better one between species.
     k
-        Neighbours that vote, the nearer the more.
+        Neighbours that vote, the nearer the more, and whose distance says what is far.
     unknown
         A label of lower confidence becomes ``unknown``; 0 for never.
     far_quantile
@@ -88,11 +100,17 @@ def annotate(
     Notes
     -----
     Confidence is the probability that the label is right among cells like those of the reference:
-    each of up to 5,000 reference cells is labelled by the others as if it were of the query, and an
-    isotonic regression maps the share of votes to how often that was right. A query that differs
-    from the reference is labelled less well than that; ``uns[key_added]`` holds the numbers.
+    reference cells are labelled by the others as if they were of the query (each of up to 5,000
+    by its neighbours, or five-fold with up to 20,000), and an isotonic regression maps the share of
+    votes, or the probability, to how often that was right. A query that differs from the reference
+    is labelled less well than that; ``uns[key_added]`` holds the numbers.
+
+    To carry labels from one species to another, integrate the cells of both *without* labels
+    (``gm.integrate(both, batch_key="species", species="obs:species")``), then annotate. An
+    embedding that has learnt the labels of one species separates those and little else, and
+    transfers worse.
     """
-    _check(k, unknown, far_quantile, key_added)
+    _check(transfer, k, unknown, far_quantile, key_added)
     label_R, labels = label_codes(reference.obs, label_key, where="reference")
     if query.n_obs == 0:
         raise DataError("query has no cells.")
@@ -104,53 +122,44 @@ def annotate(
             f"reference: {len(usable)} cells have a label in obs[{label_key!r}] and genes that the "
             f"model knows; {max(MIN_REFERENCE, k + 1)} are needed."
         )
-    query_CD = _vectors(query, model, layer, species)
-    finite_C = np.isfinite(query_CD).all(1)
-    centre_D = reference_RD.mean(0)
-    transfer = _Transfer(_unit(reference_RD - centre_D), label_R, len(labels), k)
-    calibration = transfer.calibrate(seed)
-    winner_C = np.zeros(query.n_obs, np.int64)
-    share_C = np.zeros(query.n_obs)
-    distance_C = np.full(query.n_obs, np.inf)
-    winner_C[finite_C], share_C[finite_C], distance_C[finite_C] = transfer.vote(
-        _unit(query_CD[finite_C] - centre_D)
-    )
-    confidence_C = calibration.confidence(share_C)
-    confidence_C[~finite_C] = 0.0
-    limit = np.inf
-    if far_quantile is not None:
-        limit = float(np.quantile(calibration.distance_R, far_quantile))
-    doubtful_C = confidence_C < unknown
-    far_C = (distance_C > limit) & finite_C
-    names_C = np.array(labels, dtype=object)[winner_C]
-    names_C[doubtful_C | far_C | ~finite_C] = UNKNOWN
+    found = transfer_labels(
+        reference_RD, label_R, _vectors(query, model, layer, species),
+        transfer=transfer, k=k, far_quantile=far_quantile, seed=seed,
+    )  # fmt: skip
+    unknown_C = found.unknown_C(unknown)
+    names_C = found.names(labels, unknown)
     categories = list(dict.fromkeys([*labels, UNKNOWN]))
     query.obs[key_added] = pd.Categorical(names_C, categories=categories)
-    query.obs[f"{key_added}_confidence"] = confidence_C.astype(np.float32)
+    query.obs[f"{key_added}_confidence"] = found.confidence_C.astype(np.float32)
     query.uns[key_added] = {
         "genemodel": genemodel.__version__,
         "label_key": label_key,
         "labels": labels,
         "reference_cells": len(usable),
+        "transfer": transfer,
         "k": k,
         "unknown_below": float(unknown),
-        "far_beyond": limit if np.isfinite(limit) else "never",
-        "held_out_accuracy": calibration.accuracy,
-        "share_unknown": float((doubtful_C | far_C | ~finite_C).mean()),
-        "share_doubtful": float(doubtful_C.mean()),
-        "share_far": float(far_C.mean()),
+        "far_beyond": found.far_beyond if np.isfinite(found.far_beyond) else "never",
+        "held_out_accuracy": found.held_out_accuracy,
+        "share_unknown": float(unknown_C.mean()),
+        "share_doubtful": float((found.confidence_C < unknown).mean()),
+        "share_far": float(found.far_C.mean()),
         "seed": seed,
     }
-    if far_C.mean() > 0.5:
+    if found.far_C.mean() > 0.5:
         logger.warning(
             "%.0f %% of the query lies farther from the reference than its own cells from each "
             "other and is called unknown: check species, layer and tissue. far_quantile=None "
             "labels them all the same.",
-            100 * far_C.mean(),
+            100 * found.far_C.mean(),
         )
 
 
-def _check(k: int, unknown: float, far_quantile: float | None, key_added: str) -> None:
+def _check(
+    transfer: str, k: int, unknown: float, far_quantile: float | None, key_added: str
+) -> None:
+    if transfer not in TRANSFERS:
+        raise ConfigError(f"transfer={transfer!r}: there are {', '.join(TRANSFERS)}.")
     if k < 1:
         raise ConfigError(f"k={k}: at least one neighbour must vote.")
     if not 0 <= unknown <= 1:
@@ -172,7 +181,7 @@ def _vectors(
             "returns."
         )
     cells = VocabularyCells(adata, model, layer=layer, species=species)
-    return np.concatenate([part for _, part in embed_chunks(cells, model)])
+    return embedding_of(cells, model)
 
 
 def _unit(rows_CD: np.ndarray) -> np.ndarray:
@@ -180,18 +189,125 @@ def _unit(rows_CD: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Transferred:
+    """Labels of the query's cells before any is called unknown.
+
+    Attributes
+    ----------
+    winner_C
+        Code of the best label, -1 for a cell without a vector.
+    confidence_C
+        Probability that it is right; 0 without a vector.
+    far_C
+        Whether the cell is farther from the reference than ``far_beyond``.
+    far_beyond
+        Mean distance of the neighbours; infinite where nothing is too far.
+    held_out_accuracy
+        Share of held-out reference cells that got their own label.
+    """
+
+    winner_C: np.ndarray
+    confidence_C: np.ndarray
+    far_C: np.ndarray
+    far_beyond: float
+    held_out_accuracy: float
+
+    def unknown_C(self, below: float) -> np.ndarray:
+        """Tell the cells that are far, doubtful or without a vector."""
+        return (self.confidence_C < below) | self.far_C | (self.winner_C < 0)
+
+    def names(self, labels: list[str], below: float) -> np.ndarray:
+        """Name the labels, ``unknown`` where the confidence is below this or the cell is far."""
+        names_C = np.array(labels, dtype=object)[self.winner_C]
+        names_C[self.unknown_C(below)] = UNKNOWN
+        return names_C
+
+
+def transfer_labels(
+    reference_RD: np.ndarray,
+    label_R: np.ndarray,
+    query_CD: np.ndarray,
+    *,
+    transfer: Transfer = "knn",
+    k: int = 15,
+    far_quantile: float | None = 0.99,
+    seed: int = 0,
+) -> Transferred:
+    """Label vectors by labelled vectors of the same embedding; see :func:`annotate`.
+
+    Every row of the reference has a label and a finite vector; the query may lack vectors (NaN).
+    """
+    finite_C = np.isfinite(query_CD).all(1)
+    centre_D = reference_RD.mean(0)
+    unit_RD, unit_CD = _unit(reference_RD - centre_D), _unit(query_CD[finite_C] - centre_D)
+    neighbours = _Transfer(unit_RD, label_R, int(label_R.max()) + 1, k)
+    held_H, winner_H, share_H, distance_H = neighbours.held_out(seed)
+    winner_U, share_U, distance_U = neighbours.vote(unit_CD)
+    if transfer == "linear":
+        held_H, winner_H, share_H = _cross_validated(unit_RD, label_R, seed)
+        winner_U, share_U = _linear(unit_RD, label_R, unit_CD)
+    calibration = _Calibration.of(share_H, winner_H == label_R[held_H])
+    n = len(query_CD)
+    winner_C, confidence_C = np.full(n, -1), np.zeros(n)
+    winner_C[finite_C], confidence_C[finite_C] = winner_U, calibration.confidence(share_U)
+    limit = np.inf if far_quantile is None else float(np.quantile(distance_H, far_quantile))
+    far_C = np.zeros(n, bool)
+    far_C[finite_C] = distance_U > limit
+    return Transferred(winner_C, confidence_C, far_C, limit, calibration.accuracy)
+
+
+@dataclass(frozen=True)
 class _Calibration:
-    """How the reference fares when each of its cells is labelled by the others."""
+    """How the reference fares when cells of it are labelled by the others."""
 
     regression: Any
     accuracy: float
-    distance_R: np.ndarray
+    n_held_out: int
+
+    @classmethod
+    def of(cls, share_H: np.ndarray, right_H: np.ndarray) -> "_Calibration":
+        from sklearn.isotonic import IsotonicRegression
+
+        regression = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
+        regression.fit(share_H, right_H.astype(float))
+        return cls(regression, float(right_H.mean()), len(right_H))
 
     def confidence(self, share_C: np.ndarray) -> np.ndarray:
         """Probability that a label with this share of the votes is right."""
+        if not len(share_C):
+            return np.zeros(0)
         # No finite number of right answers proves that the next one is right.
-        most = 1 - 1 / (len(self.distance_R) + 2)
+        most = 1 - 1 / (self.n_held_out + 2)
         return np.minimum(self.regression.predict(share_C), most)
+
+
+def _linear(
+    unit_RD: np.ndarray, label_R: np.ndarray, unit_CD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Most probable label of each cell by logistic regression, and its probability."""
+    from sklearn.linear_model import LogisticRegression
+
+    if not len(unit_CD) or len(np.unique(label_R)) == 1:
+        return np.full(len(unit_CD), label_R[0]), np.ones(len(unit_CD))
+    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=MOST_STEPS)
+    model.fit(LENGTH * unit_RD, label_R)
+    probability_CL = model.predict_proba(LENGTH * unit_CD)
+    return model.classes_[probability_CL.argmax(1)], probability_CL.max(1)
+
+
+def _cross_validated(
+    unit_RD: np.ndarray, label_R: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of the reference, and the label and probability that a model without them gives."""
+    rows = np.random.default_rng(seed).permutation(len(unit_RD))[:CROSS_VALIDATED_CELLS]
+    winner_H, share_H = np.zeros(len(rows), np.int64), np.zeros(len(rows))
+    for fold in range(FOLDS):
+        held = np.arange(len(rows)) % FOLDS == fold
+        learnt = rows[~held]
+        winner_H[held], share_H[held] = _linear(
+            unit_RD[learnt], label_R[learnt], unit_RD[rows[held]]
+        )
+    return rows, winner_H, share_H
 
 
 class _Transfer:
@@ -228,16 +344,11 @@ class _Transfer:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
         return np.concatenate(winners), np.concatenate(shares), np.concatenate(distances)
 
-    def calibrate(self, seed: int) -> _Calibration:
-        from sklearn.isotonic import IsotonicRegression
-
+    def held_out(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the reference, and how the other ones vote on them."""
         rng = np.random.default_rng(seed)
-        held = np.sort(rng.permutation(len(self.unit_RD))[:CALIBRATION_CELLS])
-        winner_R, share_R, distance_R = self.vote(self.unit_RD[held], held)
-        right_R = (winner_R == self.label_R[held]).astype(float)
-        regression = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
-        regression.fit(share_R, right_R)
-        return _Calibration(regression, float(right_R.mean()), distance_R)
+        held_H = np.sort(rng.permutation(len(self.unit_RD))[:CALIBRATION_CELLS])
+        return held_H, *self.vote(self.unit_RD[held_H], held_H)
 
 
 @dataclass(frozen=True)
@@ -258,8 +369,10 @@ class AnnotateSettings:
         h5ad to write: obs with labels and confidence, without counts.
     key_added
         obs column of the labels.
+    transfer
+        knn or linear.
     k
-        Neighbours that vote.
+        Neighbours that vote, and whose distance says what is far.
     unknown
         Labels of lower confidence become unknown.
     far_quantile
@@ -282,6 +395,7 @@ class AnnotateSettings:
     label_key: str
     output: str
     key_added: str = KEY
+    transfer: Literal["knn", "linear"] = "knn"
     k: int = 15
     unknown: float = 0.5
     far_quantile: float | None = 0.99
@@ -303,13 +417,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     """
     import anndata as ad
 
-    output = Path(settings.output)
-    if output.suffix != ".h5ad":
-        raise ConfigError(f"output={output} does not end in .h5ad: it is written as one.")
-    if output.exists() and not settings.overwrite:
-        raise ConfigError(f"output={output} exists: set overwrite=true, or another name.")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"output={output}: the folder {output.parent} does not exist.")
+    output = writable_h5ad(settings.output, overwrite=settings.overwrite)
     cells = {}
     for name in ("query", "reference"):
         path = Path(getattr(settings, name))
@@ -328,6 +436,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         model,
         label_key=settings.label_key,
         key_added=settings.key_added,
+        transfer=settings.transfer,
         k=settings.k,
         unknown=settings.unknown,
         far_quantile=settings.far_quantile,

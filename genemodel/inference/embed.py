@@ -39,6 +39,13 @@ def embed_chunks(
         yield chunk.start, encode(chunk, bundle, batch_size=batch_size)
 
 
+def embedding_of(
+    cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
+) -> np.ndarray:
+    """Embed all cells of a source; float32 (C, D), in input order."""
+    return np.concatenate([part for _, part in embed_chunks(cells, bundle, batch_size=batch_size)])
+
+
 @torch.inference_mode()
 def encode(chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None) -> np.ndarray:
     """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene.
@@ -163,9 +170,7 @@ def embed(
     import anndata as ad
 
     cells = VocabularyCells(adata, model, layer=layer, species=species)
-    embedding_CD = np.concatenate(
-        [part for _, part in embed_chunks(cells, model, batch_size=batch_size)]
-    )
+    embedding_CD = embedding_of(cells, model, batch_size=batch_size)
     target = adata if isinstance(adata, ad.AnnData) else ad.AnnData(obs=cells.source.obs.copy())
     target.obsm[key_added] = embedding_CD
     target.uns[key_added] = provenance_of(cells, model, embedding_CD)
@@ -223,6 +228,18 @@ class EmbedSettings:
     overwrite: bool = False
 
 
+def writable_h5ad(output: str, *, overwrite: bool) -> Path:
+    """Return the path of an h5ad that may be written; refuses every other one."""
+    path = Path(output)
+    if path.suffix != ".h5ad":
+        raise ConfigError(f"output={path} does not end in .h5ad: it is written as one.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"output={path} exists: set overwrite=true, or another name.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"output={path}: the folder {path.parent} does not exist.")
+    return path
+
+
 def embed_file(settings: EmbedSettings) -> Path:
     """Embed a file; the counts are streamed and never held whole.
 
@@ -230,13 +247,7 @@ def embed_file(settings: EmbedSettings) -> Path:
     -------
     The output path.
     """
-    output = Path(settings.output)
-    if output.suffix != ".h5ad":
-        raise ConfigError(f"output={output} does not end in .h5ad: it is written as one.")
-    if output.exists() and not settings.overwrite:
-        raise ConfigError(f"output={output} exists: set overwrite=true, or another name.")
-    if not output.parent.is_dir():
-        raise ConfigError(f"output={output}: the folder {output.parent} does not exist.")
+    output = writable_h5ad(settings.output, overwrite=settings.overwrite)
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
     model = Bundle.load(settings.model, device=settings.device)

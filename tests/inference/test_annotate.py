@@ -9,7 +9,7 @@ import pytest
 import genemodel as gm
 from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.annotate import _Transfer, _unit
+from genemodel.inference.annotate import _Transfer, _unit, transfer_labels
 
 SHORT = IntegrationSettings(steps=150, passes=1, hidden=32, rank=16, latent=10, batch_cells=64)
 
@@ -82,27 +82,52 @@ def test_votes_equal_the_slow_and_obvious_version():
     assert (alone != np.arange(90)).all()  # no cell votes on itself
 
 
-def test_confidence_is_as_often_right_as_it_says():
+@pytest.mark.parametrize("transfer", ["knn", "linear"])
+def test_confidence_is_as_often_right_as_it_says(transfer):
     """Overlapping types: among new cells of the same kind, confidence equals accuracy."""
     rng = np.random.default_rng(1)
     centre = rng.normal(size=(3, 5))
 
     def draw(n):
         label = rng.integers(0, 3, n)
-        return _unit(centre[label] + 0.9 * rng.normal(size=(n, 5))), label
+        return centre[label] + 0.9 * rng.normal(size=(n, 5)), label
 
-    unit, label = draw(1500)
-    transfer = _Transfer(unit, label, 3, 15)
-    calibration = transfer.calibrate(0)
+    reference, label = draw(1500)
     new, truth = draw(1500)
-    winner, share, _ = transfer.vote(new)
-    confidence = calibration.confidence(share)
-    right = winner == truth
+    found = transfer_labels(reference, label, new, transfer=transfer)
+    right = found.winner_C == truth
     assert 0.4 < right.mean() < 0.95
-    assert abs(confidence.mean() - right.mean()) < 0.04
-    order = np.argsort(confidence)
+    assert abs(found.held_out_accuracy - right.mean()) < 0.04
+    assert abs(found.confidence_C.mean() - right.mean()) < 0.04
+    order = np.argsort(found.confidence_C)
     for part in np.array_split(order, 3):
-        assert abs(confidence[part].mean() - right[part].mean()) < 0.08
+        assert abs(found.confidence_C[part].mean() - right[part].mean()) < 0.08
+
+
+def test_linear_transfer_is_logistic_regression_and_far_stays_the_neighbours():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(2)
+    label = rng.integers(0, 3, 200)
+    reference = np.eye(3)[label] + 0.4 * rng.normal(size=(200, 3))
+    query = np.vstack(
+        [np.eye(3)[rng.integers(0, 3, 60)] + 0.4 * rng.normal(size=(60, 3)), [[9.0] * 3]]
+    )
+    query = np.vstack([query, np.full((1, 3), np.nan)])
+    linear = transfer_labels(reference, label, query, transfer="linear")
+    knn = transfer_labels(reference, label, query, transfer="knn")
+    centre = reference.mean(0)
+    slow = LogisticRegression(C=0.1, max_iter=500).fit(3 * _unit(reference - centre), label)
+    np.testing.assert_array_equal(
+        linear.winner_C[:-1], slow.predict(3 * _unit(query[:-1] - centre))
+    )
+    np.testing.assert_array_equal(linear.far_C, knn.far_C)
+    assert (linear.confidence_C != knn.confidence_C).any()
+    assert linear.winner_C[-1] == -1 and linear.confidence_C[-1] == 0 and not linear.far_C[-1]
+    assert list(linear.names(["a", "b", "c"], 0.0))[-1] == "unknown"
+    # A label that stands in one cell alone is missing from a fold: still answered.
+    lonely = np.r_[np.zeros(199, int), 1]
+    assert transfer_labels(reference, lonely, query, transfer="linear").held_out_accuracy > 0.9
 
 
 @pytest.mark.parametrize(
@@ -111,6 +136,7 @@ def test_confidence_is_as_often_right_as_it_says():
         ({"label_key": "celltype"}, "reference.obs has no column.*did you mean 'cell_type'"),
         ({"label_key": "species"}, "1 different labels"),
         ({"k": 0}, "k=0"),
+        ({"transfer": "tree"}, "transfer='tree': there are knn, linear"),
         ({"unknown": 2.0}, "unknown=2.0"),
         ({"far_quantile": 0.0}, "far_quantile=0.0"),
         ({"key_added": ""}, "key_added"),
@@ -139,12 +165,17 @@ def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):
     words = [
         "annotate", f"model={tmp_path / 'bundle'}", f"query={tmp_path / 'mouse.h5ad'}",
         f"reference={tmp_path / 'human.h5ad'}", "label_key=cell_type", "k=9", "far_quantile=null",
+        "transfer=linear",
         f"output={tmp_path / 'out.h5ad'}", "device=cpu",
     ]  # fmt: skip
     assert main(words) == 0
     written = ad.read_h5ad(tmp_path / "out.h5ad")
     query = cells["mouse"].copy()
-    gm.annotate(query, cells["human"], random_bundle, label_key="cell_type", k=9, far_quantile=None)
+    gm.annotate(
+        query, cells["human"], random_bundle, label_key="cell_type", transfer="linear", k=9,
+        far_quantile=None,
+    )  # fmt: skip
+    assert written.uns["genemodel_label"]["transfer"] == "linear"
     assert list(written.obs["genemodel_label"]) == list(query.obs["genemodel_label"])
     assert list(written.obs_names) == list(query.obs_names) and written.n_vars == 0
     assert main(words) == 2
