@@ -9,6 +9,7 @@
     out/imputed.h5ad       task impute: obs, var, layers with mean and standard deviation
     out/imputation_model/  … the ImputationModel
     out/curves.csv         losses of the heads
+    out/report.html        all of these curves, with the losses on held-out cells
 
 Stage 1 goes on with the pre-training objectives on the user's cells, by the recipe of pre-training;
 stage 2 trains the heads on what the backbone then says. Axes: C cells, V vocabulary, G genes.
@@ -27,6 +28,7 @@ import pandas as pd
 
 from genemodel import config_files
 from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import sha256
@@ -39,7 +41,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.impute import impute
 from genemodel.inference.integrate import batches_of, integrate
-from genemodel.inference.integrated_model import KEY
+from genemodel.inference.integrated_model import KEY, IntegratedModel
 from genemodel.inference.obs_keys import batch_names, keys_of, label_codes
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings
@@ -59,10 +61,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ABOUT, CURVES, BACKBONE = "finetune.json", "curves.csv", "backbone"
+ABOUT, CURVES, REPORT = "finetune.json", "curves.csv", "report.html"
+BACKBONE = "backbone"
 EMBEDDED, MODEL = "embedded.h5ad", "model"
 IMPUTED, IMPUTATION_MODEL = "imputed.h5ad", "imputation_model"
-RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, CURVES)
+RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, CURVES, REPORT)
 # Stored counts of a corpus that the heads take into memory: about 8 bytes each, several times over.
 MOST_COUNTS = 300_000_000
 # Settings that change no number: they may differ when a run goes on.
@@ -198,8 +201,9 @@ def finetune(settings: FinetuneSettings) -> Path:
             label_codes(adata.obs, settings.label_key)
     elif settings.batch_key:
         batch_names(adata.obs, settings.batch_key)
+    values = to_values(settings)
     about = {
-        "settings": to_values(settings),
+        "settings": values,
         "data": content,
         "model": bundle.fingerprint if bundle is not None else "",
     }
@@ -214,13 +218,14 @@ def finetune(settings: FinetuneSettings) -> Path:
         _integrate(settings, adata, bundle)
     if settings.imputes and not (out / IMPUTATION_MODEL).exists():
         _impute(settings, adata, bundle)
+    _report(settings, values)
     return out
 
 
 def _wanted(settings: FinetuneSettings) -> list[str]:
     """Results that a finished run has; in each pair the second is written last."""
     names = [MODEL, EMBEDDED] if settings.integrates else []
-    return names + ([IMPUTED, IMPUTATION_MODEL] if settings.imputes else [])
+    return [*names, *([IMPUTED, IMPUTATION_MODEL] if settings.imputes else []), REPORT]
 
 
 def _note(out: Path, about: dict[str, Any]) -> None:
@@ -481,3 +486,31 @@ def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> No
         writer.writerow(["task", "step", "loss", "value"])
         writer.writerows(kept)
         writer.writerows([task, step, name, f"{value:.6g}"] for step, name, value in rows)
+
+
+def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
+    """Draw all curves on one page."""
+    from genemodel.evaluation.finetune_report import write_finetune_report
+
+    out = Path(settings.out)
+    facts = {}
+    if settings.integrates:
+        about = IntegratedModel.load(out / MODEL, device="cpu").provenance
+        facts["embedding"] = (
+            f"{about['cells']:,} cells, {about['genes']:,} genes, effective rank "
+            f"{about['effective_rank']:.1f}, mean cosine {about['mean_cosine']:.3f}"
+        )
+        facts["populations that may be over-corrected"] = ", ".join(about["vanished"]) or "none"
+    if settings.imputes:
+        facts["imputed counts"] = str(ImputationModel.load(out / IMPUTATION_MODEL).trained.coverage)
+    run = out / BACKBONE
+    adapted = settings.backbone.tune != "frozen" and (run / "metrics.csv").exists()
+    write_finetune_report(
+        out / REPORT,
+        curves=pd.read_csv(out / CURVES),
+        backbone=(pd.read_csv(run / "metrics.csv"), pd.read_csv(run / "validation.csv"))
+        if adapted
+        else None,
+        facts=facts,
+        settings=values,
+    )

@@ -131,3 +131,48 @@ def random_bundle():
         settings={"some_head": {"n": 4}},
         provenance={"steps": 7},
     )
+
+
+@pytest.fixture(scope="session")
+def small_vocabulary():
+    """The first thousand genes of the built-in vocabulary: training steps take milliseconds."""
+    from genemodel.genes import GeneVocabulary
+
+    rows = GeneVocabulary.builtin().genes
+    return GeneVocabulary(rows[rows["token"] < 1003].reset_index(drop=True))
+
+
+@pytest.fixture(scope="session")
+def small_start(tmp_path_factory, small_vocabulary):
+    """Corpus of 240 cells over a small vocabulary, and the bundle of a short run on it.
+
+    Folders ``corpus`` and ``run/bundle`` below the one that is returned.
+    """
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.synthetic import synthetic
+    from genemodel.settings import parse
+    from genemodel.train.recipe import pretrain
+    from genemodel.train.settings import PretrainSettings
+
+    folder = tmp_path_factory.mktemp("small")
+    cells = synthetic(
+        240, species=("human",), n_genes=500, genes_per_cell=60, seed=1, vocabulary=small_vocabulary
+    )["human"]
+    Corpus.build([cells], folder / "corpus", vocabulary=small_vocabulary)
+    pretrain(
+        parse(
+            PretrainSettings,
+            {
+                "corpus": str(folder / "corpus"),
+                "out": str(folder / "run"),
+                "tokens": {"context": 64, "budget": 512},
+                "model": {"layers": 2, "width": 16, "heads": 2, "ffn": 16, "components": 4},
+                "optim": {"lr": 3e-3, "warmup_steps": 1},
+                "trainer": {
+                    "max_steps": 4, "validate_every": 4, "validation_batches": 2,
+                    "accelerator": "cpu",
+                },
+            },
+        )
+    )  # fmt: skip
+    return folder

@@ -1,15 +1,38 @@
-"""The verb: a file in, an embedded file and a model out."""
+"""The verb: a file in; embedding, imputed counts and models out, by way of an adapted backbone."""
+
+import dataclasses
+import json
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
+import genemodel as gm
+from genemodel import config_files
+from genemodel.adapt.imputation_model import ImputationModel
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
+from genemodel.errors import DataError
+from genemodel.finetune import FinetuneSettings, cells_of
 from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.settings import parse
+from genemodel.train.module import TrainingModule
 
 TINY = [f"integration.{word}" for word in ("steps=6", "passes=0", "hidden=8", "rank=4", "latent=5")]
+
+
+@pytest.fixture
+def blank_report(monkeypatch):
+    """Spare the drawing in tests that do not look at the page."""
+
+    def blank(settings, values):
+        (Path(settings.out) / "report.html").touch()
+
+    monkeypatch.setattr("genemodel.finetune._report", blank)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +45,7 @@ def file(tmp_path_factory):
     return path
 
 
+@pytest.mark.usefixtures("blank_report")
 def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     words = ["finetune", f"data={file}", "batch_key=[batch,donor]", f"out={tmp_path / 'run'}"]
     assert main([*words, *TINY]) == 0
@@ -34,7 +58,7 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     assert model.batch_keys == ("batch", "donor")
     assert np.isfinite(model.encode(data)).all()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "curves.csv", "embedded.h5ad", "finetune.json", "model",
+        "curves.csv", "embedded.h5ad", "finetune.json", "model", "report.html",
     ]  # fmt: skip
     curves = pd.read_csv(tmp_path / "run" / "curves.csv")
     assert set(curves["loss"]) == {"counts", "kl"} and curves["step"].max() == 6
@@ -58,6 +82,11 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
         (["integration.latent=0"], "latent=0"),
         (["task=cook"], "task"),
         (["model=absent"], "No model at absent"),
+        (["batch_key=[]"], "task=integrate needs batch_key"),
+        (["backbone=lora"], "backbone=lora adapts a pre-trained model: give model=BUNDLE"),
+        (["task=impute", "imputation.gene_vectors=true"], "gene_vectors=true needs"),
+        (["label_key=cel_type"], "did you mean 'cell_type'"),
+        (["backbone.rnk=3"], "did you mean 'backbone.rank'"),
     ],
 )
 def test_user_errors_are_told_in_a_line(file, tmp_path, capsys, words, said):
@@ -75,3 +104,167 @@ def test_a_file_that_is_no_h5ad_is_refused(tmp_path, capsys):
     words = ["finetune", f"data={tmp_path / 'a.h5ad'}", "batch_key=b", f"out={tmp_path / 'o'}"]
     assert main(words) == 2
     assert "a.h5ad" in capsys.readouterr().err
+
+
+# -- by way of the backbone ------------------------------------------------------------------------
+
+STAGE_1 = [
+    "tokens.budget=512", "trainer.max_steps=4", "trainer.validate_every=2",
+    "trainer.validation_batches=2", "trainer.checkpoint_every=2", "trainer.accelerator=cpu",
+    "optim.warmup_steps=1", "optim.lr=0.003", "backbone.rank=2",
+]  # fmt: skip
+HEADS = [*TINY, "imputation.epochs=1", "imputation.hidden=8", "imputation.latent=4"]
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory, small_vocabulary):
+    """A file of cells that the bundle ``small_start`` has not seen."""
+    path = tmp_path_factory.mktemp("mine") / "mine.h5ad"
+    cells = synthetic(
+        120, species=("human",), n_batches=3, n_genes=300, genes_per_cell=60, seed=5,
+        vocabulary=small_vocabulary,
+    )["human"]  # fmt: skip
+    cells.write_h5ad(path)
+    return path
+
+
+def command(data, start, out, *words):
+    return [
+        "finetune", f"data={data}", f"model={start / 'run' / 'bundle'}", f"out={out}",
+        "batch_key=batch", *STAGE_1, *HEADS, *words,
+    ]  # fmt: skip
+
+
+def test_both_heads_stand_on_the_adapted_backbone(mine, small_start, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = command(mine, small_start, out, "backbone=lora", "task=both")
+    assert main([*words, "imputation.gene_vectors=true"]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "backbone", "curves.csv", "embedded.h5ad", "finetune.json", "imputation_model",
+        "imputed.h5ad", "model", "report.html",
+    }  # fmt: skip
+    adapted = Bundle.load(out / "backbone" / "bundle")
+    assert IntegratedModel.load(out / "model").bundle.fingerprint == adapted.fingerprint
+    assert adapted.provenance["start"] == Bundle.load(small_start / "run" / "bundle").fingerprint
+    imputed, data = ad.read_h5ad(out / "imputed.h5ad"), ad.read_h5ad(mine)
+    assert imputed.layers["imputed"].shape == imputed.layers["imputed_sd"].shape == data.shape
+    # The model on disk imputes the same cells alike, and others.
+    again = data.copy()
+    gm.impute(again, ImputationModel.load(out / "imputation_model"))
+    np.testing.assert_array_equal(again.layers["imputed"], imputed.layers["imputed"])
+    curves = pd.read_csv(out / "curves.csv")
+    assert set(curves["task"]) == {"integrate", "impute"}
+    validation = pd.read_csv(out / "backbone" / "validation.csv")
+    assert validation["step"].tolist() == [0, 2, 4]
+    page = (out / "report.html").read_text()
+    assert "used are the weights of step 4" in page and "<td>masked gene</td>" in page
+    assert page.count("<img") == 3 and "90 % intervals hold" in page
+    # The held-out groups are donors, whole.
+    corpus = Corpus.open(out / "backbone" / "corpus")
+    assert corpus.codes("batch")[1] == sorted(data.obs["batch"].astype(str).unique())
+
+
+@pytest.mark.usefixtures("blank_report")
+def test_a_run_that_was_cut_off_goes_on_and_another_is_refused(
+    mine, small_start, tmp_path, capsys, monkeypatch
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(mine, small_start, whole, "backbone=last")) == 0
+    step_itself = TrainingModule.training_step
+
+    def broken(module, step, batch_idx):
+        if module.steps_done == 3:
+            raise ZeroDivisionError
+        step_itself(module, step, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(command(mine, small_start, parts, "backbone=last"))
+    assert not (parts / "embedded.h5ad").exists()
+    assert main(command(mine, small_start, parts, "backbone=last", "backbone.layers=2")) == 2
+    assert "backbone.layers: 1 -> 2" in capsys.readouterr().err
+    steps = []
+
+    def counted(module, step, batch_idx):
+        steps.append(module.steps_done)
+        step_itself(module, step, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", counted)
+    assert main(command(mine, small_start, parts, "backbone=last")) == 0
+    assert steps == [2, 3]
+    expected, got = (ad.read_h5ad(out / "embedded.h5ad") for out in (whole, parts))
+    np.testing.assert_array_equal(expected.obsm["X_genemodel"], got.obsm["X_genemodel"])
+    # A head that is lost is made again, the backbone is not.
+    (parts / "embedded.h5ad").unlink()
+    assert main(command(mine, small_start, parts, "backbone=last")) == 0
+    assert steps == [2, 3] and (parts / "embedded.h5ad").exists()
+    other = ad.read_h5ad(mine)
+    other[:100].copy().write_h5ad(tmp_path / "other.h5ad")
+    assert main(command(tmp_path / "other.h5ad", small_start, parts, "backbone=last")) == 2
+    assert "data: its content is not what the run started with" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank_report")
+def test_from_scratch_has_the_shape_of_the_model_and_none_of_its_weights(
+    mine, small_start, tmp_path
+):
+    out = tmp_path / "run"
+    words = command(
+        mine, small_start, out, "backbone=scratch", "task=impute", "trainer.max_steps=1"
+    )
+    assert main(words) == 0
+    start, new = Bundle.load(small_start / "run" / "bundle"), Bundle.load(out / "backbone/bundle")
+    assert new.model.settings == start.model.settings and new.provenance["start"] == ""
+    name = "blocks.0.qkv.weight"
+    assert not (start.model.state_dict()[name] == new.model.state_dict()[name]).any()
+    assert not (out / "embedded.h5ad").exists() and (out / "imputed.h5ad").exists()
+
+
+@pytest.mark.usefixtures("blank_report")
+def test_a_corpus_is_used_as_it_is(small_start, tmp_path, capsys):
+    out = tmp_path / "run"
+    corpus = small_start / "corpus"
+    assert main(command(corpus, small_start, out, "backbone=full", "backbone.layer_decay=0.7")) == 0
+    assert not (out / "backbone" / "corpus").exists()
+    cells = cells_of(Corpus.open(corpus))
+    embedded = ad.read_h5ad(out / "embedded.h5ad")
+    assert embedded.n_obs == cells.n_obs == 240
+    assert np.isfinite(embedded.obsm["X_genemodel"]).all()
+    assert main(command(corpus, small_start, tmp_path / "no", "layer=counts")) == 2
+    assert "leave layer and species out" in capsys.readouterr().err
+    words = command(corpus, small_start, tmp_path / "no", "backbone=full")
+    assert main([*words, "batch_key=[batch,donor]"]) == 2
+    assert "a corpus has one technical batch" in capsys.readouterr().err
+
+
+def test_cells_of_a_corpus_are_its_counts(small_start, small_vocabulary):
+    corpus = Corpus.open(small_start / "corpus")
+    cells = cells_of(corpus)
+    block = corpus.read(0, len(corpus)).to_csr(len(corpus.vocabulary))
+    match = small_vocabulary.match(cells.var, species="human")
+    assert (match.token_G >= 0).all()
+    np.testing.assert_array_equal(match.project(cells.X).toarray(), block.toarray())
+    assert cells.obs["donor"].astype(str).tolist() == corpus.obs()["donor"].astype(str).tolist()
+
+
+def test_a_corpus_too_large_or_of_two_species_is_refused(tiny_corpus, small_start, monkeypatch):
+    with pytest.raises(DataError, match="holds human, mouse.*a corpus for each species"):
+        cells_of(Corpus.open(tiny_corpus))
+    monkeypatch.setattr("genemodel.finetune.MOST_COUNTS", 100)
+    with pytest.raises(DataError, match="at most 100.*genemodel pretrain start=BUNDLE"):
+        cells_of(Corpus.open(small_start / "corpus"))
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(mine, small_start, tmp_path, capsys):
+    (tmp_path / "run" / "backbone").mkdir(parents=True)
+    (tmp_path / "run" / "backbone" / "thesis.txt").write_text("years of work")
+    assert main(command(mine, small_start, tmp_path / "run", "backbone=last")) == 2
+    assert "no finetune.json" in capsys.readouterr().err
+    assert (tmp_path / "run" / "backbone" / "thesis.txt").exists()
+
+
+def test_python_has_the_defaults_of_the_command_line():
+    values = config_files.compose("finetune", ["batch_key=b"])
+    composed = parse(FinetuneSettings, {**values, "data": "d", "out": "o"})
+    assert composed == FinetuneSettings(data="d", out="o", batch_key=("b",))
+    assert json.dumps(dataclasses.asdict(composed))

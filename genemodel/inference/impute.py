@@ -236,8 +236,10 @@ def impute(
         cells: VocabularyCells | None = None
         gene_vectors_GE: np.ndarray | None = None
         if trained is not None:
-            if not keys and all(key in source.obs for key in trained.batch_keys):
-                keys = trained.batch_keys
+            own = trained.batch_keys
+            # A column that bears a corpus's name is there even where the data have none.
+            if not keys and all(k in source.obs and source.obs[k].notna().all() for k in own):
+                keys = own
             trained = _other_cells(trained, source, keys)
             codes_C, names = None, trained.batches
             columns = _trained_columns(trained, source, genes)
@@ -419,6 +421,7 @@ def _other_cells(
         (np.ones(there.size, np.float32), (column_G[there], there)), (len(index), len(column_G))
     )
     counts_CG = sp.csr_matrix(_read(source).astype(np.float32) @ onto)
+    counts_CG.sort_indices()  # the order of a sum decides its last bit
     code_C = np.full(source.n_cells, -1)
     if keys and trained.batches:
         name_C = _batch_names(source, keys)

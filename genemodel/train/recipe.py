@@ -348,22 +348,21 @@ def build(
         measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
         seed=settings.seed,
     )
-    components = None
-    if model.embedding.components is not None:
+    taken = objectives.start_from(start.heads) if start is not None else []
+    new = {name: head for name, head in objectives.heads.items() if name not in taken}
+    if start is not None and new:
+        logger.info("New heads, which the bundle has not or not all of: %s.", ", ".join(new))
+    decoder = new.get("decode_counts")
+    if model.embedding.components is not None and (start is None or decoder is not None):
         components = PrincipalGenes.measure(
             corpus, train_cells, settings.model.components, seed=settings.seed
         )
-        for head in objectives.heads.values():
-            if isinstance(head, CountDecoder):
-                head.start_at(components)
-    if start is not None:
-        taken = objectives.start_from(start.heads)
-        if new := [name for name in objectives.heads if name not in taken]:
-            logger.info("New heads, which the bundle has not or not all of: %s.", ", ".join(new))
-    elif model.embedding.components is not None and components is not None:
-        model.embedding.components.start_at(
-            torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
-        )
+        if start is None:
+            model.embedding.components.start_at(
+                torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
+            )
+        if isinstance(decoder, CountDecoder):
+            decoder.start_at(components)
     tune(model, settings.backbone)
     return model, objectives
 

@@ -1,0 +1,140 @@
+"""Imputing further cells with a model that is trained: genes by name, batches, files, refusals."""
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import genemodel as gm
+from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.imputation_model import ImputationModel
+from genemodel.cells.synthetic import synthetic
+from genemodel.cli import main
+from genemodel.errors import ConfigError, DataError
+
+QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def cells(small_vocabulary):
+    return synthetic(
+        120, species=("human",), n_genes=300, genes_per_cell=60, n_batches=2, seed=2,
+        vocabulary=small_vocabulary,
+    )["human"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(cells):
+    adata = cells.copy()
+    model = gm.impute(adata, batch_key="batch", uncertainty=True, settings=QUICK)
+    return adata, model
+
+
+def test_cells_of_the_training_get_what_they_got(trained, cells):
+    adata, model = trained
+    again = cells.copy()
+    found = gm.impute(again, model, uncertainty=True)  # its own batch column is found
+    assert isinstance(found, ImputationModel)
+    np.testing.assert_array_equal(again.layers["imputed"], adata.layers["imputed"])
+    np.testing.assert_array_equal(again.layers["imputed_sd"], adata.layers["imputed_sd"])
+    assert again.uns["imputed"]["trained"] == "on other cells"
+    assert adata.uns["imputed"]["trained"] == "here"
+
+
+def test_the_order_of_genes_is_no_matter_and_strange_ones_get_nothing(trained, cells, caplog):
+    adata, model = trained
+    other = cells[:40, ::-1].copy()
+    strange = other[:, :3].copy()
+    strange.var_names = ["one", "two", "three"]
+    both = ad.concat([other, strange], axis=1, merge="first")
+    with caplog.at_level("WARNING"):
+        gm.impute(both, model, uncertainty=True, draws=1, quantiles=[0.5])
+    assert "3 genes were not in the training data and get NaN (one, two, three)" in caplog.text
+    np.testing.assert_array_equal(
+        both.layers["imputed"][:, :-3], adata.layers["imputed"][:40, ::-1]
+    )
+    for name in ("imputed", "imputed_sd", "imputed_draw0", "imputed_q50"):
+        assert np.isnan(both.layers[name][:, -3:]).all()
+        assert np.isfinite(both.layers[name][:, :-3]).all()
+
+
+def test_genes_that_were_not_measured_are_predicted(trained, cells, caplog):
+    _, model = trained
+    lost = cells.var_names[:60].tolist()
+    part = cells[:, 60:].copy()
+    with caplog.at_level("INFO"):
+        gm.impute(part, model, genes=[*lost[:5], part.var_names[0]])
+    assert "are not here: predicted from the others" in caplog.text
+    table = part.obsm["imputed"]
+    assert list(table.columns)[:5] == lost[:5] and np.isfinite(table.to_numpy()).all()
+    assert (table[lost[0]] > 0).all()
+
+
+def test_a_batch_that_is_new_or_not_told_gets_the_mean(trained, cells, caplog):
+    _, model = trained
+    new, untold = cells[:30].copy(), cells[:30].copy()
+    new.obs["batch"] = "tomorrow"
+    del untold.obs["batch"]
+    for adata in (new, untold):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            gm.impute(adata, model)
+        assert "30 cells are of no batch of the training" in caplog.text
+    np.testing.assert_array_equal(new.layers["imputed"], untold.layers["imputed"])
+
+
+def test_a_file_by_the_command_line(trained, cells, tmp_path, capsys):
+    adata, model = trained
+    model.save(tmp_path / "model")
+    cells[:25].copy().write_h5ad(tmp_path / "new.h5ad")
+    words = ["impute", f"input={tmp_path / 'new.h5ad'}", f"model={tmp_path / 'model'}"]
+    assert main([*words, f"output={tmp_path / 'out.h5ad'}", "uncertainty=true"]) == 0
+    assert "pass " not in capsys.readouterr().err  # nothing is trained
+    out = ad.read_h5ad(tmp_path / "out.h5ad")
+    # Another number of cells in a block: the same but for rounding.
+    np.testing.assert_allclose(out.layers["imputed"], adata.layers["imputed"][:25], rtol=1e-4)
+    assert out.var["measured"].all()
+    gene = cells.var_names[7]
+    words += [f"genes=[{gene}]", f"output={tmp_path / 'one.h5ad'}"]
+    assert main(words) == 0
+    one = ad.read_h5ad(tmp_path / "one.h5ad")
+    np.testing.assert_array_equal(one.layers["imputed"][:, 0], out.layers["imputed"][:, 7])
+
+
+def test_nested_batches_are_told_apart(cells):
+    adata = cells.copy()
+    model = gm.impute(adata, batch_key=["batch", "donor"], settings=QUICK)
+    pairs = adata.obs[["batch", "donor"]].astype(str).agg(" | ".join, axis=1)
+    assert model.batches == tuple(sorted(pairs.unique()))
+    assert model.batch_keys == ("batch", "donor")
+
+
+def test_gene_vectors_change_the_start(cells, small_start):
+    bundle = gm.load(small_start / "run" / "bundle", device="cpu")
+    found = []
+    for gene_vectors in (True, True, False):
+        settings = DecoderSettings(hidden=16, latent=4, epochs=1, gene_vectors=gene_vectors)
+        adata = cells.copy()
+        gm.impute(adata, bundle, settings=settings)
+        found.append(adata.layers["imputed"])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_refusals(trained, cells):
+    _, model = trained
+    with pytest.raises(ConfigError, match="this model is trained: give one"):
+        gm.impute(cells.copy(), model, settings=QUICK)
+    with pytest.raises(ConfigError, match="gene_vectors=true needs a pre-trained model"):
+        gm.impute(cells.copy(), settings=DecoderSettings(gene_vectors=True))
+    renamed = cells.copy()
+    renamed.var_names = [f"x{i}" for i in range(renamed.n_vars)]
+    with pytest.raises(DataError, match="only 0 of the .* genes that the model reads.*leaving mod"):
+        gm.impute(renamed, model)
+    twice = cells.copy()
+    twice.var_names = [cells.var_names[0], cells.var_names[0], *cells.var_names[2:]]
+    with pytest.raises(DataError, match="more than once.*var_names_make_unique"):
+        gm.impute(twice, model)
+    with pytest.raises(DataError, match="does not have NOGENE.*leave these out"):
+        gm.impute(cells.copy(), model, genes=["NOGENE"])
+    with pytest.raises(ConfigError, match="there is no batch 'c'"):
+        gm.impute(cells.copy(), model, batch="c")
