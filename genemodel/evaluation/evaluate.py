@@ -22,11 +22,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.adapt.denormals import denormals_flushed
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation import imputation_metrics, metrics
+from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
-from genemodel.evaluation.result import EvaluationResult
+from genemodel.evaluation.result import BOTH, EvaluationResult
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,7 +59,7 @@ class EvaluateSettings:
 
     data: Path
     out: Path
-    task: Literal["integrate", "impute"] = "integrate"
+    task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
     layer: str | None = None
@@ -88,7 +89,7 @@ def run(settings: EvaluateSettings) -> str:
 def evaluate(
     data: "AnnData | str | Path",
     *,
-    task: Literal["integrate", "impute"] = "integrate",
+    task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
     label_key: str | None = None,
     layer: str | None = None,
@@ -116,16 +117,19 @@ def evaluate(
     task
         "integrate": embeddings, judged on biology kept and batch removed. "impute": denoised
         counts, judged on molecules set aside (molecular cross-validation) and, where ``mixture``
-        is given, on the known truth.
+        is given, on the known truth. "annotate": labels carried from one batch or species to
+        another and back.
     batch_key
-        Column of ``obs`` with the technical batch; needed to integrate.
+        Column of ``obs`` with the technical batch; needed to integrate, and to annotate, where it
+        may be the species.
     label_key
-        Column with cell types. Without it only batch removal can be scored.
+        Column with cell types; needed to annotate. Without it only batch removal can be scored.
     layer
         Where the raw counts are; default ``X``.
     methods
-        Names of the methods to run, or a mapping of names to your own functions AnnData -> array;
-        default all there are. See `genemodel.evaluation.methods.choose`. "none" always runs.
+        Names of the methods to run, or a mapping of names to your own functions AnnData -> array,
+        or (reference, query, label_key) -> labels to annotate; default all there are. See
+        `genemodel.evaluation.methods.choose`. "none" always runs.
     models
         Trained models or their folders. One fine-tuned by `genemodel.integrate` embeds the cells. A
         pre-trained bundle is scored as it is, tuned on these cells, and, as a control, with its
@@ -185,8 +189,25 @@ def evaluate(
             f"{where}: name the column of the technical batch with batch_key; obs has "
             f"{', '.join(map(str, cells.obs.columns)) or 'no columns'}"
         )
-    chosen |= {f"obsm:{key}": _standing(key) for key in obsm}
-    chosen |= _model_methods(models)
+    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(models)
+    size = {"cells": cells.n_obs, "genes": cells.n_vars}
+    directions: list[annotation.Direction] = []
+    if task == "annotate":
+        if batch_key is None or label_key is None:
+            raise ConfigError(
+                f"{where}: to annotate, name the column of batches or species with batch_key and "
+                f"that of cell types with label_key; obs has "
+                f"{', '.join(map(str, cells.obs.columns)) or 'no columns'}"
+            )
+        directions, left_out = annotation.directions(cells, batch_key, label_key)
+        skipped |= left_out
+        given = {
+            name: replace(one, run=annotation.transferred(one.run, "linear", cells=cells))
+            for name, one in given.items()
+        }
+        cells = annotation.shared_genes(cells, batch_key)
+        size["genes that all batches have"] = cells.n_vars
+    chosen |= given
     conditions = Conditions(
         batch_key=batch_key,
         label_key=label_key,
@@ -198,13 +219,15 @@ def evaluate(
     for name, reason in skipped.items():
         logger.info("%s is skipped: %s", name, reason)
     comparison = _Comparison(cells, conditions, chosen, seeds, dict(skipped), hidden_labels)
-    result = (
-        comparison.integrate() if task == "integrate" else comparison.impute(keep, tuple(mixture))
-    )
+    if task == "integrate":
+        result = comparison.integrate()
+    elif task == "annotate":
+        result = comparison.annotate(directions)
+    else:
+        result = comparison.impute(keep, tuple(mixture))
     result.settings = {
         "data": where,
-        "cells": cells.n_obs,
-        "genes": cells.n_vars,
+        **size,
         "task": task,
         "batch_key": batch_key,
         "label_key": label_key,
@@ -434,7 +457,8 @@ class _Comparison:
             for package in ("scanpy", *method.packages):
                 importlib.import_module(package)
             with Meter() as meter:
-                found = method.run(adata, self.conditions)
+                with denormals_flushed():
+                    found = method.run(adata, self.conditions)
         except FAILURES as error:
             logger.debug("%s failed", name, exc_info=True)
             reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -454,10 +478,10 @@ class _Comparison:
         )
         return found
 
-    def _record(self, name: str, seed: int, values: Mapping[str, float]) -> None:
-        kind = self.methods[name].kind
+    def _record(self, name: str, seed: int, values: Mapping[str, float], **of: str) -> None:
+        row = {"method": name, "kind": self.methods[name].kind, "seed": seed}
         self.records += [
-            {"method": name, "kind": kind, "seed": seed, "metric": metric, "value": float(value)}
+            {**row, "metric": metric, "value": float(value), **of}
             for metric, value in values.items()
         ]
 
@@ -527,6 +551,46 @@ class _Comparison:
             cell_types=per_type,
             embeddings=once,
             obs=cast(pd.DataFrame, self.cells.obs),
+        )
+
+    def annotate(self, directions: list[annotation.Direction]) -> EvaluationResult:
+        per_label: list[pd.DataFrame] = []
+        obs = cast(pd.DataFrame, self.cells.obs)
+        calls = {
+            one.name: pd.DataFrame(
+                {"direction": one.name, "true": one.true_Q}, index=obs.index[one.query_Q]
+            )
+            for one in directions
+        }
+        scored: set[str] = set()
+        runs = self._runs(every_seed=False)
+        for number, (name, method, seed) in enumerate(runs, start=1):
+            found = self._run(name, method, seed, self.cells, f"[{number}/{len(runs)}]")
+            if found is None:
+                continue
+            problem = annotation.problem(found, directions)
+            if problem is not None:
+                self.skipped[name] = f"failed: {problem}"
+                logger.warning("%s %s", name, self.skipped[name])
+                continue
+            scored.add(name)
+            for direction, called in zip(directions, found, strict=True):
+                scores = annotation.scores(direction, called)
+                self._record(name, seed, scores, direction=direction.name)
+                if seed == self.seeds[0]:
+                    per_label.append(annotation.per_label(direction, name, called))
+                    calls[direction.name][name] = called.label_Q
+        self.conditions.shared.clear()
+        if not scored:
+            raise DataError(f"no method ran: {self.skipped}")
+        table = self._table(scored)
+        return EvaluationResult(
+            "annotate",
+            table.assign(direction=table["direction"].fillna(BOTH)),
+            self.skipped,
+            cell_types=pd.concat(per_label, ignore_index=True),
+            calls=pd.concat(calls.values()),
+            obs=obs,
         )
 
     def impute(self, keep: float, mixture: tuple[str, ...]) -> EvaluationResult:

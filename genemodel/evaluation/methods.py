@@ -1,9 +1,10 @@
 """The methods that `genemodel evaluate` knows, and what each of them needs.
 
 A method is a function that takes an AnnData with raw counts in ``X`` and returns an embedding
-(integration) or denoised counts (imputation) of the same cells in the same order. Users add theirs
-in Python, ``evaluate(..., methods={"mine": my_function})``; the command line takes no code, it
-scores what stands in ``obsm`` already.
+(integration) or denoised counts (imputation) of the same cells in the same order; to annotate, one
+that labels the cells of a query by a reference, see `genemodel.evaluation.annotation`. Users add
+theirs in Python, ``evaluate(..., methods={"mine": my_function})``; the command line takes no code,
+it scores what stands in ``obsm`` already.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.errors import ConfigError
-from genemodel.evaluation import baselines, imputation_baselines, seurat
+from genemodel.evaluation import annotation, baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions
 from genemodel.evaluation.imputation_baselines import Denoised
 from genemodel.settings import nearest
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Denoised", "Method", "Own", "Task", "choose"]
 
-type Task = Literal["integrate", "impute"]
-type Own = Callable[["AnnData"], Any]
+type Task = Literal["integrate", "impute", "annotate"]
+type Own = Callable[..., Any]
 
 _BENCH = "pip install 'genemodel[bench]'"
 _DEBIAN = "on Debian: apt-get install r-cran-seurat r-bioc-sva"
@@ -36,7 +37,7 @@ class Method:
     Attributes
     ----------
     run
-        ``(adata, conditions) -> array`` (or `Denoised`).
+        ``(adata, conditions) -> array`` (or `Denoised`, or a list of `annotation.Called`).
     kind
         "baseline", "control" (must lose), "ours" or "own" (the user's).
     packages, r_packages
@@ -97,6 +98,14 @@ METHODS: dict[str, dict[str, Method]] = {
         "genemodel": Method(imputation_baselines.genemodel, kind="ours", seeded=True),
         "genemodel_log": Method(imputation_baselines.genemodel_log, kind="ours", seeded=True),
     },
+    "annotate": {
+        "majority": Method(annotation.by_function(annotation.majority), kind="control"),
+        "logistic_regression": Method(annotation.by_function(annotation.logistic_regression)),
+        "pca_knn": Method(annotation.pca_knn),
+        "scvi_knn": Method(annotation.scvi_knn, packages=("scvi",), seeded=True),
+        "genemodel_knn": Method(annotation.genemodel_knn, kind="ours", seeded=True),
+        "genemodel": Method(annotation.genemodel, kind="ours", seeded=True),
+    },
 }
 
 
@@ -108,7 +117,7 @@ def choose(
     Parameters
     ----------
     task
-        "integrate" or "impute".
+        "integrate", "impute" or "annotate".
     wanted
         ``None``: every method there is. Names: only these. A mapping of names to functions: every
         method there is and these; a name mapped to ``None`` is a built-in one, and where there is
@@ -132,7 +141,7 @@ def choose(
     own: dict[str, Method] = {}
     names: list[str] = list(known)
     if isinstance(wanted, Mapping):
-        own = {name: _own(name, fn, known) for name, fn in wanted.items() if fn is not None}
+        own = {name: _own(task, name, fn) for name, fn in wanted.items() if fn is not None}
         named = [name for name, fn in wanted.items() if fn is None]
         names = named or names
     elif wanted is not None:
@@ -159,11 +168,18 @@ def choose(
     return chosen | own, skipped
 
 
-def _own(name: str, function: "Own", known: Mapping[str, Method]) -> Method:
-    if name in known:
+def _own(task: str, name: str, function: "Own") -> Method:
+    if name in METHODS[task]:
         raise ConfigError(f"method {name!r} is built in: give yours another name")
     if not callable(function):
         raise ConfigError(
-            f"method {name!r} is a {type(function).__name__}; expected a function AnnData -> array"
+            f"method {name!r} is a {type(function).__name__}; expected a function "
+            + (
+                "(reference, query, label_key) -> labels"
+                if task == "annotate"
+                else "AnnData -> array"
+            )
         )
+    if task == "annotate":
+        return Method(annotation.by_function(function), kind="own")
     return Method(lambda adata, conditions: function(adata), kind="own")

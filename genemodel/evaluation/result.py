@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -39,14 +39,31 @@ COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
         "truth_pearson_cell": ("truth", "high"),
         "truth_pearson_gene": ("truth gene", "high"),
     },
+    "annotate": {
+        "accuracy": ("accuracy", "high"),
+        "macro_f1": ("F1", "high"),
+        "balanced_accuracy": ("balanced", "high"),
+        "accuracy_forced": ("forced", "high"),
+        "macro_f1_forced": ("forced F1", "high"),
+        "accuracy_called": ("if called", "high"),
+        "unknown": ("unknown", "low"),
+        "unknown_new": ("new unknown", "high"),
+    },
 }
 # What the terminal leaves out first where 100 columns are too few; summary.csv has everything.
 _LESS = {
     "integrate": ("connect", "ARI", "cLISI", "PCR", "±"),
     "impute": ("rho gene", "truth gene", "zeros", "±"),
+    "annotate": ("balanced", "if called", "±"),
 }
 _WIDTH = 100
-_SORT = {"integrate": ("total", "bio", "batch_unlabelled"), "impute": ("poisson_ratio",)}
+_SORT = {
+    "integrate": ("total", "bio", "batch_unlabelled"),
+    "impute": ("poisson_ratio",),
+    "annotate": ("accuracy_forced",),
+}
+BOTH = "all"  # what a row of all directions together says for its direction
+_MOST_DIRECTIONS = 4  # that the terminal shows one by one
 
 
 @dataclass
@@ -56,15 +73,19 @@ class EvaluationResult:
     Attributes
     ----------
     task
-        "integrate" or "impute".
+        "integrate", "impute" or "annotate".
     table
-        Tidy: one row per ``method``, ``kind``, ``seed`` and ``metric``, with its ``value``.
+        Tidy: one row per ``method``, ``kind``, ``seed`` and ``metric``, with its ``value``; to
+        annotate per ``direction`` too ("all" for time and memory).
     skipped
         Methods that did not run, or failed, with the reason.
     saw_labels
         Methods that learnt from the labels they are judged by.
     cell_types
         Integration with labels: biology and batch per cell type of every method (first seed).
+        Annotation: cells, accuracy and share unknown per direction, method and cell type.
+    calls
+        Annotation: true label and that of every method (first seed) of each cell as a query.
     coverage
         Imputation: coverage of prediction intervals per method, level and group of genes.
     embeddings
@@ -81,13 +102,14 @@ class EvaluationResult:
     saw_labels: list[str] = field(default_factory=list)
     cell_types: pd.DataFrame | None = None
     coverage: pd.DataFrame | None = None
+    calls: pd.DataFrame | None = None
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     obs: pd.DataFrame = field(default_factory=pd.DataFrame)
     gene_statistics: dict[str, pd.DataFrame] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> pd.DataFrame:
-        """One row per method, best first: mean over the seeds of every metric, and ``n_seeds``."""
+        """One row per method, best first: mean over seeds (and directions), and ``n_seeds``."""
         wide = self.table.pivot_table(
             index="method", columns="metric", values="value", aggfunc="mean", sort=False
         )
@@ -100,10 +122,20 @@ class EvaluationResult:
 
     def spread(self) -> pd.DataFrame:
         """Give the standard deviation over the seeds, shaped as `summary`; nan with one seed."""
-        wide = self.table.pivot_table(
-            index="method", columns="metric", values="value", aggfunc="std", sort=False
+        by_seed = self.table.pivot_table(
+            index=["method", "seed"], columns="metric", values="value", aggfunc="mean", sort=False
         )
-        return wide.reindex(self.summary().index)
+        return by_seed.groupby("method").std().reindex(self.summary().index)
+
+    def directions(self) -> "dict[str, EvaluationResult]":
+        """Give the comparison of every direction alone; empty where there are none."""
+        if "direction" not in self.table:
+            return {}
+        names = [str(name) for name in self.table["direction"].unique() if name != BOTH]
+        return {
+            name: replace(self, table=self.table[self.table["direction"].isin([name, BOTH])])
+            for name in names
+        }
 
     def headline(self) -> pd.DataFrame:
         """Choose the columns that a reader needs first, under short names."""
@@ -128,6 +160,12 @@ class EvaluationResult:
                 table = table.drop(columns=column)
                 lines = _aligned(self.task, table)
         lines.insert(1, "─" * len(lines[0]))
+        each = self.directions()
+        if 1 < len(each) <= _MOST_DIRECTIONS:
+            for name, one in each.items():
+                shown = one.headline()[[name for name in table if name not in ("s", "MB")]]
+                lines += ["", *_aligned(name, shown)]
+            lines.append("")
         return "\n".join([*lines, *self._notes()])
 
     def labels_note(self) -> str:
@@ -157,6 +195,13 @@ class EvaluationResult:
                     "batches. Read bio and batch together: noise wins on batch alone."
                 )
             notes.append(self.labels_note())
+        elif self.task == "annotate":
+            notes.append(
+                "Mean over the directions. accuracy, F1 (macro), balanced: cells whose label the "
+                "reference has, unknown counted as wrong. forced: never unknown. if called: among "
+                "the cells not called unknown. new unknown: share called unknown of the cells "
+                "whose label the reference lacks. Baselines always answer."
+            )
         else:
             notes.append(
                 "MSE and Poisson are ratios to no denoising: below 1 is better; r over all "
@@ -191,6 +236,8 @@ class EvaluationResult:
             for name, table in (("cell_types", self.cell_types), ("coverage", self.coverage)):
                 if table is not None:
                     table.to_csv(folder / f"{name}.csv", index=False)
+            if self.calls is not None:
+                self.calls.to_csv(folder / "calls.csv", index_label="cell")
             if self.embeddings:
                 np.savez_compressed(
                     folder / "embeddings.npz", allow_pickle=False, **cast(Any, self.embeddings)
@@ -205,6 +252,8 @@ class EvaluationResult:
         """Lay the comparison out as one page; see `genemodel.evaluation.report`."""
         if self.task == "integrate":
             return _integration_report(self, umaps).settings(self.settings)
+        if self.task == "annotate":
+            return _annotation_report(self).settings(self.settings)
         return _imputation_report(self).settings(self.settings)
 
 
@@ -353,6 +402,49 @@ def _time_section(report: Report, summary: pd.DataFrame) -> None:
         "Wall seconds and peak memory above the start, of the method alone; scoring is not in it. "
         "One after the other in one process, so the peak is a lower bound.",
     )
+
+
+def _annotation_report(result: EvaluationResult) -> Report:
+    from genemodel.evaluation import plots
+
+    report = _opening(
+        result,
+        "Annotation",
+        "Labels of one side given to the cells of the other, by genes that all batches measured. "
+        "accuracy, F1 (macro) and balanced (mean over the labels): cells whose label the reference "
+        "has, unknown counted as wrong. forced: the same, had every cell to be named. if called: "
+        "accuracy among the cells not called unknown. unknown: their share; new unknown: their "
+        "share among the cells whose label the reference lacks, where 1 is right. The baselines "
+        "always answer. Means over the directions.",
+        ["accuracy", "macro_f1", "accuracy_forced", "macro_f1_forced"],
+        "Mean over the directions; higher is better.",
+    )
+    calls, types = cast(pd.DataFrame, result.calls), cast(pd.DataFrame, result.cell_types)
+    kinds = result.table.drop_duplicates("method").set_index("method")["kind"]
+    best: dict[str, Literal["high", "low"]] = {
+        title: way for title, way in COLUMNS["annotate"].values() if way is not None
+    }
+    for name, one in result.directions().items():
+        table = one.headline().drop(columns=["s", "MB"])
+        report.section(name).table(
+            table, "Best first.", best={key: way for key, way in best.items() if key in table}
+        )
+        here = calls[calls["direction"] == name]
+        for method in [method for method in table.index if kinds[method] == "ours"]:
+            report.figure(
+                plots.confusion(here["true"], here[method]),
+                f"{method}: what the cells of each label were called. Labels that the reference "
+                "lacks have no column of their own; 'unknown' is right for them.",
+            )
+        wide = types[types["direction"] == name].pivot_table(
+            index=["cell_type", "n"], columns="method", values="accuracy", sort=False
+        )
+        wide = wide[[method for method in table.index if method in wide]].reset_index("n")
+        report.table(wide, "Accuracy by cell type, unknown counted as wrong; n cells.")
+    summary = result.summary()
+    report.section("All metrics").table(summary, "Mean over the directions and seeds.")
+    _time_section(report, summary)
+    return report
 
 
 def _imputation_report(result: EvaluationResult) -> Report:

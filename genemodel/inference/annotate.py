@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "genemodel_label"
 UNKNOWN = "unknown"
+UNKNOWN_BELOW, FAR_QUANTILE = 0.5, 0.99
 CALIBRATION_CELLS = 5000
 MIN_REFERENCE = 50
 BLOCK = 2048
@@ -49,8 +50,8 @@ def annotate(
     key_added: str = KEY,
     transfer: Transfer = "knn",
     k: int = 15,
-    unknown: float = 0.5,
-    far_quantile: float | None = 0.99,
+    unknown: float = UNKNOWN_BELOW,
+    far_quantile: float | None = FAR_QUANTILE,
     layer: str | None = None,
     reference_layer: str | None = None,
     species: str | None = None,
@@ -216,9 +217,13 @@ class Transferred:
         """Tell the cells that are far, doubtful or without a vector."""
         return (self.confidence_C < below) | self.far_C | (self.winner_C < 0)
 
+    def best(self, labels: list[str]) -> np.ndarray:
+        """Name the best label of every cell, ``unknown`` only without a vector."""
+        return np.array([*labels, UNKNOWN], dtype=object)[self.winner_C]
+
     def names(self, labels: list[str], below: float) -> np.ndarray:
         """Name the labels, ``unknown`` where the confidence is below this or the cell is far."""
-        names_C = np.array(labels, dtype=object)[self.winner_C]
+        names_C = self.best(labels)
         names_C[self.unknown_C(below)] = UNKNOWN
         return names_C
 
@@ -230,7 +235,7 @@ def transfer_labels(
     *,
     transfer: Transfer = "knn",
     k: int = 15,
-    far_quantile: float | None = 0.99,
+    far_quantile: float | None = FAR_QUANTILE,
     seed: int = 0,
 ) -> Transferred:
     """Label vectors by labelled vectors of the same embedding; see :func:`annotate`.
@@ -397,8 +402,8 @@ class AnnotateSettings:
     key_added: str = KEY
     transfer: Literal["knn", "linear"] = "knn"
     k: int = 15
-    unknown: float = 0.5
-    far_quantile: float | None = 0.99
+    unknown: float = UNKNOWN_BELOW
+    far_quantile: float | None = FAR_QUANTILE
     layer: str = ""
     reference_layer: str = ""
     species: str = ""

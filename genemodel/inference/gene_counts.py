@@ -123,10 +123,24 @@ def _with_vocabulary(
     parts, rows, measured_V = [], [], np.zeros(len(vocabulary), bool)
     all_CG = sp.vstack([chunk.counts_CG for chunk in source.chunks()], format="csr")
     for name in sorted(set(species_C)):
-        match = vocabulary.match(source.genes, species=name)
-        logger.info("%s: %s", source.where, match.summary())
         rows.append(np.flatnonzero(species_C == name))
-        parts.append(match.project(all_CG[rows[-1]]))
+        counts_CG = all_CG[rows[-1]]
+        own_G = _not_of_others(source.genes, counts_CG, vocabulary, name)
+        match = vocabulary.match(source.genes.iloc[own_G], species=name)
+        logger.info("%s: %s", source.where, match.summary())
+        parts.append(match.project(counts_CG[:, own_G]))
         measured_V |= match.measured_V
     stacked_CV = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
     return GeneCounts(stacked_CV, [str(token) for token in range(len(vocabulary))], measured_V)
+
+
+def _not_of_others(
+    genes: pd.DataFrame, counts_CG: sp.csr_matrix, vocabulary: GeneVocabulary, species: str
+) -> np.ndarray:
+    """Columns without those that are empty and bear the id of another species' gene.
+
+    A file that joins species has both sets of genes, and zeros where the other one was measured.
+    """
+    others = [vocabulary.index(name).by_id for name in vocabulary.species if name != species]
+    foreign_G = np.array([any(str(name).lower() in ids for ids in others) for name in genes.index])
+    return np.flatnonzero((counts_CG.getnnz(0) > 0) | ~foreign_G.astype(bool))

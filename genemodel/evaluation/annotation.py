@@ -1,0 +1,362 @@
+"""Annotation across batches or species: one batch lends its labels to another, and back.
+
+Every method sees the same cells and the genes that all batches measured. A method gives, for every
+direction, the labels of the query's cells, and those that it would give if it had to name one.
+
+Axes: C cells, D width, G genes, Q cells of the query of a direction, R labelled cells of its
+reference.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pandas as pd
+
+from genemodel.errors import DataError
+from genemodel.evaluation.baselines import (
+    Conditions,
+    column,
+    counts_of,
+    log_normalised,
+    none,
+    scvi,
+    tuned,
+)
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.annotate import (
+    FAR_QUANTILE,
+    MIN_REFERENCE,
+    UNKNOWN,
+    UNKNOWN_BELOW,
+    Transfer,
+    transfer_labels,
+)
+from genemodel.inference.gene_counts import read_counts
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+SPECIES = "species"
+MIN_GENES = 50
+
+type Embedding = Callable[["AnnData", Conditions], np.ndarray]
+type Function = Callable[["AnnData", "AnnData", str], Any]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Who labels whom.
+
+    Attributes
+    ----------
+    name
+        Such as "human → mouse".
+    reference_R, query_Q
+        Rows of their labelled cells.
+    true_Q
+        Labels of the query, which no method sees.
+    labels
+        Those of the reference, in order.
+    """
+
+    name: str
+    reference_R: np.ndarray
+    query_Q: np.ndarray
+    true_Q: np.ndarray
+    labels: list[str]
+
+    @property
+    def shared(self) -> list[str]:
+        """Labels that both sides have."""
+        return sorted(set(self.labels) & set(self.true_Q))
+
+
+@dataclass(frozen=True)
+class Called:
+    """Labels of a direction's query; ``forced_Q`` never says unknown."""
+
+    label_Q: np.ndarray
+    forced_Q: np.ndarray
+
+
+def labels_of(adata: "AnnData", label_key: str) -> np.ndarray:
+    """Label of each cell as text, None where it is missing or says that it is unknown."""
+    label = column(adata, label_key)
+    label = label.where(label.notna(), UNKNOWN).astype(str)
+    return label.mask(label == UNKNOWN, None).to_numpy(dtype=object)
+
+
+def directions(
+    adata: "AnnData", batch_key: str, label_key: str
+) -> tuple[list[Direction], dict[str, str]]:
+    """Every batch as the query of all others; with two batches there and back.
+
+    Returns
+    -------
+    The directions, and why others are left out.
+
+    Raises
+    ------
+    DataError
+        Gaps in the batch, a single batch, or no direction that can be judged.
+    """
+    batch = column(adata, batch_key)
+    if batch.isna().any():
+        raise DataError(
+            f"obs[{batch_key!r}] (batch_key) is missing in {int(batch.isna().sum()):,} cells: fill "
+            "it or leave those cells out"
+        )
+    batch_C, label_C = batch.astype(str).to_numpy(), labels_of(adata, label_key)
+    names = sorted(set(batch_C))
+    if len(names) < 2:
+        raise DataError(
+            f"obs[{batch_key!r}] (batch_key) holds one batch only, {', '.join(names)}: nothing "
+            "could lend its labels. Name the column that tells batches or species apart"
+        )
+    labelled_C = np.array([label is not None for label in label_C])
+    found, left_out = [], {}
+    for query in sorted(names, reverse=len(names) == 2):
+        others = next(name for name in names if name != query) if len(names) == 2 else "others"
+        reference_R = np.flatnonzero((batch_C != query) & labelled_C)
+        query_Q = np.flatnonzero((batch_C == query) & labelled_C)
+        labels = sorted(set(label_C[reference_R]))
+        one = Direction(f"{others} → {query}", reference_R, query_Q, label_C[query_Q], labels)
+        if len(labels) < 2 or len(reference_R) < MIN_REFERENCE:
+            left_out[one.name] = (
+                f"the reference has {len(labels)} labels in {len(reference_R)} cells; at least 2 "
+                f"in {MIN_REFERENCE} are needed"
+            )
+        elif not one.shared:
+            left_out[one.name] = (
+                f"no label of {label_key!r} stands on both sides: {_some(labels)} against "
+                f"{_some(sorted(set(one.true_Q))) or 'none'}; give them common names"
+            )
+        else:
+            found.append(one)
+    if not found:
+        name, reason = next(iter(left_out.items()))
+        raise DataError(f"{name}: {reason}")
+    return found, left_out
+
+
+def _some(names: Sequence[str], n: int = 4) -> str:
+    return ", ".join(names[:n]) + (f", … {len(names) - n} more" if len(names) > n else "")
+
+
+def shared_genes(adata: "AnnData", batch_key: str) -> "AnnData":
+    """Keep the genes with a count in every batch: in a file that joins data sets the others are 0.
+
+    Where ``obs["species"]`` holds several, genes are those of the built-in vocabulary, in which
+    orthologs are one.
+
+    Raises
+    ------
+    DataError
+        Fewer than 50 such genes, or a species that the vocabulary does not know.
+    """
+    from anndata import AnnData
+
+    obs = cast(pd.DataFrame, adata.obs)
+    vocabulary = None
+    if SPECIES in obs and obs[SPECIES].nunique() > 1:
+        vocabulary = GeneVocabulary.builtin()
+    counts = read_counts(
+        adata,
+        bundle=None,
+        vocabulary=vocabulary,
+        layer=None,
+        species=None if vocabulary is None else f"obs:{SPECIES}",
+    )
+    batch_C = column(adata, batch_key).astype(str).to_numpy()
+    seen_G = np.ones(len(counts.genes), bool)
+    for batch in sorted(set(batch_C)):
+        seen_G &= counts.counts_CG[batch_C == batch].getnnz(0) > 0
+    if seen_G.sum() < MIN_GENES:
+        raise DataError(
+            f"only {int(seen_G.sum())} genes have counts in every batch of obs[{batch_key!r}]: "
+            "join the data sets by the same kind of gene names"
+            + ("" if vocabulary else "; of several species, name each cell's in obs['species']")
+        )
+    kept = counts.only(np.flatnonzero(seen_G))
+    names = kept.genes
+    if vocabulary is not None:
+        symbols = vocabulary.token_names()
+        names = [symbols[int(token)] for token in kept.genes]
+    return AnnData(
+        kept.counts_CG.astype(np.float32), obs=obs.copy(), var=pd.DataFrame(index=pd.Index(names))
+    )
+
+
+# -- methods: (adata, conditions) -> what is called in every direction ---------------------------
+
+
+def _of(adata: "AnnData", conditions: Conditions) -> list[Direction]:
+    return directions(adata, cast(str, conditions.batch_key), cast(str, conditions.label_key))[0]
+
+
+def transferred(
+    embed: Embedding,
+    transfer: Transfer,
+    *,
+    doubts: bool = True,
+    cells: "AnnData | None" = None,
+) -> Callable[["AnnData", Conditions], list[Called]]:
+    """Make a method of an embedding of all cells, of which no label is known.
+
+    Parameters
+    ----------
+    embed
+        Integration method.
+    transfer
+        As in :func:`genemodel.annotate`.
+    doubts
+        Whether it may say unknown, by the defaults of :func:`genemodel.annotate`.
+    cells
+        The same cells with all their genes, for what was trained on them; default the shared genes.
+    """
+
+    def run(adata: "AnnData", conditions: Conditions) -> list[Called]:
+        embedding_CD = np.asarray(embed(adata if cells is None else cells, conditions), np.float32)
+        label_C = labels_of(adata, cast(str, conditions.label_key))
+        called = []
+        for direction in _of(adata, conditions):
+            rows = direction.reference_R
+            rows = rows[np.isfinite(embedding_CD[rows]).all(1)]
+            found = transfer_labels(
+                embedding_CD[rows],
+                np.searchsorted(np.array(direction.labels, object), label_C[rows]),
+                embedding_CD[direction.query_Q],
+                transfer=transfer,
+                far_quantile=FAR_QUANTILE,
+                seed=conditions.seed,
+            )
+            forced_Q = found.best(direction.labels)
+            label_Q = found.names(direction.labels, UNKNOWN_BELOW) if doubts else forced_Q
+            called.append(Called(label_Q, forced_Q))
+        return called
+
+    return run
+
+
+def by_function(function: Function) -> Callable[["AnnData", Conditions], list[Called]]:
+    """Make a method of a user's ``(reference, query, label_key) -> labels``."""
+
+    def run(adata: "AnnData", conditions: Conditions) -> list[Called]:
+        key = cast(str, conditions.label_key)
+        called = []
+        for direction in _of(adata, conditions):
+            query = adata[direction.query_Q].copy()
+            del query.obs[key]
+            label = pd.Series(
+                np.asarray(function(adata[direction.reference_R].copy(), query, key), dtype=object)
+            )
+            label_Q = label.where(label.notna(), UNKNOWN).astype(str).to_numpy(dtype=object)
+            called.append(Called(label_Q, label_Q))
+        return called
+
+    return run
+
+
+def logistic_regression(reference: "AnnData", query: "AnnData", label_key: str) -> np.ndarray:
+    """Multinomial logistic regression on log(1 + counts per 10,000) of all shared genes."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(max_iter=500)
+    model.fit(log_normalised(counts_of(reference)), labels_of(reference, label_key).astype(str))
+    return np.asarray(model.predict(log_normalised(counts_of(query))))
+
+
+def majority(reference: "AnnData", query: "AnnData", label_key: str) -> np.ndarray:
+    """Control: the commonest label of the reference for every cell."""
+    label = pd.Series(labels_of(reference, label_key))
+    return np.full(query.n_obs, label.value_counts().index[0], dtype=object)
+
+
+def integrated(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """Ours, trained once for both ways of transfer."""
+    key = f"genemodel, seed {conditions.seed}"
+    if key in conditions.shared:
+        embedding_CD, seconds = conditions.shared[key]
+        conditions.borrowed_seconds += seconds
+        return embedding_CD
+    start = time.perf_counter()
+    embedding_CD = tuned(adata, conditions)
+    conditions.shared[key] = embedding_CD, time.perf_counter() - start
+    return embedding_CD
+
+
+pca_knn = transferred(none, "knn", doubts=False)
+scvi_knn = transferred(scvi, "knn", doubts=False)
+genemodel = transferred(integrated, "linear")
+genemodel_knn = transferred(integrated, "knn")
+
+
+# -- scores ------------------------------------------------------------------------------------
+
+
+def problem(called: Any, wanted: Sequence[Direction]) -> str | None:
+    """Say what is wrong with a method's answer, or None."""
+    for direction, one in zip(wanted, called, strict=True):
+        shape = one.label_Q.shape
+        if shape != direction.true_Q.shape:
+            n = len(direction.true_Q)
+            return f"it returned labels of shape {shape} for {direction.name}; expected ({n},)"
+    return None
+
+
+def scores(direction: Direction, called: Called) -> dict[str, float]:
+    """Score one direction.
+
+    Returns
+    -------
+    Over the cells whose label the reference has, unknown counting as wrong: ``accuracy``,
+    ``macro_f1`` and ``balanced_accuracy`` (means over the labels of both sides),
+    ``accuracy_forced`` and ``macro_f1_forced`` (never unknown), ``unknown`` (the share called so),
+    ``accuracy_called`` (among the others). ``unknown_new``: share called unknown of the cells whose
+    label the reference lacks; nan where there are none.
+    """
+    from sklearn.metrics import f1_score, recall_score
+
+    known_Q = np.isin(direction.true_Q, direction.labels)
+    true, label, forced = (
+        array_Q[known_Q].astype(str)
+        for array_Q in (direction.true_Q, called.label_Q, called.forced_Q)
+    )
+    over: dict[str, Any] = {"labels": direction.shared, "average": "macro", "zero_division": 0}
+    unknown, right = label == UNKNOWN, label == true
+    return {
+        "accuracy": float(right.mean()),
+        "macro_f1": float(f1_score(true, label, **over)),
+        "balanced_accuracy": float(recall_score(true, label, **over)),
+        "accuracy_forced": float((forced == true).mean()),
+        "macro_f1_forced": float(f1_score(true, forced, **over)),
+        "accuracy_called": _mean(right[~unknown]),
+        "unknown": float(unknown.mean()),
+        "unknown_new": _mean(called.label_Q[~known_Q] == UNKNOWN),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def per_label(direction: Direction, method: str, called: Called) -> pd.DataFrame:
+    """Cells, accuracy (nan where the reference lacks the label) and share unknown, by label."""
+    cells = pd.DataFrame(
+        {
+            "label": direction.true_Q,
+            "right": called.label_Q == direction.true_Q,
+            "unknown": called.label_Q == UNKNOWN,
+        }
+    )
+    table = cells.groupby("label").agg(
+        n=("right", "size"), accuracy=("right", "mean"), unknown=("unknown", "mean")
+    )
+    table.loc[~table.index.isin(direction.labels), "accuracy"] = np.nan
+    table = table.reset_index(names="cell_type")
+    table.insert(0, "direction", direction.name)
+    table.insert(1, "method", method)
+    return table
