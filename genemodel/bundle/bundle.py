@@ -15,7 +15,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -111,6 +111,38 @@ class Bundle:
             )
         module.load_state_dict(state)
         return module.to(self.device)
+
+    def grown(self, vocabulary: GeneVocabulary) -> Self:
+        """Return the model over a vocabulary that has further genes or species behind its own.
+
+        What it knows keeps its place; embeddings of new genes and species start at random, and
+        heads are left as they are: whoever trains them starts the new parts.
+
+        Raises
+        ------
+        DataError
+            The vocabulary is not its own with more behind, or the model reads knowledge tables,
+            which say nothing about new genes.
+        """
+        if not vocabulary.extends(self.vocabulary) or self.model.embedding.knowledge:
+            why = "reads knowledge tables" if self.model.embedding.knowledge else "is another"
+            raise DataError(
+                f"A model over {len(self.vocabulary):,} tokens of {', '.join(self.species)} cannot "
+                f"grow to {len(vocabulary):,} tokens of {', '.join(vocabulary.species)}: it {why}. "
+                "Use the vocabulary of the model."
+            )
+        model = GeneModel(
+            self.model.settings,
+            n_tokens=len(vocabulary),
+            n_species=len(vocabulary.species),
+            context=self.tokens.context,
+        )
+        state = model.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            fill_corner(state[name], tensor)
+        medians_V = np.full(len(vocabulary), np.nan, np.float32)
+        medians_V[: len(self.vocabulary)] = self.medians_V
+        return replace(self, model=model, vocabulary=vocabulary, medians_V=medians_V)
 
     def _weights(self) -> dict[str, Tensor]:
         weights = {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -214,6 +246,11 @@ class Bundle:
             provenance=about["provenance"],
         )
         return bundle.to(device)
+
+
+def fill_corner(larger: Tensor, smaller: Tensor) -> None:
+    """Write a tensor over the beginning of every axis of another, which may be of its size."""
+    larger[tuple(slice(0, n) for n in smaller.shape)] = smaller
 
 
 def load(path: str | Path, *, device: str | torch.device = "auto") -> Bundle:

@@ -113,7 +113,8 @@ class PretrainingObjectives(nn.Module):
         """Take up saved weights of heads, ``"decode_counts.log_theta_V"`` and the like.
 
         The table of technical batches stays new, because the batches of other cells are others. A
-        weight of another shape stays new as well.
+        weight that is smaller than its place, as after a vocabulary has grown, fills the beginning
+        of every axis; what it does not reach stays new.
 
         Returns
         -------
@@ -123,13 +124,15 @@ class PretrainingObjectives(nn.Module):
         for name, head in self.heads.items():
             own = head.state_dict()
             wanted = [key for key in own if f"{name}.{key}" != BATCH_TABLE]
-            taken = {
-                key: weights[f"{name}.{key}"]
-                for key in wanted
-                if f"{name}.{key}" in weights and weights[f"{name}.{key}"].shape == own[key].shape
-            }
-            head.load_state_dict({**own, **taken})
-            if len(taken) == len(wanted):
+            taken = 0
+            for key in wanted:
+                saved = weights.get(f"{name}.{key}")
+                if saved is None or saved.dim() != own[key].dim():
+                    continue
+                if all(n <= m for n, m in zip(saved.shape, own[key].shape, strict=True)):
+                    own[key][tuple(slice(0, n) for n in saved.shape)] = saved
+                    taken += 1
+            if taken == len(wanted):
                 complete.append(name)
         return complete
 

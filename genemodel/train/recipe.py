@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import genemodel
+from genemodel.adapt.denormals import denormals_flushed
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
@@ -78,11 +79,12 @@ def pretrain(settings: PretrainSettings) -> Path:
     run = Path(settings.out)
     trainer_settings = settings.trainer
     corpus = Corpus.open(settings.corpus)
-    start = open_start(settings.start, corpus) if settings.start else None
+    torch.manual_seed(settings.seed)  # new genes of a grown vocabulary start at random
+    start, origin = open_start(settings.start, corpus) if settings.start else (None, "")
     if start is not None:
         settings = shaped_like(start, settings)
     values = to_values(settings)
-    content = {"corpus": corpus.fingerprint, "start": start.fingerprint if start else ""}
+    content = {"corpus": corpus.fingerprint, "start": origin}
     checkpoint = find_checkpoint(run, values, content)
     if checkpoint is not None and (
         checkpoint.step >= trainer_settings.max_steps or checkpoint.about.get("ended")
@@ -185,7 +187,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     if start is not None and checkpoint is None:
         # What was there before is the first to beat: a run that only harms releases its start.
         trainer.validate(module, data, verbose=False)
-    trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
+    with denormals_flushed():
+        trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
 
     if watch.signal is not None and not watch.finished:
         logger.info(
@@ -209,18 +212,28 @@ def processes(settings: TrainerSettings) -> tuple[int, int]:
     return settings.devices, settings.num_nodes
 
 
-def open_start(path: str, corpus: Corpus) -> Bundle:
-    """Read the bundle to start from, and refuse one with other genes than the corpus."""
+def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str]:
+    """Read the bundle to start from, and its fingerprint.
+
+    Its vocabulary must be the corpus's, or the beginning of it.
+    """
     start = Bundle.load(path, device="cpu")
     mine, theirs = corpus.vocabulary, start.vocabulary
-    if mine.fingerprint != theirs.fingerprint:
+    if mine.fingerprint == theirs.fingerprint:
+        return start, start.fingerprint
+    if not mine.extends(theirs):
         raise DataError(
             f"corpus {corpus.path} was built with vocabulary {mine.fingerprint[:12]} "
             f"({', '.join(mine.species)}; {len(mine):,} tokens), but start={path} knows "
-            f"{theirs.fingerprint[:12]} ({', '.join(theirs.species)}; {len(theirs):,} tokens). "
+            f"{theirs.fingerprint[:12]} ({', '.join(theirs.species)}; {len(theirs):,} tokens), "
+            "which is not its beginning. "
             f"Build the corpus with vocabulary={Path(path) / VOCABULARY}, or leave start out."
         )
-    return start
+    logger.info(
+        "The corpus's vocabulary has %s tokens more than that of %s: they start new.",
+        f"{len(mine) - len(theirs):,}", path,
+    )  # fmt: skip
+    return start.grown(mine), start.fingerprint
 
 
 def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:

@@ -7,7 +7,9 @@ import torch
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.synthetic import synthetic
 from genemodel.errors import ConfigError, DataError
+from genemodel.genes import GeneVocabulary
 from genemodel.settings import parse
 from genemodel.train import recipe
 from genemodel.train.checkpoint import newest_checkpoint
@@ -118,6 +120,35 @@ def test_medians_are_those_the_model_has_learnt_with(start, corpus):
     np.testing.assert_array_equal(medians_V[lost], corpus.medians_V[lost])
     kept = np.isfinite(bundle.medians_V)
     np.testing.assert_array_equal(medians_V[kept], bundle.medians_V[kept])
+
+
+def test_a_vocabulary_with_more_behind_starts_new_only_there(tmp_path):
+    rows = GeneVocabulary.builtin().genes
+    rows = rows[rows["species"] == "human"]
+    few, more = (GeneVocabulary(rows[rows["token"] < n].reset_index(drop=True)) for n in (303, 403))
+    cells = synthetic(
+        120, species=("human",), n_genes=250, genes_per_cell=40, seed=3, vocabulary=more
+    )["human"]
+    for name, vocabulary in (("few", few), ("more", more)):
+        Corpus.build([cells], tmp_path / name, vocabulary=vocabulary)
+    first = recipe.pretrain(settings(tmp_path / "few", tmp_path / "a", trainer={"max_steps": 1}))
+    chosen = settings(
+        tmp_path / "more", tmp_path / "b", start=str(first), backbone={"tune": "frozen"},
+        trainer={"max_steps": 1},
+    )  # fmt: skip
+    path = recipe.pretrain(chosen)
+    (before, old), (after, new) = weights(first), weights(path)
+    assert torch.equal(after["embedding.token.weight"][:303], before["embedding.token.weight"])
+    assert after["embedding.token.weight"][303:].std() > 0.1
+    assert torch.equal(after["blocks.1.ffn.up.weight"], before["blocks.1.ffn.up.weight"])
+    assert new["decode_counts.gene.weight"].shape == (403, 16)
+    change = new["masked_gene.bias_SV"][:, :303] - old["masked_gene.bias_SV"]
+    assert change.abs().max() < 0.01  # one step
+    assert Bundle.load(path).vocabulary == more
+    with pytest.raises(DataError, match="which is not its beginning"):
+        recipe.pretrain(settings(tmp_path / "few", tmp_path / "c", start=str(path)))
+    with pytest.raises(DataError, match="cannot grow to 303 tokens of human: it is another"):
+        Bundle.load(path).grown(few)
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
