@@ -159,7 +159,8 @@ def combat(adata: "AnnData", conditions: Conditions) -> np.ndarray:
         )
     data = AnnData(variable_log(adata, conditions).toarray())
     data.obs["batch"] = batch
-    corrected_CG = sc.pp.combat(data, key="batch", inplace=False)
+    with np.errstate(divide="ignore"):  # its first step may start from an estimate of 0
+        corrected_CG = sc.pp.combat(data, key="batch", inplace=False)
     return principal_components(corrected_CG, conditions.n_comps, conditions.seed)
 
 

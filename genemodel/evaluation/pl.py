@@ -17,10 +17,27 @@ from genemodel.evaluation import plots
 
 if TYPE_CHECKING:
     import anndata as ad
+    from matplotlib.axes import Axes
 
     from genemodel.cells.corpus import Corpus
+    from genemodel.evaluation.result import EvaluationResult
 
-__all__ = ["calibration", "corpus", "embedding", "integration", "training"]
+__all__ = [
+    "annotation",
+    "calibration",
+    "corpus",
+    "coverage",
+    "embedding",
+    "integration",
+    "intervals",
+    "scores",
+    "training",
+]
+
+_SCORES = {
+    "integrate": ("bio", "batch", "total", "batch_unlabelled", "ilisi", "pcr"),
+    "impute": ("mse_ratio", "poisson_ratio", "pearson_cell", "pearson_gene"),
+}
 
 
 def embedding(
@@ -180,6 +197,119 @@ def calibration(
     return plots.calibration(
         nominal, coverage, by_decile=by_decile, decile_nominal=decile_nominal, n=n
     )
+
+
+def coverage(result: "EvaluationResult") -> np.ndarray:
+    """Draw the coverage of prediction intervals of every imputation method that was compared.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.evaluate(..., task="impute")``.
+
+    Returns
+    -------
+    array of Axes
+        Observed against nominal coverage of every method.
+    """
+    if result.coverage is None:
+        raise DataError(
+            "This comparison has no coverage of intervals: it is one of embeddings. Use "
+            "gm.evaluate(..., task='impute')."
+        )
+    whole = result.coverage[result.coverage["entries"] == "all"]
+    wide = whole.pivot_table(index="level", columns="method", values="coverage", sort=False)
+    wide = wide.sort_index()[[name for name in result.summary().index if name in wide]]
+    curves = {str(name): wide[name].to_numpy(float) for name in wide}
+    return plots.calibration(wide.index.to_numpy(float), curves)
+
+
+def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) -> np.ndarray:
+    """Draw the scores of a comparison, one panel per metric; ours in the strong colour.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.evaluate``.
+    metrics
+        Columns of ``result.summary()``; by default those that a reader needs first.
+
+    Returns
+    -------
+    array of Axes
+        One per metric.
+    """
+    table = result.summary()
+    if metrics is None:
+        known = [name for name in _SCORES[result.task] if name in table]
+        # Without labels there is no total, and the parts of the batch score stand for themselves.
+        shown = known[:3] if "total" in known and table["total"].notna().any() else known
+        metrics = [name for name in shown if table[name].notna().any()]
+    missing = [name for name in metrics if name not in table]
+    if missing:
+        raise DataError(
+            f"The comparison has no metric {missing[0]!r}; it has {', '.join(map(str, table))}."
+        )
+    ours = result.table.loc[result.table["kind"] == "ours", "method"]
+    spread = result.spread()[list(metrics)]
+    return plots.metric_bars(
+        table[list(metrics)],
+        highlight=list(dict.fromkeys(ours)),
+        errors=spread if spread.notna().any(axis=None) else None,
+    )
+
+
+def annotation(
+    adata: "ad.AnnData", *, label_key: str = "cell_type", key: str = "genemodel_label"
+) -> "Axes":
+    """Draw which known cell type became which label.
+
+    Parameters
+    ----------
+    adata
+        Cells that ``genemodel.annotate`` has labelled.
+    label_key
+        obs column of the known cell types.
+    key
+        obs column of the labels given.
+
+    Returns
+    -------
+    Axes
+        Rows are known types, columns are labels; a row adds up to 100 %.
+    """
+    for name in (label_key, key):
+        if name not in adata.obs:
+            raise DataError(
+                f"adata.obs has no column {name!r}; it has "
+                f"{', '.join(map(str, adata.obs.columns)) or 'none'}."
+            )
+    return plots.confusion(adata.obs[label_key], adata.obs[key])
+
+
+def intervals(
+    estimates: Mapping[str, tuple[Any, Any, Any]],
+    names: Sequence[str],
+    *,
+    xlabel: str = "estimate",
+    title: str = "",
+) -> "Axes":
+    """Draw estimates with their intervals, a row per gene, several ways to estimate side by side.
+
+    Parameters
+    ----------
+    estimates
+        Way to estimate -> (estimate, low, high), each with one value per gene.
+    names
+        The genes, from top to bottom.
+    xlabel, title
+        What is estimated.
+
+    Returns
+    -------
+    Axes
+    """
+    return plots.interval_rows(estimates, names, xlabel=xlabel, title=title)
 
 
 def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:

@@ -29,6 +29,7 @@ __all__ = [
     "embedding_grid",
     "embedding_panel",
     "held_out_scatter",
+    "interval_rows",
     "loss_curves",
     "mean_variance",
     "metric_bars",
@@ -815,6 +816,57 @@ def annotation_bars(per_type: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axe
     ax.set_yticks(place, list(per_type.index), fontsize=8)
     ax.set_xlim(0, 1)
     ax.set_xlabel("accuracy")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _clean(ax)
+    return ax
+
+
+def interval_rows(
+    estimates: Mapping[str, tuple[Any, Any, Any]],
+    names: Sequence[str],
+    *,
+    xlabel: str = "estimate",
+    title: str = "",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw estimates with their intervals, a row per name, methods side by side within it.
+
+    Parameters
+    ----------
+    estimates
+        Method to (estimate, low, high), each as long as ``names``.
+    names
+        Rows, from top to bottom.
+    xlabel, title
+        What is estimated.
+    ax
+        Axes to draw into.
+    """
+    if not estimates or not len(names):
+        raise DataError("There are no estimates; nothing can be drawn.")
+    ax = _axes(ax, 5.6, 0.9 + 0.3 * len(names))
+    place = np.arange(len(names))[::-1]
+    step = 0.7 / len(estimates)
+    for j, (colour, (method, parts)) in enumerate(
+        zip(palette(len(estimates)), estimates.items(), strict=True)
+    ):
+        middle, low, high = (np.asarray(part, float).ravel() for part in parts)
+        if not len(middle) == len(low) == len(high) == len(names):
+            raise DataError(
+                f"{method}: {len(middle)} estimates, {len(low)} lower and {len(high)} upper ends "
+                f"for {len(names)} names; pass one of each for every name."
+            )
+        y = place + 0.35 - (j + 0.5) * step
+        ax.hlines(y, low, high, color=colour, lw=1.8)
+        ax.plot(middle, y, ls="", marker="o", ms=4, color=colour, label=method)
+    low, high = ax.get_xlim()
+    if low < 0 < high:
+        ax.axvline(0, color="#888888", lw=1, ls="--", zorder=0)
+    ax.set_yticks(place, list(names), fontsize=8)
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(xlabel)
+    ax.set_title(title, fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _clean(ax)
     return ax

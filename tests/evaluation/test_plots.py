@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import pl, plots
+from genemodel.evaluation.result import EvaluationResult
 
 RNG = np.random.default_rng(0)
 
@@ -252,3 +253,71 @@ def test_corpus_draws_the_largest_sources():
     assert "largest 2 shown" in axes[0].figure.get_suptitle()
     with pytest.raises(ConfigError, match="most_sources=0"):
         pl.corpus(corpus, most_sources=0)
+
+
+def _compared(task="integrate"):
+    rows = [
+        ("ours", "ours", "total", 0.8), ("none", "baseline", "total", 0.5),
+        ("ours", "ours", "bio", 0.7), ("none", "baseline", "bio", 0.6),
+        ("ours", "ours", "batch", 0.9), ("none", "baseline", "batch", 0.3),
+        ("ours", "ours", "ilisi", 0.9), ("none", "baseline", "ilisi", 0.1),
+    ]  # fmt: skip
+    table = pd.DataFrame(
+        [(m, k, 0, name, v) for m, k, name, v in rows],
+        columns=["method", "kind", "seed", "metric", "value"],
+    )
+    return EvaluationResult(task, table, {})
+
+
+def test_scores_draw_the_three_that_matter_and_ours_in_colour():
+    axes = pl.scores(_compared())
+    assert [ax.get_title() for ax in axes] == ["bio", "batch", "total"]
+    bars = [bar.get_facecolor() for bar in axes[0].patches]
+    assert bars[0] != bars[1]
+    assert [ax.get_title() for ax in pl.scores(_compared(), metrics=["ilisi"])] == ["ilisi"]
+    with pytest.raises(DataError, match="no metric 'nmi'; it has .*total"):
+        pl.scores(_compared(), metrics=["nmi"])
+
+
+def test_coverage_draws_every_method_in_the_order_of_the_scores():
+    with pytest.raises(DataError, match="task='impute'"):
+        pl.coverage(_compared())
+    result = _compared("impute")
+    result.coverage = pd.DataFrame(
+        [
+            (method, level, group, level - off)
+            for method, off in (("none", 0.2), ("ours", 0.0))
+            for level in (0.9, 0.5)
+            for group in ("all", "1")
+        ],
+        columns=["method", "level", "entries", "coverage"],
+    )
+    (ax,) = pl.coverage(result)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"exact", "ours", "none"}
+    assert list(lines["ours"].get_xdata()) == [0.5, 0.9]
+    assert np.allclose(lines["none"].get_ydata(), [0.3, 0.7])
+
+
+def test_annotation_draws_shares_of_the_known_type(adata):
+    with pytest.raises(DataError, match="no column 'genemodel_label'; it has cell_type, batch"):
+        pl.annotation(adata)
+    adata.obs["genemodel_label"] = adata.obs["cell_type"].astype(str)
+    shares = pl.annotation(adata).images[0].get_array()
+    assert np.allclose(shares, np.eye(len(shares)))
+
+
+def test_intervals_keep_the_order_and_refuse_unequal_lengths():
+    one, two = ([1.0, 2.0], [0.5, 1.5], [1.5, 2.5]), ([1.0, 2.0], [-3.0, 0.0], [5.0, 4.0])
+    ax = pl.intervals({"raw": one, "pooled": two}, ["A", "B"], xlabel="x")
+    names = {
+        round(y): text.get_text()
+        for y, text in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+    }
+    assert names == {1: "A", 0: "B"}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["raw", "pooled"]
+    assert ax.lines[0].get_ydata()[0] > ax.lines[0].get_ydata()[1], "the first is on top"
+    with pytest.raises(DataError, match="raw: 2 estimates, 1 lower and 2 upper ends for 2 names"):
+        pl.intervals({"raw": ([1, 2], [0], [2, 3])}, ["A", "B"])
+    with pytest.raises(DataError, match="no estimates"):
+        pl.intervals({}, ["A"])
