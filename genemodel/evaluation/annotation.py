@@ -85,8 +85,10 @@ class Called:
 def labels_of(adata: "AnnData", label_key: str) -> np.ndarray:
     """Label of each cell as text, None where it is missing or says that it is unknown."""
     label = column(adata, label_key)
-    label = label.where(label.notna(), UNKNOWN).astype(str)
-    return label.mask(label == UNKNOWN, None).to_numpy(dtype=object)
+    missing_C = (label.isna() | (label.astype(str) == UNKNOWN)).to_numpy()
+    label_C = label.astype(str).to_numpy(dtype=object)
+    label_C[missing_C] = None
+    return label_C
 
 
 def directions(

@@ -436,11 +436,19 @@ def _annotation_report(result: EvaluationResult) -> Report:
                 f"{method}: what the cells of each label were called. Labels that the reference "
                 "lacks have no column of their own; 'unknown' is right for them.",
             )
-        wide = types[types["direction"] == name].pivot_table(
-            index=["cell_type", "n"], columns="method", values="accuracy", sort=False
+        of = types[types["direction"] == name]
+        of = of.assign(
+            cell_type=of["cell_type"].where(of["accuracy"].notna(), of["cell_type"] + " (new)"),
+            right=of["accuracy"].fillna(of["unknown"]),
         )
-        wide = wide[[method for method in table.index if method in wide]].reset_index("n")
-        report.table(wide, "Accuracy by cell type, unknown counted as wrong; n cells.")
+        wide = of.pivot_table(
+            index=["cell_type", "n"], columns="method", values="right", sort=False
+        ).reset_index("n")
+        report.table(
+            wide[["n", *[method for method in table.index if method in wide]]],
+            "Share of each cell type that is called right; for one that the reference lacks (new), "
+            "unknown is right. n cells.",
+        )
     summary = result.summary()
     report.section("All metrics").table(summary, "Mean over the directions and seeds.")
     _time_section(report, summary)

@@ -9,7 +9,9 @@ import pytest
 import genemodel as gm
 from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
+from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import _Transfer, _unit, transfer_labels
+from genemodel.inference.gene_counts import read_counts
 
 SHORT = IntegrationSettings(steps=150, passes=1, hidden=32, rank=16, latent=10, batch_cells=64)
 
@@ -149,6 +151,22 @@ def test_refusals(random_bundle, cells, options, words):
             cells["mouse"].copy(), cells["human"], random_bundle,
             **{"label_key": "cell_type", **options},
         )  # fmt: skip
+
+
+def test_files_that_join_species_are_read_and_a_wrong_species_still_refused(cells):
+    """The zeros of the other species' genes count for nothing, however many they are."""
+    few = cells["mouse"][:, :300].copy()
+    both = ad.concat([cells["human"], few], join="outer", fill_value=0)
+    mouse = both[(both.obs["species"] == "mouse").to_numpy()].copy()
+    reading = {"bundle": None, "vocabulary": GeneVocabulary.builtin(), "layer": None}
+    found = read_counts(mouse, **reading, species="mouse")
+    alone = read_counts(few, **reading, species="mouse")
+    assert (found.counts_CG != alone.counts_CG).nnz == 0
+    np.testing.assert_array_equal(found.measured_G, alone.measured_G)
+    joined = read_counts(both, **reading, species="obs:species")
+    assert (joined.counts_CG[cells["human"].n_obs :] != alone.counts_CG).nnz == 0
+    with pytest.raises(DataError, match="set species=mouse"):
+        read_counts(few, **reading, species="human")
 
 
 def test_what_is_no_model_is_refused(cells):
