@@ -27,7 +27,6 @@ from genemodel.evaluation.baselines import (
 )
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import (
-    FAR_QUANTILE,
     MIN_REFERENCE,
     UNKNOWN,
     UNKNOWN_BELOW,
@@ -215,7 +214,8 @@ def transferred(
     transfer
         As in :func:`genemodel.annotate`.
     doubts
-        Whether it may say unknown, by the defaults of :func:`genemodel.annotate`.
+        Whether it may say unknown, where its confidence is low: ``far_quantile=None`` of
+        :func:`genemodel.annotate`.
     cells
         The same cells with all their genes, for what was trained on them; default the shared genes.
     """
@@ -232,7 +232,8 @@ def transferred(
                 np.searchsorted(np.array(direction.labels, object), label_C[rows]),
                 embedding_CD[direction.query_Q],
                 transfer=transfer,
-                far_quantile=FAR_QUANTILE,
+                # Another batch or species is far as a whole: that would call nearly all unknown.
+                far_quantile=None,
                 seed=conditions.seed,
             )
             forced_Q = found.best(direction.labels)

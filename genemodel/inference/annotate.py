@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "genemodel_label"
 UNKNOWN = "unknown"
-UNKNOWN_BELOW, FAR_QUANTILE = 0.5, 0.99
+UNKNOWN_BELOW = 0.5
 CALIBRATION_CELLS = 5000
 MIN_REFERENCE = 50
 BLOCK = 2048
@@ -51,7 +51,7 @@ def annotate(
     transfer: Transfer = "knn",
     k: int = 15,
     unknown: float = UNKNOWN_BELOW,
-    far_quantile: float | None = FAR_QUANTILE,
+    far_quantile: float | None = 0.99,
     layer: str | None = None,
     reference_layer: str | None = None,
     species: str | None = None,
@@ -107,9 +107,9 @@ def annotate(
     is labelled less well than that; ``uns[key_added]`` holds the numbers.
 
     To carry labels from one species to another, integrate the cells of both *without* labels
-    (``gm.integrate(both, batch_key="species", species="obs:species")``), then annotate. An
-    embedding that has learnt the labels of one species separates those and little else, and
-    transfers worse.
+    (``gm.integrate(both, batch_key="species", species="obs:species")``), then annotate with
+    ``transfer="linear", far_quantile=None``. An embedding that has learnt the labels of one species
+    separates those and little else, and transfers worse.
     """
     _check(transfer, k, unknown, far_quantile, key_added)
     label_R, labels = label_codes(reference.obs, label_key, where="reference")
@@ -235,7 +235,7 @@ def transfer_labels(
     *,
     transfer: Transfer = "knn",
     k: int = 15,
-    far_quantile: float | None = FAR_QUANTILE,
+    far_quantile: float | None = 0.99,
     seed: int = 0,
 ) -> Transferred:
     """Label vectors by labelled vectors of the same embedding; see :func:`annotate`.
@@ -403,7 +403,7 @@ class AnnotateSettings:
     transfer: Literal["knn", "linear"] = "knn"
     k: int = 15
     unknown: float = UNKNOWN_BELOW
-    far_quantile: float | None = FAR_QUANTILE
+    far_quantile: float | None = 0.99
     layer: str = ""
     reference_layer: str = ""
     species: str = ""
