@@ -70,8 +70,7 @@ def embedding(
     if tuple(columns) == ("cell_type", "batch", "species"):
         columns = [column for column in columns if column in adata.obs] or columns[:1]
     layout = _layout(adata, key, seed)
-    axes = plots.embedding_grid({key: layout}, adata.obs, columns)
-    return axes.ravel()
+    return plots.embedding_panels(layout, adata.obs, columns, title=key)
 
 
 def integration(
@@ -210,7 +209,8 @@ def coverage(result: "EvaluationResult") -> np.ndarray:
     Returns
     -------
     array of Axes
-        Observed against nominal coverage of every method.
+        Observed against nominal coverage of every method, and that of its 90 % intervals per
+        expression decile: zeros hide a wrong method on the left, the highest deciles show it.
     """
     if result.coverage is None:
         raise DataError(
@@ -221,7 +221,13 @@ def coverage(result: "EvaluationResult") -> np.ndarray:
     wide = whole.pivot_table(index="level", columns="method", values="coverage", sort=False)
     wide = wide.sort_index()[[name for name in result.summary().index if name in wide]]
     curves = {str(name): wide[name].to_numpy(float) for name in wide}
-    return plots.calibration(wide.index.to_numpy(float), curves)
+    at = result.coverage[result.coverage["level"] == 0.9]
+    deciles = at[~at["entries"].isin(["all", "nonzero"])].pivot_table(
+        index="entries", columns="method", values="coverage", sort=False
+    )
+    return plots.calibration(
+        wide.index.to_numpy(float), curves, by_decile=None if deciles.empty else deciles[list(wide)]
+    )
 
 
 def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) -> np.ndarray:
@@ -239,6 +245,8 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
     array of Axes
         One per metric.
     """
+    from genemodel.evaluation.result import COLUMNS
+
     table = result.summary()
     if metrics is None:
         known = [name for name in _SCORES[result.task] if name in table]
@@ -250,12 +258,14 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
         raise DataError(
             f"The comparison has no metric {missing[0]!r}; it has {', '.join(map(str, table))}."
         )
+    better = {name: direction for name, (_, direction) in COLUMNS[result.task].items()}
     ours = result.table.loc[result.table["kind"] == "ours", "method"]
     spread = result.spread()[list(metrics)]
     return plots.metric_bars(
         table[list(metrics)],
         highlight=list(dict.fromkeys(ours)),
         errors=spread if spread.notna().any(axis=None) else None,
+        notes={name: f"{way}er is better" for name, way in better.items() if way is not None},
     )
 
 

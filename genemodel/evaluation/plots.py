@@ -28,6 +28,7 @@ __all__ = [
     "curve_names",
     "embedding_grid",
     "embedding_panel",
+    "embedding_panels",
     "held_out_scatter",
     "interval_rows",
     "loss_curves",
@@ -236,8 +237,9 @@ def embedding_panel(
     ax: "Axes | None" = None,
     legend: bool = True,
     colours: Mapping[str, str] | None = None,
+    words: float = 1.0,
 ) -> "Axes":
-    """Draw cells in the plane, coloured by a category or a number.
+    """Draw cells in the plane, coloured by a category or a number; ``words`` scales all text.
 
     Categories beyond 20 are also named on the plot, because nobody can tell 30 colours apart.
     """
@@ -256,7 +258,8 @@ def embedding_panel(
             rasterized=True, plotnonfinite=False,
         )  # fmt: skip
         if legend:
-            ax.figure.colorbar(points, ax=ax, shrink=0.6)
+            # Beside its own panel: room that the legend of another panel takes is not between them.
+            ax.figure.colorbar(points, cax=ax.inset_axes((1.03, 0.2, 0.04, 0.6)))
     else:
         names = values.where(values.notna(), "not given").astype(str)
         colours = dict(colours or category_colours(names))
@@ -273,13 +276,13 @@ def embedding_panel(
 
             for name in names.unique():
                 x, y = np.median(xy_C2[(names == name).to_numpy()], axis=0)
-                label = ax.text(x, y, name, fontsize=5.5, ha="center", va="center")
+                label = ax.text(x, y, name, fontsize=5.5 * words, ha="center", va="center")
                 label.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
         if legend:
-            category_legend(ax, colours)
+            category_legend(ax, colours, words=words)
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05), xticks=[], yticks=[], aspect="equal")
     ax.set_title(
-        f"{title}\n{len(values):,} cells" if title else f"{len(values):,} cells", fontsize=9
+        f"{title}\n{len(values):,} cells" if title else f"{len(values):,} cells", fontsize=9 * words
     )
     for spine in ax.spines.values():
         spine.set_color("#CCCCCC")
@@ -310,7 +313,7 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return parts
 
 
-def category_legend(ax: "Axes", colours: Mapping[str, str]) -> None:
+def category_legend(ax: "Axes", colours: Mapping[str, str], *, words: float = 1.0) -> None:
     """Put the legend of a categorical panel to its right."""
     from matplotlib.lines import Line2D
 
@@ -321,7 +324,7 @@ def category_legend(ax: "Axes", colours: Mapping[str, str]) -> None:
     columns = math.ceil(len(handles) / 16)
     ax.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
-        fontsize=7 if len(handles) <= 32 else 6, ncols=columns, handletextpad=0.2,
+        fontsize=words * (7 if len(handles) <= 32 else 6), ncols=columns, handletextpad=0.2,
         columnspacing=0.8, borderaxespad=0.2,
     )  # fmt: skip
 
@@ -369,7 +372,9 @@ def embedding_grid(
     if not layouts or not columns:
         raise DataError("A grid of embeddings needs at least one layout and one obs column.")
     figure, axes = _new(len(columns), len(layouts), width=3.0, height=3.1)
-    figure.set_size_inches(3.0 * len(layouts) + 1.7, 3.1 * len(columns))
+    # A wide figure is shown smaller on a page, so its words must be larger.
+    words = 1.0 if len(layouts) < 3 else 1.3
+    figure.set_size_inches(3.0 * len(layouts) + 1.7 * words, 3.1 * len(columns))
     for j, (title, layout) in enumerate(layouts.items()):
         xy_C2, at = layout if isinstance(layout, tuple) else (layout, np.arange(len(layout)))
         if (
@@ -389,12 +394,63 @@ def embedding_grid(
                 colours = category_colours(
                     obs[column].where(obs[column].notna(), "not given").astype(str)
                 )
-            embedding_panel(xy_C2, values, title=title, ax=axes[i, j], legend=last, colours=colours)
+            embedding_panel(
+                xy_C2, values, title=title, ax=axes[i, j], legend=last, colours=colours, words=words
+            )
             if j == 0:
-                axes[i, j].set_ylabel(column.replace("_", " "), fontsize=10)
+                axes[i, j].set_ylabel(column.replace("_", " "), fontsize=10 * words)
             if i > 0:
                 axes[i, j].set_title("")
     return axes
+
+
+def embedding_panels(
+    layout: "tuple[np.ndarray, np.ndarray]",
+    obs: pd.DataFrame,
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    across: int = 2,
+) -> "np.ndarray":
+    """Draw one layout several times, coloured by one obs column after the other.
+
+    Parameters
+    ----------
+    layout
+        What :func:`umap_of` returns: coordinates and the indices of the cells laid out.
+    obs
+        One row per cell.
+    columns
+        Columns of ``obs`` to colour by; every panel has a legend or a colour bar of its own.
+    title
+        What is laid out.
+    across
+        Panels in a row.
+
+    Returns
+    -------
+    array of Axes
+        One per column.
+    """
+    if len(columns) == 1:
+        return embedding_grid({title: layout}, obs, columns).ravel()
+    missing = [column for column in columns if column not in obs]
+    if missing:
+        raise DataError(
+            f"obs has no column {missing[0]!r}; it has "
+            f"{', '.join(map(str, obs.columns)) or 'none'}."
+        )
+    if not columns:
+        raise DataError("An embedding is drawn by at least one obs column; none was named.")
+    xy_C2, at = layout
+    rows = math.ceil(len(columns) / across)
+    _, axes = _new(rows, across, width=4.6, height=3.2)
+    for ax in axes.ravel()[len(columns) :]:
+        ax.set_visible(False)
+    for ax, column in zip(axes.ravel(), columns, strict=False):
+        embedding_panel(xy_C2, obs[column].iloc[at], title=title, ax=ax)
+        ax.set_ylabel(column.replace("_", " "), fontsize=10)
+    return axes.ravel()[: len(columns)]
 
 
 def curve_names(curves: pd.DataFrame) -> list[str]:
@@ -479,7 +535,8 @@ def throughput_curves(curves: pd.DataFrame) -> "np.ndarray":
     present = [name for name in units if name in curves and curves[name].notna().any()]
     if not present:
         raise DataError(f"The curves have none of {', '.join(units)}; nothing can be drawn.")
-    _, axes = _new(math.ceil(len(present) / 3), min(3, len(present)), width=3.9, height=2.1)
+    figure, axes = _new(math.ceil(len(present) / 3), min(3, len(present)), width=3.9, height=2.3)
+    figure.set_layout_engine("constrained", h_pad=0.1)
     for ax in axes.ravel()[len(present) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.ravel(), present, strict=False):
@@ -497,7 +554,7 @@ def calibration(
     nominal: Sequence[float] | np.ndarray,
     coverage: Sequence[float] | np.ndarray | Mapping[str, Sequence[float]],
     *,
-    by_decile: pd.Series | Mapping[object, float] | None = None,
+    by_decile: pd.Series | pd.DataFrame | Mapping[object, float] | None = None,
     decile_nominal: float = 0.9,
     n: int | None = None,
 ) -> "np.ndarray":
@@ -510,7 +567,8 @@ def calibration(
     coverage
         Observed coverage at each level, or several methods by name.
     by_decile
-        Coverage of the ``decile_nominal`` interval per expression decile, or other groups.
+        Coverage of the ``decile_nominal`` interval per expression decile, or other groups; a table
+        has a column for each method.
     n
         Number of counts behind the figure.
 
@@ -524,14 +582,15 @@ def calibration(
     _, axes = _new(1, 1 if by_decile is None else 2, width=4.0, height=3.5)
     ax = axes[0, 0]
     ax.plot([0, 1], [0, 1], color="#888888", lw=1, ls="--", label="exact")
-    for colour, (name, values) in zip(palette(len(methods)), methods.items(), strict=True):
+    colours = dict(zip(map(str, methods), palette(len(methods)), strict=True))
+    for name, values in methods.items():
         values = np.asarray(values, float)
         if values.shape != nominal.shape:
             raise DataError(
                 f"{name}: {values.size} coverages for {nominal.size} nominal levels; pass one for "
                 "each."
             )
-        ax.plot(nominal, values, color=colour, marker="o", ms=4, lw=1.4, label=name)
+        ax.plot(nominal, values, color=colours[str(name)], marker="o", ms=4, lw=1.4, label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.set_xlabel("nominal coverage")
     ax.set_ylabel("observed coverage of held-out counts")
@@ -540,12 +599,14 @@ def calibration(
     _clean(ax)
     if by_decile is not None:
         ax = axes[0, 1]
-        series = pd.Series(by_decile)
+        table = by_decile if isinstance(by_decile, pd.DataFrame) else pd.DataFrame({"": by_decile})
         ax.axhspan(decile_nominal - 0.05, decile_nominal + 0.05, color="#E8EEF4", lw=0)
         ax.axhline(decile_nominal, color="#888888", lw=1, ls="--")
-        ax.plot(range(len(series)), series.to_numpy(float), color=_OURS, marker="o", ms=4, lw=1.4)
-        ax.set_xticks(range(len(series)), [str(i) for i in series.index])
-        ax.set_ylim(min(0.5, float(series.min()) - 0.05), 1.0)
+        for name in table.columns:
+            colour = colours.get(str(name), _OURS)
+            ax.plot(range(len(table)), table[name], color=colour, marker="o", ms=4, lw=1.4)
+        ax.set_xticks(range(len(table)), [str(i) for i in table.index])
+        ax.set_ylim(min(decile_nominal - 0.1, float(table.min(axis=None)) - 0.02), 1.0)
         ax.set_xlabel("expression decile (1 = lowest)")
         ax.set_ylabel(f"coverage of {100 * decile_nominal:.0f} % intervals")
         ax.set_title("by expression decile", fontsize=9)
@@ -653,8 +714,17 @@ def zero_fraction(
     return ax
 
 
+def _short(value: float) -> str:
+    """Three decimals for a score, one for tens of seconds, none for thousands."""
+    return f"{value:,.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
+
+
 def metric_bars(
-    table: pd.DataFrame, *, highlight: Sequence[str] = (), errors: pd.DataFrame | None = None
+    table: pd.DataFrame,
+    *,
+    highlight: Sequence[str] = (),
+    errors: pd.DataFrame | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> "np.ndarray":
     """Draw one panel of horizontal bars per metric, one bar per method.
 
@@ -666,6 +736,8 @@ def metric_bars(
         Methods drawn in the strong colour (ours); all by default.
     errors
         Standard deviations, shaped as ``table``.
+    notes
+        Metric to what stands below its panel, for instance which direction is better.
     """
     if table.empty:
         raise DataError("The table of metrics is empty; nothing can be drawn.")
@@ -683,7 +755,7 @@ def metric_bars(
         )
         low, high = min(0.0, float(np.nanmin(values))), max(0.0, float(np.nanmax(values)))
         for y, value in zip(place, values, strict=True):
-            text = f"{value:.3f}" if np.isfinite(value) else "not computed"
+            text = _short(value) if np.isfinite(value) else "not computed"
             ax.text(
                 max(value, 0) if np.isfinite(value) else 0, y, f" {text}", va="center", fontsize=7
             )
@@ -694,6 +766,8 @@ def metric_bars(
         ax.tick_params(axis="x", labelsize=7)
         ax.tick_params(axis="y", length=0)
         ax.set_title(str(column).replace("_", " "), fontsize=9)
+        if notes and column in notes:
+            ax.set_xlabel(notes[column], fontsize=8)
         _clean(ax)
     return axes[0]
 
@@ -755,6 +829,8 @@ def confusion(
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draw which label became which: rows are true labels and sum to 1."""
+    from matplotlib.ticker import PercentFormatter
+
     if len(true) != len(predicted):
         raise DataError(
             f"{len(true):,} true and {len(predicted):,} predicted labels; pass the same cells."
@@ -784,7 +860,7 @@ def confusion(
     ax.set_xlabel("predicted")
     ax.set_ylabel("true (cells)")
     ax.set_title(f"per cent of the true label, {len(true):,} cells", fontsize=9)
-    ax.figure.colorbar(image, ax=ax, shrink=0.6)
+    ax.figure.colorbar(image, ax=ax, shrink=0.6, format=PercentFormatter(1.0))
     return ax
 
 
@@ -859,8 +935,8 @@ def interval_rows(
         y = place + 0.35 - (j + 0.5) * step
         ax.hlines(y, low, high, color=colour, lw=1.8)
         ax.plot(middle, y, ls="", marker="o", ms=4, color=colour, label=method)
-    low, high = ax.get_xlim()
-    if low < 0 < high:
+    left, right = ax.get_xlim()
+    if left < 0 < right:
         ax.axvline(0, color="#888888", lw=1, ls="--", zorder=0)
     ax.set_yticks(place, list(names), fontsize=8)
     ax.set_ylim(-0.6, len(names) - 0.4)

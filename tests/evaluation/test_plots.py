@@ -105,7 +105,7 @@ def test_many_categories_are_named_on_the_plot_and_numbers_get_a_colour_bar():
     ax = plots.embedding_panel(RNG.normal(size=(100, 2)), names)
     assert {t.get_text() for t in ax.texts} == set(names)
     ax = plots.embedding_panel(RNG.normal(size=(100, 2)), RNG.normal(size=100), title="depth")
-    assert ax.get_legend() is None and len(ax.figure.axes) == 2
+    assert ax.get_legend() is None and len(ax.child_axes) == 1
 
 
 def test_loss_curves_show_training_held_out_and_the_trivial_predictor():
@@ -274,6 +274,7 @@ def test_scores_draw_the_three_that_matter_and_ours_in_colour():
     assert [ax.get_title() for ax in axes] == ["bio", "batch", "total"]
     bars = [bar.get_facecolor() for bar in axes[0].patches]
     assert bars[0] != bars[1]
+    assert axes[0].get_xlabel() == "higher is better"
     assert [ax.get_title() for ax in pl.scores(_compared(), metrics=["ilisi"])] == ["ilisi"]
     with pytest.raises(DataError, match="no metric 'nmi'; it has .*total"):
         pl.scores(_compared(), metrics=["nmi"])
@@ -292,11 +293,22 @@ def test_coverage_draws_every_method_in_the_order_of_the_scores():
         ],
         columns=["method", "level", "entries", "coverage"],
     )
-    (ax,) = pl.coverage(result)
+    ax, per_decile = pl.coverage(result)
+    assert [line.get_color() for line in per_decile.lines[-2:]] == [
+        line.get_color() for line in ax.lines[-2:]
+    ]
     lines = {line.get_label(): line for line in ax.lines}
     assert set(lines) == {"exact", "ours", "none"}
     assert list(lines["ours"].get_xdata()) == [0.5, 0.9]
     assert np.allclose(lines["none"].get_ydata(), [0.3, 0.7])
+
+
+def test_one_layout_is_drawn_once_per_column_with_a_legend_each(adata):
+    adata.obs["depth"] = RNG.random(adata.n_obs)
+    axes = pl.embedding(adata, "X_pca", color=["cell_type", "depth", "batch"])
+    assert [ax.get_ylabel() for ax in axes] == ["cell type", "depth", "batch"]
+    assert [ax.get_legend() is None for ax in axes] == [False, True, False]
+    assert len(axes[1].child_axes) == 1
 
 
 def test_annotation_draws_shares_of_the_known_type(adata):
