@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genemodel.adapt.denormals import denormals_flushed
 from genemodel.adapt.posterior import (
     Floats,
     calibrate_dispersion,
@@ -452,7 +451,7 @@ def train_decoder(
     generator = np.random.default_rng(seed)
     seen_CG, held_CG = split_molecules(count_CG, 1.0 - settings.calibration_fraction, generator)
     frequency_G = np.asarray(seen_CG.sum(axis=0)).ravel() + 0.1
-    with torch.random.fork_rng(devices=[]), denormals_flushed():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = Decoder(frequency_G / frequency_G.sum(), int(codes_C.max()) + 1, settings)
         if gene_vectors_GE is not None:

@@ -26,7 +26,6 @@ from genemodel.adapt.integration_net import (
     label_loss,
     nb_loss,
 )
-from genemodel.adapt.denormals import denormals_flushed
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.adapt.variable_genes import select_genes
 
@@ -192,7 +191,7 @@ def train_integration(
     progress
         Called with (step, steps, losses) every 50 steps.
     """
-    with torch.random.fork_rng(devices=[]), denormals_flushed():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _train(
             counts_CG,

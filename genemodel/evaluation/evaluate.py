@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from genemodel.adapt.denormals import denormals_flushed
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
@@ -457,8 +456,7 @@ class _Comparison:
             for package in ("scanpy", *method.packages):
                 importlib.import_module(package)
             with Meter() as meter:
-                with denormals_flushed():
-                    found = method.run(adata, self.conditions)
+                found = method.run(adata, self.conditions)
         except FAILURES as error:
             logger.debug("%s failed", name, exc_info=True)
             reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 import genemodel
-from genemodel.adapt.denormals import denormals_flushed
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
@@ -187,8 +186,7 @@ def pretrain(settings: PretrainSettings) -> Path:
     if start is not None and checkpoint is None:
         # What was there before is the first to beat: a run that only harms releases its start.
         trainer.validate(module, data, verbose=False)
-    with denormals_flushed():
-        trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
+    trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
 
     if watch.signal is not None and not watch.finished:
         logger.info(
