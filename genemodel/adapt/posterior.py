@@ -152,8 +152,12 @@ def expected_log1p(
         (C, G); NaN where the rate is.
     """
     out_CG = np.empty(np.shape(shape_CG))
-    arguments = (np.ascontiguousarray(a, dtype=np.float64) for a in (shape_CG, rate_CG, scale_C))
-    _expected_log1p(*arguments, out_CG)
+    _expected_log1p(
+        np.ascontiguousarray(shape_CG, dtype=np.float64),
+        np.ascontiguousarray(rate_CG, dtype=np.float64),
+        np.ascontiguousarray(scale_C, dtype=np.float64),
+        out_CG,
+    )
     return out_CG
 
 
