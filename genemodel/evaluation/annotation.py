@@ -24,6 +24,7 @@ from genemodel.evaluation.baselines import (
     none,
     scvi,
     tuned,
+    variable_log,
 )
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import (
@@ -263,13 +264,31 @@ def by_function(function: Function) -> Callable[["AnnData", Conditions], list[Ca
     return run
 
 
-def logistic_regression(reference: "AnnData", query: "AnnData", label_key: str) -> np.ndarray:
-    """Multinomial logistic regression on log(1 + counts per 10,000) of all shared genes."""
-    from sklearn.linear_model import LogisticRegression
+def _logistic(
+    features: Callable[["AnnData", Conditions], Any],
+) -> Callable[["AnnData", Conditions], list[Called]]:
+    """Make a method of multinomial logistic regression, scikit-learn's defaults, on these."""
 
-    model = LogisticRegression(max_iter=500)
-    model.fit(log_normalised(counts_of(reference)), labels_of(reference, label_key).astype(str))
-    return np.asarray(model.predict(log_normalised(counts_of(query))))
+    def run(adata: "AnnData", conditions: Conditions) -> list[Called]:
+        from sklearn.linear_model import LogisticRegression
+
+        feature_CG = features(adata, conditions)
+        label_C = labels_of(adata, cast(str, conditions.label_key))
+        called = []
+        for direction in _of(adata, conditions):
+            rows = direction.reference_R
+            model = LogisticRegression(max_iter=500).fit(
+                feature_CG[rows], label_C[rows].astype(str)
+            )
+            label_Q = model.predict(feature_CG[direction.query_Q]).astype(object)
+            called.append(Called(label_Q, label_Q))
+        return called
+
+    return run
+
+
+def _log_of_all(adata: "AnnData", conditions: Conditions) -> Any:
+    return log_normalised(counts_of(adata))
 
 
 def majority(reference: "AnnData", query: "AnnData", label_key: str) -> np.ndarray:
@@ -291,6 +310,8 @@ def integrated(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     return embedding_CD
 
 
+logistic_regression = _logistic(_log_of_all)
+logistic_regression_hvg = _logistic(variable_log)
 pca_knn = transferred(none, "knn", doubts=False)
 scvi_knn = transferred(scvi, "knn", doubts=False)
 genemodel = transferred(integrated, "linear")

@@ -100,7 +100,8 @@ METHODS: dict[str, dict[str, Method]] = {
     },
     "annotate": {
         "majority": Method(annotation.by_function(annotation.majority), kind="control"),
-        "logistic_regression": Method(annotation.by_function(annotation.logistic_regression)),
+        "logistic_regression": Method(annotation.logistic_regression),
+        "logistic_regression_hvg": Method(annotation.logistic_regression_hvg),
         "pca_knn": Method(annotation.pca_knn),
         "scvi_knn": Method(annotation.scvi_knn, packages=("scvi",), seeded=True),
         "genemodel_knn": Method(annotation.genemodel_knn, kind="ours", seeded=True),

@@ -146,6 +146,29 @@ def test_ours_is_trained_once_and_paid_twice(shared, monkeypatch):
     assert (there.forced_Q[:-1] != "unknown").all()
 
 
+def test_logistic_regression_learns_from_the_reference_alone(shared):
+    from sklearn.linear_model import LogisticRegression
+
+    conditions = Conditions(batch_key="species", label_key="kind", n_hvg=40)
+    found, _ = annotation.directions(shared, "species", "kind")
+    dense = shared.X.toarray()
+    logged = np.log1p(1e4 * dense / dense.sum(axis=1, keepdims=True))
+    label_C = shared.obs["kind"].astype(str).to_numpy()
+    everything = annotation.logistic_regression(shared, conditions)
+    for direction, called in zip(found, everything, strict=True):
+        slow = LogisticRegression(max_iter=500)
+        slow.fit(logged[direction.reference_R], label_C[direction.reference_R])
+        agree = slow.predict(logged[direction.query_Q]) == called.label_Q
+        assert agree.mean() > 0.99
+    variable = annotation.logistic_regression_hvg(shared, conditions)
+    score, most = (
+        np.mean([annotation.scores(*pair)["accuracy"] for pair in zip(found, called, strict=True)])
+        for called in (variable, everything)
+    )
+    assert score != most
+    assert score > 0.6
+
+
 @pytest.fixture(scope="module")
 def compared(cells, tmp_path_factory):
     seen = []
