@@ -75,7 +75,7 @@ def annotate(
         Where the labels go.
     transfer
         "knn": the nearest reference cells vote. "linear": multinomial logistic regression, which
-        asks for less local agreement and is the better one between species.
+        asks for less local agreement. Neither is always the better one between species.
     k
         Neighbours that vote, the nearer the more, and whose distance says what is far.
     unknown
@@ -108,7 +108,7 @@ def annotate(
 
     To carry labels from one species to another, integrate the cells of both *without* labels
     (``gm.integrate(both, batch_key="species", species="obs:species")``), then annotate with
-    ``transfer="linear", far_quantile=None``. An embedding that has learnt the labels of one species
+    ``far_quantile=None``. An embedding that has learnt the labels of one species
     separates those and little else, and transfers worse.
     """
     _check(transfer, k, unknown, far_quantile, key_added)
