@@ -13,7 +13,7 @@ pytest.importorskip("scib_metrics", reason="gm.evaluate scores with genemodel[be
 
 # Without labels the metrics need no compilation, which would take longer than all the rest.
 SMALL = {
-    "n_cells": 480,
+    "n_cells": 320,
     "n_genes": 400,
     "n_cell_types": 3,
     "steps": 30,
@@ -58,6 +58,7 @@ def test_it_is_kept_with_its_outputs_and_says_nothing_of_where_it_was_run(notebo
         assert not re.search(r"/(home|root|tmp|work|opt|usr|Users)/|\d{4}-\d\d-\d\d", words)
 
 
+@pytest.mark.slow
 def test_it_runs_small(notebook, tmp_path):
     small = copy.deepcopy(notebook)
     parameters = [cell for cell in small.cells if "parameters" in cell.metadata.get("tags", [])]
