@@ -7,6 +7,7 @@ import copy
 import ctypes
 import gc
 import importlib
+import importlib.util
 import logging
 import resource
 import sys
@@ -217,6 +218,11 @@ def evaluate(
     )
     for name, reason in skipped.items():
         logger.info("%s is skipped: %s", name, reason)
+    if task == "integrate" and importlib.util.find_spec("scib_metrics") is None:
+        raise ConfigError(
+            "task=integrate is scored by scib-metrics, which is not installed: pip install "
+            "'genemodel[bench]'. task=impute and task=annotate need nothing more."
+        )
     comparison = _Comparison(cells, conditions, chosen, seeds, dict(skipped), hidden_labels)
     if task == "integrate":
         result = comparison.integrate()

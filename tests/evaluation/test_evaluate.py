@@ -240,6 +240,16 @@ def test_refusals_come_before_work(cells, settings, error, message, monkeypatch)
         evaluate(cells, **({"layer": "counts"} | settings))
 
 
+def test_without_scib_metrics_integration_is_refused_before_work(cells, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "scib_metrics" else real(name)
+    )
+    monkeypatch.setattr("genemodel.evaluation.evaluate._Comparison._run", None)
+    with pytest.raises(ConfigError, match=r"scib-metrics.*genemodel\[bench\]"):
+        evaluate(cells, layer="counts", batch_key="donor", methods=["none"])
+
+
 def test_files_that_cannot_be_used_are_refused(tmp_path, cells):
     with pytest.raises(DataError, match="does not exist"):
         evaluate(tmp_path / "no.h5ad", batch_key="donor")
