@@ -11,7 +11,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from genemodel.cells import synthetic as generator
+from genemodel.cells import synthetic_kernels as kernels
 from genemodel.cells.synthetic import SyntheticWorld, synthetic, synthetic_chunks
 from genemodel.errors import ConfigError
 from genemodel.genes import GeneVocabulary
@@ -240,7 +240,7 @@ def test_trajectory_is_continuous():
 @pytest.mark.parametrize("mean", [0.3, 4.0, 9.9, 10.1, 60.0, 800.0])
 def test_poisson_draws_follow_the_law(mean):
     state = np.array([12345], np.uint64)
-    draws = np.array([generator._poisson(state, mean) for _ in range(4000)])
+    draws = np.array([kernels._poisson(state, mean) for _ in range(4000)])
     assert draws.mean() == pytest.approx(mean, abs=5 * np.sqrt(mean / 4000))
     assert draws.var() == pytest.approx(mean, rel=0.12)
     edges = np.unique(stats.poisson.ppf([0.1, 0.3, 0.5, 0.7, 0.9], mean))
@@ -255,7 +255,7 @@ def test_clusters_of_poisson_points_are_negative_binomial(mean, size):
     ratio = mean / size
     draws = np.array(
         [
-            sum(generator._cluster(state, ratio, np.log1p(ratio)) for _ in range(points))
+            sum(kernels._cluster(state, ratio, np.log1p(ratio)) for _ in range(points))
             for points in np.random.default_rng(0).poisson(mean, 6000)
         ]
     )
@@ -267,7 +267,7 @@ def test_clusters_of_poisson_points_are_negative_binomial(mean, size):
 def test_alias_tables_give_back_their_probabilities():
     p = np.random.default_rng(0).dirichlet(np.full(50, 0.3))[None]
     table = np.empty((1, 50, 2), np.uint32)
-    generator._alias_tables(p, table)
+    kernels.alias_tables(p, table)
     keep = table[0, :, 0] / 2.0**32
     found = keep.copy()
     np.add.at(found, table[0, :, 1], 1 - keep)
