@@ -4,19 +4,14 @@ Axes: C cells, G genes, P output columns (genes asked for), V vocabulary.
 """
 
 import logging
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
-import torch
 
 import genemodel
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
@@ -32,14 +27,18 @@ from genemodel.adapt.imputation_model import (
 )
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.sources import Source, open_source
-from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
-from genemodel.genes.match import USUAL_COLUMNS
 from genemodel.genes.species import SPECIES
-from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.inference.impute_genes import (
+    Columns,
+    Unmeasured,
+    columns_of_data,
+    columns_of_model,
+)
+from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
 from genemodel.inference.obs_keys import batch_names, column
-from genemodel.settings import nearest, to_values
-from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.settings import to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,76 +47,8 @@ logger = logging.getLogger(__name__)
 
 KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
-# Cells whose rates over the whole vocabulary are held at once.
-_VOCABULARY_CELLS = 64
 # Share of a trained model's genes that other cells must have.
 MIN_SHARE = 0.3
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """What is written: its names, and where each comes from.
-
-    ``column_P`` is the gene's position in the data, -1 where it was not measured; ``token_P`` its
-    token then.
-    """
-
-    names: list[str]
-    column_P: np.ndarray
-    token_P: np.ndarray
-
-    @property
-    def measured_P(self) -> np.ndarray:
-        return self.column_P >= 0
-
-    @property
-    def unmeasured(self) -> list[str]:
-        return [self.names[p] for p in np.flatnonzero(~self.measured_P)]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Layers to write, checked."""
-
-    key: str
-    uncertainty: bool
-    draws: int
-    quantiles: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.key:
-            raise ConfigError("key_added is empty: name the layer to write, such as 'imputed'.")
-        if isinstance(self.draws, bool) or self.draws < 0:
-            raise ConfigError(f"draws is {self.draws!r}; it must be 0 or a number of draws.")
-        for level in self.quantiles:
-            if not 0 < level < 1:
-                raise ConfigError(f"quantiles holds {level!r}; each must lie between 0 and 1.")
-
-    @property
-    def names(self) -> list[str]:
-        """Mean, sd, quantiles, draws."""
-        names = [self.key]
-        if self.uncertainty:
-            names.append(f"{self.key}_sd")
-        names += [quantile_name(self.key, level) for level in self.quantiles]
-        return names + [f"{self.key}_draw{i}" for i in range(self.draws)]
-
-    def values(
-        self, posterior: GammaPosterior, generator: np.random.Generator
-    ) -> Iterator[np.ndarray]:
-        """Arrays in the order of the names."""
-        yield posterior.mean
-        if self.uncertainty:
-            yield posterior.sd
-        if self.quantiles:
-            yield from posterior.quantiles(self.quantiles)
-        if self.draws:
-            yield from posterior.draws(self.draws, generator)
-
-
-def quantile_name(key: str, level: float) -> str:
-    """Name of a quantile's layer: ``imputed_q5`` for 0.05, ``imputed_q97.5`` for 0.975."""
-    return f"{key}_q{100 * level:g}"
 
 
 def impute(
@@ -214,8 +145,8 @@ def impute(
     The counts are held in memory in sparse form, the dense result only where it is not written to a
     file.
     """
-    wanted = _Wanted(key_added, uncertainty, draws, tuple(quantiles))
-    _check_kind(kind, wanted)
+    layers = Layers(key_added, uncertainty, draws, tuple(quantiles))
+    _check_kind(kind, layers)
     check_library(library)
     path = _checked_output(output, overwrite, adata)
     trained = model if isinstance(model, ImputationModel) else None
@@ -242,25 +173,25 @@ def impute(
                 keys = own
             trained = _other_cells(trained, source, keys)
             codes_C, names = None, trained.batches
-            columns = _trained_columns(trained, source, genes)
+            columns = columns_of_model(trained, source, genes)
         else:
             codes_C, names = _batches(source, keys)
-            columns, cells = _columns(source, genes, bundle)
+            columns, cells = columns_of_data(source, genes, bundle)
             if vectors and bundle is not None:
                 gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle))
         check_batch(batch, names, source.where)
         if path is None:
-            _refuse_too_large(source.n_cells, len(columns.names), wanted)
+            _refuse_too_large(source.n_cells, len(columns.names), layers)
             _refuse_other_genes(adata, source, genes)
-        foreign = _Unmeasured(cells, columns.token_P) if cells is not None else None
-        sink: _Sink
+        foreign = Unmeasured(cells, columns.token_P) if cells is not None else None
+        sink: Sink
         if path is None:
-            sink = _InPlace(cast("AnnData", adata), columns, wanted, in_table=genes is not None)
+            sink = InPlace(cast("AnnData", adata), columns, layers, in_table=genes is not None)
         else:
-            tables = _tables(
+            tables = output_tables(
                 adata, source, columns, every=genes is None, trained=trained is not None
             )
-            sink = _ToFile(path, overwrite, tables, wanted)
+            sink = ToFile(path, overwrite, tables, layers)
         counts_CG = _read(source) if trained is None else None
         # Opened before the training, so that what cannot be written is refused at once.
         with sink.open(), np.errstate(invalid="ignore"):
@@ -276,7 +207,7 @@ def impute(
                     seed=seed,
                     where=source.where,
                 )
-            _write(sink, trained, foreign, columns, wanted, library, batch, kind, seed)
+            _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
             sink.finish(about, _dispersion(trained, foreign, columns))
@@ -295,10 +226,10 @@ def impute(
 # -- before the work -----------------------------------------------------------------------------
 
 
-def _check_kind(kind: str, wanted: _Wanted) -> None:
+def _check_kind(kind: str, layers: Layers) -> None:
     if kind not in get_args(Written):
         raise ConfigError(f"kind is {kind!r}; it must be 'posterior', 'decoder' or 'log'.")
-    if kind == "log" and len(wanted.names) > 1:
+    if kind == "log" and len(layers.names) > 1:
         raise ConfigError(
             "kind='log' gives expected logarithms only: leave uncertainty, draws and quantiles to "
             "kind='posterior'."
@@ -385,6 +316,32 @@ def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
     return vectors_GE
 
 
+def _refuse_too_large(n_cells: int, n_columns: int, layers: Layers) -> None:
+    size = 4.0 * n_cells * n_columns * len(layers.names)
+    if size > LARGEST_IN_MEMORY:
+        raise ConfigError(
+            f"{n_cells:,} cells × {n_columns:,} genes × {len(layers.names)} layers take "
+            f"{size / 1e9:.1f} GB in memory (most is {LARGEST_IN_MEMORY / 1e9:.0f} GB): write them "
+            "to a file with output=FILE.zarr or FILE.h5ad, name the genes you need with "
+            "genes=[...], or ask for fewer draws and quantiles."
+        )
+
+
+def _refuse_other_genes(adata: Any, source: Source, genes: Sequence[str] | None) -> None:
+    if genes is None and len(source.genes) != adata.n_vars:
+        raise ConfigError(
+            f"{source.where}: the counts have {len(source.genes):,} genes, the AnnData "
+            f"{adata.n_vars:,}, so they cannot become a layer. Use output=FILE.h5ad or genes=[...]."
+        )
+
+
+def _read(source: Source) -> sp.csr_matrix:
+    parts = [chunk.counts_CG for chunk in source.chunks()]
+    counts_CG = sp.csr_matrix(sp.vstack(parts, format="csr") if len(parts) > 1 else parts[0])
+    counts_CG.sum_duplicates()
+    return counts_CG
+
+
 # -- a model that is there -----------------------------------------------------------------------
 
 
@@ -437,221 +394,15 @@ def _other_cells(
     return trained.of(counts_CG, code_C, measured_G, where=source.where)
 
 
-def _trained_columns(
-    trained: ImputationModel, source: Source, genes: Sequence[str] | None
-) -> _Columns:
-    """Find the genes asked for among the model's; genes it does not know get NaN."""
-    place = {name: gene for gene, name in enumerate(trained.genes)}
-    if genes is None:
-        names = [str(name) for name in source.genes.index]
-        unknown = [name for name in names if name not in place]
-        if unknown:
-            logger.warning(
-                "%s: %s genes were not in the training data and get NaN (%s).",
-                source.where, f"{len(unknown):,}", ", ".join(unknown[:3]),
-            )  # fmt: skip
-    else:
-        names = _checked_names(genes)
-        if unknown := [name for name in names if name not in place]:
-            near = nearest(unknown[0], trained.genes)
-            raise DataError(
-                f"genes: the model does not have {', '.join(unknown[:5])}"
-                + (f" (nearest: {near})" if near else "")
-                + ". It knows the genes of its training data only: leave these out."
-            )
-    column_P = np.array([place.get(name, -1) for name in names])
-    return _Columns(names, column_P, np.full(len(names), -1))
-
-
-def _columns(
-    source: Source, genes: Sequence[str] | None, model: Bundle | None
-) -> tuple[_Columns, VocabularyCells | None]:
-    """Find the genes asked for in the data, then in the model's vocabulary."""
-    index = [str(name) for name in source.genes.index]
-    if genes is None:
-        n = len(index)
-        return _Columns(index, np.arange(n), np.full(n, -1)), None
-    names = _checked_names(genes)
-    tables = [index] + [
-        [str(name) for name in source.genes[column]]
-        for column in USUAL_COLUMNS
-        if column in source.genes
-    ]
-    places = [_places(table) for table in tables]
-    column_P = np.full(len(names), -1)
-    token_P = np.full(len(names), -1)
-    for p, name in enumerate(names):
-        found = next((place[name] for place in places if name in place), [])
-        if len(found) > 1:
-            raise DataError(
-                f"{source.where}: {len(found)} genes are called {name!r}. Make the names unique "
-                "(adata.var_names_make_unique()), or use their ids."
-            )
-        if found:
-            column_P[p] = found[0]
-    missing = np.flatnonzero(column_P < 0)
-    if not missing.size:
-        return _Columns(names, column_P, token_P), None
-    if model is None:
-        known = [name for table in tables for name in table]
-        _refuse_unknown(source, [names[p] for p in missing], known, model)
-    cells = VocabularyCells(source, cast(Bundle, model))
-    token_P[missing] = _tokens(cells, [names[p] for p in missing])
-    column_V = {int(t): g for m in cells.matches.values() for g, t in enumerate(m.token_G)}
-    for p in missing.tolist():
-        column_P[p] = column_V.get(int(token_P[p]), -1) if token_P[p] >= 0 else -1
-    unknown = [names[p] for p in missing if token_P[p] < 0]
-    if unknown:
-        table = cells.bundle.vocabulary.genes
-        known = [name for t in tables for name in t] + table["symbol"].astype(str).tolist()
-        _refuse_unknown(source, unknown, known, model)
-    columns = _Columns(names, column_P, token_P)
-    return columns, cells if columns.unmeasured else None
-
-
-def _checked_names(genes: Sequence[str]) -> list[str]:
-    if isinstance(genes, str):
-        raise ConfigError(f"genes is the text {genes!r}: give a list of names.")
-    names = [str(name) for name in genes]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if not names or repeated:
-        raise ConfigError(
-            f"genes names {', '.join(repeated[:5])} more than once."
-            if repeated
-            else "genes is an empty list: name genes, or leave it out for all."
-        )
-    return names
-
-
-def _places(names: list[str]) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(name, []).append(place)
-    return places
-
-
-def _tokens(cells: VocabularyCells, names: list[str]) -> np.ndarray:
-    """Token of every name in the first of the cells' species that knows it, else -1."""
-    token_P = np.full(len(names), -1)
-    for species in cells.matches:
-        # Name by name: a few names are too few to be told from another species' by the matcher.
-        for p in np.flatnonzero(token_P < 0):
-            found = cells.bundle.vocabulary.match(
-                [names[p]], species=cells.bundle.species[species], min_fraction=0.0, min_genes=0
-            )
-            token_P[p] = found.token_G[0]
-    return token_P
-
-
-def _refuse_unknown(
-    source: Source, unknown: list[str], known: list[str], model: Bundle | None
-) -> None:
-    shown = []
-    for name in unknown[:5]:
-        near = nearest(name, known)
-        shown.append(f"{name} (nearest: {near})" if near else name)
-    more = f" and {len(unknown) - 5:,} more" if len(unknown) > 5 else ""
-    way_out = (
-        "A pre-trained model predicts unmeasured genes of its vocabulary: give it as model."
-        if model is None
-        else "The model's vocabulary does not have them either: correct or leave out the names."
-    )
-    raise DataError(f"{source.where}: did not measure {', '.join(shown)}{more}. {way_out}")
-
-
-def _refuse_too_large(n_cells: int, n_columns: int, wanted: _Wanted) -> None:
-    size = 4.0 * n_cells * n_columns * len(wanted.names)
-    if size > LARGEST_IN_MEMORY:
-        raise ConfigError(
-            f"{n_cells:,} cells × {n_columns:,} genes × {len(wanted.names)} layers take "
-            f"{size / 1e9:.1f} GB in memory (most is {LARGEST_IN_MEMORY / 1e9:.0f} GB): write them "
-            "to a file with output=FILE.zarr or FILE.h5ad, name the genes you need with "
-            "genes=[...], or ask for fewer draws and quantiles."
-        )
-
-
-def _refuse_other_genes(adata: Any, source: Source, genes: Sequence[str] | None) -> None:
-    if genes is None and len(source.genes) != adata.n_vars:
-        raise ConfigError(
-            f"{source.where}: the counts have {len(source.genes):,} genes, the AnnData "
-            f"{adata.n_vars:,}, so they cannot become a layer. Use output=FILE.h5ad or genes=[...]."
-        )
-
-
-def _read(source: Source) -> sp.csr_matrix:
-    parts = [chunk.counts_CG for chunk in source.chunks()]
-    counts_CG = sp.csr_matrix(sp.vstack(parts, format="csr") if len(parts) > 1 else parts[0])
-    counts_CG.sum_duplicates()
-    return counts_CG
-
-
-# -- unmeasured genes ----------------------------------------------------------------------------
-
-
-class _Unmeasured:
-    """Prior predictive of genes that the data did not measure, from a pre-trained count decoder.
-
-    The softmax is normalised over the measured genes, on which the library was counted; a gene
-    beside them gets its own weight relative to theirs.
-    """
-
-    def __init__(self, cells: VocabularyCells, token_P: np.ndarray) -> None:
-        bundle = cells.bundle
-        n_tokens, n_species = len(bundle.vocabulary), len(bundle.species)
-        saved = bundle.heads.get("decode_counts.batch.weight")
-        decoder = CountDecoder(
-            bundle.model.settings.width,
-            GeneStatistics.empty(n_species, n_tokens),
-            1 if saved is None else saved.shape[0],
-            torch.zeros(1, n_tokens, dtype=torch.bool),
-        )
-        self.decoder = cast(CountDecoder, bundle.head("decode_counts", decoder)).eval()
-        self.cells = cells
-        self.token_U = token_P[token_P >= 0]
-        theta_V = self.decoder.log_theta_V.detach().exp().cpu().numpy().astype(np.float64)
-        self.theta_U = theta_V[self.token_U]
-        self.has_SU = np.stack(
-            [np.isin(self.token_U, bundle.vocabulary.tokens_of(name)) for name in bundle.species]
-        )
-
-    @torch.inference_mode()
-    def mean(self, chunk: VocabularyChunk) -> np.ndarray:
-        """Means at the cells' own libraries, (C, U); NaN where the species has no such gene."""
-        bundle = self.cells.bundle
-        device = bundle.device
-        bundle.model.eval()
-        mean_CU = np.full((chunk.counts_CV.shape[0], self.token_U.size), np.nan)
-        token_U = torch.from_numpy(self.token_U).to(device)
-        measured_SV = torch.from_numpy(self.cells.measured_SV).to(device)
-        for rows, batch in batches(chunk, bundle, _VOCABULARY_CELLS):
-            with precision(device):
-                cell_CD = bundle.model(batch.to(device)).cell_CD[: rows.size]
-                species_C = torch.from_numpy(chunk.species_C[rows]).to(device)
-                everything_CV = torch.ones_like(measured_SV)[species_C]
-                log_rate_CV = self.decoder.log_rate(
-                    cell_CD,
-                    species_C,
-                    torch.full_like(species_C, -1),
-                    torch.ones(rows.size, device=device),
-                    everything_CV,
-                ).float()
-            outside_CV = ~measured_SV[species_C]
-            total_C1 = log_rate_CV.masked_fill(outside_CV, -torch.inf).logsumexp(1, keepdim=True)
-            share_CU = (log_rate_CV[:, token_U] - total_C1).exp().cpu().numpy()
-            mean_CU[rows] = share_CU * chunk.library_C[rows, None]
-        mean_CU[~self.has_SU[chunk.species_C]] = np.nan
-        return mean_CU
-
-
 # -- the work ------------------------------------------------------------------------------------
 
 
 def _write(
-    sink: "_Sink",
+    sink: Sink,
     trained: ImputationModel,
-    foreign: _Unmeasured | None,
-    columns: _Columns,
-    wanted: _Wanted,
+    foreign: Unmeasured | None,
+    columns: Columns,
+    layers: Layers,
     library: Library,
     batch: str | None,
     kind: Written,
@@ -680,16 +431,16 @@ def _write(
             found = GammaPosterior(shape_CP, rate_CP)
         if kind == "log":
             value_CP = found.log_mean(ratio_C[rows] * trained.library_C[rows])
-            sink.write(wanted.key, rows, value_CP.astype(np.float32))
+            sink.write(layers.key, rows, value_CP.astype(np.float32))
             continue
         # One stream of chance a block: the order in which blocks are made cannot matter.
         generator = np.random.default_rng((seed, start))
-        for name, values_CP in zip(wanted.names, wanted.values(found, generator), strict=True):
+        for name, values_CP in zip(layers.names, layers.values(found, generator), strict=True):
             sink.write(name, rows, values_CP.astype(np.float32))
 
 
 def _blocks(
-    trained: ImputationModel, foreign: _Unmeasured | None
+    trained: ImputationModel, foreign: Unmeasured | None
 ) -> Iterator[tuple[int, VocabularyChunk | None]]:
     if foreign is None:
         yield from ((start, None) for start in range(0, len(trained), BLOCK_CELLS))
@@ -698,7 +449,7 @@ def _blocks(
 
 
 def _dispersion(
-    trained: ImputationModel, foreign: _Unmeasured | None, columns: _Columns
+    trained: ImputationModel, foreign: Unmeasured | None, columns: Columns
 ) -> np.ndarray:
     dispersion_P = np.full(len(columns.names), np.nan)
     measured_P = columns.measured_P
@@ -711,7 +462,7 @@ def _dispersion(
 def _provenance(
     trained: ImputationModel,
     source: Source,
-    columns: _Columns,
+    columns: Columns,
     model: Bundle | None,
     library: Library,
     batch: str | None,
@@ -746,155 +497,6 @@ def _provenance(
     if model is not None and columns.unmeasured:
         about["model"] = model.fingerprint
     return about
-
-
-# -- where it goes -------------------------------------------------------------------------------
-
-
-class _Sink(Protocol):
-    def open(self) -> AbstractContextManager[None]: ...
-
-    def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None: ...
-
-    def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None: ...
-
-
-class _InPlace:
-    """Layers of an AnnData, or tables in its ``obsm``; nothing is set before all is computed."""
-
-    def __init__(
-        self, adata: "AnnData", columns: _Columns, wanted: _Wanted, *, in_table: bool
-    ) -> None:
-        self.adata, self.columns, self.key, self.in_table = adata, columns, wanted.key, in_table
-        shape = (adata.n_obs, len(columns.names))
-        self.arrays = {name: np.empty(shape, np.float32) for name in wanted.names}
-
-    def open(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None:
-        self.arrays[name][rows] = values_CP
-
-    def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None:
-        for name, array_CP in self.arrays.items():
-            if self.in_table:
-                self.adata.obsm[name] = pd.DataFrame(
-                    array_CP, index=self.adata.obs_names, columns=self.columns.names
-                )
-            else:
-                self.adata.layers[name] = array_CP
-        if self.in_table:
-            about = {**about, "dispersion": dispersion_P}
-        else:
-            self.adata.var[f"{self.key}_dispersion"] = dispersion_P
-        self.adata.uns[self.key] = about
-
-
-def _tables(
-    adata: object, source: Source, columns: _Columns, *, every: bool, trained: bool
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make obs and var of the output; var says which genes were measured.
-
-    ``every``: the columns are those of the data. ``trained``: positions are those of a model.
-    """
-    obs = source.obs if isinstance(adata, str | Path) else cast(Any, adata).obs
-    measured_P = columns.measured_P
-    if trained:
-        measured_P = np.isin(columns.names, source.genes.index.astype(str))
-    if every:
-        var = source.genes.copy()
-    elif measured_P.all() and not trained:
-        var = source.genes.iloc[columns.column_P].copy()
-    else:
-        # The table has no rows for genes it did not measure: only names are kept.
-        var = pd.DataFrame(index=pd.Index(columns.names, dtype=str))
-    var["measured"] = measured_P
-    return obs.copy(), var
-
-
-class _ToFile(AbstractContextManager[None]):
-    """An h5ad or zarr without counts, whose layers are written in blocks of cells.
-
-    It bears another name until it is complete.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        overwrite: bool,
-        tables: tuple[pd.DataFrame, pd.DataFrame],
-        wanted: _Wanted,
-    ) -> None:
-        self.path, self.overwrite, self.key = path, overwrite, wanted.key
-        self.obs, self.var = tables
-        self.names = wanted.names
-        self.partial = path.with_name(f".partial.{path.name}")
-        self.close: Callable[[], None] | None = None
-
-    def __enter__(self) -> None:
-        import anndata as ad
-
-        self._remove(self.partial)
-        shape = (len(self.obs), len(self.var))
-        skeleton = ad.AnnData(obs=self.obs, var=self.var)
-        if self.path.suffix == ".zarr":
-            import zarr
-
-            self.root: Any = zarr.open_group(self.partial, mode="w")
-        else:
-            import h5py
-
-            self.root = h5py.File(self.partial, "w")
-            self.close = self.root.close
-        try:
-            ad.io.write_elem(self.root, "/", skeleton)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            self.__exit__(type(error))
-            raise DataError(
-                f"obs or var of the input cannot be written to {self.path} ({error}): make their "
-                "columns text, numbers or categories."
-            ) from error
-        self.arrays = {}
-        for name in self.names:
-            layers = self.root["layers"]
-            if self.path.suffix == ".zarr":
-                chunks = (min(BLOCK_CELLS, shape[0]), shape[1])
-                array = layers.create_array(name, shape=shape, chunks=chunks, dtype="float32")
-            else:
-                array = layers.create_dataset(name, shape=shape, dtype="float32")
-            array.attrs["encoding-type"] = "array"
-            array.attrs["encoding-version"] = "0.2.0"
-            self.arrays[name] = array
-
-    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
-        if self.close is not None:
-            self.close()
-        if kind is not None:
-            self._remove(self.partial)
-            return
-        if self.overwrite:
-            self._remove(self.path)
-        os.replace(self.partial, self.path)
-
-    def open(self) -> AbstractContextManager[None]:
-        return self
-
-    def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None:
-        self.arrays[name][rows] = values_CP
-
-    def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None:
-        import anndata as ad
-
-        self.var[f"{self.key}_dispersion"] = dispersion_P
-        ad.io.write_elem(self.root, "var", self.var)
-        ad.io.write_elem(self.root, "uns", {self.key: about})
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -934,7 +536,7 @@ class ImputeSettings:
     genes
         Only these; empty for all measured ones.
     kind
-        posterior or decoder.
+        posterior, decoder or log.
     seed
         Of the split of molecules, the training and the draws.
     device
@@ -956,7 +558,7 @@ class ImputeSettings:
     library: float | str | None = None
     batch: str = ""
     genes: tuple[str, ...] = ()
-    kind: Kind = "posterior"
+    kind: Written = "posterior"
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False

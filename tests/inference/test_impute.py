@@ -135,6 +135,13 @@ def test_library_scales_everything(done):
     assert abs(fixed.mean.sum(1) / 1000 - 1).max() < 0.1
     median = model.posterior(library="median").mean
     np.testing.assert_allclose(median, fixed.mean * np.median(model.library_C) / 1000, rtol=1e-6)
+    np.testing.assert_allclose(model.posterior(library="0.5x").mean, own.mean / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["0x", "x", "half", "-1x", 0, True])
+def test_a_library_that_is_none_is_refused(done, library):
+    with pytest.raises(ConfigError, match="0.5x"):
+        done[2].posterior(library=library)
 
 
 def test_another_batch_moves_the_prior_and_keeps_the_evidence(done):
@@ -400,6 +407,7 @@ def test_a_symbol_that_the_data_know_by_id_counts_as_measured(cells, random_bund
         ({"kind": "log", "draws": 2}, "expected logarithms only"),
         ({"draws": -1}, "draws is -1"),
         ({"quantiles": [5]}, "between 0 and 1"),
+        ({"quantiles": [0.05, 0.9, 0.05]}, "'imputed_q5' twice"),
         ({"key_added": ""}, "key_added is empty"),
         ({"genes": []}, "empty list"),
         ({"genes": "CD4"}, "give a list"),
@@ -503,3 +511,37 @@ def test_an_obs_that_cannot_be_written_is_refused_and_leaves_nothing(cells, tmp_
     with pytest.raises(DataError, match="make their columns text"):
         gm.impute(adata, output=tmp_path / "o.h5ad", settings=QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+def test_dates_in_obs_are_refused_by_name_before_the_training(cells, tmp_path, ending):
+    adata = small(cells)
+    adata.obs["taken"] = pd.date_range("2020-01-01", periods=60)
+    with pytest.raises(DataError, match=r"obs columns taken .*dates.*\['taken'\].astype\(str\)"):
+        gm.impute(adata, output=tmp_path / f"o.{ending}", settings=QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_the_output_s_name_stays_where_the_work_fails(cells, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "o.h5ad"
+    output.write_text("what was there")
+    monkeypatch.setattr(module, "_write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        gm.impute(small(cells), output=output, overwrite=True, settings=QUICK)
+    assert list(tmp_path.iterdir()) == [output] and output.read_text() == "what was there"
+
+
+def test_the_command_writes_logarithms(cells, tmp_path):
+    """Every kind that the function knows is one that the command knows."""
+    adata = small(cells)
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    output = tmp_path / "out.zarr"
+    words = ["impute", f"input={tmp_path / 'in.h5ad'}", f"output={output}", "kind=log"]
+    assert main(words) == 0
+    written = ad.read_zarr(output)
+    assert written.uns["imputed"]["kind"] == "log"
+    gm.impute(adata, kind="log")
+    np.testing.assert_array_equal(written.layers["imputed"], adata.layers["imputed"])
