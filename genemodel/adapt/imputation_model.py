@@ -11,6 +11,7 @@ Axes: C cells, G genes, M posterior draws, Q quantile levels.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ KIND = "an imputation model"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
+# A factor on each cell's own library, such as "0.5x".
+_OWN_LIBRARY = re.compile(r"(\d+\.?\d*|\.\d+)x")
 LARGEST_IN_MEMORY = 4e9
 CP10K = 1e4
 _FEWEST = 20
@@ -285,12 +288,14 @@ class ImputationModel:
         Parameters
         ----------
         library
-            None for the cell's own, ``"median"`` for the median of the cells with counts, or a
-            number of counts per cell.
+            None for the cell's own, ``"0.5x"`` for half of it (any factor), ``"median"`` for the
+            median of the cells with counts, or a number of counts per cell.
         """
         check_library(library)
         if library is None:
             return np.ones(len(self))
+        if isinstance(library, str) and (factor := _OWN_LIBRARY.fullmatch(library)):
+            return np.full(len(self), float(factor[1]))
         if library == MEDIAN_LIBRARY:
             wanted = float(np.median(self.library_C[self.library_C > 0]))
         else:
@@ -509,14 +514,17 @@ def check_kind(kind: str) -> None:
 
 
 def check_library(library: Library) -> None:
-    """Refuse a library that is neither None, ``"median"`` nor a positive number."""
+    """Refuse a library that is neither None, ``"median"``, a factor nor a positive number."""
     if library is None or library == MEDIAN_LIBRARY:
+        return
+    factor = _OWN_LIBRARY.fullmatch(library) if isinstance(library, str) else None
+    if factor is not None and float(factor[1]) > 0:
         return
     number = not isinstance(library, str | bool) and np.isfinite(library) and library > 0
     if not number:
         raise ConfigError(
-            f"library is {library!r}; it must be None (as sequenced), 'median', or a positive "
-            "number of counts per cell."
+            f"library is {library!r}; it must be None (as sequenced), '0.5x' (half of that; any "
+            "factor), 'median', or a positive number of counts per cell."
         )
 
 

@@ -97,6 +97,9 @@ METHODS: dict[str, dict[str, Method]] = {
         "scvi": Method(imputation_baselines.scvi, packages=("scvi",), seeded=True),
         "genemodel": Method(imputation_baselines.genemodel, kind="ours", seeded=True),
         "genemodel_log": Method(imputation_baselines.genemodel_log, kind="ours", seeded=True),
+        "genemodel_log_half": Method(
+            imputation_baselines.genemodel_log_half, kind="ours", seeded=True
+        ),
     },
     "annotate": {
         "majority": Method(annotation.by_function(annotation.majority), kind="control"),

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.errors import DataError
 from genemodel.evaluation import baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions, highly_variable, log_normalised
@@ -225,6 +227,33 @@ def test_denoisers_that_share_between_alike_cells_beat_doing_nothing(molecules):
     for name in ("knn_smoothing", "magic"):  # they know the types, the average does not
         assert table.at[name, "pearson_gene"] > table.at["gene_mean", "pearson_gene"] + 0.05
         assert table.at[name, "deviance"] < table.at["gene_mean", "deviance"]
+
+
+def test_our_rows_share_one_training(molecules, monkeypatch):
+    adata, split = molecules
+    trainings = []
+    train = ImputationModel.train
+
+    def counted(*args, **options):
+        trainings.append(options["seed"])
+        return train(*args, settings=DecoderSettings(epochs=10), **options)
+
+    monkeypatch.setattr(imputation_baselines.ImputationModel, "train", counted)
+    asked = Conditions()
+    own = imputation_baselines.genemodel(adata, asked)
+    assert asked.borrowed_seconds == 0
+    found = {
+        "own": own.mean,
+        "log": imputation_baselines.genemodel_log(adata, asked),
+        "half": imputation_baselines.genemodel_log_half(adata, asked),
+    }
+    assert trainings == [asked.seed] and asked.borrowed_seconds > 0
+    library_C = np.asarray(adata.X.sum(1)).ravel()
+    for name in ("log", "half"):
+        np.testing.assert_allclose(found[name].sum(1), library_C, rtol=1e-4)
+    table = score_denoised(found, split, correlations=False)
+    assert table.loc["half", "mse_ratio"] < table.loc["log", "mse_ratio"] < 1
+    assert table.loc["own", "poisson_ratio"] < table.loc["half", "poisson_ratio"] < 1
 
 
 def test_gene_mean_and_median_by_hand():
