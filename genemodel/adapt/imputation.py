@@ -30,6 +30,7 @@ from genemodel.adapt.posterior import (
     split_molecules,
     tally_coverage,
 )
+from genemodel.adapt.setting_ranges import check_numbers
 from genemodel.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,15 @@ class DecoderSettings:
                 f"calibration_fraction={self.calibration_fraction}: the share of molecules set "
                 "aside must lie between 0 and 0.5."
             )
-        if min(self.epochs, self.batch_cells, self.check_every, self.calibration_cells) < 1:
-            raise ConfigError("epochs, batch_cells, check_every and calibration_cells are >= 1.")
+        whole = ("hidden", "latent", "epochs", "batch_cells", "check_every", "full_passes")
+        check_numbers(
+            self,
+            positive=(*whole, "calibration_cells"),
+            shares=("dropout", "average_decay"),
+            not_negative=("patience",),
+        )
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate={self.learning_rate}: must be above 0.")
 
     def passes(self, n_cells: int) -> int:
         """Return the number of passes over this many cells."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genemodel.adapt.setting_ranges import check_numbers
 from genemodel.errors import ConfigError
 
 TARGET = 1e4
@@ -75,20 +76,14 @@ class IntegrationSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that no run can be made with."""
-        counts = ("n_genes", "latent", "hidden", "rank", "steps", "batch_cells")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more.")
-        shares = ("warm_up", "keep_min", "kl_ramp", "dropout", "feature_dropout")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be between 0 and 1.")
+        check_numbers(
+            self,
+            positive=("n_genes", "latent", "hidden", "rank", "steps", "batch_cells"),
+            shares=("warm_up", "keep_min", "kl_ramp", "dropout", "feature_dropout"),
+            not_negative=("passes", "weight_decay", "kl_weight", "label_weight"),
+        )
         if self.keep_min == 0 or self.peak_rate <= 0 or self.max_norm <= 0:
             raise ConfigError("keep_min, peak_rate and max_norm must be above 0.")
-        weights = ("passes", "weight_decay", "kl_weight", "label_weight")
-        for name in weights:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative.")
 
 
 def nb_loss(counts_CG: Tensor, log_mean_CG: Tensor, log_theta_G: Tensor) -> Tensor:

@@ -121,7 +121,11 @@ def test_calibration_on_a_sample_of_the_cells_agrees(rng):
     [
         ({"thin_low": 0.9, "thin_high": 0.3}, "low before high"),
         ({"calibration_fraction": 0.7}, "between 0 and 0.5"),
-        ({"epochs": 0}, ">= 1"),
+        ({"epochs": 0}, "epochs=0: must be 1 or more"),
+        ({"latent": 0}, "latent=0: must be 1 or more"),
+        ({"dropout": 1.5}, "dropout=1.5: must be between 0 and 1"),
+        ({"patience": -1}, "patience=-1: must not be negative"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: must be above 0"),
     ],
 )
 def test_impossible_settings_are_refused(change, words):
