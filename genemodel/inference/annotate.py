@@ -17,7 +17,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import embedding_of, writable_h5ad
+from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
 from genemodel.inference.obs_keys import label_codes
 
@@ -453,9 +453,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     )
     labelled = ad.AnnData(obs=cells["query"].obs)
     labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]
-    partial = output.with_name(f".{output.name}.partial")
-    labelled.write_h5ad(partial)
-    partial.replace(output)
+    write_whole(labelled, output)
     logger.info(
         "%s: %d cells labelled, %.1f %% unknown.",
         output, labelled.n_obs, 100 * labelled.uns[settings.key_added]["share_unknown"],

@@ -240,6 +240,16 @@ def writable_h5ad(output: str, *, overwrite: bool) -> Path:
     return path
 
 
+def write_whole(adata: "AnnData", output: Path) -> None:
+    """Write an h5ad under another name, then rename it: a kill leaves no half file of this name."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        adata.write_h5ad(partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def embed_file(settings: EmbedSettings) -> Path:
     """Embed a file; the counts are streamed and never held whole.
 
@@ -260,5 +270,5 @@ def embed_file(settings: EmbedSettings) -> Path:
         batch_size=settings.batch_size or None,
     )
     assert result is not None
-    result.write_h5ad(output)
+    write_whole(result, output)
     return output

@@ -11,6 +11,7 @@ from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import _Transfer, _unit, transfer_labels
+from genemodel.inference.embed import write_whole
 from genemodel.inference.gene_counts import read_counts
 
 SHORT = IntegrationSettings(steps=150, passes=1, hidden=32, rank=16, latent=10, batch_cells=64)
@@ -200,3 +201,13 @@ def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):
     assert "overwrite=true" in capsys.readouterr().err
     assert main([*words, "overwrite=true", f"query={tmp_path / 'no.h5ad'}"]) == 2
     assert "no.h5ad is no file" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_no_half_one(cells, tmp_path):
+    output = tmp_path / "o.h5ad"
+    output.write_text("what was there")
+    odd = cells["human"][:5].copy()
+    odd.obs["odd"] = [object() for _ in range(5)]
+    with pytest.raises(TypeError):
+        write_whole(odd, output)
+    assert list(tmp_path.iterdir()) == [output] and output.read_text() == "what was there"
