@@ -291,6 +291,7 @@ def _open_hdf5(path: Path, options: OpenOptions) -> Source:
             f"(row_attrs, col_attrs); it holds {', '.join(sorted(keys)[:10]) or 'nothing'}"
         )
     except BaseException:
+        # Ctrl-C too: no Source was made that could close the file. Where one was, it stays open.
         file.close()
         raise
 
