@@ -106,7 +106,8 @@ def impute(
     quantiles
         Levels, written as ``{key_added}_q5`` for 0.05 and so on.
     library
-        None: every cell at its own library; ``"median"``: all at the median; or a number of counts.
+        None: every cell at its own library; ``"0.5x"``: at half of that, or any factor;
+        ``"median"``: all at the median; or a number of counts.
     batch
         None: as measured in the cell's own batch; ``"mean"``: batch-corrected; or the name of a
         batch, as if measured there.
@@ -530,7 +531,7 @@ class ImputeSettings:
     quantiles
         Levels to write.
     library
-        null for as sequenced, median, or a number of counts per cell.
+        null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
     batch
         Empty for each cell's own, mean for batch-corrected, or the name of a batch.
     genes
