@@ -35,6 +35,12 @@ class MissingSettingError(ConfigError):
         )
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuse a seed that the generators of numpy, scikit-learn and torch do not all take."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{name} is {seed}: a seed is a whole number from 0 to 4294967295.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Find the known name that was most likely meant.
 

@@ -137,7 +137,7 @@ def match_source(
     for name in known:
         try:
             matches[name] = vocabulary.match(
-                source.genes, species=name, min_fraction=options.min_fraction
+                source.genes, species=name, min_fraction=options.min_fraction, among=known
             )
         except DataError as error:
             raise DataError(f"{source.where}: {error}{_turned(source, vocabulary)}") from error

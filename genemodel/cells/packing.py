@@ -62,6 +62,9 @@ def plan_bins(
     -------
     One array of positions into ``length_C`` a bin; every cell is in exactly one. Deterministic.
     """
+    if max_cells < 1:
+        # Compiled code would go on making empty bins, past the end of its arrays.
+        raise AssertionError(f"bins of {max_cells} cells")
     length_C = np.ascontiguousarray(length_C, np.int64)
     if length_C.size and length_C.max() > budget:
         raise AssertionError(f"a cell of {length_C.max()} tokens in bins of {budget}")

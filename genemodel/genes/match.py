@@ -175,6 +175,17 @@ class _Names:
             return np.zeros(len(self.plain), dtype=bool)
         return np.array([a is not None and a != species for a in self.assembly], dtype=bool)
 
+    def written_as(
+        self, others: Sequence[SpeciesIndex], own: SpeciesIndex
+    ) -> npt.NDArray[np.bool_]:
+        """Names that are ids or symbols of other species as these write them, and not of this."""
+        written = np.zeros(len(self.plain), dtype=bool)
+        if others:
+            for i, (plain, lowered) in enumerate(zip(self.plain, self.lowered, strict=True)):
+                if lowered not in own.by_id and plain not in own.by_symbol:
+                    written[i] = any(lowered in o.by_id or plain in o.by_symbol for o in others)
+        return written
+
 
 def _decorated_id(lowered: str, by_id: dict[str, int]) -> int:
     """Row of an id with a version, a PAR mark or a symbol attached to it."""
@@ -201,7 +212,8 @@ class GeneMatch:
         Matched genes whose counts are added to another gene's token (``n_matched`` less the
         distinct tokens).
     n_other_species
-        Genes that carry the prefix of another species' genome.
+        Genes that are named as another species' of the same file, or carry the prefix of its
+        genome.
     """
 
     def __init__(
@@ -309,7 +321,7 @@ class GeneMatch:
         if ambiguous:
             text += f"; {len(ambiguous):,} ambiguous and left out ({_some(ambiguous)})"
         if self.n_other_species:
-            text += f"; {self.n_other_species:,} of another species' genome"
+            text += f"; {self.n_other_species:,} of another species"
         return text
 
     def project(self, X: sp.csr_matrix | sp.csr_array) -> sp.csr_matrix:
@@ -359,6 +371,7 @@ def match(
     column: str | None,
     min_fraction: float,
     min_genes: int,
+    among: Sequence[str] = (),
 ) -> GeneMatch:
     """Do the work of :meth:`GeneVocabulary.match`."""
     index = vocabulary.index(species)
@@ -376,6 +389,13 @@ def match(
         raise DataError("there are no gene names: the file has no genes")
     label, cleaned, found = best
     other_G = cleaned.others(index.species)
+    rivals = [vocabulary.index(name) for name in among if name != index.species]
+    written_G = cleaned.written_as(rivals, index)
+    # Hardly a name of its own is no joined file but a wrong species, refused by its names.
+    joined = found.n_exact >= min(min_genes, len(written_G)) if rivals else False
+    if joined:
+        # Names that fit ignoring case stay: cells of this species may have been counted there.
+        other_G = other_G | (written_G & (found.row_G < 0))
     matched = found.row_G >= 0
     row_or_0 = np.where(matched, found.row_G, 0)
     result = GeneMatch(
@@ -391,9 +411,22 @@ def match(
         ids_G=[index.ids[r] if r >= 0 else "" for r in found.row_G.tolist()],
         symbols_G=[index.symbols[r] if r >= 0 else "" for r in found.row_G.tolist()],
     )
-    _refuse_other_species(vocabulary, cleaned, found, result)
+    if not joined:
+        _refuse_other_species(vocabulary, cleaned, found, result)
     _refuse_too_few(vocabulary, cleaned, result, candidates, min_fraction, min_genes)
     return result
+
+
+def written_as_others(
+    vocabulary: "GeneVocabulary", names: Iterable[str], *, species: str, among: Iterable[str]
+) -> npt.NDArray[np.bool_]:
+    """Tell the names that are ids or symbols of others `among` as those write them, bool (G,).
+
+    What `species` writes so too is not among them. A file that joins species has the genes of all,
+    and zeros where a species was not measured.
+    """
+    others = [vocabulary.index(name) for name in among if name != species]
+    return _Names(list(map(str, names))).written_as(others, vocabulary.index(species))
 
 
 def _candidates(

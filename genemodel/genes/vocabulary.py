@@ -233,6 +233,7 @@ class GeneVocabulary:
         column: str | None = None,
         min_fraction: float = MIN_FRACTION,
         min_genes: int = MIN_GENES,
+        among: Sequence[str] = (),
     ) -> "GeneMatch":
         """Find the token of every gene of one file.
 
@@ -255,6 +256,10 @@ class GeneVocabulary:
             Smallest accepted share of the names that are genes of the vocabulary.
         min_genes
             Smallest accepted number of them (all names, where the file has fewer).
+        among
+            All species of the file, where it joins several. A name that is not found and that one
+            of the others writes so is then a gene of that one, and does not count against the
+            match.
 
         Returns
         -------
@@ -275,6 +280,7 @@ class GeneVocabulary:
             column=column,
             min_fraction=min_fraction,
             min_genes=min_genes,
+            among=among,
         )
 
     # -- growing ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Axes: C cells, D width, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from genemodel.cells.batch import CellBatch
 from genemodel.cells.loader import Window, inverse_medians, pack
 from genemodel.cells.packing import plan_bins
 from genemodel.cells.sources import Source, open_source
-from genemodel.errors import DataError
+from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import GeneMatch
+from genemodel.settings import nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -80,18 +81,20 @@ class VocabularyCells:
         self.bundle = bundle
         self.source = open_source(data, layer=layer, species=species)
         names = self.source.obs["species"].astype(object).to_numpy()
-        unknown = sorted({str(n) for n in set(names) - set(bundle.species)})
-        if unknown:
-            raise DataError(
-                f"{self.source.where}: species {', '.join(unknown)} in obs, but the model knows "
-                f"{', '.join(bundle.species)}. Leave those cells out, or use a model trained with "
-                "them."
-            )
+        refuse_unknown_species(
+            {str(n) for n in names}, bundle.species, species, self.source.where, "the model"
+        )
         self.species_C = np.array([bundle.species.index(n) for n in names], np.int64)
-        self.matches: dict[int, GeneMatch] = {
-            int(s): bundle.vocabulary.match(self.source.genes, species=bundle.species[s])
-            for s in np.unique(self.species_C)
-        }
+        here = [int(s) for s in np.unique(self.species_C)]
+        among = [bundle.species[s] for s in here]
+        self.matches: dict[int, GeneMatch] = {}
+        try:
+            for s in here:
+                self.matches[s] = bundle.vocabulary.match(
+                    self.source.genes, species=bundle.species[s], among=among
+                )
+        except DataError as error:
+            raise DataError(f"{self.source.where}: {error}") from error
         for match in self.matches.values():
             logger.info("%s: %s", self.source.where, match.summary())
 
@@ -124,6 +127,28 @@ class VocabularyCells:
             yield VocabularyChunk(chunk.start, counts_CV, species_C, library_C)
 
 
+def refuse_unknown_species(
+    found: set[str], known: Sequence[str], species: str | None, where: str, who: str
+) -> None:
+    """Refuse species that a model or vocabulary lacks, with where they were said to be."""
+    unknown = sorted(found - set(known))
+    if not unknown:
+        return
+    if species is not None and not species.startswith("obs:"):
+        near = nearest(unknown[0], known)
+        raise DataError(
+            f"{where}: species={species}, but {who} knows {', '.join(known)}"
+            + (f": did you mean species={near}?" if near else ".")
+        )
+    column = "species" if species is None else species.removeprefix("obs:")
+    some = ", ".join(unknown[:5]) + (f", … {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    raise DataError(
+        f"{where}: obs[{column!r}] holds the species {some}, but {who} knows "
+        f"{', '.join(known)}. Leave those cells out, use a model trained with them, or name the "
+        "right column with species=obs:COLUMN."
+    )
+
+
 def window_of(chunk: VocabularyChunk) -> Window:
     """View a chunk as a window that can be packed; unknown technical batch and panel."""
     n = chunk.counts_CV.shape[0]
@@ -149,7 +174,17 @@ def batches(
 
     Cells without any known gene are left out. ``batch_size`` limits the cells of a batch, for
     small devices; it cannot change a result.
+
+    Raises
+    ------
+    ConfigError
+        ``batch_size`` is below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(
+            f"batch_size is {batch_size}: at least one cell must go at once; leave it out for as "
+            "many as fit."
+        )
     window = window_of(chunk)
     inverse_median_V = inverse_medians(bundle.medians_V)
     usable = np.flatnonzero(chunk.library_C > 0)

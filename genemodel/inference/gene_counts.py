@@ -15,8 +15,9 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.contract import find_counts
 from genemodel.cells.sources import CHUNK_CELLS, open_source
 from genemodel.errors import DataError
+from genemodel.genes.match import written_as_others
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.counts import VocabularyCells
+from genemodel.inference.counts import VocabularyCells, refuse_unknown_species
 from genemodel.inference.embed import encode
 
 if TYPE_CHECKING:
@@ -114,33 +115,29 @@ def _with_vocabulary(
 ) -> GeneCounts:
     source = open_source(adata, layer=layer, species=species)
     species_C = source.obs["species"].astype(object).to_numpy()
-    unknown = sorted({str(name) for name in species_C} - set(vocabulary.species))
-    if unknown:
-        raise DataError(
-            f"{source.where}: species {', '.join(unknown)} in obs, but the vocabulary knows "
-            f"{', '.join(vocabulary.species)}. Leave species out to use the data's own gene names."
-        )
+    refuse_unknown_species(
+        {str(name) for name in species_C},
+        vocabulary.species,
+        species,
+        source.where,
+        "the vocabulary",
+    )
     parts, rows, measured_V = [], [], np.zeros(len(vocabulary), bool)
     all_CG = sp.vstack([chunk.counts_CG for chunk in source.chunks()], format="csr")
     for name in sorted(set(species_C)):
         rows.append(np.flatnonzero(species_C == name))
         counts_CG = all_CG[rows[-1]]
-        own_G = _not_of_others(source.genes, counts_CG, vocabulary, name)
-        match = vocabulary.match(source.genes.iloc[own_G], species=name)
+        # What has counts is kept: cells of a wrongly named species are refused by their names.
+        foreign_G = written_as_others(
+            vocabulary, source.genes.index, species=name, among=vocabulary.species
+        )
+        own_G = np.flatnonzero((counts_CG.getnnz(0) > 0) | ~foreign_G)
+        try:
+            match = vocabulary.match(source.genes.iloc[own_G], species=name)
+        except DataError as error:
+            raise DataError(f"{source.where}: {error}") from error
         logger.info("%s: %s", source.where, match.summary())
         parts.append(match.project(counts_CG[:, own_G]))
         measured_V |= match.measured_V
     stacked_CV = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
     return GeneCounts(stacked_CV, [str(token) for token in range(len(vocabulary))], measured_V)
-
-
-def _not_of_others(
-    genes: pd.DataFrame, counts_CG: sp.csr_matrix, vocabulary: GeneVocabulary, species: str
-) -> np.ndarray:
-    """Columns without those that are empty and bear the id of another species' gene.
-
-    A file that joins species has both sets of genes, and zeros where the other one was measured.
-    """
-    others = [vocabulary.index(name).by_id for name in vocabulary.species if name != species]
-    foreign_G = np.array([any(str(name).lower() in ids for ids in others) for name in genes.index])
-    return np.flatnonzero((counts_CG.getnnz(0) > 0) | ~foreign_G.astype(bool))

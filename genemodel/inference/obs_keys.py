@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from genemodel.errors import DataError
+from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
 
 JOIN = " | "
@@ -16,7 +16,28 @@ def keys_of(batch_key: str | Sequence[str]) -> tuple[str, ...]:
     keys = (batch_key,) if isinstance(batch_key, str) else tuple(batch_key)
     if not keys or not all(keys):
         raise DataError("batch_key names no obs column: give the column of the technical batch.")
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"batch_key={list(keys)} names a column twice: name each once.")
     return keys
+
+
+def check_key_added(key_added: str, where: str = "obsm") -> None:
+    """Refuse a name under which nothing can be stored in a file."""
+    if not key_added:
+        raise ConfigError(f"key_added is empty: give the key of {where} to write.")
+    if "/" in key_added:
+        raise ConfigError(
+            f"key_added={key_added}: a slash divides folders in an h5ad; leave it out."
+        )
+
+
+def check_label_is_no_batch(batch_keys: Sequence[str], label_key: str | None) -> None:
+    """Refuse one column as what is to go and as what is to stay."""
+    if label_key and label_key in batch_keys:
+        raise ConfigError(
+            f"label_key={label_key} is a column of batch_key too: what tells the technical batches "
+            "apart cannot be the cell type. Name another column, or leave label_key out."
+        )
 
 
 def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.Series:

@@ -35,3 +35,8 @@ def test_the_cell_limit_binds_for_tiny_cells():
 
 def test_no_cells_no_bins():
     assert plan_bins(np.array([], int), 100, 4) == []
+
+
+def test_bins_without_room_for_a_cell_are_refused():
+    with pytest.raises(AssertionError, match="bins of -3 cells"):
+        plan_bins(np.array([4, 5]), 100, -3)

@@ -339,3 +339,17 @@ def test_real_files_by_id_and_by_symbol(builtin, shared_data, name, fraction, ke
         assert (report["status"] == "summed").sum() == match.n_summed
     with pytest.raises(DataError, match=f"set species={species}"):
         builtin.match(adata.var, species="mouse" if species == "human" else "human")
+
+
+def test_genes_of_another_species_of_a_joined_file_count_for_neither():
+    vocabulary = GeneVocabulary.builtin()
+    human = vocabulary.genes.query("species == 'human'")["ensembl_id"].tolist()[:60]
+    mouse = vocabulary.genes.query("species == 'mouse'")["ensembl_id"].tolist()[:600]
+    with pytest.raises(DataError, match="set species=mouse"):
+        vocabulary.match(human + mouse, species="human")
+    match = vocabulary.match(human + mouse, species="human", among=("human", "mouse"))
+    assert match.n_matched == 60 and match.n_other_species == 600 and match.fraction == 1
+    assert (match.token_G[60:] == -1).all() and len(match.token_G) == 660
+    # With next to no name of its own the file is no joined one.
+    with pytest.raises(DataError, match="set species=mouse"):
+        vocabulary.match(human[:9] + mouse, species="human", among=("human", "mouse"))

@@ -83,6 +83,44 @@ def test_mixed_species_equal_each_species_alone(random_bundle, cells):
         )
 
 
+@pytest.mark.parametrize("names", ["ids", "symbols"])
+def test_a_file_that_joins_species_unevenly_equals_each_alone(random_bundle, cells, names):
+    human, mouse = cells[0].copy(), cells[1][:, :100].copy()
+    if names == "symbols":
+        for adata in (human, mouse):
+            adata.var_names = adata.var["gene_symbol"].astype(str)
+            adata.var_names_make_unique()
+    alone = [vectors(human, random_bundle), vectors(mouse, random_bundle)]
+    joined = ad.concat([human, mouse], join="outer", fill_value=0)
+    # A ninth of the columns are of mouse: a share of all would have refused it.
+    np.testing.assert_allclose(
+        vectors(joined, random_bundle), np.concatenate(alone), rtol=1e-4, atol=1e-5
+    )
+    joined.obs["species"] = np.where(np.arange(len(joined)) % 2, "human", "mouse")
+    gm.embed(joined, random_bundle)  # a wrong species of some cells cannot be seen in the names
+    human.obs["species"] = np.where(np.arange(len(human)) % 2, "human", "mouse")
+    with pytest.raises(DataError, match="AnnData: .*set species=human"):
+        gm.embed(human, random_bundle)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_no_cell_at_once_is_refused(random_bundle, cells, batch_size):
+    with pytest.raises(ConfigError, match="at least one cell"):
+        gm.embed(cells[0], random_bundle, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("species", "said"),
+    [
+        ("humann", "AnnData: species=humann, .*did you mean species=human"),
+        ("obs:donor", r"obs\['donor'\] holds the species human_donor1.*species=obs:COLUMN"),
+    ],
+)
+def test_a_species_is_refused_where_it_was_said(random_bundle, cells, species, said):
+    with pytest.raises(DataError, match=said):
+        gm.embed(cells[0], random_bundle, species=species)
+
+
 def test_cells_without_known_genes_get_nan_and_are_counted(random_bundle, cells, caplog):
     human = cells[0].copy()
     counts = human.X.tolil()
