@@ -12,6 +12,7 @@ import pandas as pd
 from genemodel.errors import DataError
 from genemodel.evaluation import light_metrics, plots
 from genemodel.evaluation.report import Report
+from genemodel.inference.collapse import effective_rank, mean_cosine
 
 __all__ = ["DemoReport", "embedding_scores", "objective_table", "write_demo_report"]
 
@@ -139,8 +140,8 @@ def embedding_scores(
             row["accuracy_across_species"] = light_metrics.knn_accuracy(
                 values_CD, obs["cell_type"], batch=obs["species"].astype(str), k=k
             )
-        row["effective_rank"] = light_metrics.effective_rank(values_CD)
-        row["mean_cosine"] = light_metrics.mean_cosine(values_CD)
+        row["effective_rank"] = effective_rank(values_CD)
+        row["mean_cosine"] = mean_cosine(values_CD)
         rows[name] = row
     order = [
         "knn_accuracy", "silhouette", "accuracy_across_batches", "accuracy_across_species",

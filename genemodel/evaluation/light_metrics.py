@@ -30,15 +30,12 @@ __all__ = [
     "batch_silhouette",
     "biology_and_batch",
     "cluster_agreement",
-    "collapse",
     "cross_batch_neighbours",
-    "effective_rank",
     "graph_connectivity",
     "knn_accuracy",
     "knn_predict",
     "lisi",
     "lost_types",
-    "mean_cosine",
     "neighbours",
     "pca_of_lognorm",
     "pcr",
@@ -474,54 +471,6 @@ def pcr_comparison(before_CD: np.ndarray, after_CD: np.ndarray, batch: Labels) -
     """Return by how much integration lowered :func:`pcr`: (before - after) / before, at least 0."""
     before, after = pcr(before_CD, batch), pcr(after_CD, batch)
     return max(0.0, (before - after) / before) if before > 0 else 0.0
-
-
-def effective_rank(embedding_CD: np.ndarray) -> float:
-    """Return the exponential of the entropy of the singular values of the centred embedding.
-
-    Between 1 (all cells on a line, or all the same) and the width D (Roy and Vetterli 2007).
-    """
-    values_CD = _embedding(embedding_CD).astype(np.float64)
-    centred_CD = values_CD - values_CD.mean(axis=0)
-    # The D x D Gram matrix is enough and does not grow with the cells.
-    singular = np.sqrt(np.clip(np.linalg.eigvalsh(centred_CD.T @ centred_CD), 0.0, None))
-    # Below the rounding of float32 a direction is noise, not rank.
-    scale = max(float(np.abs(values_CD).max()), 1e-30) * np.sqrt(len(values_CD)) * 1e-6
-    singular = singular[singular > scale]
-    if len(singular) == 0:
-        return 1.0
-    p = singular / singular.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def mean_cosine(embedding_CD: np.ndarray) -> float:
-    """Return the mean cosine over all pairs of different cells (1: all point the same way)."""
-    values_CD = _embedding(embedding_CD).astype(np.float64)
-    norm_C = np.linalg.norm(values_CD, axis=1)
-    if not (norm_C > 0).all():
-        values_CD, norm_C = values_CD[norm_C > 0], norm_C[norm_C > 0]
-    n = len(values_CD)
-    if n < 2:
-        return 1.0
-    total_D = (values_CD / norm_C[:, None]).sum(axis=0)
-    return float((total_D @ total_D - n) / (n * (n - 1)))
-
-
-def collapse(embedding_CD: np.ndarray) -> dict[str, float | bool]:
-    """Tell whether an embedding has collapsed.
-
-    Returns
-    -------
-    dict
-        ``effective_rank``, ``mean_cosine`` and ``collapsed``: true if the cells span less than 1.5
-        effective dimensions or point the same way (mean cosine above 0.999).
-    """
-    rank, cosine = effective_rank(embedding_CD), mean_cosine(embedding_CD)
-    return {
-        "effective_rank": rank,
-        "mean_cosine": cosine,
-        "collapsed": rank < 1.5 or cosine > 0.999,
-    }
 
 
 def lost_types(

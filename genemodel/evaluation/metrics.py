@@ -16,6 +16,7 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.evaluation import light_metrics
+from genemodel.inference.collapse import effective_rank
 
 if TYPE_CHECKING:
     from scib_metrics.nearest_neighbors import NeighborsResults
@@ -323,7 +324,7 @@ def _ours(
     import scib_metrics as scib
 
     row = dict.fromkeys(OURS, float("nan"))
-    row["effective_rank"] = light_metrics.effective_rank(array_CD)
+    row["effective_rank"] = effective_rank(array_CD)
     if label_C is not None:
         step("knn_accuracy")
         row["knn_accuracy"] = light_metrics.knn_accuracy(array_CD, label_C)

@@ -17,6 +17,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
+from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
 from genemodel.tasks.decode_counts import CellProjection
 
@@ -72,46 +73,6 @@ def cell_projection(bundle: Bundle) -> nn.Module:
             "decode_counts.projection", CellProjection(bundle.model.settings.width)
         ).eval()
     return nn.Identity()
-
-
-def collapse(embedding_CD: np.ndarray, *, sample: int = 2000) -> dict[str, float]:
-    """Measure whether an embedding has collapsed.
-
-    Parameters
-    ----------
-    embedding_CD
-        One row a cell; rows with NaN are left out.
-    sample
-        Most cells looked at, evenly spaced.
-
-    Returns
-    -------
-    ``effective_rank``: exp of the entropy of the squared singular values of the centred matrix
-    (Roy & Vetterli 2007); ``mean_cosine``: mean cosine between two different cells, uncentred.
-    """
-    rows = embedding_CD[np.isfinite(embedding_CD).all(1)]
-    rows = rows[:: max(1, len(rows) // sample)].astype(np.float64)
-    if len(rows) < 3:
-        return {"effective_rank": float("nan"), "mean_cosine": float("nan")}
-    power = np.linalg.svd(rows - rows.mean(0), compute_uv=False) ** 2
-    share = power / max(power.sum(), 1e-30)
-    share = share[share > 0]
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    n = len(unit)
-    return {
-        "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
-        "mean_cosine": float((np.square(unit.sum(0)).sum() - n) / (n * (n - 1))),
-    }
-
-
-def warn_of_collapse(health: dict[str, float], where: str) -> None:
-    """Say when an embedding holds next to nothing."""
-    if health["effective_rank"] < 2 or health["mean_cosine"] > 0.999:
-        logger.warning(
-            "%s: the embedding has all but collapsed (effective rank %.1f, mean cosine %.4f): "
-            "cells look alike to this model. Check species, layer and the share of matched genes.",
-            where, health["effective_rank"], health["mean_cosine"],
-        )  # fmt: skip
 
 
 def provenance_of(

@@ -18,7 +18,7 @@ from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.embed import collapse, warn_of_collapse
+from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import KEY, IntegratedModel
 from genemodel.inference.obs_keys import batch_names, keys_of, label_codes

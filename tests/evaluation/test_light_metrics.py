@@ -166,31 +166,6 @@ def test_pcr_equals_regression_of_every_component():
     assert lm.pcr_comparison(corrected, values, batch) == 0.0
 
 
-def test_effective_rank_counts_directions_and_ignores_scale_and_shift():
-    # Two equal singular values give 2; three of 1, 1, 1 give 3.
-    square = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]], float)
-    assert lm.effective_rank(square) == pytest.approx(2.0)
-    assert lm.effective_rank(1e3 * square + 7) == pytest.approx(2.0)
-    assert lm.effective_rank(RNG.normal(size=(4000, 16))) == pytest.approx(16, abs=0.1)
-    assert lm.effective_rank(np.ones((10, 8))) == 1.0
-
-
-def test_mean_cosine_is_the_mean_over_pairs():
-    values = RNG.normal(size=(25, 6)) + 0.5
-    unit = values / np.linalg.norm(values, axis=1, keepdims=True)
-    cosine = (unit @ unit.T)[~np.eye(25, dtype=bool)]
-    assert lm.mean_cosine(values) == pytest.approx(cosine.mean(), abs=1e-6)
-
-
-def test_collapse_is_seen_and_health_is_not_called_collapse():
-    healthy = RNG.normal(size=(300, 32))
-    assert not lm.collapse(healthy)["collapsed"]
-    # The common offset of transformer embeddings alone is no collapse.
-    assert not lm.collapse(healthy + 5)["collapsed"]
-    assert lm.collapse(np.ones((300, 32)) + 1e-6 * healthy)["collapsed"]
-    assert lm.collapse(healthy[:, :1] @ np.ones((1, 32)))["collapsed"]
-
-
 @pytest.fixture
 def merged() -> dict[str, object]:
     """Types a, b in both batches, c in batch y only."""
@@ -269,7 +244,7 @@ def test_refusals_name_what_and_where():
     with pytest.raises(DataError, match=r"label has 3 entries and the embedding has 6 cells"):
         lm.knn_accuracy(LINE, ["a", "b", "c"])
     with pytest.raises(DataError, match=r"shape \(6,\)"):
-        lm.effective_rank(np.zeros(6))
+        lm.neighbours(np.zeros(6))
     with pytest.raises(DataError, match="Fewer than two cells"):
         lm.silhouette(LINE, [None] * 6)
     with pytest.raises(DataError, match="1 cells have no counts"):

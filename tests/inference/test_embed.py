@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import genemodel as gm
 from genemodel.cells.synthetic import synthetic
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.embed import EmbedSettings, collapse, embed_file
+from genemodel.inference.embed import EmbedSettings, embed_file
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +179,6 @@ def test_a_species_the_model_does_not_know_is_refused(random_bundle, cells):
     fish.obs["species"] = "zebrafish"
     with pytest.raises(DataError, match="zebrafish"):
         vectors(fish, random_bundle)
-
-
-def test_collapse_is_measured():
-    rng = np.random.default_rng(0)
-    full = collapse(rng.normal(size=(500, 8)))
-    assert full["effective_rank"] > 7.5 and abs(full["mean_cosine"]) < 0.05
-    line = collapse(np.outer(rng.normal(size=500), np.ones(8)) + 100)
-    assert line["effective_rank"] < 1.01 and line["mean_cosine"] > 0.99
 
 
 @pytest.mark.gpu
