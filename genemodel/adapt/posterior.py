@@ -264,40 +264,11 @@ def posterior_gamma(
     )
 
 
-def gamma_poisson_posterior(
-    count_CG: Floats,
-    prior_mean_CG: Floats,
-    prior_dispersion_G: Floats,
-    exposure_CG: ArrayLike = 1.0,
-    library_ratio_C: ArrayLike = 1.0,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Posterior mean and variance of the rate of every (cell, gene), in closed form.
-
-    Parameters
-    ----------
-    count_CG, prior_mean_CG, prior_dispersion_G, exposure_CG
-        As in ``posterior_gamma``.
-    library_ratio_C
-        Requested library over the cell's own, a number or (C,): the answer scales with it.
-
-    Returns
-    -------
-    tuple of numpy.ndarray
-        Mean and variance, (C, G), of the rate (not of a new count: add the mean for that).
-    """
-    shape_CG, rate_CG = posterior_gamma(count_CG, prior_mean_CG, prior_dispersion_G, exposure_CG)
-    ratio_C1 = np.asarray(library_ratio_C, dtype=np.float64).reshape(-1, 1)
-    mean_CG = ratio_C1 * shape_CG / rate_CG
-    return mean_CG, mean_CG * (ratio_C1 / rate_CG)
-
-
 def posterior_draws(
     shape_CG: Floats,
     rate_CG: Floats,
     n_draws: int,
     generator: np.random.Generator,
-    *,
-    exposure: float | None = None,
 ) -> NDArray[np.float32]:
     """Multiple imputations: independent draws from the posterior, (M, C, G) float32.
 
@@ -309,15 +280,10 @@ def posterior_draws(
         M.
     generator
         Source of randomness.
-    exposure
-        If given, draw new counts at this multiple of the cell's library instead of rates.
     """
     draw_MCG = np.empty((n_draws, *shape_CG.shape), dtype=np.float32)
     for m in range(n_draws):
-        rate_draw_CG = generator.standard_gamma(shape_CG) / rate_CG
-        draw_MCG[m] = (
-            rate_draw_CG if exposure is None else generator.poisson(exposure * rate_draw_CG)
-        )
+        draw_MCG[m] = generator.standard_gamma(shape_CG) / rate_CG
     return draw_MCG
 
 
@@ -325,19 +291,6 @@ def rate_quantiles(shape_CG: Floats, rate_CG: Floats, level_Q: ArrayLike) -> NDA
     """Quantiles of the rate itself (credible interval), (Q, C, G)."""
     level_Q11 = np.asarray(level_Q, dtype=np.float64).reshape(-1, 1, 1)
     return gammaincinv(shape_CG, level_Q11) / rate_CG
-
-
-def predictive_quantiles(
-    shape_CG: Floats, rate_CG: Floats, level_Q: ArrayLike, exposure: float = 1.0
-) -> NDArray[np.float64]:
-    """Quantiles of a new count at ``exposure`` times the cell's library, (Q, C, G).
-
-    Integer-valued: the smallest count whose cumulative probability reaches the level. With rare
-    genes the resulting interval holds more than its level; ``randomised_coverage`` is the exact
-    check.
-    """
-    level_Q11 = np.asarray(level_Q, dtype=np.float64).reshape(-1, 1, 1)
-    return nbinom.ppf(level_Q11, shape_CG, rate_CG / (rate_CG + exposure))
 
 
 def randomised_pit(
