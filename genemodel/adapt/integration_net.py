@@ -55,7 +55,7 @@ class IntegrationSettings:
     """
 
     n_genes: int = 2000
-    latent: int = 24
+    latent: int = 10
     hidden: int = 128
     rank: int = 64
     steps: int = 1000
