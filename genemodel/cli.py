@@ -215,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A full disk or a forbidden folder is the machine's, not the program's.
         if error.filename is None and error.errno is None:
             raise
-        return _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
+        named = f": {error.filename}" if error.filename else ""
+        return _complain(f"{error.strerror or error}{named}")
     except Exception as error:
         error.add_note(
             f"This is a mistake in genemodel {__version__}, not in what you typed: please report "
@@ -289,7 +290,9 @@ def _options(words: list[str]) -> tuple[list[str], Path | None, set[str]]:
         elif word in _OPTIONS:
             asked.add("--help" if word == "-h" else word)
         else:
-            near = nearest(option, _OPTIONS) or nearest(option.lstrip("-"), _OPTIONS)
+            near = nearest(option, [name for name in _OPTIONS if name != "-h"])
+            # `--model=x` is a setting with dashes too many, not an option mistyped.
+            near = near if near and near[2] == option.lstrip("-")[:1] else None
             raise ConfigError(
                 f"unknown option {option!r}"
                 + (f": did you mean {near!r}?" if near else f"; there are {', '.join(_OPTIONS)}")

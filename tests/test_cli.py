@@ -209,6 +209,7 @@ def test_the_users_own_folder_adds_choices(said: Said, tmp_path: Path) -> None:
         ("cook dish=a experiment=stranger", "optim"),
         ("cook dish=a experiment=typo", "unknown setting 'minuets': did you mean 'minutes'?"),
         ("cook dish=a hydra.run.dir=x", "unknown setting 'hydra'"),
+        ("cook --pan=wok", "unknown option '--pan'; there are --help"),
         ("cook --hepl", "unknown option '--hepl': did you mean '--help'?"),
         ("cook --dish=a", "Settings are written key=value, without dashes."),
         ("cook --config-dir", "--config-dir needs a folder"),

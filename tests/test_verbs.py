@@ -151,6 +151,33 @@ def test_a_species_is_added_with_one_command(typed: Typed, tmp_path: Path) -> No
     assert (tmp_path / "grown.tsv.gz").read_bytes() == before
 
 
+def test_describe_knows_what_fine_tuning_writes(typed: Typed, tmp_path: Path) -> None:
+    from genemodel.cells.synthetic import synthetic
+
+    cells = synthetic(80, species=("human",), n_batches=2, n_genes=300, genes_per_cell=60, seed=1)
+    cells["human"].write_h5ad(tmp_path / "cells.h5ad")
+    small = "steps=2 passes=0 hidden=8 rank=4 latent=5".split()
+    status, _, err = typed(
+        *"finetune data=cells.h5ad batch_key=batch task=both out=run".split(),
+        *(f"integration.{word}" for word in small),
+        *"imputation.epochs=1 imputation.hidden=8 imputation.latent=4".split(),
+    )
+    assert status == 0, err
+    status, out, _ = typed("describe", "path=run/model")
+    assert status == 0 and out.startswith("integration model run/model\n")
+    assert "in 5 dimensions" in out and "batches (batch): human_batch1, human_batch2" in out
+    assert "seed: 0" in out and "cells: 80" in out and "labels: none" in out
+    status, out, _ = typed("describe", "path=run/imputation_model")
+    assert status == 0 and out.startswith("imputation model run/imputation_model\n")
+    assert "predicts 300 genes" in out and "90 % intervals hold" in out
+    status, _, err = typed("describe", "path=run")
+    assert status == 2 and "path=run/model or path=run/imputation_model" in err
+    weights = tmp_path / "run" / "model" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    status, _, err = typed("describe", "path=run/model")
+    assert status == 2 and "weights.safetensors is damaged" in err and "Traceback" not in err
+
+
 def test_describe_refuses_what_it_does_not_know(typed: Typed, tmp_path: Path) -> None:
     assert "does not exist" in typed("describe", "path=none")[2]
     (tmp_path / "a.txt").write_text("x")
