@@ -80,7 +80,13 @@ class MaskedGeneHead(nn.Module):
             loss_M = F.cross_entropy(logits_MV.float(), gene_M, reduction="none")
             return (loss_M * real_M).sum(), trivial
         loss = ChunkedCrossEntropy.apply(
-            self.transform(hidden_MD), gene_VD, self.bias_SV, species_M, gene_M, real_M
+            self.transform(hidden_MD),
+            gene_VD,
+            self.bias_SV,
+            species_M,
+            gene_M,
+            real_M,
+            torch.is_grad_enabled(),
         )
         return loss, trivial
 
@@ -90,18 +96,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     On a CPU, logits of a thousand rows times the vocabulary are hundreds of megabytes that the
     system maps, zeroes and unmaps several times a step; that takes longer than the arithmetic. The
-    gradients are made in the forward pass, chunk by chunk in one buffer.
+    gradients are made in the forward pass, chunk by chunk in one buffer, and only those that are
+    asked for: none in validation, none of what is frozen.
     """
 
     BUFFER = 6_000_000  # floats; 24 MB stays below the size from which malloc maps afresh
 
     @staticmethod
-    def forward(ctx, h_MD, gene_VD, bias_SV, species_M, gene_M, real_M):  # type: ignore[no-untyped-def]
-        """Sum of the losses of the real rows."""
+    def forward(ctx, h_MD, gene_VD, bias_SV, species_M, gene_M, real_M, learning):  # type: ignore[no-untyped-def]
+        """Sum of the losses of the real rows; without ``learning`` there will be no backward."""
+        wants_h, wants_gene, wants_bias = (learning and w for w in ctx.needs_input_grad[:3])
         rows = max(1, ChunkedCrossEntropy.BUFFER // gene_VD.shape[0])
         buffer = h_MD.new_empty(rows, gene_VD.shape[0])
-        grad_h, grad_gene = torch.zeros_like(h_MD), torch.zeros_like(gene_VD)
-        grad_bias = torch.zeros_like(bias_SV)
+        grad_h = torch.zeros_like(h_MD) if wants_h else None
+        grad_gene = torch.zeros_like(gene_VD) if wants_gene else None
+        grad_bias = torch.zeros_like(bias_SV) if wants_bias else None
         total = h_MD.new_zeros(())
         for s in range(bias_SV.shape[0]):
             for at in torch.nonzero(real_M & (species_M == s))[:, 0].split(rows):
@@ -113,15 +122,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 p.sub_(highest).exp_()
                 norm = p.sum(1, keepdim=True)
                 total += (norm[:, 0].log() - score).sum()
+                if not (wants_h or wants_gene or wants_bias):
+                    continue
                 p.div_(norm)
                 p[here] -= 1.0  # now the gradient of the logits
-                grad_h[at] = p @ gene_VD
-                grad_gene.addmm_(p.T, h)
-                grad_bias[s] += p.sum(0)
+                if grad_h is not None:
+                    grad_h[at] = p @ gene_VD
+                if grad_gene is not None:
+                    grad_gene.addmm_(p.T, h)
+                if grad_bias is not None:
+                    grad_bias[s] += p.sum(0)
         ctx.save_for_backward(grad_h, grad_gene, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         """Scale the gradients made on the way forward."""
-        return *(grad * saved for saved in ctx.saved_tensors), None, None, None
+        made = (None if saved is None else grad * saved for saved in ctx.saved_tensors)
+        return *made, None, None, None, None

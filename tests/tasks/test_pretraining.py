@@ -185,6 +185,33 @@ def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_chunked_cross_entropy_makes_only_the_gradients_that_are_asked_for():
+    from genemodel.tasks.masked_gene import MaskedGeneHead
+
+    torch.manual_seed(0)
+    head = MaskedGeneHead(32, statistics())
+    hidden, gene_VD = torch.randn(23, 32), torch.randn(N_TOKENS, 32, requires_grad=True)
+    gene, species = torch.randint(3, N_TOKENS, (23,)), torch.arange(23) % 2
+    real = torch.arange(23) < 19
+    whole, _ = head(hidden, gene, species, real, gene_VD)
+    whole.backward()
+    wanted = gene_VD.grad.clone()
+    for part in head.parameters():
+        part.grad = None
+    for frozen in (head.bias_SV, *head.dense.parameters(), *head.norm.parameters()):
+        frozen.requires_grad_(False)
+    gene_VD.grad = None
+    loss, _ = head(hidden, gene, species, real, gene_VD)
+    h, table, bias = loss.grad_fn.saved_tensors
+    assert h is None and bias is None and table is not None
+    loss.backward()
+    torch.testing.assert_close(gene_VD.grad, wanted, rtol=0, atol=0)
+    assert head.bias_SV.grad is None
+    with torch.no_grad():
+        looked, _ = head(hidden, gene, species, real, gene_VD)
+    assert looked == whole and not looked.requires_grad
+
+
 def test_the_decoder_knows_the_batch_and_the_cell_vector_does_not(pack_random):
     task, model, batch = objectives().eval(), backbone().eval(), pack_random()
     moved = dataclasses.replace(batch, batch_C=torch.where(batch.batch_C >= 0, 1, -1))
