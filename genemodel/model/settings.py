@@ -58,14 +58,16 @@ class ModelSettings:
     knowledge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "ffn", "max_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.width % self.heads:
             raise ConfigError(
                 f"model.width {self.width} does not divide by model.heads {self.heads}: choose "
                 f"heads among the divisors of {self.width}."
             )
-        for name in ("layers", "width", "heads", "ffn", "max_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.norm_eps <= 0:
+            raise ConfigError(f"model.norm_eps is {self.norm_eps}: it must be positive.")
         if self.components < 0 or (self.components and not self.values):
             raise ConfigError(
                 f"model.components is {self.components} and model.values is {self.values}: the "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from genemodel.errors import ConfigError
 from genemodel.model.gene_model import Block, GeneModel
+from genemodel.model.settings import ModelSettings
 
 Tune = Literal["frozen", "lora", "last", "full", "scratch"]
 
@@ -76,6 +77,22 @@ class AdaptedLinear(nn.Linear):
         return F.linear(x_TI, self.sum(), self.bias)
 
 
+def check_fits(settings: TuningSettings, shape: ModelSettings) -> None:
+    """Refuse more blocks or a larger rank than a model of this shape has."""
+    if settings.tune == "last" and settings.layers > shape.layers:
+        raise ConfigError(
+            f"backbone.layers is {settings.layers}, but the model has {shape.layers} blocks: "
+            f"set it to at most {shape.layers}, or backbone=full."
+        )
+    if settings.tune == "lora":
+        smallest = min(shape.width, shape.ffn)
+        if settings.rank >= smallest:
+            raise ConfigError(
+                f"backbone.rank is {settings.rank}, but the matrices of the model are {smallest} "
+                f"wide: set it well below, such as 8, or backbone=full."
+            )
+
+
 def tune(model: GeneModel, settings: TuningSettings) -> None:
     """Freeze what is not to learn, and put in the adapters where they are asked for.
 
@@ -87,21 +104,11 @@ def tune(model: GeneModel, settings: TuningSettings) -> None:
     shape = model.settings
     everything = settings.tune in ("full", "scratch")
     model.requires_grad_(everything)
+    check_fits(settings, shape)
     if settings.tune == "last":
-        if settings.layers > shape.layers:
-            raise ConfigError(
-                f"backbone.layers is {settings.layers}, but the model has {shape.layers} blocks: "
-                f"set it to at most {shape.layers}, or backbone=full."
-            )
         for part in (*model.blocks[-settings.layers :], model.final_norm):
             part.requires_grad_(True)
     elif settings.tune == "lora":
-        smallest = min(shape.width, shape.ffn)
-        if settings.rank >= smallest:
-            raise ConfigError(
-                f"backbone.rank is {settings.rank}, but the matrices of the model are {smallest} "
-                f"wide: set it well below, such as 8, or backbone=full."
-            )
         for owner, name, matrix in _matrices(model):
             setattr(owner, name, AdaptedLinear(matrix, settings.rank, settings.alpha))
 

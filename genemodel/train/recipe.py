@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 import genemodel
+from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
+from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.order import Position
 from genemodel.cells.split import split_cells, usual_groups
 from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
@@ -76,6 +78,7 @@ def pretrain(settings: PretrainSettings) -> Path:
         If the corpus cannot be used.
     """
     run = Path(settings.out)
+    refuse_folder(run)
     trainer_settings = settings.trainer
     corpus = Corpus.open(settings.corpus)
     torch.manual_seed(settings.seed)  # new genes of a grown vocabulary start at random
@@ -200,6 +203,21 @@ def pretrain(settings: PretrainSettings) -> Path:
             trainer.validate(module, data, verbose=False)
         logger.info("Bundle: %s", run / "bundle")
     return run / "bundle"
+
+
+def refuse_folder(run: Path) -> None:
+    """Refuse to write a run into what is something else, or cannot be written."""
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"out={run} is a file: name a folder.")
+    others = (
+        (MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), ("finetune.json", "a fine-tuning run"),
+    )  # fmt: skip
+    for name, what in others:
+        if (run / name).is_file():
+            raise ConfigError(f"out={run} is {what} (it holds {name}): choose another folder.")
+    above = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"out={run}: {above} is no folder that you may write in.")
 
 
 def processes(settings: TrainerSettings) -> tuple[int, int]:

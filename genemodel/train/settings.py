@@ -7,6 +7,7 @@ from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings
+from genemodel.settings import check_seed
 from genemodel.tasks.pretraining import PretrainingSettings
 
 
@@ -31,6 +32,13 @@ class HoldoutSettings:
     groups: tuple[str, ...] = ()
     fraction: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ConfigError(
+                f"holdout.fraction is {self.fraction}: it is a share of the groups, between 0 and "
+                "1. To hold nothing out set holdout.by=''."
+            )
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,16 @@ class OptimSettings:
                 raise ConfigError(
                     f"optim.{name} is {getattr(self, name)}: it is a share between 0 and 1."
                 )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"optim.{name} is {getattr(self, name)}: it must be from 0 to below 1."
+                )
+        for name in ("weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} is {getattr(self, name)}: it cannot be negative.")
+        if self.eps <= 0:
+            raise ConfigError(f"optim.eps is {self.eps}: it must be positive.")
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,12 @@ class TrainerSettings:
                 raise ConfigError(
                     f"trainer.{name} is {getattr(self, name)}: it must be at least 1."
                 )
+        for name in ("max_minutes", "early_stopping"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"trainer.{name} is {getattr(self, name)}: it cannot be negative; 0 means no "
+                    "limit."
+                )
 
 
 @dataclass(frozen=True)
@@ -195,6 +219,7 @@ class PretrainSettings:
     holdout: HoldoutSettings = field(default_factory=HoldoutSettings)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         tune = self.backbone.tune
         if not self.start and tune not in ("full", "scratch"):
             raise ConfigError(

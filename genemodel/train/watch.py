@@ -87,6 +87,7 @@ class Watch(pl.Callback):
         self.since_best = 0
         self.signal: int | None = None
         self.finished = False
+        self._save_after_look = False
         self._wandb: Any = None
         self._bar: Any = None
 
@@ -158,8 +159,13 @@ class Watch(pl.Callback):
         stop = self._any_rank(
             pl_module, last or out_of_time or self.signal is not None or trainer.should_stop
         )
-        if stop or done % self.settings.checkpoint_every == 0:
+        due = stop or done % self.settings.checkpoint_every == 0
+        looks = stop or done % self.settings.validate_every == 0  # Lightning looks at every stop
+        # What counts as the best belongs to the state, so a state is saved after the look at its
+        # step; before it as well where somebody may not wait for the end of the look.
+        if due and (not looks or (stop and not last)):
             self._save(trainer, done)
+        self._save_after_look = due and looks
         self.finished = last
         if stop:
             trainer.should_stop = True
@@ -249,9 +255,12 @@ class Watch(pl.Callback):
         assert isinstance(pl_module, TrainingModule)
         result = pl_module.validation
         improved = result["val/total"] < self.best
+        # A look at a stop on the way releases what is better, but is none of those that patience
+        # counts: a run that was never stopped has not had it.
+        in_turn = self.finished or pl_module.steps_done % self.settings.validate_every == 0
         if improved:
             self.best, self.since_best = result["val/total"], 0
-        else:
+        elif in_turn:
             self.since_best += 1
         if trainer.is_global_zero:
             append_row(self.run / "validation.csv", {"step": result["step"], **result})
@@ -265,14 +274,18 @@ class Watch(pl.Callback):
                 self._wandb.log(result, step=pl_module.steps_done)
             if improved:
                 self.on_improvement(pl_module)
+        fits = trainer.state.fn == "fit"
         patience = self.settings.early_stopping
-        if patience and self.since_best >= patience:
+        if patience and in_turn and self.since_best >= patience:
             logger.info("No improvement in %s validations: stopping early.", patience)
             trainer.should_stop = True
-            if trainer.state.fn == "fit":
+            if fits:
                 # The same command must find a run that has ended, not one that was cut off.
                 pl_module.about["ended"] = "early"
-                self._save(trainer, pl_module.steps_done)
+                self._save_after_look = True
+        if fits and self._save_after_look:
+            self._save_after_look = False
+            self._save(trainer, pl_module.steps_done)
 
 
 def _duration(seconds: float) -> str:

@@ -152,6 +152,60 @@ def test_early_stopping_ends_a_run_that_does_not_improve(tiny_corpus, tmp_path):
     assert 3 <= len(validation) < 20
 
 
+def test_the_saved_state_knows_the_look_at_its_step(tiny_corpus, tmp_path):
+    out = tmp_path / "run"
+
+    def saved():
+        found = newest_checkpoint(out / "checkpoints")
+        state = torch.load(found.path / "state.pt", weights_only=True)["callbacks"]
+        (watch,) = (value for key, value in state.items() if "Watch" in key)
+        return found.step, watch
+
+    often = {"validate_every": 2, "checkpoint_every": 2, "validation_batches": 1}
+    pretrain(settings(tiny_corpus, out, max_steps=6, max_minutes=1e-9, **often))
+    (look,) = rows(out / "validation.csv")
+    # The look of the stop on the way is the best so far, and none that patience counts.
+    assert saved() == (1, {"best": pytest.approx(float(look["val/total"])), "since_best": 0})
+    bundle = Bundle.load(pretrain(settings(tiny_corpus, out, max_steps=6, **often)), device="cpu")
+    totals = [float(row["val/total"]) for row in rows(out / "validation.csv")]
+    assert len(totals) == 4
+    assert bundle.provenance["validation"]["val/total"] == pytest.approx(min(totals))
+    step, watch = saved()
+    assert step == 6 and watch["best"] == pytest.approx(min(totals))
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "said"),
+    [
+        ("seed", -1, "seed is -1"),
+        ("optim", {"beta1": 1.0}, "optim.beta1 is 1.0"),
+        ("optim", {"eps": 0.0}, "optim.eps is 0.0"),
+        ("optim", {"weight_decay": -1.0}, "optim.weight_decay is -1.0"),
+        ("optim", {"clip": -1.0}, "optim.clip is -1.0"),
+        ("trainer", {"max_minutes": -1.0}, "trainer.max_minutes is -1.0"),
+        ("trainer", {"early_stopping": -1}, "trainer.early_stopping is -1"),
+        ("holdout", {"fraction": 1.0}, "holdout.fraction is 1.0"),
+        ("model", {"heads": 0}, "model.heads is 0"),
+        ("model", {"norm_eps": 0.0}, "model.norm_eps is 0.0"),
+    ],
+)
+def test_impossible_numbers_are_refused_by_name(group, values, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(PretrainSettings, {"corpus": "c", "out": "o", group: values})
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "bundle.json", "finetune.json"])
+def test_a_folder_of_something_else_is_refused_before_work(tiny_corpus, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"it holds {name}"):
+        pretrain(settings(tiny_corpus, tmp_path))
+    with pytest.raises(ConfigError, match="is a file"):
+        pretrain(settings(tiny_corpus, tmp_path / name))
+    with pytest.raises(ConfigError, match="no folder that you may write in"):
+        pretrain(settings(tiny_corpus, tmp_path / name / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_nothing_held_out_is_said(tiny_corpus, tmp_path, caplog):
     short = settings(tiny_corpus, tmp_path / "run", max_steps=1)
     short = dataclasses.replace(short, holdout=dataclasses.replace(short.holdout, by=""))
