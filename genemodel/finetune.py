@@ -30,24 +30,34 @@ from genemodel import config_files
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import sha256
+from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.sources import Source, open_source
 from genemodel.cells.tokens import TokenSettings
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.impute import impute
 from genemodel.inference.integrate import batches_of, integrate
 from genemodel.inference.integrated_model import KEY, IntegratedModel
-from genemodel.inference.obs_keys import batch_names, keys_of, label_codes
+from genemodel.inference.obs_keys import (
+    batch_names,
+    check_key_added,
+    check_label_is_no_batch,
+    keys_of,
+    label_codes,
+)
+from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
-from genemodel.model.tuning import TuningSettings
-from genemodel.settings import difference, parse, to_values
+from genemodel.model.tuning import TuningSettings, check_fits
+from genemodel.settings import check_seed, difference, nearest, parse, to_values
 from genemodel.tasks.pretraining import PretrainingSettings
-from genemodel.train.recipe import FREE_ON_RESUME, pretrain
+from genemodel.train.recipe import FREE_ON_RESUME, choose_device, pretrain
 from genemodel.train.settings import (
     HoldoutSettings,
     LogSettings,
@@ -65,6 +75,7 @@ ABOUT, CURVES, REPORT = "finetune.json", "curves.csv", "report.html"
 BACKBONE = "backbone"
 EMBEDDED, MODEL = "embedded.h5ad", "model"
 IMPUTED, IMPUTATION_MODEL = "imputed.h5ad", "imputation_model"
+RUN = "settings.json"
 RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, CURVES, REPORT)
 # Stored counts of a corpus that the heads take into memory: about 8 bytes each, several times over.
 MOST_COUNTS = 300_000_000
@@ -146,6 +157,8 @@ class FinetuneSettings:
     imputation: DecoderSettings = field(default_factory=DecoderSettings)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_key_added(self.key_added)
         tune = self.backbone.tune
         if self.integrates and not self.batch_key:
             raise ConfigError(
@@ -157,10 +170,27 @@ class FinetuneSettings:
                 f"backbone={tune} adapts a pre-trained model: give model=BUNDLE, or train new "
                 "weights with backbone=scratch."
             )
-        if self.imputes and self.imputation.gene_vectors and not (self.model or tune == "scratch"):
+        if self.label_key and not self.integrates:
             raise ConfigError(
-                "imputation.gene_vectors=true needs a pre-trained model: give model=BUNDLE."
+                f"label_key={self.label_key} says nothing to task=impute: leave it out, or set "
+                "task=both."
             )
+        check_label_is_no_batch(self.batch_key, self.label_key)
+        sizes = config_files.choices("model")
+        if tune == "scratch" and not self.model and self.size not in sizes:
+            near = nearest(self.size, sizes)
+            raise ConfigError(
+                f"size={self.size}: there are {', '.join(sizes)}"
+                + (f". Did you mean size={near}?" if near else ".")
+            )
+        for head, asked in (
+            ("integration", self.integrates and self.integration.gene_vectors),
+            ("imputation", self.imputes and self.imputation.gene_vectors),
+        ):
+            if asked and not (self.model or tune == "scratch"):
+                raise ConfigError(
+                    f"{head}.gene_vectors=true needs a pre-trained model: give model=BUNDLE."
+                )
 
     @property
     def integrates(self) -> bool:
@@ -192,6 +222,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         raise ConfigError(f"out={out} is a file: name a folder.")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"out={out}: the folder {out.absolute().parent} does not exist.")
+    device_of(settings.device)
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
     corpus, adata, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
@@ -200,7 +231,11 @@ def finetune(settings: FinetuneSettings) -> Path:
         if settings.label_key:
             label_codes(adata.obs, settings.label_key)
     elif settings.batch_key:
-        batch_names(adata.obs, settings.batch_key)
+        batch_names(adata.obs, keys_of(settings.batch_key))
+    if corpus is None:
+        find_counts(adata, layer=settings.layer or None, where=settings.data)
+    if settings.backbone.tune != "frozen":
+        _refuse_impossible_stage_1(settings, bundle, corpus, adata)
     values = to_values(settings)
     about = {
         "settings": values,
@@ -211,15 +246,39 @@ def finetune(settings: FinetuneSettings) -> Path:
     if all((out / name).exists() for name in _wanted(settings)):
         logger.info("%s is complete: nothing to do. Choose another out= for a new run.", out)
         return out
-    if settings.backbone.tune != "frozen":
-        bundle = _adapt(settings, bundle, corpus, adata, about)
-    _note(out, about)
-    if settings.integrates and not (out / EMBEDDED).exists():
-        _integrate(settings, adata, bundle)
-    if settings.imputes and not (out / IMPUTATION_MODEL).exists():
-        _impute(settings, adata, bundle)
+    new = not out.exists()
+    try:
+        if settings.backbone.tune != "frozen":
+            bundle = _adapt(settings, bundle, corpus, adata, about)
+        _note(out, about)
+        if settings.integrates and not (out / EMBEDDED).exists():
+            _integrate(settings, adata, bundle)
+        if settings.imputes and not (out / IMPUTATION_MODEL).exists():
+            _impute(settings, adata, bundle)
+    except GenemodelError:
+        # A refusal that only the genes or the counts deep in the file could give.
+        if new and out.is_dir() and [path.name for path in out.iterdir()] == [ABOUT]:
+            shutil.rmtree(out)
+        raise
     _report(settings, values)
     return out
+
+
+def _refuse_impossible_stage_1(
+    settings: FinetuneSettings, bundle: Bundle | None, corpus: Corpus | None, adata: "AnnData"
+) -> None:
+    """Refuse what training would refuse after the corpus has been built."""
+    choose_device(settings.trainer)
+    if bundle is not None:
+        check_fits(settings.backbone, bundle.model.settings)
+    by = settings.holdout.by
+    known = list(corpus.columns) if corpus is not None else [str(c) for c in adata.obs.columns]
+    if by not in ("", "auto", *COLUMNS, *known):
+        near = nearest(by, known)
+        raise DataError(
+            f"holdout.by={by}: data={settings.data} has no such obs column"
+            + (f", did you mean {near}?" if near else f"; it has {', '.join(known) or 'none'}.")
+        )
 
 
 def _wanted(settings: FinetuneSettings) -> list[str]:
@@ -236,7 +295,15 @@ def _note(out: Path, about: dict[str, Any]) -> None:
 
 def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) -> None:
     """Refuse a folder with a run of other settings, data or model; clear it if that is wanted."""
+    for name, what in ((MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), (RUN, "a training run")):
+        if (out / name).is_file():
+            raise ConfigError(f"out={out} is {what} (it holds {name}): choose another folder.")
     there = [name for name in RESULTS if (out / name).exists()]
+    if overwrite and (there or (out / BACKBONE).exists()) and not (out / ABOUT).is_file():
+        raise ConfigError(
+            f"out={out} holds {', '.join(there) or BACKBONE}, and no {ABOUT} that says that they "
+            "are of fine-tuning: overwrite=true replaces nothing else. Choose another folder."
+        )
     begun = bool(there) or (out / BACKBONE / "checkpoints").exists()
     # A folder that is not ours is not cleared, whatever it is called.
     begun = begun or ((out / BACKBONE).exists() and not (out / ABOUT).exists())
@@ -253,7 +320,7 @@ def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) ->
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"out={out} holds {', '.join(there) or BACKBONE}, and no {ABOUT} that says how it was "
-            "made: choose another folder, or set overwrite=true."
+            "made: choose another folder."
         ) from error
     changed = [line for line in difference(before, about["settings"]) if not line.startswith(_FREE)]
     changed += [

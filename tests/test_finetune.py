@@ -87,6 +87,18 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
         (["task=impute", "imputation.gene_vectors=true"], "gene_vectors=true needs"),
         (["label_key=cel_type"], "did you mean 'cell_type'"),
         (["backbone.rnk=3"], "did you mean 'backbone.rank'"),
+        (["seed=-1"], "seed is -1"),
+        (["key_added="], "key_added is empty"),
+        (["key_added=a/b"], "key_added=a/b: a slash"),
+        (["label_key=batch"], "label_key=batch is a column of batch_key too"),
+        (["batch_key=[batch,batch]"], "names a column twice"),
+        (["task=impute", "label_key=cell_type"], "says nothing to task=impute"),
+        (["backbone=scratch", "size=gigantic"], "size=gigantic: there are base, large"),
+        (["backbone=scratch", "holdout.by=donr"], "did you mean donor"),
+        (["integration.gene_vectors=true"], "integration.gene_vectors=true needs"),
+        (["device=gpu"], "device=gpu: there is no such device"),
+        (["layer=raw"], "cells.h5ad: has no layer 'raw'"),
+        (["species=mouse"], "set species=human"),
     ],
 )
 def test_user_errors_are_told_in_a_line(file, tmp_path, capsys, words, said):
@@ -261,6 +273,35 @@ def test_a_folder_that_is_not_ours_is_left_alone(mine, small_start, tmp_path, ca
     assert main(command(mine, small_start, tmp_path / "run", "backbone=last")) == 2
     assert "no finetune.json" in capsys.readouterr().err
     assert (tmp_path / "run" / "backbone" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("manifest.json", "is a corpus"),
+        ("bundle.json", "is a model"),
+        ("settings.json", "is a training run"),
+        ("report.html", "overwrite=true replaces nothing else"),
+    ],
+)
+def test_what_is_not_of_fine_tuning_is_never_replaced(file, tmp_path, capsys, name, said):
+    (tmp_path / name).write_text("mine")
+    words = ["finetune", f"data={file}", "batch_key=batch", f"out={tmp_path}", "overwrite=true"]
+    assert main([*words, *TINY]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_log_data_are_refused_by_the_name_of_the_file(file, tmp_path, capsys):
+    cells = ad.read_h5ad(file)
+    cells.X = cells.X.astype(np.float32)
+    cells.X.data = np.log1p(cells.X.data)
+    cells.write_h5ad(tmp_path / "log.h5ad")
+    words = ["finetune", f"data={tmp_path / 'log.h5ad'}", "batch_key=batch"]
+    assert main([*words, f"out={tmp_path / 'run'}", *TINY]) == 2
+    assert "log.h5ad, X: holds log1p" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_python_has_the_defaults_of_the_command_line():

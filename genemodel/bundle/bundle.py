@@ -28,6 +28,7 @@ from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse, to_values
@@ -210,6 +211,7 @@ class Bundle:
             If a file is missing, damaged, or of a newer format.
         """
         path = Path(path)
+        there = device_of(device)
         about = _read_about(path)
         settings = parse(ModelSettings, about["model"], where=f"{path / ABOUT}: model")
         tokens = parse(TokenSettings, about["tokens"], where=f"{path / ABOUT}: tokens")
@@ -232,8 +234,7 @@ class Bundle:
         own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
         _load_exactly(model, own, path)
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            logger.info("Model on %s.", device)
+            logger.info("Model on %s.", there)
         bundle = cls(
             model=model.eval(),
             vocabulary=vocabulary,
@@ -245,7 +246,7 @@ class Bundle:
             settings=about["settings"],
             provenance=about["provenance"],
         )
-        return bundle.to(device)
+        return bundle.to(there)
 
 
 def fill_corner(larger: Tensor, smaller: Tensor) -> None:
@@ -258,6 +259,22 @@ def load(path: str | Path, *, device: str | torch.device = "auto") -> Bundle:
     return Bundle.load(path, device=device)
 
 
+# What a folder may be that is no bundle, by a file in it, and what to do then.
+_INSTEAD = {
+    f"bundle/{ABOUT}": " It is a training run: use its bundle/ directory.",
+    f"backbone/bundle/{ABOUT}": " It is a fine-tuning run: use its backbone/bundle/ directory.",
+    "finetune.json": " It is a fine-tuning run without a backbone of its own.",
+    "integrated.json": (
+        " It is what fine-tuning made to integrate: gm.IntegratedModel.load(path).embed(adata) "
+        "embeds, and `genemodel annotate` and `genemodel evaluate` take it."
+    ),
+    "imputation.json": (
+        " It is what fine-tuning made to impute: `genemodel impute model=...` takes it."
+    ),
+    "manifest.json": " It is a corpus: `genemodel pretrain corpus=...` makes a model of it.",
+}
+
+
 def _read_about(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise DataError(
@@ -265,10 +282,9 @@ def _read_about(path: Path) -> dict[str, Any]:
             "<run>/bundle."
         )
     if not (path / ABOUT).is_file():
-        inside = (
-            " It is a training run: use its bundle/ directory."
-            if (path / "bundle" / ABOUT).is_file()
-            else ""
+        inside = next(
+            (said for name, said in _INSTEAD.items() if (path / name).is_file()),
+            "",
         )
         raise DataError(f"{path} is not a model bundle: it has no {ABOUT}.{inside}")
     wanted = {"model", "tokens", "settings", "provenance", "knowledge"}

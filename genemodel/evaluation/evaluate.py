@@ -9,6 +9,7 @@ import gc
 import importlib
 import importlib.util
 import logging
+import os
 import resource
 import sys
 import threading
@@ -28,6 +29,8 @@ from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult
+from genemodel.inference.obs_keys import check_label_is_no_batch
+from genemodel.settings import check_seed, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -50,6 +53,7 @@ FAILURES = (
     TypeError,
     ValueError,
 )
+MIN_CELLS = 10
 COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
@@ -182,6 +186,20 @@ def evaluate(
         )
     if not 0.0 <= hidden_labels < 1.0:
         raise ConfigError(f"hidden_labels={hidden_labels}: a share of the cells, from 0 to below 1")
+    if hidden_labels and label_key is None:
+        raise ConfigError(f"hidden_labels={hidden_labels}: name the labels with label_key")
+    _check_numbers(
+        seeds,
+        max_cells=max_cells,
+        n_hvg=n_hvg,
+        n_comps=n_comps,
+        n_jobs=n_jobs,
+        scvi_epochs=scvi_epochs,
+    )
+    if task != "impute" and batch_key is not None:
+        check_label_is_no_batch((batch_key,), label_key)
+    if out is not None:
+        _refuse_unwritable(Path(out))
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
     if task == "integrate" and batch_key is None:
@@ -189,6 +207,8 @@ def evaluate(
             f"{where}: name the column of the technical batch with batch_key; obs has "
             f"{', '.join(map(str, cells.obs.columns)) or 'no columns'}"
         )
+    if task == "integrate":
+        _refuse_batches(cells, cast(str, batch_key), label_key, where)
     given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(models)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
@@ -249,6 +269,40 @@ def evaluate(
     return result
 
 
+def _check_numbers(seeds: tuple[int, ...], **counts: int | None) -> None:
+    """Refuse numbers of which nothing can be made, and a seed that comes twice."""
+    for seed in seeds:
+        check_seed(seed, f"seeds={list(seeds)}: one")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={list(seeds)}: one comes twice; it would count as a spread of 0")
+    for name, number in counts.items():
+        least = MIN_CELLS if name == "max_cells" else 2 if name == "n_hvg" else 1
+        if number is not None and number < least:
+            raise ConfigError(f"{name}={number}: it must be at least {least}")
+
+
+def _refuse_unwritable(out: Path) -> None:
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"out={out}: {above} is no folder that you may write in")
+
+
+def _refuse_batches(cells: "AnnData", batch_key: str, label_key: str | None, where: str) -> None:
+    """Refuse batches with gaps, or cells with nothing to score, before any method runs."""
+    batch = column(cells, batch_key)
+    if batch.isna().any():
+        raise DataError(
+            f"{where}: obs[{batch_key!r}] (batch_key) is missing in {int(batch.isna().sum()):,} of "
+            f"{len(batch):,} cells: fill it or leave those cells out"
+        )
+    labels = 0 if label_key is None else column(cells, label_key).nunique()
+    if batch.nunique() < 2 and labels < 2:
+        raise DataError(
+            f"{where}: obs[{batch_key!r}] (batch_key) holds one batch only and there are no two "
+            "labels: nothing could be scored. Name a column of batches, or of labels with label_key"
+        )
+
+
 def _cells(
     data: "AnnData | str | Path",
     layer: str | None,
@@ -262,12 +316,19 @@ def _cells(
     from genemodel.cells.contract import find_counts
 
     adata, where = _opened(data)
+    known = [str(name) for name in adata.obs.columns]
     for key in keys:
         if key is not None and key not in adata.obs:
+            near = nearest(key, known)
             raise DataError(
                 f"{where}: obs has no column {key!r}; it has "
-                f"{', '.join(map(repr, adata.obs.columns)) or 'none'}"
+                f"{', '.join(map(repr, known)) or 'none'}"
+                + (f". Did you mean {near!r}?" if near else "")
             )
+    if adata.n_obs < MIN_CELLS:
+        raise DataError(
+            f"{where}: has {adata.n_obs} cells; fewer than {MIN_CELLS} say nothing about a method"
+        )
     for key in obsm:
         if key not in adata.obsm:
             raise DataError(
@@ -324,8 +385,10 @@ def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") ->
             name = f"model {_short_name(Path(given))}"
             fine_tuned = (Path(given) / ABOUT).exists()
             model = IntegratedModel.load(Path(given)) if fine_tuned else load(given)
+            if name in found:  # runs of one name: the folders above tell them apart
+                name = f"model {Path(given)}"
         if name in found:
-            name = f"{name} {number}"
+            raise ConfigError(f"models: {given} is named twice")
         if isinstance(model, IntegratedModel):
             found[name] = Method(_encoder(model), kind="ours")
             continue
@@ -337,7 +400,11 @@ def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") ->
 
 
 def _short_name(path: Path) -> str:
-    return path.resolve().parent.name if path.name in ("bundle", "model") else path.name
+    """Name the run that a model lies in: ``runs/lung/backbone/bundle`` is lung's backbone."""
+    parts = list(path.resolve().parts)
+    if len(parts) > 1 and parts[-1] in ("bundle", "model"):
+        parts.pop()
+    return "/".join(parts[-2:]) if parts[-1] == "backbone" else parts[-1]
 
 
 def _encoder(model: "IntegratedModel") -> Any:

@@ -15,11 +15,12 @@ import pandas as pd
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.matrices import refuse_damage
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
-from genemodel.inference.obs_keys import label_codes
+from genemodel.inference.obs_keys import check_key_added, label_codes
+from genemodel.settings import check_seed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -111,11 +112,11 @@ def annotate(
     ``far_quantile=None``. An embedding that has learnt the labels of one species
     separates those and little else, and transfers worse.
     """
-    _check(transfer, k, unknown, far_quantile, key_added)
+    _check(transfer, k, unknown, far_quantile, key_added, seed)
     label_R, labels = label_codes(reference.obs, label_key, where="reference")
     if query.n_obs == 0:
         raise DataError("query has no cells.")
-    reference_RD = _vectors(reference, model, reference_layer, reference_species)
+    reference_RD = _vectors(reference, model, reference_layer, reference_species, "reference")
     usable = np.flatnonzero((label_R >= 0) & np.isfinite(reference_RD).all(1))
     reference_RD, label_R = reference_RD[usable], label_R[usable]
     if len(usable) < max(MIN_REFERENCE, k + 1):
@@ -124,7 +125,7 @@ def annotate(
             f"model knows; {max(MIN_REFERENCE, k + 1)} are needed."
         )
     found = transfer_labels(
-        reference_RD, label_R, _vectors(query, model, layer, species),
+        reference_RD, label_R, _vectors(query, model, layer, species, "query"),
         transfer=transfer, k=k, far_quantile=far_quantile, seed=seed,
     )  # fmt: skip
     unknown_C = found.unknown_C(unknown)
@@ -157,7 +158,12 @@ def annotate(
 
 
 def _check(
-    transfer: str, k: int, unknown: float, far_quantile: float | None, key_added: str
+    transfer: str,
+    k: int,
+    unknown: float,
+    far_quantile: float | None,
+    key_added: str,
+    seed: int,
 ) -> None:
     if transfer not in TRANSFERS:
         raise ConfigError(f"transfer={transfer!r}: there are {', '.join(TRANSFERS)}.")
@@ -167,11 +173,25 @@ def _check(
         raise ConfigError(f"unknown={unknown}: a confidence lies between 0 and 1.")
     if far_quantile is not None and not 0 < far_quantile <= 1:
         raise ConfigError(f"far_quantile={far_quantile}: must be above 0 and at most 1, or None.")
-    if not key_added:
-        raise ConfigError("key_added is empty: name the obs column to write.")
+    check_key_added(key_added, "obs")
+    check_seed(seed)
 
 
 def _vectors(
+    adata: "AnnData",
+    model: Bundle | IntegratedModel,
+    layer: str | None,
+    species: str | None,
+    what: str,
+) -> np.ndarray:
+    try:
+        return _embedded(adata, model, layer, species)
+    except GenemodelError as error:
+        # Of two objects, the message has to say which one it is about.
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _embedded(
     adata: "AnnData", model: Bundle | IntegratedModel, layer: str | None, species: str | None
 ) -> np.ndarray:
     if isinstance(model, IntegratedModel):
@@ -422,7 +442,13 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     """
     import anndata as ad
 
-    output = writable_h5ad(settings.output, overwrite=settings.overwrite)
+    output = writable_h5ad(
+        settings.output,
+        overwrite=settings.overwrite,
+        inputs=[settings.query, settings.reference],
+    )
+    check_key_added(settings.key_added, "obs")
+    check_seed(settings.seed)
     cells = {}
     for name in ("query", "reference"):
         path = Path(getattr(settings, name))

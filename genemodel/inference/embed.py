@@ -4,7 +4,8 @@ Axes: C cells, D width.
 """
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.inference.obs_keys import check_key_added
 from genemodel.tasks.decode_counts import CellProjection
 
 if TYPE_CHECKING:
@@ -130,6 +132,17 @@ def embed(
     """
     import anndata as ad
 
+    check_key_added(key_added)
+    if not isinstance(model, Bundle):
+        raise ConfigError(
+            f"model is a {type(model).__name__}: give what genemodel.load returns; a fine-tuned "
+            "model embeds with its own method, model.embed(adata)."
+        )
+    if isinstance(adata, ad.AnnData) and adata.isbacked and adata.is_view:
+        raise DataError(
+            "adata is a view of a backed AnnData, which nothing can be written to: give the whole "
+            "object, or adata.to_memory()."
+        )
     cells = VocabularyCells(adata, model, layer=layer, species=species)
     embedding_CD = embedding_of(cells, model, batch_size=batch_size)
     target = adata if isinstance(adata, ad.AnnData) else ad.AnnData(obs=cells.source.obs.copy())
@@ -189,15 +202,27 @@ class EmbedSettings:
     overwrite: bool = False
 
 
-def writable_h5ad(output: str, *, overwrite: bool) -> Path:
-    """Return the path of an h5ad that may be written; refuses every other one."""
+def writable_h5ad(output: str, *, overwrite: bool, inputs: Sequence[str] = ()) -> Path:
+    """Return the path of an h5ad that may be written; refuses every other one.
+
+    ``inputs`` are files that are read and must stay: the output holds no counts.
+    """
     path = Path(output)
     if path.suffix != ".h5ad":
         raise ConfigError(f"output={path} does not end in .h5ad: it is written as one.")
+    if path.is_dir():
+        raise ConfigError(f"output={path} is a folder: name a file.")
     if path.exists() and not overwrite:
         raise ConfigError(f"output={path} exists: set overwrite=true, or another name.")
+    if any(path.resolve() == Path(name).resolve() for name in inputs):
+        raise ConfigError(
+            f"output={path} is what is read, and what is written holds no counts: name another "
+            "file, so that they are not lost."
+        )
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"output={path}: the folder {path.parent} does not exist.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"output={path}: you may not write in {path.parent}.")
     return path
 
 
@@ -218,7 +243,8 @@ def embed_file(settings: EmbedSettings) -> Path:
     -------
     The output path.
     """
-    output = writable_h5ad(settings.output, overwrite=settings.overwrite)
+    output = writable_h5ad(settings.output, overwrite=settings.overwrite, inputs=[settings.input])
+    check_key_added(settings.key_added)
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
     model = Bundle.load(settings.model, device=settings.device)

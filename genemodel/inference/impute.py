@@ -37,8 +37,9 @@ from genemodel.inference.impute_genes import (
     columns_of_model,
 )
 from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
-from genemodel.inference.obs_keys import batch_names, column
-from genemodel.settings import to_values
+from genemodel.inference.obs_keys import batch_names, check_key_added, column
+from genemodel.model.devices import device_of
+from genemodel.settings import check_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -146,6 +147,8 @@ def impute(
     The counts are held in memory in sparse form, the dense result only where it is not written to a
     file.
     """
+    check_key_added(key_added, "layers")
+    check_seed(seed)
     layers = Layers(key_added, uncertainty, draws, tuple(quantiles))
     _check_kind(kind, layers)
     check_library(library)
@@ -208,6 +211,12 @@ def impute(
                     seed=seed,
                     where=source.where,
                 )
+                if not np.isfinite(trained.trained.heldout_nats):
+                    raise ConfigError(
+                        "The training went out of bounds (learning_rate="
+                        f"{settings.learning_rate:g}): its numbers are no longer finite. Set a "
+                        f"lower one; the default is {DecoderSettings().learning_rate:g}."
+                    )
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
@@ -573,6 +582,7 @@ def impute_file(settings: ImputeSettings) -> Path:
     The output path.
     """
     model: Bundle | ImputationModel | None = None
+    device_of(settings.device)
     if settings.model:
         trained = (Path(settings.model) / ABOUT).is_file()
         model = (

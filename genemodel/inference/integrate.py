@@ -21,8 +21,14 @@ from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import KEY, IntegratedModel
-from genemodel.inference.obs_keys import batch_names, keys_of, label_codes
-from genemodel.settings import to_values
+from genemodel.inference.obs_keys import (
+    batch_names,
+    check_key_added,
+    check_label_is_no_batch,
+    keys_of,
+    label_codes,
+)
+from genemodel.settings import check_seed, to_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,9 +96,10 @@ def integrate(
     """
     start = time.perf_counter()
     settings = settings or IntegrationSettings()
-    if not key_added:
-        raise ConfigError("key_added is empty: give the key of obsm to write.")
+    check_key_added(key_added)
+    check_seed(seed)
     keys = keys_of(batch_key)
+    check_label_is_no_batch(keys, label_key)
     name_C, batches = batches_of(adata.obs, keys)
     label_C: np.ndarray | None = None
     labels: list[str] = []
@@ -128,6 +135,12 @@ def integrate(
     if label_C is not None:
         label_C = label_C[used_C]
     trained = _train(counts, used_C, code_C, label_C, model, settings, seed)
+    if not np.isfinite(trained.embedding_CD).all():
+        raise ConfigError(
+            f"The training went out of bounds (peak_rate={settings.peak_rate:g}): its numbers are "
+            "no longer finite. Set a lower peak_rate; the default is "
+            f"{IntegrationSettings().peak_rate:g}."
+        )
     embedding_CD = np.full((adata.n_obs, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
@@ -176,6 +189,12 @@ def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, li
             f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds "
             f"{'one batch only' if batches else 'no cells'}: there is nothing to integrate. Use "
             "gm.embed, or name the column that tells the batches apart."
+        )
+    if 2 * len(batches) > len(name_C):
+        raise DataError(
+            f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds {len(batches):,} batches "
+            f"of {len(name_C):,} cells, so that most are of one cell: nothing can be learnt of "
+            "them. Name a column of batches, not of cells or of measurements."
         )
     return name_C, batches
 

@@ -80,6 +80,23 @@ def test_refusals_say_what_where_and_what_to_do(random_bundle, saved, tmp_path):
         Bundle.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bundle/bundle.json", "use its bundle/ directory"),
+        ("backbone/bundle/bundle.json", "use its backbone/bundle/ directory"),
+        ("integrated.json", "made to integrate: gm.IntegratedModel.load"),
+        ("imputation.json", "made to impute"),
+        ("manifest.json", "It is a corpus"),
+    ],
+)
+def test_what_is_no_bundle_is_called_by_its_name(tmp_path, name, said):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=said):
+        Bundle.load(tmp_path)
+
+
 def test_a_mixture_of_two_models_is_refused(saved):
     change(saved, model={"layers": 2, "width": 16, "heads": 2, "ffn": 16})
     with pytest.raises(DataError, match="does not fit the architecture"):

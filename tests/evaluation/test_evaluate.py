@@ -229,6 +229,20 @@ def test_without_labels_the_table_says_so(cells):
         ({"task": "impute", "mixture": ("kind",)}, DataError, "not all are numbers"),
         ({"task": "impute", "keep": 2.0}, DataError, "keep = 2.0"),
         ({"batch_key": "donor", "hidden_labels": 1.0}, ConfigError, "hidden_labels=1.0"),
+        ({"batch_key": "donor", "hidden_labels": 0.5}, ConfigError, "name the labels"),
+        ({"batch_key": "dono"}, DataError, "Did you mean 'donor'"),
+        ({"batch_key": "donor", "label_key": "donor"}, ConfigError, "a column of batch_key too"),
+        ({"batch_key": "donor", "seeds": (-1,)}, ConfigError, r"seeds=\[-1\]"),
+        ({"task": "impute", "seeds": (-1,)}, ConfigError, r"seeds=\[-1\]"),
+        ({"batch_key": "donor", "seeds": (0, 0)}, ConfigError, "one comes twice"),
+        ({"batch_key": "donor", "max_cells": -5}, ConfigError, "max_cells=-5"),
+        ({"batch_key": "donor", "n_hvg": 0}, ConfigError, "n_hvg=0"),
+        ({"batch_key": "donor", "n_comps": 0}, ConfigError, "n_comps=0"),
+        ({"batch_key": "donor", "n_jobs": 0}, ConfigError, "n_jobs=0"),
+        ({"batch_key": "donor", "scvi_epochs": 0}, ConfigError, "scvi_epochs=0"),
+        ({"batch_key": "gaps"}, DataError, "is missing in 4 of 240 cells"),
+        ({"batch_key": "one"}, DataError, "holds one batch only"),
+        ({"batch_key": "donor", "out": "/dev/null/x"}, ConfigError, "no folder that you may"),
     ],
 )
 def test_refusals_come_before_work(cells, settings, error, message, monkeypatch):
@@ -236,8 +250,17 @@ def test_refusals_come_before_work(cells, settings, error, message, monkeypatch)
         raise AssertionError("a method ran")
 
     monkeypatch.setattr("genemodel.evaluation.evaluate._Comparison._run", never)
+    if settings.get("batch_key") in ("gaps", "one"):
+        cells = cells.copy()
+        cells.obs["gaps"] = cells.obs["donor"].where(np.arange(240) > 3)
+        cells.obs["one"] = "all"
     with pytest.raises(error, match=message):
         evaluate(cells, **({"layer": "counts"} | settings))
+
+
+def test_a_handful_of_cells_is_refused(cells):
+    with pytest.raises(DataError, match="has 1 cells; fewer than 10"):
+        evaluate(cells[:1].copy(), task="impute", layer="counts")
 
 
 def test_without_scib_metrics_integration_is_refused_before_work(cells, monkeypatch):
@@ -337,6 +360,19 @@ def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_ce
     np.testing.assert_array_equal(other, untrained.run(human_cells, conditions))
     again = found["model 1"].run(human_cells, conditions)  # the bundle itself is as it was
     np.testing.assert_allclose(again, as_it_is, atol=1e-5)
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(random_bundle, tmp_path):
+    paths = [tmp_path / a / "lung" / "bundle" for a in ("one", "two")]
+    paths.append(tmp_path / "third" / "backbone" / "bundle")
+    for path in paths:
+        random_bundle.save(path)
+    names = [name for name in _model_methods(paths) if not name.endswith(" tuned")]
+    assert [name for name in names if "untrained" not in name] == [
+        "model lung", f"model {paths[1]}", "model third/backbone",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="is named twice"):
+        _model_methods([paths[0], paths[1], paths[1]])
 
 
 def test_ours_trains_on_the_cells(human_cells, tmp_path, monkeypatch):

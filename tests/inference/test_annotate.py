@@ -1,5 +1,6 @@
 """Annotation: labels arrive, strangers are told apart, confidence is what it says."""
 
+import dataclasses
 import logging
 
 import anndata as ad
@@ -10,7 +11,13 @@ import genemodel as gm
 from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotate import _Transfer, _unit, transfer_labels
+from genemodel.inference.annotate import (
+    AnnotateSettings,
+    _Transfer,
+    _unit,
+    annotate_file,
+    transfer_labels,
+)
 from genemodel.inference.embed import write_whole
 from genemodel.inference.gene_counts import read_counts
 
@@ -143,6 +150,10 @@ def test_linear_transfer_is_logistic_regression_and_far_stays_the_neighbours():
         ({"unknown": 2.0}, "unknown=2.0"),
         ({"far_quantile": 0.0}, "far_quantile=0.0"),
         ({"key_added": ""}, "key_added"),
+        ({"key_added": "a/b"}, "a slash"),
+        ({"seed": -1}, "seed is -1"),
+        ({"layer": "absent"}, "query: .*no layer 'absent'"),
+        ({"reference_layer": "absent"}, "reference: .*no layer 'absent'"),
         ({"k": 400}, "401 are needed"),
     ],
 )
@@ -168,6 +179,18 @@ def test_files_that_join_species_are_read_and_a_wrong_species_still_refused(cell
     assert (joined.counts_CG[cells["human"].n_obs :] != alone.counts_CG).nnz == 0
     with pytest.raises(DataError, match="set species=mouse"):
         read_counts(few, **reading, species="human")
+
+
+def test_neither_query_nor_reference_is_overwritten(cells, tmp_path):
+    cells["mouse"].write_h5ad(tmp_path / "query.h5ad")
+    given = AnnotateSettings(
+        model="absent", label_key="cell_type", overwrite=True,
+        query=str(tmp_path / "query.h5ad"), reference=str(tmp_path / "reference.h5ad"),
+        output=str(tmp_path / "query.h5ad"),
+    )  # fmt: skip
+    for output in (given.query, given.reference):
+        with pytest.raises(ConfigError, match="is what is read"):
+            annotate_file(dataclasses.replace(given, output=output))
 
 
 def test_what_is_no_model_is_refused(cells):

@@ -121,6 +121,46 @@ def test_a_species_is_refused_where_it_was_said(random_bundle, cells, species, s
         gm.embed(cells[0], random_bundle, species=species)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"overwrite": True, "output": "cells.h5ad"}, "is what is read, .* they are not lost"),
+        ({"overwrite": True, "output": "folder.h5ad"}, "is a folder"),
+        ({"key_added": ""}, "key_added is empty"),
+        ({"key_added": "a/b"}, "a slash divides"),
+        ({"device": "gpu"}, "device=gpu: there is no such device"),
+    ],
+)
+def test_the_command_refuses_before_work(cells, random_bundle, tmp_path, words, said):
+    cells[0].write_h5ad(tmp_path / "cells.h5ad")
+    (tmp_path / "folder.h5ad").mkdir()
+    random_bundle.save(tmp_path / "bundle")
+    before = (tmp_path / "cells.h5ad").read_bytes()
+    output = words.pop("output", "out.h5ad")
+    given = EmbedSettings(
+        model=str(tmp_path / "bundle"),
+        input=str(tmp_path / "cells.h5ad"),
+        output=str(tmp_path / output),
+        **words,
+    )
+    with pytest.raises(ConfigError, match=said):
+        embed_file(given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "cells.h5ad", "folder.h5ad"]
+    assert (tmp_path / "cells.h5ad").read_bytes() == before
+
+
+def test_what_nothing_can_be_written_to_and_what_is_no_bundle_are_refused(
+    random_bundle, cells, tmp_path
+):
+    with pytest.raises(ConfigError, match="model is a str: give what genemodel.load"):
+        gm.embed(cells[0], "runs/a/bundle")
+    cells[0].write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    with pytest.raises(DataError, match=r"view of a backed AnnData.*to_memory"):
+        gm.embed(backed[3:9], random_bundle)
+    backed.file.close()
+
+
 def test_cells_without_known_genes_get_nan_and_are_counted(random_bundle, cells, caplog):
     human = cells[0].copy()
     counts = human.X.tolil()

@@ -409,6 +409,8 @@ def test_a_symbol_that_the_data_know_by_id_counts_as_measured(cells, random_bund
         ({"quantiles": [5]}, "between 0 and 1"),
         ({"quantiles": [0.05, 0.9, 0.05]}, "'imputed_q5' twice"),
         ({"key_added": ""}, "key_added is empty"),
+        ({"key_added": "a/b"}, "a slash"),
+        ({"seed": -1}, "seed is -1"),
         ({"genes": []}, "empty list"),
         ({"genes": "CD4"}, "give a list"),
         ({"genes": ["A", "A"]}, "A more than once"),

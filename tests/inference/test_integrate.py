@@ -1,5 +1,6 @@
 """Integration: a planted batch effect goes, what only one batch has stays, nothing else changes."""
 
+import dataclasses
 import logging
 
 import anndata as ad
@@ -263,6 +264,11 @@ def test_without_a_bundle_a_species_shares_orthologs(tmp_path):
         ({"cell_type": "same"}, {"label_key": "cell_type"}, "1 different labels"),
         ({}, {"layer": "absent"}, "absent"),
         ({}, {"key_added": ""}, "key_added"),
+        ({}, {"key_added": "a/b"}, "a slash"),
+        ({}, {"seed": -1}, "seed is -1"),
+        ({}, {"label_key": "batch"}, "label_key=batch is a column of batch_key too"),
+        ({}, {"batch_key": ["batch", "batch"]}, "names a column twice"),
+        ({"batch": np.arange(120.0)}, {}, "120 batches of 120 cells"),
         ({}, {"settings": IntegrationSettings(gene_vectors=True)}, "needs a pre-trained model"),
     ],
 )
@@ -282,6 +288,14 @@ def test_few_cells_and_normalised_counts_are_refused():
     adata.X = adata.X.log1p()
     with pytest.raises(DataError, match="raw counts"):
         gm.integrate(adata, batch_key="batch")
+
+
+def test_a_training_that_goes_out_of_bounds_is_no_result():
+    adata = planted(120)
+    wild = dataclasses.replace(SHORT, peak_rate=1e30)
+    with pytest.raises(ConfigError, match=r"out of bounds .peak_rate=1e\+30.*lower peak_rate"):
+        gm.integrate(adata, batch_key="batch", settings=wild)
+    assert "X_genemodel" not in adata.obsm
 
 
 def test_settings_that_make_no_run_are_refused():
