@@ -28,6 +28,7 @@ from genemodel.adapt.integration_net import (
 )
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.adapt.variable_genes import select_genes
+from genemodel.errors import ConfigError
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -243,6 +244,12 @@ def _train(
     history = _descend(net, rows, features, batch_C, labels_C, library_C, settings, rng, progress)
     net.eval()
     latent_CD = _encode_rows(net, rows, features)
+    if not np.isfinite(latent_CD).all():
+        raise ConfigError(
+            f"The training went out of bounds (peak_rate={settings.peak_rate:g}): its numbers are "
+            "no longer finite. Set a lower peak_rate; the default is "
+            f"{IntegrationSettings().peak_rate:g}."
+        )
     if not (settings.correct and net.batch_gene_BG.shape[0] > 1):
         return Integration(net, gene_G, None, latent_CD, latent_CD, history)
     correction = SharedClusterCorrection(seed=seed)

@@ -135,12 +135,6 @@ def integrate(
     if label_C is not None:
         label_C = label_C[used_C]
     trained = _train(counts, used_C, code_C, label_C, model, settings, seed)
-    if not np.isfinite(trained.embedding_CD).all():
-        raise ConfigError(
-            f"The training went out of bounds (peak_rate={settings.peak_rate:g}): its numbers are "
-            "no longer finite. Set a lower peak_rate; the default is "
-            f"{IntegrationSettings().peak_rate:g}."
-        )
     embedding_CD = np.full((adata.n_obs, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
