@@ -375,9 +375,8 @@ def test_models_of_one_name_are_told_apart_by_their_folders(random_bundle, tmp_p
         _model_methods([paths[0], paths[1], paths[1]])
 
 
-def test_ours_trains_on_the_cells(human_cells, tmp_path, monkeypatch):
-    """The hooks hand over the right columns and give back the right arrays."""
-    import genemodel.inference.impute
+def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
+    """The hook hands over the right columns and gives back the right array."""
     import genemodel.inference.integrate
 
     asked = []
@@ -386,23 +385,39 @@ def test_ours_trains_on_the_cells(human_cells, tmp_path, monkeypatch):
         asked.append((batch_key, label_key, model, seed))
         adata.obsm["X_genemodel"] = np.full((adata.n_obs, 2), seed, np.float32)
 
-    def impute(adata, *, batch_key, uncertainty, seed):
-        asked.append((batch_key, uncertainty, seed))
-        adata.layers["imputed"], adata.layers["imputed_sd"] = adata.X.copy(), adata.X.copy()
-
     monkeypatch.setattr(genemodel.inference.integrate, "integrate", integrate)
-    monkeypatch.setattr(genemodel.inference.impute, "impute", impute)
     conditions = Conditions(batch_key="batch", label_key="cell_type", seed=5)
     for name in ("genemodel", "genemodel_labels"):
         array = METHODS["integrate"][name].run(human_cells, conditions)
         assert array.tolist() == [[5.0, 5.0]] * human_cells.n_obs
     assert asked == [("batch", None, None, 5), ("batch", "cell_type", None, 5)]
-    denoised = METHODS["impute"]["genemodel"].run(human_cells, conditions)
-    assert isinstance(denoised, Denoised)
-    assert denoised.sd is not None
-    assert asked[-1] == ("batch", True, 5)
     assert "X_genemodel" not in human_cells.obsm
-    assert "imputed" not in human_cells.layers
+
+
+def test_our_imputations_share_one_training(human_cells, monkeypatch):
+    from genemodel.adapt.imputation import DecoderSettings
+    from genemodel.adapt.imputation_model import ImputationModel
+
+    trainings = []
+    train = ImputationModel.train
+
+    def brief(counts_CG, codes_C, batches, *, seed):
+        trainings.append((batches, seed))
+        return train(counts_CG, codes_C, batches, DecoderSettings(epochs=1), seed=seed)
+
+    monkeypatch.setattr(ImputationModel, "train", brief)
+    cells = human_cells.copy()
+    conditions = Conditions(batch_key="batch", seed=5)
+    given = {
+        name: METHODS["impute"][name].run(cells, conditions)
+        for name in ("genemodel", "genemodel_log", "genemodel_log_half")
+    }
+    assert trainings == [(tuple(sorted(cells.obs["batch"].unique())), 5)]
+    assert isinstance(given["genemodel"], Denoised)
+    assert (given["genemodel"].sd > 0).any()
+    # The shallower the replicate, the more of its logarithms are those of noughts.
+    assert (given["genemodel_log"] > given["genemodel_log_half"]).mean() > 0.5
+    assert list(cells.layers) == list(human_cells.layers)
 
 
 def test_labels_are_hidden_from_those_who_learn_from_them(cells):
