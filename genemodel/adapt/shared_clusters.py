@@ -106,7 +106,7 @@ class SharedClusterCorrection:
     theta: float = 2.0
     sigma: float = 0.1
     ridge: float = 1.0
-    k: int = 5
+    k: int = 10
     floor: float = 0.5
     cells_per_cluster: int = 30
     max_clusters: int = 100
