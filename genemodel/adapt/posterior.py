@@ -318,30 +318,24 @@ def randomised_pit(
     return pit_CG
 
 
-def randomised_coverage(
-    pit_CG: Floats, group_CG: NDArray[np.integer], level: float = 0.9
-) -> dict[int, float]:
-    """Share of held-out counts inside the randomised central interval, per group.
-
-    Parameters
-    ----------
-    pit_CG
-        From ``randomised_pit``.
-    group_CG
-        Group of every entry, broadcastable to (C, G), e.g. the expression decile of the gene.
-    level
-        Nominal coverage.
-    """
-    hits, total = tally_coverage(pit_CG, group_CG, int(np.max(group_CG)) + 1, level)
-    return {int(g): float(hits[g] / total[g]) for g in np.flatnonzero(total)}
-
-
 def tally_coverage(
     pit_CG: Floats, group_CG: NDArray[np.integer], n_groups: int, level: float = 0.9
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Entries inside the randomised central interval, and all entries, per group.
 
-    Both add up over blocks of cells; see :func:`randomised_coverage`.
+    Parameters
+    ----------
+    pit_CG
+        From :func:`randomised_pit`.
+    group_CG, n_groups
+        Group of every entry, 0..n_groups-1, broadcastable to (C, G), e.g. the gene's decile.
+    level
+        Nominal coverage.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Two arrays (n_groups,) that add up over blocks of cells; their ratio is the coverage.
     """
     tail = (1.0 - level) / 2.0
     inside_CG = (pit_CG >= tail) & (pit_CG <= 1.0 - tail)

@@ -4,6 +4,7 @@ Axes: C cells, F width of a model's cell vectors, G columns, V vocabulary.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,72 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
+
+MIN_SHARE = 0.3
+"""Least share of the genes that a model reads for which it is applied to other cells."""
+
+
+def genes_in_order(
+    counts_CG: sp.csr_matrix,
+    genes: Sequence[str],
+    wanted: Sequence[str],
+    measured_G: np.ndarray | None = None,
+    *,
+    read_W: np.ndarray | None = None,
+    where: str,
+    remedy: str,
+) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Bring the columns of other cells in the order in which a trained model reads them.
+
+    Parameters
+    ----------
+    counts_CG, genes
+        The cells and the names of their columns, none of those wanted twice.
+    wanted
+        The model's W genes.
+    measured_G
+        Columns that were measured; all if omitted.
+    read_W
+        Rows of `wanted` that the model really reads; all if omitted.
+    where, remedy
+        Name of the data and what helps, for the message.
+
+    Returns
+    -------
+    tuple
+        Counts (C, W), an empty column for a gene that was not measured, and which were (W,).
+
+    Raises
+    ------
+    DataError
+        If fewer than `MIN_SHARE` of the genes that the model reads are there.
+    """
+    place: dict[str, int] = {}
+    for column, name in enumerate(genes):
+        place.setdefault(name, column)
+    column_W = np.array([place.get(name, -1) for name in wanted])
+    there_W = column_W >= 0
+    if measured_G is not None:
+        there_W[there_W] = measured_G[column_W[there_W]]
+    read_N = np.arange(len(wanted)) if read_W is None else read_W
+    found = int(there_W[read_N].sum())
+    if found < MIN_SHARE * len(read_N):
+        raise DataError(
+            f"{where}: only {found:,} of the {len(read_N):,} genes that the model reads are there "
+            f"(the model's: {', '.join(wanted[:3])}; here: {', '.join(genes[:3])}). {remedy}"
+        )
+    if found < len(read_N):
+        logger.info(
+            "%s: %s of the %s genes that the model reads were not measured.",
+            where, f"{len(read_N) - found:,}", f"{len(read_N):,}",
+        )  # fmt: skip
+    at = np.flatnonzero(there_W)
+    onto_GW = sp.csr_matrix(
+        (np.ones(at.size, counts_CG.dtype), (column_W[at], at)), (len(genes), len(wanted))
+    )
+    ordered_CW = (counts_CG @ onto_GW).tocsr()
+    ordered_CW.sort_indices()  # the order of a sum decides its last bit
+    return ordered_CW, there_W
 
 
 @dataclass(frozen=True)

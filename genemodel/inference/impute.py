@@ -30,6 +30,7 @@ from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.inference.gene_counts import genes_in_order
 from genemodel.inference.impute_genes import (
     Columns,
     Unmeasured,
@@ -48,8 +49,6 @@ logger = logging.getLogger(__name__)
 
 KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
-# Share of a trained model's genes that other cells must have.
-MIN_SHARE = 0.3
 
 
 def impute(
@@ -143,9 +142,9 @@ def impute(
     Notes
     -----
     Layers are float32 in the order of the input, shape (n_obs, n_vars); with ``genes``, tables of
-    shape (n_obs, len(genes)). A cell without counts gets 0, or NaN at another library than its own.
-    The counts are held in memory in sparse form, the dense result only where it is not written to a
-    file.
+    shape (n_obs, len(genes)). A cell without counts gets 0, or NaN at a library that is not a
+    multiple of its own. The counts are held in memory in sparse form, the dense result only where
+    it is not written to a file.
     """
     check_key_added(key_added, "layers")
     check_seed(seed)
@@ -228,7 +227,8 @@ def impute(
     if empty:
         logger.warning(
             "%s: %s of %s cells have no counts and get %s.",
-            source.where, f"{empty:,}", f"{source.n_cells:,}", "0" if library is None else "NaN",
+            source.where, f"{empty:,}", f"{source.n_cells:,}",
+            "NaN" if np.isnan(trained.library_ratio(library)).any() else "0",
         )  # fmt: skip
     return trained
 
@@ -360,35 +360,17 @@ def _other_cells(
 ) -> ImputationModel:
     """Bring the genes of other cells in the model's order, and look their batches up."""
     index = [str(name) for name in source.genes.index]
-    place: dict[str, int] = {}
-    for at, name in enumerate(index):
-        place.setdefault(name, at)
-    column_G = np.array([place.get(name, -1) for name in trained.genes])
     often = Counter(index)
     if repeated := sorted(name for name in set(trained.genes) if often[name] > 1):
         raise DataError(
             f"{source.where}: genes of the model occur more than once ({', '.join(repeated[:5])}). "
             "Make the names unique (adata.var_names_make_unique()) as in the training data."
         )
-    measured_G = column_G >= 0
-    found, wanted = int(measured_G[trained.kept_G].sum()), len(trained.kept_G)
-    if found < MIN_SHARE * wanted:
-        raise DataError(
-            f"{source.where}: has only {found:,} of the {wanted:,} genes that the model reads (the "
-            f"model's: {', '.join(trained.genes[:3])}; here: {', '.join(index[:3])}). Use the gene "
-            "names of the training data, or train on these cells by leaving model out."
-        )
-    if found < wanted:
-        logger.info(
-            "%s: %s of the %s genes that the model reads are not here: predicted from the others.",
-            source.where, f"{wanted - found:,}", f"{wanted:,}",
-        )  # fmt: skip
-    there = np.flatnonzero(measured_G)
-    onto = sp.csr_matrix(
-        (np.ones(there.size, np.float32), (column_G[there], there)), (len(index), len(column_G))
-    )
-    counts_CG = sp.csr_matrix(_read(source).astype(np.float32) @ onto)
-    counts_CG.sort_indices()  # the order of a sum decides its last bit
+    counts_CG, measured_G = genes_in_order(
+        _read(source).astype(np.float32), index, trained.genes, read_W=trained.kept_G,
+        where=source.where,
+        remedy="Use the gene names of the training data, or leave model out to train here.",
+    )  # fmt: skip
     code_C = np.full(source.n_cells, -1)
     if keys and trained.batches:
         name_C = _batch_names(source, keys)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from safetensors.torch import save_file
 
@@ -28,7 +27,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.gene_counts import GeneCounts, read_counts
+from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import batch_names
 from genemodel.settings import parse, to_values
 
@@ -47,7 +46,6 @@ ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
     "bundle",
 )
 FITTED = ("centre_KD", "mean_KD", "offset_KBD", "reference_CD")
-MIN_SHARE = 0.3
 
 
 @dataclass
@@ -135,8 +133,13 @@ class IntegratedModel:
         counts = read_counts(
             adata, bundle=self.bundle, vocabulary=self.vocabulary, layer=layer, species=species
         )
-        chosen_CG, measured_G = self._columns(counts)
-        latent_CD = encode(self.net, chosen_CG, counts.features_CF, measured_G)
+        chosen_CG, measured_G = genes_in_order(
+            counts.counts_CG, counts.genes, self.genes, counts.measured_G, where="adata.var",
+            remedy="Use the gene names of the training data.",
+        )  # fmt: skip
+        latent_CD = encode(
+            self.net, chosen_CG, counts.features_CF, None if measured_G.all() else measured_G
+        )
         out_CD = latent_CD.copy()
         empty_C = np.asarray(counts.counts_CG.sum(1)).ravel() == 0
         if self.correction is not None:
@@ -188,32 +191,6 @@ class IntegratedModel:
         if unknown:
             logger.info("%d batches are new: mapped onto the trained cells.", len(unknown))
         return name_C
-
-    def _columns(self, counts: GeneCounts) -> tuple[sp.csr_matrix, np.ndarray | None]:
-        """Bring the genes in the model's order; the second is None where all were measured."""
-        place = {name: column for column, name in enumerate(counts.genes)}
-        column_G = np.array([place.get(name, -1) for name in self.genes])
-        measured_G = column_G >= 0
-        measured_G[measured_G] = counts.measured_G[column_G[measured_G]]
-        n_found = int(measured_G.sum())
-        if n_found < MIN_SHARE * len(self.genes):
-            raise DataError(
-                f"adata.var: only {n_found:,} of the {len(self.genes):,} genes that the model "
-                f"reads are there (the model's: {', '.join(self.genes[:3])}; here: "
-                f"{', '.join(counts.genes[:3])}). Use the gene names of the training data."
-            )
-        if n_found == len(self.genes):
-            return counts.counts_CG[:, column_G], None
-        logger.info(
-            "%d of the %d genes that the model reads were not measured.",
-            len(self.genes) - n_found, len(self.genes),
-        )  # fmt: skip
-        there = np.flatnonzero(measured_G)
-        onto = sp.csr_matrix(
-            (np.ones(n_found), (column_G[there], there)),
-            (counts.counts_CG.shape[1], len(self.genes)),
-        )
-        return (counts.counts_CG @ onto).tocsr(), measured_G
 
     # -- disk -------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def test_genes_that_were_not_measured_are_predicted(trained, cells, caplog):
     part = cells[:, 60:].copy()
     with caplog.at_level("INFO"):
         gm.impute(part, model, genes=[*lost[:5], part.var_names[0]])
-    assert "are not here: predicted from the others" in caplog.text
+    assert "genes that the model reads were not measured" in caplog.text
     table = part.obsm["imputed"]
     assert list(table.columns)[:5] == lost[:5] and np.isfinite(table.to_numpy()).all()
     assert (table[lost[0]] > 0).all()
@@ -128,7 +128,7 @@ def test_refusals(trained, cells):
         gm.impute(cells.copy(), settings=DecoderSettings(gene_vectors=True))
     renamed = cells.copy()
     renamed.var_names = [f"x{i}" for i in range(renamed.n_vars)]
-    with pytest.raises(DataError, match="only 0 of the .* genes that the model reads.*leaving mod"):
+    with pytest.raises(DataError, match="only 0 of the .* that the model reads.*leave model out"):
         gm.impute(renamed, model)
     twice = cells.copy()
     twice.var_names = [cells.var_names[0], cells.var_names[0], *cells.var_names[2:]]
