@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -228,12 +229,13 @@ def scanvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
 @contextlib.contextmanager
 def hushed(*loggers: str) -> Iterator[None]:
-    """Keep a library's chatter off the terminal: its loggers below errors, and what it prints."""
+    """Keep a library's chatter off the terminal: log lines below errors, warnings, prints."""
     before = {name: logging.getLogger(name).level for name in loggers}
     try:
         for name in loggers:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         for name, level in before.items():

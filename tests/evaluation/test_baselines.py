@@ -1,6 +1,8 @@
 """Every baseline on small generated data: it runs, keeps the order of cells, and does its job."""
 
 import importlib.util
+import logging
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -292,3 +294,16 @@ def test_alra_rank_and_thresholds():
     spread = np.std([2.0, 4.0, 0.7], ddof=1) / np.std([0.5, 1.5], ddof=1)
     expected = (np.array([0.5, 1.5]) - 1.0) * spread + np.mean([2.0, 4.0, 0.7])
     np.testing.assert_allclose(found[2:4].ravel(), expected, rtol=1e-5)
+
+
+def test_a_hushed_library_says_nothing(capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with baselines.hushed("some.library"):
+            print("progress")
+            warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+            logging.getLogger("some.library").warning("careful")
+        warnings.warn("ours", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in caught] == ["ours"]
+    assert capsys.readouterr().out == ""
+    assert logging.getLogger("some.library").level == logging.NOTSET
