@@ -55,7 +55,7 @@ from genemodel.inference.obs_keys import (
 from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings, check_fits
-from genemodel.settings import check_seed, difference, nearest, parse, to_values
+from genemodel.settings import check_out_folder, check_seed, difference, nearest, parse, to_values
 from genemodel.tasks.pretraining import PretrainingSettings
 from genemodel.train.recipe import FREE_ON_RESUME, choose_device, pretrain
 from genemodel.train.settings import (
@@ -218,10 +218,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         The data cannot be read or used.
     """
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file: name a folder.")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"out={out}: the folder {out.absolute().parent} does not exist.")
+    check_out_folder(out)
     device_of(settings.device)
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
     corpus, adata, content = _read(settings)
@@ -289,7 +286,7 @@ def _wanted(settings: FinetuneSettings) -> list[str]:
 
 def _note(out: Path, about: dict[str, Any]) -> None:
     """Write down what the run is."""
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 

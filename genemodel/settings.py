@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,15 @@ def check_seed(seed: int, name: str = "seed") -> None:
     """Refuse a seed that the generators of numpy, scikit-learn and torch do not all take."""
     if not 0 <= seed < 2**32:
         raise ConfigError(f"{name} is {seed}: a seed is a whole number from 0 to 4294967295.")
+
+
+def check_out_folder(out: Path) -> None:
+    """Refuse a folder for results that is not there and cannot be made, or cannot be written in."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file: name a folder.")
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"out={out}: {above} is no folder that you may write in.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -47,37 +47,38 @@ def file(tmp_path_factory):
 
 @pytest.mark.usefixtures("blank_report")
 def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
-    words = ["finetune", f"data={file}", "batch_key=[batch,donor]", f"out={tmp_path / 'run'}"]
+    out = tmp_path / "new" / "run"
+    words = ["finetune", f"data={file}", "batch_key=[batch,donor]", f"out={out}"]
     assert main([*words, *TINY]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "run")
-    embedded, data = ad.read_h5ad(tmp_path / "run" / "embedded.h5ad"), ad.read_h5ad(file)
+    assert capsys.readouterr().out.strip() == str(out)
+    embedded, data = ad.read_h5ad(out / "embedded.h5ad"), ad.read_h5ad(file)
     assert list(embedded.obs_names) == list(data.obs_names) and embedded.n_vars == 0
     assert embedded.obsm["X_genemodel"].shape == (120, 5)
     assert embedded.uns["X_genemodel"]["settings"]["steps"] == 6
-    model = IntegratedModel.load(tmp_path / "run" / "model")
+    model = IntegratedModel.load(out / "model")
     assert model.batch_keys == ("batch", "donor")
     assert np.isfinite(model.encode(data)).all()
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+    assert sorted(p.name for p in out.iterdir()) == [
         "curves.csv", "embedded.h5ad", "finetune.json", "model", "report.html",
     ]  # fmt: skip
-    curves = pd.read_csv(tmp_path / "run" / "curves.csv")
+    curves = pd.read_csv(out / "curves.csv")
     assert set(curves["loss"]) == {"counts", "kl"} and curves["step"].max() == 6
-    before = (tmp_path / "run" / "embedded.h5ad").stat().st_mtime_ns
+    before = (out / "embedded.h5ad").stat().st_mtime_ns
     assert main([*words, *TINY]) == 0
     assert "is complete" in capsys.readouterr().err
-    assert (tmp_path / "run" / "embedded.h5ad").stat().st_mtime_ns == before
+    assert (out / "embedded.h5ad").stat().st_mtime_ns == before
     assert main([*words, *TINY, "seed=1"]) == 2
     said = capsys.readouterr().err
     assert "seed: 0 -> 1" in said and "overwrite=true" in said
     assert main([*words, *TINY, "seed=1", "overwrite=true"]) == 0
-    assert (tmp_path / "run" / "embedded.h5ad").stat().st_mtime_ns > before
+    assert (out / "embedded.h5ad").stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["data=absent.h5ad"], "absent.h5ad is no file"),
-        (["out=no/such/folder/run"], "does not exist"),
+        (["out=/dev/null/run"], "no folder that you may write in"),
         (["batch_key=bach"], "did you mean 'batch'"),
         (["integration.latent=0"], "latent=0"),
         (["task=cook"], "task"),

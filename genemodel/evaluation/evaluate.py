@@ -9,7 +9,6 @@ import gc
 import importlib
 import importlib.util
 import logging
-import os
 import resource
 import sys
 import threading
@@ -30,7 +29,7 @@ from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult
 from genemodel.inference.obs_keys import check_label_is_no_batch
-from genemodel.settings import check_seed, nearest
+from genemodel.settings import check_out_folder, check_seed, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -177,8 +176,6 @@ def evaluate(
     seeds = tuple(seeds)
     if not seeds:
         raise ConfigError("seeds is empty: give at least one, seeds=[0]")
-    if out is not None and Path(out).is_file():
-        raise ConfigError(f"out={out} is a file; name a folder")
     if task == "impute" and (obsm or models):
         raise ConfigError(
             "obsm and models give embeddings, which task=impute cannot score; genemodel.impute, "
@@ -199,7 +196,7 @@ def evaluate(
     if task != "impute" and batch_key is not None:
         check_label_is_no_batch((batch_key,), label_key)
     if out is not None:
-        _refuse_unwritable(Path(out))
+        check_out_folder(Path(out))
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
     if task == "integrate" and batch_key is None:
@@ -279,12 +276,6 @@ def _check_numbers(seeds: tuple[int, ...], **counts: int | None) -> None:
         least = MIN_CELLS if name == "max_cells" else 2 if name == "n_hvg" else 1
         if number is not None and number < least:
             raise ConfigError(f"{name}={number}: it must be at least {least}")
-
-
-def _refuse_unwritable(out: Path) -> None:
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"out={out}: {above} is no folder that you may write in")
 
 
 def _refuse_batches(cells: "AnnData", batch_key: str, label_key: str | None, where: str) -> None:

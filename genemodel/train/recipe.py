@@ -30,7 +30,7 @@ from genemodel.genes.knowledge import KnowledgeTable
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import merged, rate_shares, tune
-from genemodel.settings import difference, parse, to_values
+from genemodel.settings import check_out_folder, difference, parse, to_values
 from genemodel.tasks.decode_counts import CountDecoder
 from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train.checkpoint import Checkpoint, CheckpointDirectory, newest_checkpoint
@@ -207,17 +207,13 @@ def pretrain(settings: PretrainSettings) -> Path:
 
 def refuse_folder(run: Path) -> None:
     """Refuse to write a run into what is something else, or cannot be written."""
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"out={run} is a file: name a folder.")
+    check_out_folder(run)
     others = (
         (MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), ("finetune.json", "a fine-tuning run"),
     )  # fmt: skip
     for name, what in others:
         if (run / name).is_file():
             raise ConfigError(f"out={run} is {what} (it holds {name}): choose another folder.")
-    above = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"out={run}: {above} is no folder that you may write in.")
 
 
 def processes(settings: TrainerSettings) -> tuple[int, int]:

@@ -279,7 +279,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, cells):
     (tmp_path / "text.h5ad").write_text("not HDF5")
     with pytest.raises(DataError, match=r"text\.h5ad cannot be read"):
         evaluate(tmp_path / "text.h5ad", batch_key="donor")
-    with pytest.raises(ConfigError, match="is a file; name a folder"):
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
         evaluate(cells, batch_key="donor", out=tmp_path / "text.h5ad")
     empty = cells.copy()
     counts = cells.layers["counts"].toarray()
