@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ORDER_VERSION = 1
 BLOCK = 128  # cells read together; larger blocks read no faster
 WINDOW_BLOCKS = 64  # 8,192 cells from 64 places: ~100 MB at 1,500 genes a cell
 

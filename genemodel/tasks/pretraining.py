@@ -178,7 +178,7 @@ class PretrainingObjectives(nn.Module):
         return Prepared(hide(batch, genes, values), batch, genes, values, items)
 
     def forward(
-        self, model: GeneModel, encoded: Encoded, prepared: Prepared
+        self, model: GeneModel, encoded: Encoded, prepared: Prepared, *, trivial: bool = True
     ) -> dict[str, LossPart]:
         """Cost of every objective on one prepared micro-batch."""
         truth = prepared.truth

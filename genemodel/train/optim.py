@@ -91,16 +91,21 @@ def build_optimisers(
     ]
 
 
-def lr_share(step: int, max_steps: int, settings: OptimSettings) -> float:
-    """Learning rate of ``step`` (from 0) as a share of the peak."""
+def lr_share(step: int, max_steps: int, settings: OptimSettings, minutes: float = 0.0) -> float:
+    """Learning rate of ``step`` (from 0) as a share of the peak.
+
+    ``minutes`` of training count as well where the settings give the schedule minutes: whichever
+    of the two is further decides.
+    """
     warmup = min(settings.warmup_steps, max_steps)
     if step < warmup:
         return (step + 1) / warmup
+    late = minutes / settings.horizon_minutes if settings.horizon_minutes else 0.0
     if settings.schedule == "wsd":
         decay = max(1, round(settings.decay_fraction * max_steps))
-        left = max_steps - step
+        left = max_steps - max(step, late * max_steps)
         if left >= decay:
             return 1.0
         return settings.final_lr + (1 - settings.final_lr) * max(left, 0) / decay
-    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    progress = min(1.0, max((step - warmup) / max(1, max_steps - warmup), late))
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

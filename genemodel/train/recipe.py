@@ -1,48 +1,63 @@
 """Pre-train: from a corpus and settings to a run directory with a bundle in it."""
 
+import contextlib
+import copy
 import json
 import logging
 import os
 import platform
-import signal
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 import genemodel
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
-from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.manifest import MANIFEST
-from genemodel.cells.order import Position
+from genemodel.cells.order import ORDER_VERSION, Position
 from genemodel.cells.split import split_cells, usual_groups
-from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
-from genemodel.cells.tokens import TokenSettings
-from genemodel.errors import ConfigError, DataError
-from genemodel.genes.knowledge import KnowledgeTable
-from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.model.gene_model import GeneModel
-from genemodel.model.tuning import merged, rate_shares, tune
+from genemodel.errors import ConfigError
+from genemodel.model.flops import device_peak
+from genemodel.model.tuning import rate_shares
 from genemodel.settings import check_out_folder, difference, parse, to_values
-from genemodel.tasks.decode_counts import CountDecoder
-from genemodel.tasks.pretraining import PretrainingObjectives
-from genemodel.train.checkpoint import Checkpoint, CheckpointDirectory, newest_checkpoint
-from genemodel.train.data import StepData
-from genemodel.train.module import TrainingModule
+from genemodel.train.checkpoint import Checkpoint, newest_checkpoint
+from genemodel.train.data import RankStream
+from genemodel.train.exchange import Kind, make_fabric
+from genemodel.train.loop import Loop, Losses, Progress, stopped_name
+from genemodel.train.processes import (
+    OUT_OF_TIME,
+    Processes,
+    Unfinished,
+    find_processes,
+    requeue,
+    supervise,
+)
+from genemodel.train.record import VALIDATION, Record, keep_rows_up_to
 from genemodel.train.settings import PretrainSettings, TrainerSettings
-from genemodel.train.watch import Watch, keep_rows_up_to
+from genemodel.train.weights import (
+    build,
+    bundle_of,
+    medians_of,
+    open_start,
+    shaped_like,
+    training_batches,
+)
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ when a run goes on: they change what is shown, kept or waited for, never
-# a number that is learnt.
+# Settings that may differ when a run goes on: they change what is shown, kept or waited for, or who
+# does the work, never a number that is learnt. devices, num_nodes and accumulate are looked at
+# together: their product may not change.
 FREE_ON_RESUME = (
     "out",
     "start",  # where the bundle lies; what it holds is compared by itself
@@ -51,15 +66,61 @@ FREE_ON_RESUME = (
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accumulate",
+    "trainer.hang_minutes",
+    "trainer.requeue",
+    "trainer.profile",
+    "trainer.activation_checkpointing",
+    # What to do about a bad step is decided when one has been met.
+    "trainer.on_nonfinite",
+    "trainer.on_spike",
+    "trainer.spike_deviations",
+    "trainer.max_skips",
 )
 
 
-class Interrupted(SystemExit):
-    """A run was stopped by a signal after saving; carries the shell's code for that signal."""
+@dataclass(frozen=True)
+class _Plan:
+    """A run that nothing speaks against: everything that could be refused has been looked at."""
+
+    settings: PretrainSettings
+    run: Path
+    corpus: Corpus
+    start: Bundle | None
+    about: dict[str, Any]
+    checkpoint: Checkpoint | None
+    processes: Processes
+    accelerator: str
+    precision: str
+    train_cells: np.ndarray
+    held_out: np.ndarray
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing left to do."""
+        found = self.checkpoint
+        return found is not None and bool(
+            found.step >= self.settings.trainer.max_steps or found.about.get("ended")
+        )
+
+    @property
+    def kind(self) -> Kind:
+        """How gradients of processes meet."""
+        trainer = self.settings.trainer
+        if trainer.strategy == "fsdp":
+            return "fsdp"
+        if trainer.deterministic:
+            return "ordered"
+        return "ddp" if self.processes.world > 1 else "alone"
 
 
 def pretrain(settings: PretrainSettings) -> Path:
     """Pre-train a model, or go on with the run that is in ``settings.out``.
+
+    With ``trainer.devices`` above 1, and no launcher around it, it starts one process a device and
+    waits for them.
 
     Parameters
     ----------
@@ -76,133 +137,196 @@ def pretrain(settings: PretrainSettings) -> Path:
         If the run directory holds a run with other settings, or a setting is impossible here.
     DataError
         If the corpus cannot be used.
+    Unfinished
+        A ``SystemExit``: a signal or ``trainer.max_minutes`` ended the run before its last step.
+        It is saved, and the same call goes on.
     """
-    run = Path(settings.out)
-    refuse_folder(run)
-    trainer_settings = settings.trainer
-    corpus = Corpus.open(settings.corpus)
-    torch.manual_seed(settings.seed)  # new genes of a grown vocabulary start at random
-    start, origin = open_start(settings.start, corpus) if settings.start else (None, "")
-    if start is not None:
-        settings = shaped_like(start, settings)
-    values = to_values(settings)
-    content = {"corpus": corpus.fingerprint, "start": origin}
-    checkpoint = find_checkpoint(run, values, content)
-    if checkpoint is not None and (
-        checkpoint.step >= trainer_settings.max_steps or checkpoint.about.get("ended")
-    ):
+    plan = _plan(settings)
+    if plan.complete:
         logger.info(
             "%s is complete (%s steps): nothing to do. Choose another out= for a new run.",
-            run, f"{checkpoint.step:,}",
+            plan.run, f"{plan.checkpoint.step if plan.checkpoint else 0:,}",
         )  # fmt: skip
-        return run / "bundle"
-    accelerator, precision = choose_device(trainer_settings)
+    elif plan.processes.to_be_started:
+        supervise(to_values(settings), plan.processes)
+    else:
+        with _quiet_but_first(plan.processes.rank):
+            _train(plan)
+    return plan.run / "bundle"
 
-    train_cells, held_out = split(settings, corpus)
+
+def _plan(settings: PretrainSettings) -> _Plan:
+    """Look at everything that could be refused."""
+    run = Path(settings.out)
+    refuse_folder(run)
+    processes = find_processes(settings.trainer.devices, settings.trainer.num_nodes)
+    # Whoever started this process has said it all before.
+    with _quiet_but_first(processes.rank or processes.started == "us"):
+        accelerator, precision = choose_device(settings.trainer, processes)
+        corpus = Corpus.open(settings.corpus)
+        torch.manual_seed(settings.seed)  # new genes of a grown vocabulary start at random
+        start, origin = open_start(settings.start, corpus) if settings.start else (None, "")
+        if start is not None:
+            settings = shaped_like(start, settings)
+        about = {
+            "settings": to_values(settings),
+            "corpus": corpus.fingerprint,
+            "start": origin,
+            "micro_batches": processes.world * settings.trainer.accumulate,
+            "order": ORDER_VERSION,
+        }
+        checkpoint = find_checkpoint(run, about)
+        train_cells, held_out = split(settings, corpus)
+    return _Plan(
+        settings, run, corpus, start, about, checkpoint, processes, accelerator, precision,
+        train_cells, held_out,
+    )  # fmt: skip
+
+
+def _train(plan: _Plan) -> None:
+    """Train on this rank."""
+    settings, run, corpus, start = plan.settings, plan.run, plan.corpus, plan.start
+    trainer = settings.trainer
     batch_codes, n_batches = training_batches(
-        corpus, settings.task.decode_counts.batch_key, train_cells
+        corpus, settings.task.decode_counts.batch_key, plan.train_cells
     )
     medians_V = medians_of(corpus, start)
     inverse_median_V = inverse_medians(medians_V)
+    fabric = make_fabric(
+        plan.kind, plan.processes, accelerator=plan.accelerator, precision=plan.precision,
+        hang_minutes=trainer.hang_minutes,
+    )  # fmt: skip
+    fabric.launch()
+    rank, world = fabric.global_rank, fabric.world_size
+    # Every rank has found one; a file system may have shown them different ones.
+    checkpoint = fabric.broadcast(plan.checkpoint)
 
-    def stream(cells: np.ndarray, rank: int, world: int, **options: Any) -> CellStream:
-        return CellStream(
+    def stream(cells: np.ndarray, limit: int | None = None, **options: Any) -> RankStream:
+        cell_stream = CellStream(
             corpus, cells, settings.tokens, seed=settings.seed,
             inverse_median_V=inverse_median_V, batch_codes=batch_codes,
             rank=rank, world_size=world, **options,
         )  # fmt: skip
-
-    position = Position(**checkpoint.about["position"]) if checkpoint else Position()
-    data = StepData(
-        lambda rank, world: stream(train_cells, rank, world, position=position),
-        lambda rank, world: stream(held_out, rank, world, endless=False),
-        accumulate=trainer_settings.accumulate,
-        validation_batches=trainer_settings.validation_batches,
-    )
+        return RankStream(cell_stream, fabric.device, limit)
 
     torch.manual_seed(settings.seed)
-    model, objectives = build(settings, corpus, train_cells, n_batches, start)
-    if trainer_settings.compile:
+    model, objectives = build(settings, corpus, plan.train_cells, n_batches, start)
+    plain = copy.deepcopy(model) if plan.kind == "fsdp" and rank == 0 else model
+    if trainer.compile:
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)
-    module = TrainingModule(
-        model,
-        objectives,
-        optim=settings.optim,
-        max_steps=trainer_settings.max_steps,
-        seed=settings.seed,
-        about={"settings": values, **content},
-        rate_shares=rate_shares(model, settings.backbone),
-    )
-    n = sum(p.numel() for p in model.parameters())
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
-        "Model: %s parameters, %s of them learn, %s, %s.",
-        f"{n:,}", f"{learning:,}", accelerator, precision,
+        "Model: %s parameters, %s of them learn, %s × %s, %s, %d micro-batches a step.",
+        f"{sum(p.numel() for p in model.parameters()):,}", f"{learning:,}", world,
+        plan.accelerator, plan.precision, world * trainer.accumulate,
     )  # fmt: skip
-
     begin = time.time()
 
-    def release(trained: TrainingModule) -> None:
+    def release(progress: Progress, weights: Mapping[str, Tensor]) -> None:
         provenance = {
             "genemodel": genemodel.__version__,
             "torch": version("torch"),
             "python": platform.python_version(),
-            **content,
-            "cells": int(train_cells.size),
-            "steps": trained.steps_done,
+            "corpus": plan.about["corpus"],
+            "start": plan.about["start"],
+            "cells": int(plan.train_cells.size),
+            "steps": progress.step,
             "seed": settings.seed,
-            "validation": trained.validation,
+            "validation": progress.validation,
             "session_minutes": round((time.time() - begin) / 60, 1),
         }
-        bundle_of(trained, corpus.vocabulary, medians_V, settings, provenance).save(run / "bundle")
+        if plain is not model:
+            prefix = "model."
+            plain.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            )
+        bundle_of(plain, weights, corpus.vocabulary, medians_V, settings, provenance).save(
+            run / "bundle"
+        )
 
-    watch = Watch(run, trainer_settings, settings.log, on_improvement=release, values=values)
     run.mkdir(parents=True, exist_ok=True)
-    # What the trainer says about devices at level INFO has been said above, in fewer words.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    devices, nodes = processes(trainer_settings)
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy="ddp" if devices * nodes > 1 else "auto",
-        precision=cast(Any, precision),
-        max_epochs=-1,
-        max_steps=-1,  # Watch counts steps: with two optimisers Lightning counts each twice
-        val_check_interval=trainer_settings.validate_every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        callbacks=[watch],
-        plugins=[CheckpointDirectory()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run,
-    )
-    if trainer.is_global_zero:
-        (run / "settings.json").write_text(json.dumps(values, indent=1) + "\n")
+    if rank == 0:
+        (run / "settings.json").write_text(json.dumps(plan.about["settings"], indent=1) + "\n")
         if checkpoint is None:
-            keep_rows_up_to(run / "validation.csv", -1)
-    if start is not None and checkpoint is None:
-        # What was there before is the first to beat: a run that only harms releases its start.
-        trainer.validate(module, data, verbose=False)
-    trainer.fit(module, data, ckpt_path=str(checkpoint.path) if checkpoint else None)
+            keep_rows_up_to(run / VALIDATION, -1)
+    cuda = fabric.device.type == "cuda"
+    loop = Loop(
+        run,
+        fabric,
+        Losses(model, objectives),
+        kind=plan.kind,
+        optim=settings.optim,
+        trainer=trainer,
+        seed=settings.seed,
+        train=lambda position: stream(plan.train_cells, position=position),
+        validation=lambda: stream(
+            plan.held_out, endless=False, limit=trainer.validation_batches
+        ),
+        record=Record(
+            run, trainer, settings.log, values=plan.about["settings"], rank=rank, world=world,
+            peak=device_peak(torch.cuda.get_device_name(fabric.device)) if cuda else None,
+        ),
+        about=plan.about,
+        rate_shares=rate_shares(model, settings.backbone),
+        on_improvement=release,
+        name_cells=lambda cells: named_cells(corpus, cells),
+    )  # fmt: skip
+    with _deterministic(trainer.deterministic):
+        if checkpoint is not None:
+            loop.restore(checkpoint)
+        elif start is not None:
+            # What was there before is the first to beat: a run that only harms releases its start.
+            loop.look()
+        loop.fit()
+    _say_goodbye(loop, plan)
 
-    if watch.signal is not None and not watch.finished:
-        logger.info(
-            "Stopped by %s after step %s, saved. The same command goes on from there.",
-            signal.Signals(watch.signal).name, f"{module.steps_done:,}",
-        )  # fmt: skip
-        raise Interrupted(128 + watch.signal)
-    if trainer.is_global_zero:
-        if not (run / "bundle").exists():
-            # Too short for a validation: look once, so that the bundle says how good it is.
-            trainer.validate(module, data, verbose=False)
-        logger.info("Bundle: %s", run / "bundle")
-    return run / "bundle"
+
+def _say_goodbye(loop: Loop, plan: _Plan) -> None:
+    """Leave the other ranks, and say how the run has ended."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    stopped_by, done = loop.stopped_by, loop.progress.step
+    trainer = plan.settings.trainer
+    if stopped_by is None:
+        logger.info("Bundle: %s", plan.run / "bundle")
+        return
+    logger.info(
+        "Stopped by %s after step %s of %s, saved; the schedule is not finished. The same command "
+        "goes on from there.",
+        stopped_name(stopped_by), f"{done:,}", f"{trainer.max_steps:,}",
+    )  # fmt: skip
+    if trainer.requeue and plan.processes.rank == 0:
+        requeue()
+    raise Unfinished(OUT_OF_TIME if stopped_by == "max_minutes" else 128 + int(stopped_by))
+
+
+@contextlib.contextmanager
+def _quiet_but_first(rank: int) -> Iterator[None]:
+    """Let one rank speak for all: the others only say what is wrong with them."""
+    levels = {"genemodel": logging.ERROR} if rank else {}
+    # What Fabric says about devices and processes is said here as well, in fewer words.
+    for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero"):
+        levels[name] = logging.WARNING
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Use deterministic kernels only, while training."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def refuse_folder(run: Path) -> None:
@@ -216,72 +340,39 @@ def refuse_folder(run: Path) -> None:
             raise ConfigError(f"out={run} is {what} (it holds {name}): choose another folder.")
 
 
-def processes(settings: TrainerSettings) -> tuple[int, int]:
-    """Count processes per node and nodes: torchrun's, or those the settings ask for."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        return here, int(os.environ["WORLD_SIZE"]) // here
-    return settings.devices, settings.num_nodes
+def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
+    """Find where an earlier session of the same run stopped; refuse another run's directory.
 
-
-def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str]:
-    """Read the bundle to start from, and its fingerprint.
-
-    Its vocabulary must be the corpus's, or the beginning of it.
+    Any number of processes may go on with a run, as long as a step has the same micro-batches:
+    their number in all is what the order of the data, the losses and the schedule depend on.
     """
-    start = Bundle.load(path, device="cpu")
-    mine, theirs = corpus.vocabulary, start.vocabulary
-    if mine.fingerprint == theirs.fingerprint:
-        return start, start.fingerprint
-    if not mine.extends(theirs):
-        raise DataError(
-            f"corpus {corpus.path} was built with vocabulary {mine.fingerprint[:12]} "
-            f"({', '.join(mine.species)}; {len(mine):,} tokens), but start={path} knows "
-            f"{theirs.fingerprint[:12]} ({', '.join(theirs.species)}; {len(theirs):,} tokens), "
-            "which is not its beginning. "
-            f"Build the corpus with vocabulary={Path(path) / VOCABULARY}, or leave start out."
-        )
-    logger.info(
-        "The corpus's vocabulary has %s tokens more than that of %s: they start new.",
-        f"{len(mine) - len(theirs):,}", path,
-    )  # fmt: skip
-    return start.grown(mine), start.fingerprint
-
-
-def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
-    """Take architecture and context from the bundle; the budget of a step stays the run's."""
-    context = start.tokens.context
-    logger.info(
-        "Starting from %s: its architecture and its context of %s tokens are taken.",
-        settings.start, f"{context:,}",
-    )  # fmt: skip
-    tokens = TokenSettings(context, max(settings.tokens.budget, context))
-    return replace(settings, model=start.model.settings, tokens=tokens)
-
-
-def medians_of(corpus: Corpus, start: Bundle | None) -> np.ndarray:
-    """Medians that scale the counts: those a model has learnt with, the corpus's for new genes."""
-    medians_V = np.asarray(corpus.medians_V, np.float32)
-    if start is None:
-        return medians_V
-    return np.where(np.isfinite(start.medians_V), start.medians_V, medians_V)
-
-
-def find_checkpoint(
-    run: Path, values: dict[str, Any], content: dict[str, str]
-) -> Checkpoint | None:
-    """Find where an earlier session of the same run stopped; refuse another run's directory."""
     checkpoint = newest_checkpoint(run / "checkpoints") if run.exists() else None
     if checkpoint is None:
         return None
+    earlier = checkpoint.about
+    if earlier.get("order") != about["order"]:
+        raise ConfigError(
+            f"{run} holds a run of {checkpoint.step:,} steps that another version of genemodel "
+            "began, which read the cells in another order: finish it with that version, or begin "
+            f"a new run from its model with start={run / 'bundle'} and another out=."
+        )
     # A setting that is newer than the run had its default then.
-    before = to_values(parse(PretrainSettings, checkpoint.about["settings"]))
-    changed = [line for line in difference(before, values) if not line.startswith(FREE_ON_RESUME)]
+    before = to_values(parse(PretrainSettings, earlier["settings"]))
+    changed = [
+        line
+        for line in difference(before, about["settings"])
+        if not line.startswith(FREE_ON_RESUME)
+    ]
     changed += [
         f"{name}: its content is not what the run started with"
-        for name, fingerprint in content.items()
-        if checkpoint.about.get(name, "") != fingerprint
+        for name in ("corpus", "start")
+        if earlier.get(name, "") != about[name]
     ]
+    if earlier["micro_batches"] != about["micro_batches"]:
+        changed.append(
+            f"trainer.accumulate × processes: a step has {earlier['micro_batches']} micro-batches, "
+            f"now {about['micro_batches']} (processes on all nodes × trainer.accumulate)"
+        )
     if changed:
         raise ConfigError(
             f"{run} holds a run of {checkpoint.step:,} steps with other settings:\n  "
@@ -292,9 +383,12 @@ def find_checkpoint(
     return checkpoint
 
 
-def choose_device(settings: TrainerSettings) -> tuple[str, str]:
+def choose_device(
+    settings: TrainerSettings, processes: Processes | None = None
+) -> tuple[str, str]:
     """Resolve ``auto`` for accelerator and precision, and refuse what is not here."""
     cuda = torch.cuda.is_available()
+    here = settings.devices if processes is None else processes.here
     accelerator = settings.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if cuda else "cpu"
@@ -303,15 +397,30 @@ def choose_device(settings: TrainerSettings) -> tuple[str, str]:
             "trainer.accelerator=gpu, but torch sees no GPU here: set trainer.accelerator=cpu, or "
             "check the driver with nvidia-smi."
         )
-    if accelerator == "gpu" and settings.devices > torch.cuda.device_count():
+    if accelerator == "gpu" and here > torch.cuda.device_count():
         raise ConfigError(
-            f"trainer.devices={settings.devices}, but this node has {torch.cuda.device_count()} "
-            "GPUs: set trainer.devices to at most that."
+            f"{here} processes are asked for on this node (trainer.devices, or the launcher's), "
+            f"but it has {torch.cuda.device_count()} GPUs: set at most that."
+        )
+    if accelerator == "gpu" and settings.deterministic and not _cublas_is_told():
+        raise ConfigError(
+            "trainer.deterministic=true on a GPU needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the "
+            "environment before Python starts, or cuBLAS may add in another order: export it and "
+            "give the command again."
+        )
+    if settings.strategy == "fsdp" and settings.deterministic:
+        raise ConfigError(
+            "trainer.strategy=fsdp sums shards in an order of its own: set "
+            "trainer.deterministic=false, or trainer.strategy=auto."
         )
     precision = settings.precision
     if precision == "auto":
         precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
     return accelerator, precision
+
+
+def _cublas_is_told() -> bool:
+    return os.environ.get("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
 
 
 def split(settings: PretrainSettings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -340,94 +449,14 @@ def split(settings: PretrainSettings, corpus: Corpus) -> tuple[np.ndarray, np.nd
     return train_cells, held_out
 
 
-def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple[np.ndarray, int]:
-    """Technical batch of every cell, numbered over the training cells; −1 for all others.
-
-    A batch is named together with its data set, because names like "1" recur between data sets.
-    """
-    batch_C = np.full(len(corpus), -1, np.int64)
-    if not key:
-        return batch_C, 0
-    code_C, _ = corpus.codes("dataset", key)
-    known = train_cells[code_C[train_cells] >= 0]
-    names, codes = np.unique(code_C[known], return_inverse=True)
-    batch_C[known] = codes
-    return batch_C, int(names.size)
-
-
-def build(
-    settings: PretrainSettings,
-    corpus: Corpus,
-    train_cells: np.ndarray,
-    n_batches: int,
-    start: Bundle | None = None,
-) -> tuple[GeneModel, PretrainingObjectives]:
-    """Build backbone and objectives with their starting points: a bundle, or the training cells."""
-    model = new_model(settings, corpus) if start is None else start.model.train()
-    statistics = GeneStatistics.measure(corpus, train_cells, seed=settings.seed)
-    objectives = PretrainingObjectives(
-        settings.task,
-        width=settings.model.width,
-        statistics=statistics,
-        n_batches=n_batches,
-        measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
-        seed=settings.seed,
-    )
-    taken = objectives.start_from(start.heads) if start is not None else []
-    new = {name: head for name, head in objectives.heads.items() if name not in taken}
-    if start is not None and new:
-        logger.info("New heads, which the bundle has not or not all of: %s.", ", ".join(new))
-    decoder = new.get("decode_counts")
-    if model.embedding.components is not None and (start is None or decoder is not None):
-        components = PrincipalGenes.measure(
-            corpus, train_cells, settings.model.components, seed=settings.seed
-        )
-        if start is None:
-            model.embedding.components.start_at(
-                torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
-            )
-        if isinstance(decoder, CountDecoder):
-            decoder.start_at(components)
-    tune(model, settings.backbone)
-    return model, objectives
-
-
-def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
-    """Make a backbone of new weights for the genes of the corpus."""
-    vocabulary = corpus.vocabulary
-    knowledge = {}
-    for name in settings.model.knowledge:
-        table = KnowledgeTable.read(name, vocabulary)
-        key = Path(name).name.split(".")[0]
-        knowledge[key] = (torch.from_numpy(table.table_VP), torch.from_numpy(table.present_V))
-    return GeneModel(
-        settings.model,
-        n_tokens=len(vocabulary),
-        n_species=len(vocabulary.species),
-        context=settings.tokens.context,
-        knowledge=knowledge,
-    )
-
-
-def bundle_of(
-    module: TrainingModule,
-    vocabulary: GeneVocabulary,
-    medians_V: np.ndarray,
-    settings: PretrainSettings,
-    provenance: dict[str, Any],
-) -> Bundle:
-    """Release what was trained, adapters merged."""
-    assert isinstance(module.model, GeneModel)
-    heads = {
-        name.removeprefix("heads."): tensor.detach().cpu().clone()
-        for name, tensor in module.objectives.state_dict().items()
-    }
-    return Bundle(
-        model=merged(module.model),
-        vocabulary=vocabulary,
-        tokens=settings.tokens,
-        medians_V=medians_V,
-        heads=heads,
-        settings={"pretraining": to_values(settings.task)},
-        provenance=provenance,
-    )
+def named_cells(corpus: Corpus, cells: np.ndarray, most: int = 8) -> str:
+    """Say which cells these are, by source: ``cells 17, 20 of kang.h5ad``."""
+    parts = []
+    source_C = np.asarray(corpus.source_C)[cells]
+    for s in np.unique(source_C)[:most]:
+        here = cells[source_C == s]
+        first = ", ".join(f"{c:,}" for c in here[:most].tolist())
+        more = f" and {here.size - most:,} more" if here.size > most else ""
+        parts.append(f"cells {first}{more} of {corpus.sources[int(s)].name}")
+    left = np.unique(source_C).size - most
+    return "; ".join(parts) + (f"; and of {left} more sources" if left > 0 else "")

@@ -57,6 +57,10 @@ class OptimSettings:
         Linear warm-up from 0.
     decay_fraction
         Share of the run spent in the final decay of ``wsd``.
+    horizon_minutes
+        Minutes of training, in all sessions, after which the schedule and the run end, where
+        ``trainer.max_steps`` does not come first; 0 leaves it to the steps. Not exact on a resume:
+        the clock decides.
     final_lr
         Learning rate at the end as a share of the peak.
     weight_decay
@@ -72,6 +76,7 @@ class OptimSettings:
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_fraction: float = 0.2
+    horizon_minutes: float = 0.0
     final_lr: float = 0.05
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -94,7 +99,7 @@ class OptimSettings:
                 raise ConfigError(
                     f"optim.{name} is {getattr(self, name)}: it must be from 0 to below 1."
                 )
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "horizon_minutes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name} is {getattr(self, name)}: it cannot be negative.")
         if self.eps <= 0:
@@ -110,7 +115,8 @@ class TrainerSettings:
     max_steps
         Optimiser steps of the whole run.
     max_minutes
-        Stop, with a checkpoint, after this many minutes of this session; 0 for no limit.
+        Save and end this session after so many minutes, with exit code 75; the same command goes
+        on. 0 for no limit.
     accumulate
         Micro-batches per process and step.
     accelerator
@@ -119,18 +125,47 @@ class TrainerSettings:
         Processes on this node; more than one trains with distributed data parallel.
     num_nodes
         Nodes, when started by torchrun or srun on several.
+    strategy
+        ``auto``: data parallel (DDP) where there are several processes. ``fsdp``: weights and
+        optimiser state are shared out over the processes as well (FSDP2, experimental).
     precision
         ``auto`` is ``bf16-mixed`` on GPUs and ``32-true`` on CPUs.
     compile
-        Compile the blocks with torch.compile (constant shapes: one graph).
+        Compile model, heads and losses with torch.compile (constant shapes: one graph).
+    deterministic
+        The same numbers to the bit on every run, and for any number of processes with the same
+        micro-batches a step. Deterministic kernels, and gradients gathered and added in the order
+        of micro-batches: that sends all gradients of every micro-batch to all processes.
+    activation_checkpointing
+        Forget what is inside a block and compute it again in the backward pass: less memory, about
+        a third more work.
     validate_every, validation_batches
-        Steps between validations, and micro-batches looked at in each.
+        Steps between validations, and micro-batches looked at in each, over all processes.
     checkpoint_every, keep_checkpoints
         Steps between checkpoints, and how many are kept.
     early_stopping
         Validations without improvement before the run ends; 0 never ends it early.
     log_every
         Steps between rows of metrics.csv.
+    hang_minutes
+        A run of several processes in which no step is finished for so long ends, with the rank that
+        is waited for by name.
+    requeue
+        Under Slurm: put the job into the queue again (``scontrol requeue``) once a signal or
+        ``max_minutes`` has ended it, saved.
+    on_nonfinite
+        What to do when a loss or the gradient is not finite; the weights are not touched. ``stop``
+        the run, ``skip`` the step, or ``roll_back`` to the last checkpoint and go on with the data
+        behind the step.
+    on_spike
+        The same for a loss that jumps: ``note`` it and go on, ``skip``, ``roll_back`` or ``stop``.
+    spike_deviations
+        A jump is a total loss so many robust standard deviations above the recent median; 0 for
+        none.
+    max_skips
+        Steps skipped or rolled back in all before the run stops after all.
+    profile
+        Steps to profile after the first five, into profile/; 0 for none.
     """
 
     max_steps: int = 1000
@@ -139,16 +174,31 @@ class TrainerSettings:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     num_nodes: int = 1
+    strategy: Literal["auto", "fsdp"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     compile: bool = False
+    deterministic: bool = False
+    activation_checkpointing: bool = False
     validate_every: int = 200
     validation_batches: int = 20
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     early_stopping: int = 0
     log_every: int = 10
+    hang_minutes: float = 10.0
+    requeue: bool = False
+    on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    on_spike: Literal["note", "skip", "roll_back", "stop"] = "note"
+    spike_deviations: float = 12.0
+    max_skips: int = 10
+    profile: int = 0
 
     def __post_init__(self) -> None:
+        if self.hang_minutes <= 0:
+            raise ConfigError(
+                f"trainer.hang_minutes is {self.hang_minutes}: it must be positive; give a large "
+                "number to wait for long."
+            )
         for name in (
             "max_steps", "accumulate", "devices", "num_nodes", "validate_every",
             "validation_batches", "checkpoint_every", "keep_checkpoints", "log_every",
@@ -157,11 +207,11 @@ class TrainerSettings:
                 raise ConfigError(
                     f"trainer.{name} is {getattr(self, name)}: it must be at least 1."
                 )
-        for name in ("max_minutes", "early_stopping"):
+        for name in ("max_minutes", "early_stopping", "spike_deviations", "max_skips", "profile"):
             if getattr(self, name) < 0:
                 raise ConfigError(
-                    f"trainer.{name} is {getattr(self, name)}: it cannot be negative; 0 means no "
-                    "limit."
+                    f"trainer.{name} is {getattr(self, name)}: it cannot be negative; 0 switches "
+                    "it off."
                 )
 
 

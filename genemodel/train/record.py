@@ -1,0 +1,230 @@
+"""What a run says while it goes: metrics.csv, validation.csv, a bar or lines, Weights & Biases."""
+
+import csv
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from genemodel.model.flops import training_flops
+from genemodel.train.checkpoint import CheckpointWriter
+from genemodel.train.settings import LogSettings, TrainerSettings
+from genemodel.train.wandb_log import start_wandb
+
+logger = logging.getLogger(__name__)
+
+METRICS, VALIDATION = "metrics.csv", "validation.csv"
+
+
+def keep_rows_up_to(path: Path, step: int) -> None:
+    """Drop rows of a metrics file that a restart is about to write again."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for row in rows if int(float(row["step"])) <= step]
+    if len(kept) < len(rows):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(kept)
+
+
+def append_row(path: Path, row: Mapping[str, float]) -> None:
+    """Append one row to a CSV file; the first row names the columns, further ones are left out."""
+    names = list(row)
+    if path.exists():
+        with path.open(newline="") as file:
+            names = next(csv.reader(file), names)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+class Record:
+    """Rows, lines and a bar of one run; writes on the first rank, silent on the others.
+
+    Parameters
+    ----------
+    run
+        Run directory.
+    trainer, log
+        Settings of the run.
+    values
+        All settings, for Weights & Biases.
+    rank, world
+        This process, and how many there are.
+    peak
+        Operations per second that a device can do at most; None where it is not known.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        trainer: TrainerSettings,
+        log: LogSettings,
+        *,
+        values: Mapping[str, Any],
+        rank: int,
+        world: int,
+        peak: float | None,
+    ) -> None:
+        self.run, self.settings, self.log_settings = run, trainer, log
+        self.values, self.peak = values, peak
+        self.world, self.active = world, rank == 0
+        self._rows: list[dict[str, float]] = []
+        self._wandb: Any = None
+        self._bar: Any = None
+        self._first = 0
+        self._begin = self._row_begin = time.perf_counter()
+        self._waited = 0.0
+
+    def start(self, step: int) -> None:
+        """Open the logs for a session that begins after ``step``."""
+        self._begin = self._row_begin = time.perf_counter()
+        self._first = step
+        if not self.active:
+            return
+        self.rewind(step)
+        if self._wandb is None:
+            self._wandb = start_wandb(self.run, self.log_settings, self.values)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.settings.max_steps, initial=step, unit="step")
+
+    def rewind(self, step: int) -> None:
+        """Forget rows after ``step``, which will be written again."""
+        self._rows = []
+        if self.active:
+            for name in (METRICS, VALIDATION):
+                keep_rows_up_to(self.run / name, step)
+
+    def close(self, writer: CheckpointWriter) -> None:
+        """Close the logs, and say what saving has cost."""
+        if self.active and writer.saves:
+            logger.info(
+                "%d checkpoints written in %.1f s; training stood still for %.1f s of it.",
+                writer.saves, writer.written_s, writer.stalled_s,
+            )  # fmt: skip
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a row is written after ``step``."""
+        return step % self.settings.log_every == 0 or step == self.settings.max_steps
+
+    def step(
+        self,
+        step: int,
+        *,
+        losses: Mapping[str, float],
+        trivial: Mapping[str, float],
+        lr: float,
+        norm: float,
+        cells: int,
+        tokens: int,
+        fill: float,
+        forward_flops: int,
+        waited_s: float,
+        minutes: float,
+    ) -> None:
+        """Note one step; write a row where one is due."""
+        self._rows.append(
+            {
+                **{f"train/{name}": x for name, x in losses.items()},
+                "grad_norm": norm,
+                "fill": fill,
+                "cells": float(cells),
+                "tokens": float(tokens),
+                "flops": float(training_flops(forward_flops)),
+            }
+        )
+        if not self.is_due(step):
+            if self._bar is not None:
+                self._bar.update(step - self._bar.n)
+            return
+        now = time.perf_counter()
+        seconds = now - self._row_begin
+        self._row_begin = now
+        rows, self._rows = self._rows, []
+        total = {k: sum(r[k] for r in rows) for k in ("cells", "tokens", "flops")}
+        mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k not in total}
+        row = {
+            "step": float(step),
+            **mean,
+            # Of the row's last step: it costs a pass of its own, so not every step has it.
+            **{f"trivial/{name}": x for name, x in trivial.items()},
+            "lr": lr,
+            "cells_per_s": total["cells"] * self.world / seconds,
+            "tokens_per_s": total["tokens"] * self.world / seconds,
+            "cells_per_step": total["cells"] * self.world / len(rows),
+            # Useful operations only: real tokens, masked rows, no padding.
+            "mfu": total["flops"] / seconds / self.peak if self.peak else float("nan"),
+            "data_wait": max(0.0, waited_s - self._waited) / seconds,
+            "seconds": now - self._begin,
+        }
+        self._waited = waited_s
+        if not self.active:
+            return
+        append_row(self.run / METRICS, row)
+        self._say(step, row, minutes)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def _say(self, step: int, row: Mapping[str, float], minutes: float) -> None:
+        losses = "  ".join(
+            f"{k.removeprefix('train/')} {v:.3f}" for k, v in row.items() if k.startswith("train/")
+        )
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"{losses}  {row['cells_per_s']:.0f} cells/s")
+            return
+        logger.info(
+            "step %s/%s  %s  lr %.2g  %.0f cells/s  fill %.3f  data wait %.0f %%  %s",
+            f"{step:,}", f"{self.settings.max_steps:,}", losses, row["lr"], row["cells_per_s"],
+            row["fill"], 100 * row["data_wait"], self._left(step, row["seconds"], minutes),
+        )  # fmt: skip
+
+    def _left(self, step: int, seconds: float, minutes: float) -> str:
+        """Say how long it will be, and whether the time allowed ends it before."""
+        per_step = seconds / max(step - self._first, 1)
+        left = (self.settings.max_steps - step) * per_step
+        allowed = 60 * (self.settings.max_minutes - minutes)
+        if not self.settings.max_minutes or left <= allowed:
+            return f"{duration(left)} left"
+        there = step + int(allowed / max(per_step, 1e-9))
+        return (
+            f"{duration(max(0.0, allowed))} left of max_minutes, at about step {there:,} of "
+            f"{self.settings.max_steps:,}"
+        )
+
+    def look(self, step: int, result: Mapping[str, float], names: Sequence[str]) -> None:
+        """Write a look at held-out data down."""
+        if not self.active:
+            return
+        append_row(self.run / VALIDATION, {"step": float(step), **result})
+        for name in names:
+            loss, trivial = result[f"val/{name}"], result[f"val_trivial/{name}"]
+            logger.info(
+                "held out  %-14s %8.4f  trivial %8.4f  ratio %.3f",
+                name, loss, trivial, loss / trivial if trivial else float("nan"),
+            )  # fmt: skip
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in result.items() if k != "step"}, step=step)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people do: 3h07m, 12m05s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,174 @@
+"""What a run starts from, and what it releases: bundle, corpus statistics, new weights."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.cells.corpus import Corpus
+from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
+from genemodel.cells.tokens import TokenSettings
+from genemodel.errors import DataError
+from genemodel.genes.knowledge import KnowledgeTable
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.model.gene_model import GeneModel
+from genemodel.model.tuning import merged, tune
+from genemodel.settings import to_values
+from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.tasks.pretraining import PretrainingObjectives
+from genemodel.train.settings import PretrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str]:
+    """Read the bundle to start from, and its fingerprint.
+
+    Its vocabulary must be the corpus's, or the beginning of it.
+    """
+    start = Bundle.load(path, device="cpu")
+    mine, theirs = corpus.vocabulary, start.vocabulary
+    if mine.fingerprint == theirs.fingerprint:
+        return start, start.fingerprint
+    if not mine.extends(theirs):
+        raise DataError(
+            f"corpus {corpus.path} was built with vocabulary {mine.fingerprint[:12]} "
+            f"({', '.join(mine.species)}; {len(mine):,} tokens), but start={path} knows "
+            f"{theirs.fingerprint[:12]} ({', '.join(theirs.species)}; {len(theirs):,} tokens), "
+            "which is not its beginning. "
+            f"Build the corpus with vocabulary={Path(path) / VOCABULARY}, or leave start out."
+        )
+    logger.info(
+        "The corpus's vocabulary has %s tokens more than that of %s: they start new.",
+        f"{len(mine) - len(theirs):,}", path,
+    )  # fmt: skip
+    return start.grown(mine), start.fingerprint
+
+
+def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
+    """Take architecture and context from the bundle; the budget of a step stays the run's."""
+    context = start.tokens.context
+    logger.info(
+        "Starting from %s: its architecture and its context of %s tokens are taken.",
+        settings.start, f"{context:,}",
+    )  # fmt: skip
+    tokens = TokenSettings(context, max(settings.tokens.budget, context))
+    return replace(settings, model=start.model.settings, tokens=tokens)
+
+
+def medians_of(corpus: Corpus, start: Bundle | None) -> np.ndarray:
+    """Medians that scale the counts: those a model has learnt with, the corpus's for new genes."""
+    medians_V = np.asarray(corpus.medians_V, np.float32)
+    if start is None:
+        return medians_V
+    return np.where(np.isfinite(start.medians_V), start.medians_V, medians_V)
+
+
+def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple[np.ndarray, int]:
+    """Technical batch of every cell, numbered over the training cells; −1 for all others.
+
+    A batch is named together with its data set, because names like "1" recur between data sets.
+    """
+    batch_C = np.full(len(corpus), -1, np.int64)
+    if not key:
+        return batch_C, 0
+    code_C, _ = corpus.codes("dataset", key)
+    known = train_cells[code_C[train_cells] >= 0]
+    names, codes = np.unique(code_C[known], return_inverse=True)
+    batch_C[known] = codes
+    return batch_C, int(names.size)
+
+
+def build(
+    settings: PretrainSettings,
+    corpus: Corpus,
+    train_cells: np.ndarray,
+    n_batches: int,
+    start: Bundle | None = None,
+) -> tuple[GeneModel, PretrainingObjectives]:
+    """Build backbone and objectives with their starting points: a bundle, or the training cells."""
+    model = new_model(settings, corpus) if start is None else start.model.train()
+    statistics = GeneStatistics.measure(corpus, train_cells, seed=settings.seed)
+    objectives = PretrainingObjectives(
+        settings.task,
+        width=settings.model.width,
+        statistics=statistics,
+        n_batches=n_batches,
+        measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
+        seed=settings.seed,
+    )
+    taken = objectives.start_from(start.heads) if start is not None else []
+    new = {name: head for name, head in objectives.heads.items() if name not in taken}
+    if start is not None and new:
+        logger.info("New heads, which the bundle has not or not all of: %s.", ", ".join(new))
+    decoder = new.get("decode_counts")
+    if model.embedding.components is not None and (start is None or decoder is not None):
+        components = PrincipalGenes.measure(
+            corpus, train_cells, settings.model.components, seed=settings.seed
+        )
+        if start is None:
+            model.embedding.components.start_at(
+                torch.from_numpy(components.loading_VK), torch.from_numpy(components.offset_SK)
+            )
+        if isinstance(decoder, CountDecoder):
+            decoder.start_at(components)
+    tune(model, settings.backbone)
+    return model, objectives
+
+
+def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
+    """Make a backbone of new weights for the genes of the corpus."""
+    vocabulary = corpus.vocabulary
+    knowledge = {}
+    for name in settings.model.knowledge:
+        table = KnowledgeTable.read(name, vocabulary)
+        key = Path(name).name.split(".")[0]
+        knowledge[key] = (torch.from_numpy(table.table_VP), torch.from_numpy(table.present_V))
+    return GeneModel(
+        settings.model,
+        n_tokens=len(vocabulary),
+        n_species=len(vocabulary.species),
+        context=settings.tokens.context,
+        knowledge=knowledge,
+    )
+
+
+def bundle_of(
+    model: GeneModel,
+    weights: Mapping[str, Tensor],
+    vocabulary: GeneVocabulary,
+    medians_V: np.ndarray,
+    settings: PretrainSettings,
+    provenance: dict[str, Any],
+) -> Bundle:
+    """Release what was trained, adapters merged.
+
+    Parameters
+    ----------
+    model
+        The backbone.
+    weights
+        Of model and objectives, as :class:`~genemodel.train.loop.Losses` names them.
+    vocabulary, medians_V, settings, provenance
+        Kept with them.
+    """
+    prefix = "objectives.heads."
+    return Bundle(
+        model=merged(model),
+        vocabulary=vocabulary,
+        tokens=settings.tokens,
+        medians_V=medians_V,
+        heads={
+            name.removeprefix(prefix): tensor.detach().cpu().clone()
+            for name, tensor in weights.items()
+            if name.startswith(prefix)
+        },
+        settings={"pretraining": to_values(settings.task)},
+        provenance=provenance,
+    )

@@ -1,0 +1,34 @@
+"""One process of a run that :func:`genemodel.train.processes.supervise` has started.
+
+    python -m genemodel.train.worker SETTINGS.json
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from genemodel.errors import GenemodelError
+from genemodel.settings import parse
+from genemodel.train.processes import REFUSED
+from genemodel.train.recipe import pretrain
+from genemodel.train.settings import PretrainSettings
+
+
+def main(file: str) -> int:
+    """Train as the settings say; messages go to standard error, as on the command line."""
+    library = logging.getLogger("genemodel")
+    library.addHandler(logging.StreamHandler(sys.stderr))
+    library.setLevel(logging.INFO)
+    try:
+        pretrain(parse(PretrainSettings, json.loads(Path(file).read_text())))
+    except GenemodelError as error:
+        print(f"genemodel: error: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
