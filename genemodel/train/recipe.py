@@ -320,13 +320,20 @@ def _quiet_but_first(rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """Use deterministic kernels only, while training."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    """Train with deterministic kernels only.
+
+    On a CPU sums also depend on the number of threads, which depends on the number of processes:
+    there it is one.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])
 
 
 def refuse_folder(run: Path) -> None:

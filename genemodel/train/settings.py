@@ -134,8 +134,8 @@ class TrainerSettings:
         Compile model, heads and losses with torch.compile (constant shapes: one graph).
     deterministic
         The same numbers to the bit on every run, and for any number of processes with the same
-        micro-batches a step. Deterministic kernels, and gradients gathered and added in the order
-        of micro-batches: that sends all gradients of every micro-batch to all processes.
+        micro-batches a step. Deterministic kernels, one thread on a CPU, and gradients added in the
+        order of micro-batches, for which all of every micro-batch are sent to all processes.
     activation_checkpointing
         Forget what is inside a block and compute it again in the backward pass: less memory, about
         a third more work.
