@@ -7,8 +7,6 @@ new one and never half of either.
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -18,42 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genemodel.errors import DataError
+from genemodel.writing import whole_directory
 
 
 def sha256(path: Path) -> str:
     """Checksum of a file's content, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Create directory ``path`` in one move: fill a sibling, flush it, rename it."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    for file in sorted(partial.iterdir()):
-        flush(file)
-    flush(partial)
-    if path.exists():
-        # A directory cannot be replaced atomically: the old one steps aside first.
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
-    flush(path.parent)
 
 
 def write_checked(
@@ -88,7 +57,8 @@ def write_checked(
         text = json.dumps({**about, "sha256": sums}, indent=1, sort_keys=True)
         (folder / name).write_text(text + "\n")
 
-    write_directory(path, fill_and_sign)
+    with whole_directory(path) as folder:
+        fill_and_sign(folder)
 
 
 def read_about(
