@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from genemodel.errors import DataError, GenemodelError
+from genemodel.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ _FULL_IN_WORDS = re.compile(
 )
 # Times that a writer makes way again for readers that put the old directory back between its moves.
 _TRIES = 100
+
+
+class DiskFull(DataError):
+    """A disk or a quota has less space than what is to be written takes."""
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def whole(path: Path, *, needed: int = 0) -> Iterator[Path]:
 
     Raises
     ------
-    DataError
+    DiskFull
         The disk or a quota is full, or has less than ``needed`` left. Nothing is left behind.
     """
     found_again(path)
@@ -54,8 +58,6 @@ def whole(path: Path, *, needed: int = 0) -> Iterator[Path]:
         yield partial
         flush_all(partial)
         put_in_place(partial, path)
-    except GenemodelError:
-        raise
     except Exception as error:
         if not is_full(error):
             raise
@@ -138,7 +140,7 @@ def check_space(path: Path, needed: int) -> None:
 
     Raises
     ------
-    DataError
+    DiskFull
         With both numbers, the place, and what to do.
     """
     if needed > free_bytes(path):
@@ -160,7 +162,7 @@ def size_of(path: Path) -> int:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or one behind it, says that a disk or a quota is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL):
             return True
         if _FULL_IN_WORDS.search(str(error)):
             return True
@@ -168,14 +170,14 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def too_small(path: Path, needed: int, *, exact: bool = True) -> DataError:
+def too_small(path: Path, needed: int, *, exact: bool = True) -> DiskFull:
     """Make the error for when ``path`` cannot be written for want of space.
 
     ``needed`` is about the whole of it, or with ``exact=False`` what was written until it was full.
     """
     free = free_bytes(path)
     quota = free > needed and exact
-    return DataError(
+    return DiskFull(
         f"{path} cannot be written: the disk is full. It needs "
         f"{'about' if exact else 'more than'} {in_bytes(needed)}, and {in_bytes(free)} are free in "
         f"{_standing(path)}"

@@ -7,7 +7,7 @@ import pytest
 
 from genemodel import writing
 from genemodel.errors import DataError
-from genemodel.writing import found_again, put_in_place, whole, whole_directory
+from genemodel.writing import DiskFull, found_again, put_in_place, whole, whole_directory
 
 
 def everything(folder):
@@ -132,6 +132,18 @@ def test_a_full_disk_or_quota_is_named_and_what_was_begun_removed(number, tmp_pa
         raise OSError(number, os.strerror(number))
     assert isinstance(caught.value.__cause__, OSError)
     assert everything(tmp_path) == {"x/in/a": "old"}
+
+
+def test_a_disk_that_fills_in_a_part_is_said_of_the_whole(tmp_path, monkeypatch):
+    with (
+        pytest.raises(DiskFull, match=r"/x cannot be written.*more than 50 bytes"),
+        whole_directory(tmp_path / "x") as folder,
+    ):
+        (folder / "a").write_text("z" * 50)
+        monkeypatch.setattr(writing, "free_bytes", lambda path: 7)
+        with whole(folder / "part", needed=8):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
