@@ -23,7 +23,8 @@ class HoldoutSettings:
     groups
         Names of the groups to hold out; empty draws them at random.
     fraction
-        Share of the cells of every species that is drawn, in whole groups, when ``groups`` is empty.
+        Share of the cells of every species that is drawn, in whole groups, where ``groups`` is
+        empty.
     seed
         Address of the draw.
     """
