@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
+from genemodel.writing import whole
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +145,8 @@ def _files(settings: DemoSettings, out: Path) -> list[Path]:
             settings.cells, n_genes=2500, genes_per_cell=350, n_batches=6, seed=settings.seed
         ).items():
             path = out / "data" / f"{name}.h5ad"
-            path.parent.mkdir(exist_ok=True)
-            adata.write_h5ad(path)
+            with whole(path) as partial:
+                adata.write_h5ad(partial)
             files.append(path)
         return files
     if settings.data == (FETCHED,):
@@ -168,7 +169,6 @@ def _fetch_pbmc3k(out: Path) -> Path:
 
     import scanpy as sc
 
-    path.parent.mkdir(exist_ok=True)
     logger.info("    fetching pbmc3k through scanpy")
     try:
         adata = sc.datasets.pbmc3k()
@@ -178,7 +178,8 @@ def _fetch_pbmc3k(out: Path) -> Path:
             f"Use data={GENERATED}, or data=FILE.h5ad with raw counts of your own."
         ) from error
     adata.obs["species"] = "human"
-    adata.write_h5ad(path)
+    with whole(path) as partial:
+        adata.write_h5ad(partial)
     return path
 
 

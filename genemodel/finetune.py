@@ -42,6 +42,7 @@ from genemodel.cells.sources import Source, open_source
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
 from genemodel.inference.integrate import batches_of, integrate
 from genemodel.inference.integrated_model import KEY, IntegratedModel
@@ -65,6 +66,7 @@ from genemodel.train.settings import (
     PretrainSettings,
     TrainerSettings,
 )
+from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -287,7 +289,8 @@ def _wanted(settings: FinetuneSettings) -> list[str]:
 def _note(out: Path, about: dict[str, Any]) -> None:
     """Write down what the run is."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    with whole(out / ABOUT) as partial:
+        partial.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) -> None:
@@ -513,9 +516,7 @@ def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | No
     embedded = ad.AnnData(obs=adata.obs)
     embedded.obsm[settings.key_added] = adata.obsm[settings.key_added]
     embedded.uns[settings.key_added] = adata.uns[settings.key_added]
-    partial = out / f".{EMBEDDED}.partial"
-    embedded.write_h5ad(partial)
-    partial.replace(out / EMBEDDED)
+    write_whole(embedded, out / EMBEDDED)
     logger.info("%s: %d cells embedded without their batch.", out / EMBEDDED, embedded.n_obs)
 
 
@@ -545,7 +546,7 @@ def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> No
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in list(csv.reader(file))[1:] if row[0] != task]
-    with path.open("w", newline="") as file:
+    with whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "step", "loss", "value"])
         writer.writerows(kept)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
+from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from genemodel.cells.sources import Source
@@ -257,7 +258,7 @@ def describe(settings: DescribeSettings) -> str:
     DataError
         It is none of those, or it is damaged.
     """
-    path = settings.path
+    path = found_again(settings.path)
     if (path / "manifest.json").is_file():
         return describe_corpus(CorpusDescribeSettings(path))
     if (path / "bundle.json").is_file():

@@ -176,3 +176,19 @@ def small_start(tmp_path_factory, small_vocabulary):
         )
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, mounted; skips where this is not allowed."""
+    import subprocess
+
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a small file system cannot be mounted here: that takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

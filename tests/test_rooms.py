@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genemodel"
 # From the top down: a room may import itself and what stands above it.
 ORDER = (
     ("errors",),
-    ("settings",),
+    ("settings", "writing"),
     ("genes",),
     ("cells",),
     ("model",),

@@ -41,13 +41,14 @@ from genemodel.adapt.posterior import (
 from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest, parse, to_values
+from genemodel.writing import found_again
 
 Kind = Literal["posterior", "decoder"]
 """Whose rates: this cell's, or those of cells like it."""
 Library = float | str | None
 Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None
 
-FORMAT = 1
+FORMAT = 2  # from 2 on imputation.json holds a checksum of itself
 ABOUT, WEIGHTS, GENES = "imputation.json", "weights.safetensors", "genes.txt"
 KIND = "an imputation model"
 
@@ -454,7 +455,8 @@ class ImputationModel:
                 "by_mean": [list(row) for row in trained.coverage.by_mean],
             },
         }
-        write_checked(Path(path), ABOUT, KIND, about, fill)
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        write_checked(Path(path), ABOUT, KIND, about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -465,7 +467,7 @@ class ImputationModel:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = Path(path)
+        path = found_again(Path(path))
         if not (path / ABOUT).is_file():
             raise DataError(
                 f"{path} is not {KIND}: it has no {ABOUT}. `genemodel finetune task=impute` writes "

@@ -32,10 +32,11 @@ from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse, to_values
+from genemodel.writing import found_again
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # from 2 on bundle.json holds a checksum of itself
 ABOUT, WEIGHTS, VOCABULARY, STATISTICS = (
     "bundle.json",
     "weights.safetensors",
@@ -192,7 +193,8 @@ class Bundle:
                 if isinstance(part, KnowledgeEmbedding)
             },
         }
-        write_checked(Path(path), ABOUT, "a model bundle", about, fill)
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        write_checked(Path(path), ABOUT, "a model bundle", about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -210,7 +212,7 @@ class Bundle:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = Path(path)
+        path = found_again(Path(path))
         there = device_of(device)
         about = _read_about(path)
         settings = parse(ModelSettings, about["model"], where=f"{path / ABOUT}: model")

@@ -1,14 +1,11 @@
 """Directories of tensors and plain values that are written whole and read only undamaged.
 
 Every model on disk is one: an ``*.json`` that says what it is, with the sha256 of the files beside
-it. It is filled under another name, flushed and renamed, so that a kill leaves the old one or the
-new one and never half of either.
+it and, since it holds settings that no other file repeats, of itself.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genemodel.errors import DataError
+from genemodel.writing import found_again, whole_directory
 
 
 def sha256(path: Path) -> str:
@@ -26,38 +24,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def flush(path: Path) -> None:
-    """Wait until a file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Create directory ``path`` in one move: fill a sibling, flush it, rename it."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    for file in sorted(partial.iterdir()):
-        flush(file)
-    flush(partial)
-    if path.exists():
-        # A directory cannot be replaced atomically: the old one steps aside first.
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        partial.rename(path)
-        shutil.rmtree(old)
-    else:
-        partial.rename(path)
-    flush(path.parent)
-
-
 def write_checked(
-    path: Path, name: str, kind: str, about: Mapping[str, Any], fill: Callable[[Path], None]
+    path: Path,
+    name: str,
+    kind: str,
+    about: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    *,
+    needed: int = 0,
 ) -> None:
     """Write a model as directory ``path``, replacing one of its kind that is there.
 
@@ -70,29 +44,28 @@ def write_checked(
     kind
         What it is, in words, with its article.
     about
-        Plain values; the checksums are added as ``sha256``.
+        Plain values; the checksums are added as ``sha256`` and ``self``.
     fill
         Writes the other files into the directory it is given.
+    needed
+        About how many bytes that will be; 0 where nobody knows.
 
     Raises
     ------
     DataError
-        If ``path`` exists and is something else.
+        If ``path`` exists and is something else, or there is no space for it.
     """
+    found_again(path)
     if path.exists() and not (path / name).is_file():
         raise DataError(f"{path} exists and is not {kind} (no {name}): choose another directory.")
-
-    def fill_and_sign(folder: Path) -> None:
+    with whole_directory(path, needed=needed) as folder:
         fill(folder)
         sums = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
-        text = json.dumps({**about, "sha256": sums}, indent=1, sort_keys=True)
-        (folder / name).write_text(text + "\n")
-
-    write_directory(path, fill_and_sign)
+        (folder / name).write_bytes(sealed({**about, "sha256": sums}))
 
 
 def read_about(
-    path: Path, name: str, kind: str, *, newest: int, wanted: Set[str]
+    path: Path, name: str, kind: str, *, newest: int, wanted: Set[str], sealed_from: int = 2
 ) -> dict[str, Any]:
     """Read what :func:`write_checked` was told, after checking every file.
 
@@ -104,6 +77,8 @@ def read_about(
         Largest ``format`` that can be read.
     wanted
         Keys without which the values are of no use.
+    sealed_from
+        The ``format`` from which on ``name`` holds a checksum of itself.
 
     Raises
     ------
@@ -112,14 +87,21 @@ def read_about(
     """
     again = "Copy the whole directory again from where it was made."
     try:
-        about: dict[str, Any] = json.loads((path / name).read_text())
-        number = int(about["format"])
+        text = (path / name).read_bytes()
+        about: dict[str, Any] = json.loads(text)
+        number = about["format"]
+        if type(number) is not int or number < 1:
+            raise ValueError(f"format is {number!r}")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path / name} cannot be read ({error}). {again}") from error
     if number > newest:
         raise DataError(
             f"{path} is {kind} of format {number}; this version reads up to {newest}. Upgrade "
             "genemodel."
+        )
+    if (number >= sealed_from or SEAL in about) and not is_intact(text, about.get(SEAL)):
+        raise DataError(
+            f"{path / name} is damaged or was edited: its checksum of itself does not fit. {again}"
         )
     if missing := (wanted | {"sha256"}) - set(about):
         raise DataError(f"{path / name} lacks {', '.join(sorted(missing))}. {again}")
@@ -131,6 +113,29 @@ def read_about(
                 f"{path / file} is damaged: its checksum is not the one in {name}. {again}"
             )
     return about
+
+
+# The key of a file's checksum of itself, and what stands there while it is computed. It is over the
+# bytes, not over what they mean: 1e-05 and 1E-05 are two.
+SEAL = "self"
+_BLANK = "0" * 64
+
+
+def sealed(values: Mapping[str, Any]) -> bytes:
+    """Give the JSON text of plain values, with a checksum of the text in it."""
+    text = json.dumps({**values, SEAL: _BLANK}, indent=1, sort_keys=True) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    entry = f'\n "{SEAL}": "{{}}"'  # of the outermost level alone by its indentation
+    head, tail = text.split(entry.format(_BLANK))
+    return (head + entry.format(digest) + tail).encode()
+
+
+def is_intact(text: bytes, digest: object) -> bool:
+    """Whether a text of :func:`sealed` is the one whose checksum it holds."""
+    if not isinstance(digest, str) or text.count(digest.encode()) != 1:
+        return False
+    blank = text.replace(digest.encode(), _BLANK.encode())
+    return hashlib.sha256(blank).hexdigest() == digest
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from genemodel.cells.manifest import Manifest
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.writing import found_again, is_full, put_in_place, size_of, too_small
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +112,12 @@ def working_folder(folder: Path) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
+            if is_full(error):
+                written = size_of(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                raise too_small(folder, written, exact=False) from error
             raise DataError(
-                f"{folder}: cannot be written ({error.strerror or error}). Free space on the disk "
-                "or choose another place"
+                f"{folder}: cannot be written ({error.strerror or error}). Choose another place"
             ) from error
         finally:
             if folder.exists():
@@ -147,6 +151,7 @@ def build(
     """Build a corpus at ``out``; see :meth:`Corpus.build`."""
     from genemodel.cells.store import create_collection
 
+    found_again(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not overwrite:
             raise ConfigError(
@@ -182,13 +187,7 @@ def build(
         )
         layout.sync_files(folder)
         layout.write_manifest(folder, manifest)
-        replaced = out.with_name(f"{out.name}.replaced-{os.getpid()}")
-        if out.exists():
-            out.rename(replaced)
-        folder.rename(out)
-        layout.sync_folder(out.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        put_in_place(folder, out)
 
 
 def append(

@@ -24,6 +24,7 @@ from genemodel.cells.reading import CountsBlock, CountsReader
 from genemodel.cells.sources import CHUNK_CELLS
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from genemodel.cells.assembly import Sources
@@ -210,7 +211,7 @@ class Corpus:
         DataError
             No corpus, a newer format, files missing or of the wrong size, another vocabulary.
         """
-        path = Path(path)
+        path = found_again(Path(path))
         manifest = Manifest.read(path)
         broken = [
             found

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from genemodel.writing import whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -132,16 +134,15 @@ class CorpusReport:
         )
         warnings = "".join(f"<li>{html.escape(w)}</li>" for w in self.warnings)
         table = _shown(self.table).to_html(border=0, classes="sources", justify="left")
-        path.write_text(
-            _PAGE.format(
-                title=html.escape(self.title),
-                facts=facts,
-                warnings=f"<ol>{warnings}</ol>" if warnings else "<p>None.</p>",
-                figures=figures,
-                table=table,
-            ),
-            encoding="utf-8",
+        page = _PAGE.format(
+            title=html.escape(self.title),
+            facts=facts,
+            warnings=f"<ol>{warnings}</ol>" if warnings else "<p>None.</p>",
+            figures=figures,
+            table=table,
         )
+        with whole(path) as partial:
+            partial.write_text(page, encoding="utf-8")
         return path
 
     def _figures(self) -> list[tuple[Callable[[], Any], str]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from genemodel.errors import DataError
+from genemodel.writing import whole
 
 FORMAT = "genemodel-corpus"
 VERSION = 1
@@ -187,13 +188,8 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: a crash leaves the old or the new one, never a half."""
-    partial = folder / (MANIFEST + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
-    sync_folder(folder)
+    with whole(folder / MANIFEST) as partial:
+        partial.write_text(manifest.to_json(), encoding="utf-8")
 
 
 def file_record(path: Path) -> ObjectRecord:

@@ -9,11 +9,12 @@ from genemodel.cells import manifest as layout
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.manifest import Manifest
 from genemodel.errors import DataError
+from genemodel.writing import found_again
 
 # Cells whose counts are held at once.
 _BLOCK_CELLS = 8192
 # Files that a crash, not damage, leaves behind; the next append removes them.
-_LEFT_OVER = ("append.partial/", layout.MANIFEST + ".partial")
+_LEFT_OVER = ("append.partial/", f".{layout.MANIFEST}.partial", f"{layout.MANIFEST}.partial")
 
 
 def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
@@ -32,7 +33,7 @@ def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
     list of str
         One line per fault, each with the file's name; empty where all is well.
     """
-    path = Path(path)
+    path = found_again(Path(path))
     try:
         manifest = Manifest.read(path)
     except DataError as error:

@@ -30,6 +30,7 @@ from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult
 from genemodel.inference.obs_keys import check_label_is_no_batch
 from genemodel.settings import check_out_folder, check_seed, nearest
+from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -374,7 +375,7 @@ def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") ->
         model = given
         if isinstance(given, str | Path):
             name = f"model {_short_name(Path(given))}"
-            fine_tuned = (Path(given) / ABOUT).exists()
+            fine_tuned = (found_again(Path(given)) / ABOUT).exists()
             model = IntegratedModel.load(Path(given)) if fine_tuned else load(given)
             if name in found:  # runs of one name: the folders above tell them apart
                 name = f"model {Path(given)}"

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
+from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -333,14 +334,11 @@ class Report:
             raise DataError(
                 f"{target} is a directory; name the file, for instance {target / 'report.html'}."
             )
-        scratch = target.with_name(f".{target.name}.{os.getpid()}")
+        page = self.html().encode()
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(self.html(), encoding="utf-8")
-            scratch.replace(target)
+            with whole(target, needed=len(page)) as partial:
+                partial.write_bytes(page)
         except OSError as error:
-            if scratch.exists():
-                scratch.unlink()
             raise DataError(
                 f"The report cannot be written to {target}: {error.strerror}. Choose another place."
             ) from error

@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -27,6 +26,7 @@ import pandas as pd
 from genemodel.errors import DataError
 from genemodel.genes.species import species_name
 from genemodel.genes.tables import decoded
+from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from genemodel.genes.match import GeneMatch, SpeciesIndex
@@ -315,10 +315,8 @@ class GeneVocabulary:
             with gzip.GzipFile("", "wb", compresslevel=9, fileobj=packed, mtime=0) as stream:
                 stream.write(data)
             data = packed.getvalue()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(data)
-        partial.replace(path)
+        with whole(path, needed=len(data)) as partial:
+            partial.write_bytes(data)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

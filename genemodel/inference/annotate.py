@@ -21,6 +21,7 @@ from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
 from genemodel.inference.obs_keys import check_key_added, label_codes
 from genemodel.settings import check_seed
+from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -457,7 +458,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         with refuse_damage(str(path)):
             cells[name] = ad.read_h5ad(path)
     model: Bundle | IntegratedModel
-    if (Path(settings.model) / ABOUT).is_file():
+    if (found_again(Path(settings.model)) / ABOUT).is_file():
         model = IntegratedModel.load(settings.model, device=settings.device)
     else:
         model = Bundle.load(settings.model, device=settings.device)

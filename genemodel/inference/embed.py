@@ -22,6 +22,7 @@ from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
 from genemodel.inference.obs_keys import check_key_added
 from genemodel.tasks.decode_counts import CellProjection
+from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -227,13 +228,10 @@ def writable_h5ad(output: str, *, overwrite: bool, inputs: Sequence[str] = ()) -
 
 
 def write_whole(adata: "AnnData", output: Path) -> None:
-    """Write an h5ad under another name, then rename it: a kill leaves no half file of this name."""
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    """Write an h5ad, whole or not at all."""
+    arrays = (np.asarray(array) for array in adata.obsm.values())
+    with whole(output, needed=sum(array.nbytes for array in arrays)) as partial:
         adata.write_h5ad(partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def embed_file(settings: EmbedSettings) -> Path:

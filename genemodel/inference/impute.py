@@ -41,6 +41,7 @@ from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, out
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.settings import check_seed, to_values
+from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -566,7 +567,7 @@ def impute_file(settings: ImputeSettings) -> Path:
     model: Bundle | ImputationModel | None = None
     device_of(settings.device)
     if settings.model:
-        trained = (Path(settings.model) / ABOUT).is_file()
+        trained = (found_again(Path(settings.model)) / ABOUT).is_file()
         model = (
             ImputationModel.load(settings.model)
             if trained

@@ -3,8 +3,6 @@
 Axes: C cells, P output columns (genes asked for).
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from genemodel.adapt.imputation_model import GammaPosterior
 from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.impute_genes import Columns
+from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -147,7 +146,7 @@ class InPlace:
 class ToFile:
     """An h5ad or zarr without counts, whose layers are written in blocks of cells.
 
-    It bears another name until it is complete.
+    It is there once it is complete.
     """
 
     def __init__(
@@ -160,33 +159,30 @@ class ToFile:
         self.path, self.overwrite, self.key = path, overwrite, layers.key
         self.obs, self.var = tables
         self.names = layers.names
-        self.partial = path.with_name(f".partial.{path.name}")
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Lay the file out, and give it its name once everything is written."""
         _refuse_dates(self.obs, "obs", self.path)
         _refuse_dates(self.var, "var", self.path)
-        _remove(self.partial)
-        try:
-            with self._created() as self.root:
-                self._lay_out()
-                yield
-            # Renaming replaces a file at once, but no folder, and no file by a folder.
-            if self.overwrite and (self.path.is_dir() or self.partial.is_dir()):
-                _remove(self.path)
-            os.replace(self.partial, self.path)
-        finally:
-            _remove(self.partial)
+        # HDF5 writes the layers as they are; zarr packs them, by nobody knows how much.
+        packed = self.path.suffix == ".zarr"
+        n_bytes = np.dtype(np.float32).itemsize * len(self.obs) * len(self.var) * len(self.names)
+        with (
+            whole(self.path, needed=0 if packed else n_bytes) as partial,
+            self._created(partial) as self.root,
+        ):
+            self._lay_out()
+            yield
 
-    def _created(self) -> AbstractContextManager[Any]:
+    def _created(self, partial: Path) -> AbstractContextManager[Any]:
         if self.path.suffix == ".zarr":
             import zarr
 
-            return nullcontext(zarr.open_group(self.partial, mode="w"))
+            return nullcontext(zarr.open_group(partial, mode="w"))
         import h5py
 
-        return cast(AbstractContextManager[Any], h5py.File(self.partial, "w"))
+        return cast(AbstractContextManager[Any], h5py.File(partial, "w"))
 
     def _lay_out(self) -> None:
         """Write obs and var, and make room for the layers."""
@@ -240,10 +236,3 @@ def _refuse_dates(table: pd.DataFrame, what: str, path: Path) -> None:
             "hold dates, periods, intervals or sparse values. Make them text or numbers, such as "
             f"adata.{what}[{odd[0]!r}].astype(str)."
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

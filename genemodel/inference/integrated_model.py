@@ -30,13 +30,14 @@ from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import batch_names
 from genemodel.settings import parse, to_values
+from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # from 2 on integrated.json holds a checksum of itself
 KEY = "X_genemodel"
 ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
     "integrated.json",
@@ -229,7 +230,8 @@ class IntegratedModel:
             "bundle": None if self.bundle is None else self.bundle.fingerprint,
             "provenance": self.provenance,
         }
-        write_checked(Path(path), ABOUT, "an integrated model", about, fill)
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        write_checked(Path(path), ABOUT, "an integrated model", about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -240,7 +242,7 @@ class IntegratedModel:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = Path(path)
+        path = found_again(Path(path))
         about = _read_about(path)
         settings = parse(IntegrationSettings, about["settings"], where=f"{path / ABOUT}: settings")
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]

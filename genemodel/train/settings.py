@@ -23,7 +23,8 @@ class HoldoutSettings:
     groups
         Names of the groups to hold out; empty draws them at random.
     fraction
-        Share of the groups drawn when ``groups`` is empty.
+        Share of the cells of every species that is drawn, in whole groups, where ``groups`` is
+        empty.
     seed
         Address of the draw.
     """
@@ -36,7 +37,7 @@ class HoldoutSettings:
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise ConfigError(
-                f"holdout.fraction is {self.fraction}: it is a share of the groups, between 0 and "
+                f"holdout.fraction is {self.fraction}: it is a share of the cells, between 0 and "
                 "1. To hold nothing out set holdout.by=''."
             )
 

@@ -124,6 +124,10 @@ def test_refusals(model, tmp_path):
         ImputationModel.load(tmp_path / "model")
     genes.write_text(original)
     about = tmp_path / "model" / "imputation.json"
-    about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(DataError, match="of format 2; this version reads up to 1. Upgrade"):
+    whole = about.read_text()
+    about.write_text(whole.replace("unseen_share", "unseen_sharf"))
+    with pytest.raises(DataError, match="checksum of itself does not fit"):
+        ImputationModel.load(tmp_path / "model")
+    about.write_text(whole.replace('"format": 2', '"format": 3'))
+    with pytest.raises(DataError, match="of format 3; this version reads up to 2. Upgrade"):
         ImputationModel.load(tmp_path / "model")

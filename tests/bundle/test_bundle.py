@@ -1,5 +1,6 @@
 """Bundles: what is saved is what is loaded, and damage is named."""
 
+import errno
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 import genemodel as gm
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import is_intact, read_about, sealed, write_checked
 from genemodel.errors import DataError
 
 
@@ -46,19 +48,19 @@ def test_every_file_missing_or_flipped_is_named(saved):
         path.unlink()
         with pytest.raises(DataError, match=path.name.replace(".", r"\.")):
             Bundle.load(saved)
-        if path.name != "bundle.json":
-            damaged = bytearray(original)
-            damaged[len(damaged) // 2] ^= 1
-            path.write_bytes(damaged)
-            with pytest.raises(DataError, match="damaged"):
-                Bundle.load(saved)
+        damaged = bytearray(original)
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"damaged|cannot be read"):
+            Bundle.load(saved)
         path.write_bytes(original)
     Bundle.load(saved)
 
 
 def change(saved, **values):
+    """Write other values with a right checksum, as a careless script might."""
     about = json.loads((saved / "bundle.json").read_text())
-    (saved / "bundle.json").write_text(json.dumps(about | values))
+    (saved / "bundle.json").write_bytes(sealed(about | values))
 
 
 def test_refusals_say_what_where_and_what_to_do(random_bundle, saved, tmp_path):
@@ -114,3 +116,85 @@ def test_torn_json_is_refused(saved):
     (saved / "bundle.json").write_text(text[: len(text) // 2])
     with pytest.raises(DataError, match=r"bundle\.json cannot be read"):
         Bundle.load(saved)
+
+
+def test_no_single_flipped_bit_of_what_a_model_says_of_itself_is_read(saved):
+    """A bit in a setting, a key, the format or the checksums themselves; 1E-05 for 1e-05, too."""
+    wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
+    file = saved / "bundle.json"
+    text = file.read_bytes()
+
+    def read():
+        return read_about(saved, "bundle.json", "a model bundle", newest=2, wanted=wanted)
+
+    said = read()
+    assert said["format"] == 2 and said["model"]["norm_eps"] == 1e-05
+    loaded = 0
+    for place in range(len(text)):
+        for bit in range(place % 3, 8, 3):
+            broken = bytearray(text)
+            broken[place] ^= 1 << bit
+            file.write_bytes(broken)
+            try:
+                read()
+            except DataError:
+                continue
+            loaded += 1
+    assert loaded == 0
+
+
+def test_a_checksum_of_itself_is_of_the_outermost_level(tmp_path):
+    blank = "0" * 64
+    text = sealed({"a": {"self": blank}, "z": f'"self": "{blank}"', "self": "from before"})
+    values = json.loads(text)
+    assert is_intact(text, values["self"]) and values["a"] == {"self": blank}
+    assert not is_intact(text, blank) and not is_intact(text, None) and not is_intact(text, "")
+
+
+def test_a_bundle_of_the_format_before_loads(random_bundle, saved):
+    about = json.loads((saved / "bundle.json").read_text())
+    del about["self"]
+    (saved / "bundle.json").write_text(json.dumps(about | {"format": 1}))
+    assert Bundle.load(saved).fingerprint == random_bundle.fingerprint
+    (saved / "bundle.json").write_text(json.dumps(about))
+    with pytest.raises(DataError, match="checksum of itself does not fit"):
+        Bundle.load(saved)
+    for number in (0, True, "1", None):
+        (saved / "bundle.json").write_text(json.dumps(about | {"format": number}))
+        with pytest.raises(DataError, match="format is"):
+            Bundle.load(saved)
+
+
+def test_an_overwrite_that_was_stopped_between_its_moves_is_found_by_load_and_save(
+    random_bundle, saved, caplog
+):
+    aside = saved.with_name(".bundle.old")
+    saved.rename(aside)
+    assert gm.load(saved, device="cpu").fingerprint == random_bundle.fingerprint
+    assert "the one before is back" in caplog.text and saved.is_dir()
+    saved.rename(aside)
+    random_bundle.save(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["bundle"]
+
+
+def test_a_disk_that_fills_keeps_the_old_bundle(random_bundle, saved, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("genemodel.bundle.bundle.write_medians", full)
+        with pytest.raises(DataError, match=r"bundle cannot be written: the disk is full.*needs"):
+            random_bundle.save(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["bundle"]
+    assert gm.load(saved).fingerprint == random_bundle.fingerprint
+    monkeypatch.setattr("genemodel.writing.free_bytes", lambda path: 1000)
+    with pytest.raises(DataError, match=r"needs about 9\.6 MB .* 1\.0 kB \(1,000 bytes\) are free"):
+        random_bundle.save(saved)
+    assert gm.load(saved).fingerprint == random_bundle.fingerprint
+
+
+def test_something_else_in_the_place_of_a_model_is_left_alone(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(DataError, match="exists and is not a thing"):
+        write_checked(tmp_path / "x", "thing.json", "a thing", {"format": 2}, lambda folder: None)
+    assert (tmp_path / "x").read_text() == "mine"

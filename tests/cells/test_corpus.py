@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -418,6 +420,42 @@ def test_two_processes_do_not_write_at_once(make_cells, vocabulary, tmp_path):
     assert len(corpus.append({"b": make_cells(20, seed=7)})) == 40
     with pytest.raises(ConfigError, match="was changed by another process: open it again"):
         corpus.append({"c": make_cells(20, seed=8)})
+
+
+def test_a_replacement_that_was_stopped_between_its_moves_is_found_again(
+    make_cells, vocabulary, tmp_path
+):
+    corpus = Corpus.build({"a": make_cells(20)}, tmp_path / "c", vocabulary=vocabulary)
+    aside = tmp_path / ".c.old"
+    corpus.path.rename(aside)
+    assert Corpus.open(corpus.path).fingerprint == corpus.fingerprint
+    corpus.path.rename(aside)
+    with pytest.raises(ConfigError, match="exists already"):
+        Corpus.build({"a": make_cells(20)}, corpus.path, vocabulary=vocabulary)
+    Corpus.build({"b": make_cells(30)}, corpus.path, vocabulary=vocabulary, overwrite=True)
+    assert len(Corpus.open(corpus.path)) == 30 and os.listdir(tmp_path) == ["c"]
+
+
+def test_a_disk_that_fills_is_named_and_leaves_what_was_there(
+    make_cells, vocabulary, tmp_path, monkeypatch
+):
+    corpus = Corpus.build({"a": make_cells(20)}, tmp_path / "c", vocabulary=vocabulary)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        for write in (
+            lambda: corpus.append({"b": make_cells(20, seed=7)}),
+            lambda: Corpus.build(
+                {"b": make_cells(20)}, corpus.path, vocabulary=vocabulary, overwrite=True
+            ),
+        ):
+            with pytest.raises(DataError, match=r"disk is full.*more than .* bytes.*are free in"):
+                write()
+            assert Corpus.open(corpus.path).verify() == [] and os.listdir(tmp_path) == ["c"]
+    assert len(corpus.append({"b": make_cells(20, seed=7)})) == 40
 
 
 def test_opening_refuses_what_is_no_corpus(built, tmp_path, other_vocabulary):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from genemodel.cells.corpus import Corpus
-from genemodel.cells.split import split_cells
+from genemodel.cells.split import hold_out, split_cells, usual_groups
 from genemodel.errors import ConfigError, DataError
 
 
@@ -35,12 +35,74 @@ def test_a_split_is_complete_and_no_group_straddles(corpus, by, share, seed):
     np.testing.assert_array_equal(again[1], held)
 
 
-def test_the_share_is_one_of_groups_and_at_least_one(corpus):
+def test_the_share_is_one_of_cells_and_at_least_one_group(corpus):
     codes = groups(corpus, "dataset", "donor")
-    n = len(np.unique(codes[codes >= 0]))
-    for share, expected in ((0.01, 1), (0.5, round(0.5 * n)), (0.999, n - 1)):
-        _, held = split_cells(corpus, by="donor", holdout=share)
-        assert len(np.unique(codes[held])) == expected
+    for share, expected in ((0.01, 12), (0.2, 36), (0.5, 90)):
+        split = hold_out(corpus, by="donor", fraction=share)
+        assert abs(split.held_out.size - expected) <= 12  # nobody can do better than whole groups
+        assert len(split.groups) == len(np.unique(codes[split.held_out])) >= 1
+    split = hold_out(corpus, by="donor", fraction=0.999)
+    assert len(set(codes[split.train]) - {-1}) == 1  # one group stays
+
+
+def uneven(make_cells, sizes, **options):
+    """One data set whose donors have the given numbers of cells."""
+    adata = make_cells(sum(sizes.values()), **options)
+    adata.obs["donor"] = np.repeat(list(sizes), list(sizes.values()))
+    return adata
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_giant_is_not_drawn_for_a_small_share_whatever_the_order(
+    seed, make_cells, vocabulary, tmp_path
+):
+    sizes = {"giant": 160, **{f"d{i}": 10 for i in range(4)}}
+    corpus = Corpus.build({"a": uneven(make_cells, sizes)}, tmp_path / "c", vocabulary=vocabulary)
+    split = hold_out(corpus, fraction=0.1, seed=seed)
+    assert split.held_out.size == 20 and "a / giant" not in split.groups
+
+
+def test_every_species_that_can_is_held_out_and_none_disappears(
+    make_cells, vocabulary, tmp_path, caplog
+):
+    cells = {
+        "h": uneven(make_cells, {f"d{i}": 10 for i in range(20)}),
+        "m": uneven(make_cells, {"big": 50, "small": 30}, species="mouse", seed=2),
+    }
+    corpus = Corpus.build(cells, tmp_path / "c", vocabulary=vocabulary)
+    species, names = corpus.codes("species")
+    split = hold_out(corpus, fraction=0.1)
+    held = {n: int((species[split.held_out] == i).sum()) for i, n in enumerate(names)}
+    assert held == {"human": 20, "mouse": 30}  # mouse: the smaller of its two
+    assert "m / small" in split.groups and list(split.groups) == sorted(split.groups)
+    assert split.describe().startswith("230 cells to train on, 50 (17.9%) held out: h / d")
+    cells["m"].obs["donor"] = "only"
+    corpus = Corpus.build(cells, tmp_path / "one", vocabulary=vocabulary)
+    split = hold_out(corpus, fraction=0.4)
+    assert split.held_out.size == 80
+    assert "No cell of mouse is held out: its 80 cells are not of several groups" in caplog.text
+    with pytest.raises(DataError, match=r"each group is the only one of a species \(h, m\).*donor"):
+        hold_out(corpus, by="dataset")
+    assert usual_groups(corpus) == "donor"
+
+
+def test_a_large_hold_out_warns_with_numbers_and_what_to_set(
+    make_cells, vocabulary, tmp_path, caplog
+):
+    sizes = {"x": 55, "y": 45}
+    corpus = Corpus.build({"a": uneven(make_cells, sizes)}, tmp_path / "c", vocabulary=vocabulary)
+    hold_out(corpus, fraction=0.1)
+    assert "45 % of the cells (45 of 100) are held out by donor" in caplog.text
+    assert "a / y (45 cells). Set holdout.groups" in caplog.text
+    assert "holdout.fraction" in caplog.text and "holdout.by" in caplog.text
+    caplog.clear()
+    hold_out(corpus, groups=["x"])
+    assert "a / x (55 cells)" in caplog.text
+
+
+def test_no_warning_for_an_ordinary_hold_out(corpus, caplog):
+    hold_out(corpus, fraction=0.2)
+    assert not caplog.records
 
 
 def test_another_seed_holds_out_other_groups(corpus):
@@ -84,19 +146,20 @@ def _ranked(corpus):
 
 def test_refusals_name_what_is_there(corpus):
     with pytest.raises(DataError, match=r"by tissue, which has one group only \(blood\).*dataset"):
-        split_cells(corpus, by="tissue")
-    with pytest.raises(DataError, match=r"assay, which is missing in every source.*donor \(\d+ gr"):
-        split_cells(corpus, by="assay")
+        hold_out(corpus, by="tissue")
+    missing = r"assay, which is missing in every source\. Set holdout\.by to .*donor \(\d+ groups\)"
+    with pytest.raises(DataError, match=missing + ".*holdout.by='' to hold nothing out"):
+        hold_out(corpus, by="assay")
     with pytest.raises(ConfigError, match="no column 'doner'.*Did you mean 'donor'"):
-        split_cells(corpus, by="doner")
-    with pytest.raises(ConfigError, match="no dataset 'x' in the corpus; it has a, b, c"):
-        split_cells(corpus, by="dataset", holdout=["x"])
+        hold_out(corpus, by="doner")
+    with pytest.raises(ConfigError, match=r"holdout.groups: there is no dataset 'x'.* a, b, c"):
+        hold_out(corpus, by="dataset", groups=["x"])
     with pytest.raises(ConfigError, match="names all 3 groups of dataset"):
-        split_cells(corpus, by="dataset", holdout=["a", "b", "c"])
+        hold_out(corpus, by="dataset", groups=["a", "b", "c"])
     with pytest.raises(ConfigError, match="empty list"):
         split_cells(corpus, by="dataset", holdout=[])
     for share in (0.0, 1.0, 7):
-        with pytest.raises(ConfigError, match="no share of the groups"):
-            split_cells(corpus, holdout=share)
+        with pytest.raises(ConfigError, match="no share of the cells"):
+            hold_out(corpus, fraction=share)
     with pytest.raises(ConfigError, match="give a list of groups"):
-        split_cells(corpus, by="dataset", holdout="a")
+        hold_out(corpus, by="dataset", groups="a")
