@@ -258,15 +258,14 @@ class GeneModel(nn.Module):
         Parameters
         ----------
         batch
-            Packed cells; the dummy tail is encoded as a cell of its own and means nothing.
+            Packed cells; the pieces of the tail are encoded as cells and mean nothing.
         layer
             Stop after this many blocks (default: all), without the final norm when fewer.
         """
         x_TD = self.embedding(batch)
         stop = len(self.blocks) if layer is None else layer
         for block in self.blocks[:stop]:
-            # The dummy tail can be longer than the context: it needs the budget as bound.
-            x_TD = block(x_TD, batch.starts_C1, batch.gene_T.shape[0])
+            x_TD = block(x_TD, batch.starts_C1, batch.longest)
         if stop == len(self.blocks):
             x_TD = self.final_norm(x_TD)
         first_C = batch.starts_C1[:-1].long().clamp(max=x_TD.shape[0] - 1)
