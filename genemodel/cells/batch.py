@@ -2,8 +2,8 @@
 
 Legend, kept from the loader to the logits. An array's suffix names its axes::
 
-    T  packed tokens: a fixed budget; cells lie end to end, the tail is one dummy cell
-    C  cells: a fixed number of places, the first ``n_cells`` of which are real
+    T  packed tokens: a fixed budget; cells lie end to end, the tail is cut into dummy cells
+    C  cells: a fixed number of places; the first ``n_cells`` are real, then come the tail's pieces
     N  expressed genes of the real cells, end to end (not cut by the context)
     D  width      H  heads      K  width of a head      V  vocabulary
     M  masked tokens            P  knowledge tables     S  species
@@ -24,6 +24,7 @@ cell_C             int64    permanent cell number in its corpus, −1 dummy
 full_gene_N        int64    every expressed gene of the real cells, ascending within a cell
 full_count_N       float32  its count
 full_cell_N        int64    which place in C it belongs to
+length_C           int64    tokens of the real cells, a numpy array: never on a device
 =================  =======  ==================================================================
 """
 
@@ -40,8 +41,9 @@ from torch import Tensor
 class CellBatch:
     """Packed cells of one micro-batch; see the legend at the top of this file.
 
-    ``n_cells``, ``n_tokens`` (both without the dummy tail) and ``epoch`` are plain integers:
-    they are known on the host, so reading them never waits for a device.
+    ``length_C``, ``n_cells``, ``n_tokens`` (all without the dummy tail), ``longest`` (which no
+    cell and no piece of the tail exceeds; a constant of the run) and ``epoch`` are known on the
+    host, so reading them never waits for a device.
     """
 
     gene_T: Tensor
@@ -57,8 +59,10 @@ class CellBatch:
     full_gene_N: Tensor
     full_count_N: Tensor
     full_cell_N: Tensor
+    length_C: np.ndarray
     n_cells: int
     n_tokens: int
+    longest: int
     epoch: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
@@ -89,5 +93,4 @@ class CellBatch:
 
     def lengths_C(self) -> np.ndarray:
         """Tokens of every real cell, its ``CELL`` token included; shape (n_cells,)."""
-        starts_C1 = self.starts_C1.cpu().numpy()
-        return np.diff(starts_C1[: self.n_cells + 1])
+        return self.length_C

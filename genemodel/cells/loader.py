@@ -18,7 +18,7 @@ import torch
 
 from genemodel.cells.batch import CellBatch
 from genemodel.cells.order import EpochOrder, Position
-from genemodel.cells.packing import plan_bins
+from genemodel.cells.packing import plan_bins, tail_pieces
 from genemodel.cells.tokens import TokenSettings, pack_cells
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import CELL, PAD
@@ -82,7 +82,9 @@ def pack(
 ) -> CellBatch:
     """Make one micro-batch of the window's rows ``cells`` (they must fit; see ``plan_bins``)."""
     budget = settings.budget if budget is None else budget
-    places = (settings.max_cells if max_cells is None else max_cells) + 1
+    max_cells = settings.max_cells if max_cells is None else max_cells
+    # The tail can take a place for every cell of full length, whatever the cells leave of it.
+    places = max_cells + tail_pieces(budget, settings.context)
     gene_T = np.empty(budget, np.int64)
     value_T = np.empty(budget, np.float32)
     rank_T = np.empty(budget, np.int64)
@@ -111,6 +113,7 @@ def pack(
         full_count_N,
         full_cell_N,
     )
+    assert starts_C1[-1] == budget, f"{cells.size} cells and their tail in {places} places"
 
     def placed(values: np.ndarray, dtype: type, dummy: float) -> torch.Tensor:
         out: np.ndarray = np.full(places, dummy, dtype)
@@ -131,8 +134,10 @@ def pack(
         full_gene_N=torch.from_numpy(full_gene_N),
         full_count_N=torch.from_numpy(full_count_N),
         full_cell_N=torch.from_numpy(full_cell_N),
+        length_C=np.diff(starts_C1[: cells.size + 1]).astype(np.int64),
         n_cells=int(cells.size),
         n_tokens=int(n_tokens),
+        longest=min(settings.context, budget),
         epoch=epoch,
     )
 
@@ -186,7 +191,7 @@ class CellStream:
             )
         self.corpus = corpus
         self.cells = np.asarray(cells, np.int64)
-        self.settings = settings
+        self.settings = settings.placed(_mean_length(corpus, settings.context))
         self.seed = seed
         self.inverse_median_V = inverse_median_V
         self.position = position or Position()
@@ -293,6 +298,11 @@ class CellStream:
             if not self.endless:
                 return
             epoch, first = epoch + 1, 0
+
+
+def _mean_length(corpus: "Corpus", context: int) -> float:
+    """Mean tokens over the whole corpus: training and held-out cells get micro-batches alike."""
+    return float(np.minimum(corpus.n_genes_C, context - 1).mean()) + 1
 
 
 def _packing(

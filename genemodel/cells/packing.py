@@ -1,11 +1,42 @@
 """Which cells share a micro-batch: a plan from lengths alone, before anything is tokenised."""
 
+import math
+
 import numpy as np
 from numba import njit
 
 # A bin looks this many waiting cells ahead for one that still fits. 256 keeps the fill above 0.99
 # at 16k tokens while a cell never moves far from its place in the shuffled order.
 LOOK_AHEAD = 256
+
+# Places of a micro-batch come in steps of this many: corpora of like cells share a compiled shape.
+PLACE_STEP = 8
+
+
+def tail_pieces(budget: int, context: int) -> int:
+    """Most pieces of the dummy tail: it is cut so that no piece is longer than a cell may be."""
+    return -(-budget // context)
+
+
+def places_for(budget: int, context: int, mean_length: float) -> int:
+    """Places of a micro-batch: near twice its typical number of cells, the tail's included.
+
+    Parameters
+    ----------
+    budget, context
+        Tokens of a micro-batch, and most tokens of a cell.
+    mean_length
+        Mean tokens of the cells, cut to the context.
+
+    Notes
+    -----
+    On a GPU the attention kernel starts thread blocks for the context at every place, also at an
+    empty one, so places cost; but once they are used up, a bin is closed before it is full. Cells
+    have the places but for those that the longest tail needs, which is one place for every cell
+    of full length: twice the typical number leaves between one and two times of it.
+    """
+    wanted = max(2 * budget / mean_length, tail_pieces(budget, context) + 1)
+    return math.ceil(wanted / PLACE_STEP) * PLACE_STEP
 
 
 @njit(nogil=True, cache=True)

@@ -8,12 +8,13 @@ float64 and in their order of operations, because there the last bit decides the
 Axes: C cells, N stored genes of the cells end to end, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 from numba import njit
 
+from genemodel.cells.packing import places_for, tail_pieces
 from genemodel.errors import ConfigError
 
 
@@ -28,10 +29,14 @@ class TokenSettings:
         count ÷ median.
     budget
         Tokens of a packed micro-batch; every micro-batch has this shape.
+    places
+        Cells of a packed micro-batch, pieces of the empty tail included; 0 chooses about twice
+        the typical number of cells, from the cells' mean length.
     """
 
     context: int = 2048
     budget: int = 16_384
+    places: int = 0
 
     def __post_init__(self) -> None:
         if self.context < 2:
@@ -44,12 +49,27 @@ class TokenSettings:
                 f"tokens.budget is {self.budget} but tokens.context is {self.context}: one cell "
                 "might not fit into a micro-batch. Set tokens.budget to at least tokens.context."
             )
+        fewest = tail_pieces(self.budget, self.context) + 1
+        if self.places and self.places < fewest:
+            raise ConfigError(
+                f"tokens.places is {self.places}: a cell and the empty tail of a micro-batch of "
+                f"{self.budget:,} tokens may need {fewest}. Set tokens.places to at least "
+                f"{fewest}, or to 0 to have it chosen."
+            )
+
+    def placed(self, mean_length: float) -> Self:
+        """Choose the number of places for cells of this mean length, where it is left open."""
+        if self.places:
+            return self
+        return replace(self, places=places_for(self.budget, self.context, mean_length))
 
     @property
     def max_cells(self) -> int:
-        """Places for cells in a micro-batch, the dummy tail's included (C)."""
-        # 32 tokens a cell is far below any usable cell; shallower cells only lower the fill.
-        return max(8, self.budget // 32)
+        """Most cells of a micro-batch, with places left for the longest tail."""
+        if not self.places:
+            # 32 tokens a cell is far below any usable cell; shallower cells only lower the fill.
+            return max(8, self.budget // 32)
+        return self.places - tail_pieces(self.budget, self.context)
 
 
 N_LOGS = 64  # counts below this share a table of logarithms within a cell
@@ -183,8 +203,9 @@ def pack_cells(  # type: ignore[no-untyped-def]
     """Rank cells and lay them end to end into one micro-batch.
 
     Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending by token. Every cell opens with
-    ``cell_token``; the tail of the budget becomes one dummy cell of ``pad_token``. The ``full``
-    arrays take every stored gene in storage order. Returns the number of real tokens.
+    ``cell_token``; the tail of the budget becomes dummy cells of ``pad_token``, as long as a cell
+    may be and the last of them shorter. The ``full`` arrays take every stored gene in storage
+    order. Returns the number of real tokens.
     """
     budget = gene_T.shape[0]
     longest = 0
@@ -238,13 +259,12 @@ def pack_cells(  # type: ignore[no-untyped-def]
             full += 1
     n_cells = begin_C.shape[0]
     for place in range(n_cells, out_starts_C1.shape[0]):
-        out_starts_C1[place] = budget
-    out_starts_C1[n_cells] = at
+        out_starts_C1[place] = min(at + (place - n_cells) * (limit + 1), budget)
     for t in range(at, budget):
         gene_T[t] = pad_token
         value_T[t] = 0.0
         rank_T[t] = 0
-        segment_T[t] = n_cells
+        segment_T[t] = n_cells + (t - at) // (limit + 1)
     return at
 
 

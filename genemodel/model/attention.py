@@ -1,15 +1,17 @@
 """The one door to attention: packed cells in, packed cells out, whatever the device.
 
 ``attend`` lets every token see the tokens of its own cell and no others. On CUDA in half precision
-it is torch's own ``varlen_attn``; everywhere else a loop over cells around the fused CPU kernel,
-which beats padding with a mask because nothing is computed on padding. Both stand behind one
-custom operator, so a compiled model stays one graph.
+it is torch's own ``varlen_attn``, and cells padded to one length where that kernel does not go
+(full precision, heads too wide). On a CPU it is a loop over cells around the fused kernel, which
+beats padding with a mask because nothing is computed on padding; a custom operator, so that a
+compiled model stays one graph. None of them waits for the device.
 
 Axes: T tokens, H heads, K head width, C cells.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,9 @@ def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longe
     -------
     Tensor of shape (T, H, K).
     """
-    if q_THK.is_cuda and q_THK.dtype in (torch.bfloat16, torch.float16):
+    if q_THK.is_cuda:
+        if q_THK.dtype not in (torch.bfloat16, torch.float16) or not flash_fits(q_THK.shape[2]):
+            return attend_padded(q_THK, k_THK, v_THK, starts_C1, longest)
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(q_THK, k_THK, v_THK, starts_C1, starts_C1, longest, longest)
@@ -40,6 +44,36 @@ def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longe
         return out
     out, _ = _per_cell(q_THK, k_THK, v_THK, starts_C1)
     return out
+
+
+def flash_fits(head_width: int) -> bool:
+    """Whether FlashAttention-2 has a kernel for heads of this width."""
+    return head_width % 8 == 0 and head_width <= 256
+
+
+def attend_padded(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longest: int
+) -> Tensor:
+    """Pad every place to ``longest`` and mask: any device, any precision, constant shapes.
+
+    It computes on padding, two to four times as much as there is to compute.
+    """
+    n_tokens = q_THK.shape[0]
+    first_C1, length_C1 = starts_C1[:-1, None].long(), starts_C1.diff()[:, None]
+    rank_L = torch.arange(longest, device=q_THK.device)
+    # Padding reads rows that follow, each another one: no row gathers the gradients of all of it.
+    token_CL = (first_C1 + rank_L) % n_tokens
+    # A place without tokens looks at a stranger: a softmax over nothing is not a number.
+    sees_CL = (rank_L < length_C1) | (rank_L == 0)
+    q, k, v = (
+        x.index_select(0, token_CL.flatten()).unflatten(0, token_CL.shape).transpose(1, 2)
+        for x in (q_THK, k_THK, v_THK)
+    )  # (C, H, longest, K)
+    out_CHLK = F.scaled_dot_product_attention(q, k, v, sees_CL[:, None, None, :])
+    token_T = torch.arange(n_tokens, device=q_THK.device, dtype=starts_C1.dtype)
+    place_T = torch.searchsorted(starts_C1[1:].contiguous(), token_T, right=True)
+    row_T = place_T * longest + token_T - starts_C1[place_T]
+    return out_CHLK.transpose(1, 2).flatten(0, 1).index_select(0, row_T)
 
 
 def _spans(starts_C1: Tensor) -> list[tuple[int, int]]:
@@ -59,19 +93,10 @@ def _per_cell(
     logsumexp_TH = q_THK.new_zeros(q_THK.shape[:2], dtype=torch.float32)
     for a, b in _spans(starts_C1):
         q, k, v = (_heads_first(x, a, b) for x in (q_THK, k_THK, v_THK))
-        if q_THK.is_cuda:
-            out, logsumexp = _dense(q, k, v)
-        else:
-            out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         out_THK[a:b] = out[0].transpose(0, 1)
         logsumexp_TH[a:b] = logsumexp[0].transpose(0, 1)
     return out_THK, logsumexp_TH
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Full-precision attention on CUDA, where the variable-length kernel is half precision only."""
-    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return F.softmax(score, -1) @ v, torch.logsumexp(score, -1)
 
 
 @_per_cell.register_fake
@@ -98,23 +123,11 @@ def _per_cell_backward(
         grad, q, k, v, out = (
             _heads_first(x, a, b) for x in (grad_THK, q_THK, k_THK, v_THK, out_THK)
         )
-        if q_THK.is_cuda:
-            scale = q.shape[-1] ** -0.5
-            p = torch.exp(
-                q @ k.transpose(-1, -2) * scale - logsumexp_TH[a:b].transpose(0, 1)[None, ..., None]
-            )
-            grad_score = p * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
-            pieces = (
-                grad_score @ k * scale,
-                grad_score.transpose(-1, -2) @ q * scale,
-                p.transpose(-1, -2) @ grad,
-            )
-        else:
-            # The kernel reads the log-sum-exp with heads outside and tokens inside.
-            logsumexp = logsumexp_TH[a:b].transpose(0, 1).unsqueeze(0)
-            pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, logsumexp, 0.0, False
-            )
+        # The kernel reads the log-sum-exp with heads outside and tokens inside.
+        logsumexp = logsumexp_TH[a:b].transpose(0, 1).unsqueeze(0)
+        pieces = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, logsumexp, 0.0, False
+        )
         for total, piece in zip((grad_q, grad_k, grad_v), pieces, strict=True):
             total[a:b] = piece[0].transpose(0, 1)
     return grad_q, grad_k, grad_v
@@ -160,6 +173,29 @@ def _flops_backward(grad_THK: Tensor, q_THK: Tensor, *others: Any, **_: Any) -> 
     # Five matrix products against the forward's two: the scores are computed once more.
     starts_C1 = others[-1]
     return sum(10 * (b - a) ** 2 for a, b in _spans(starts_C1)) * q_THK.shape[1] * q_THK.shape[2]
+
+
+# Queries of one thread block of FlashAttention-2, at head widths up to 128.
+_QUERIES_A_BLOCK = 128
+
+
+def thread_blocks(
+    length_C: np.ndarray, *, places: int, longest: int, heads: int
+) -> tuple[int, int]:
+    """Thread blocks that the variable-length kernel starts, and those that have work.
+
+    Parameters
+    ----------
+    length_C
+        Tokens of every cell that is there.
+    places, longest
+        Shape of the grid: every place gets blocks for the longest cell there could be.
+    heads
+        Attention heads.
+    """
+    launched = -(-longest // _QUERIES_A_BLOCK) * places * heads
+    useful = int((-(-np.asarray(length_C, np.int64) // _QUERIES_A_BLOCK)).sum()) * heads
+    return launched, useful
 
 
 def attend_reference(

@@ -66,8 +66,12 @@ class ExpressionComponents(nn.Module):
         """(T,) → (C, D)."""
         visible_T = torch.where(batch.gene_T >= N_SPECIAL, batch.value_T.clamp_min(0.0), 0.0)
         weighted_TK = self.loading(batch.gene_T) * visible_T[:, None]
-        score_CK = self.offset(batch.species_C)
-        score_CK = score_CK.index_add(0, batch.segment_T, weighted_TK.to(score_CK.dtype))
+        # A sum within cells as a product with their indicators: its backward is a product too,
+        # where a scatter onto a dozen rows would have the tokens of a cell queue up on a GPU.
+        place_C1 = torch.arange(batch.species_C.shape[0], device=batch.segment_T.device)[:, None]
+        with torch.autocast(weighted_TK.device.type, enabled=False):
+            of_CT = (batch.segment_T == place_C1).to(weighted_TK.dtype)
+            score_CK = self.offset(batch.species_C) + of_CT @ weighted_TK
         return self.project(score_CK)
 
     @torch.no_grad()
@@ -107,6 +111,7 @@ class GeneEmbedding(nn.Module):
         self.norm = (
             nn.LayerNorm(width, eps=settings.norm_eps) if settings.embedding_norm else nn.Identity()
         )
+        self.half_stream = settings.residual == "bfloat16"
         self.knowledge = nn.ModuleDict()
         for name, (table_VP, present_V) in knowledge.items():
             self.knowledge[name] = KnowledgeEmbedding(table_VP, present_V, width)
@@ -132,9 +137,23 @@ class GeneEmbedding(nn.Module):
         cell_CD = self.species(batch.species_C) + self.depth(torch.log1p(batch.library_C))
         if self.components is not None:
             cell_CD = cell_CD + self.components(batch)
-        opens_T1 = (batch.rank_T == 0)[:, None]
-        x_TD = x_TD + torch.where(opens_T1, cell_CD[batch.segment_T], 0.0)
-        return self.norm(x_TD)
+        first_C, is_there_C1 = opening_tokens(batch.starts_C1, x_TD.shape[0])
+        cell_CD = torch.where(is_there_C1, cell_CD.to(x_TD.dtype), 0.0)
+        x_TD = self.norm(x_TD.index_add(0, first_C, cell_CD))
+        if self.half_stream and torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        return x_TD
+
+
+def opening_tokens(starts_C1: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Position of every place's first token, (C,), and whether it has one, (C, 1).
+
+    Places without tokens point at rows of their own, so that gradients find no queue there.
+    """
+    first_C = starts_C1[:-1].long()
+    place_C = torch.arange(first_C.shape[0], device=first_C.device).clamp_max(n_tokens - 1)
+    is_there_C = first_C < n_tokens
+    return torch.where(is_there_C, first_C, place_C), is_there_C[:, None]
 
 
 class KnowledgeEmbedding(nn.Module):
@@ -205,8 +224,26 @@ class Block(nn.Module):
         if self.pre:
             x_TD = x_TD + self.dropout(self.attention(self.norm1(x_TD), starts_C1, longest))
             return x_TD + self.dropout(self.ffn(self.norm2(x_TD)))
-        x_TD = self.norm1(x_TD + self.dropout(self.attention(x_TD, starts_C1, longest)))
-        return self.norm2(x_TD + self.dropout(self.ffn(x_TD)))
+        # Under autocast norms are made in full precision; the stream keeps its own.
+        stream = x_TD.dtype
+        x_TD = self.norm1(x_TD + self.dropout(self.attention(x_TD, starts_C1, longest))).to(stream)
+        return self.norm2(x_TD + self.dropout(self.ffn(x_TD))).to(stream)
+
+
+class Readout(nn.LayerNorm):
+    """The final norm, where there is one, and the cells' opening tokens."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        pre = settings.norm == "pre"
+        super().__init__(settings.width, eps=settings.norm_eps, elementwise_affine=pre)
+        self.pre = pre
+
+    def forward(self, x_TD: Tensor, starts_C1: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(T, D) → (T, D) and (C, D)."""
+        if self.pre:
+            x_TD = super().forward(x_TD)
+        first_C, _ = opening_tokens(starts_C1, x_TD.shape[0])
+        return x_TD, x_TD.index_select(0, first_C)
 
 
 class GeneModel(nn.Module):
@@ -240,11 +277,7 @@ class GeneModel(nn.Module):
         self.context = context
         self.embedding = GeneEmbedding(settings, n_tokens, n_species, knowledge or {})
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        self.final_norm = (
-            nn.LayerNorm(settings.width, eps=settings.norm_eps)
-            if settings.norm == "pre"
-            else nn.Identity()
-        )
+        self.final_norm = Readout(settings)
         initialise(self)
 
     @property
@@ -258,19 +291,19 @@ class GeneModel(nn.Module):
         Parameters
         ----------
         batch
-            Packed cells; the dummy tail is encoded as a cell of its own and means nothing.
+            Packed cells; the pieces of the tail are encoded as cells and mean nothing.
         layer
             Stop after this many blocks (default: all), without the final norm when fewer.
         """
         x_TD = self.embedding(batch)
         stop = len(self.blocks) if layer is None else layer
         for block in self.blocks[:stop]:
-            # The dummy tail can be longer than the context: it needs the budget as bound.
-            x_TD = block(x_TD, batch.starts_C1, batch.gene_T.shape[0])
+            x_TD = block(x_TD, batch.starts_C1, batch.longest)
         if stop == len(self.blocks):
-            x_TD = self.final_norm(x_TD)
-        first_C = batch.starts_C1[:-1].long().clamp(max=x_TD.shape[0] - 1)
-        return Encoded(hidden_TD=x_TD, cell_CD=x_TD[first_C])
+            hidden_TD, cell_CD = self.final_norm(x_TD, batch.starts_C1)
+            return Encoded(hidden_TD, cell_CD)
+        first_C, _ = opening_tokens(batch.starts_C1, x_TD.shape[0])
+        return Encoded(hidden_TD=x_TD, cell_CD=x_TD.index_select(0, first_C))
 
 
 def initialise(module: nn.Module) -> None:
@@ -297,6 +330,8 @@ def initialise(module: nn.Module) -> None:
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm):
+            if not part.elementwise_affine:
+                continue
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
         else:

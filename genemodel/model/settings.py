@@ -36,6 +36,10 @@ class ModelSettings:
         On the outputs of attention and feed-forward, in training.
     norm_eps
         Added to the variance in every layer norm.
+    residual
+        Number format of the stream between the blocks under mixed precision: ``float32`` (exact
+        sums), or ``bfloat16`` (half the memory traffic, rounded at every block). Full-precision
+        runs keep float32 whatever it says.
     knowledge
         Gene knowledge tables (files: gene id, then numbers) projected and added to the gene
         embedding; a gene missing from a table gets a learned vector instead.
@@ -55,6 +59,7 @@ class ModelSettings:
     embedding_norm: bool = False
     dropout: float = 0.0
     norm_eps: float = 1e-5
+    residual: Literal["float32", "bfloat16"] = "float32"
     knowledge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -75,8 +75,9 @@ def negative_binomial_loss(
     # x·log((μ+θ)/μ) − log Γ(x+θ) + log Γ(θ) + log Γ(x+1), with θ·log((μ+θ)/θ) already paid.
     log_ratio_CV = F.softplus(log_rate_CV - log_theta_V)  # log(1 + μ/θ)
     zeros = (log_theta_V.exp() * log_ratio_CV * measured_CV).sum()
-    log_rate_N = log_rate_CV[cell_N, gene_N]
-    log_theta_N = log_theta_V[gene_N]
+    at_N = cell_N * log_rate_CV.shape[1] + gene_N
+    log_rate_N = log_rate_CV.flatten().index_select(0, at_N)
+    log_theta_N = log_theta_V.index_select(0, gene_N)
     theta_N = log_theta_N.exp()
     log_sum_N = log_theta_N + F.softplus(log_rate_N - log_theta_N)  # log(μ + θ)
     positive_N = (
@@ -85,7 +86,7 @@ def negative_binomial_loss(
         + torch.lgamma(theta_N)
         + torch.lgamma(count_N + 1)
     )
-    return zeros + (positive_N * measured_CV[cell_N, gene_N]).sum()
+    return zeros + (positive_N * measured_CV.flatten().index_select(0, at_N)).sum()
 
 
 class CellProjection(nn.Module):
@@ -158,7 +159,7 @@ class CountDecoder(nn.Module):
         """Log mean count of every measured gene; shape (C, V)."""
         shift_CD = torch.where((batch_C >= 0)[:, None], self.batch(batch_C.clamp_min(0)), 0.0)
         z_CD = self.projection(cell_CD) + shift_CD
-        logit_CV = (z_CD @ self.gene.weight.T).float() + self.base_SV[species_C]
+        logit_CV = (z_CD @ self.gene.weight.T).float() + self.base_SV.index_select(0, species_C)
         return _per_library(logit_CV, library_C, measured_CV)
 
     def forward(
@@ -168,19 +169,23 @@ class CountDecoder(nn.Module):
         batch_C: Tensor,
         library_C: Tensor,
         panel_C: Tensor,
+        real_C: Tensor,
         cell_N: Tensor,
         gene_N: Tensor,
         count_N: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the negative log-likelihood of the cells, and the pseudobulk's own."""
-        measured_CV = self.measured_XV[panel_C]
+        *,
+        trivial: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the negative log-likelihood of the real cells, and the pseudobulk's own."""
+        measured_CV = self.measured_XV[panel_C] & real_C[:, None]
         log_rate_CV = self.log_rate(cell_CD, species_C, batch_C, library_C, measured_CV)
         counts = (measured_CV, cell_N, gene_N, count_N)
         loss = negative_binomial_loss(log_rate_CV, self.log_theta_V, *counts)
+        if not trivial:
+            return loss, None
         with torch.no_grad():
             trivial_CV = _per_library(self.trivial_SV[species_C], library_C, measured_CV)
-            trivial = negative_binomial_loss(trivial_CV, self.trivial_theta_V, *counts)
-        return loss, trivial
+            return loss, negative_binomial_loss(trivial_CV, self.trivial_theta_V, *counts)
 
 
 def _per_library(logit_CV: Tensor, library_C: Tensor, measured_CV: Tensor) -> Tensor:

@@ -55,12 +55,32 @@ class MaskedValueHead(nn.Module):
     def predict(self, hidden_MD: Tensor, gene_M: Tensor, species_M: Tensor) -> Tensor:
         """(M, D) → (M,)."""
         h_MD = self.norm(F.gelu(self.dense(hidden_MD)))
-        return self.out(h_MD)[:, 0] + self.mean_SV[species_M, gene_M]
+        return self.out(h_MD)[:, 0] + _at(self.mean_SV, species_M, gene_M)
 
     def forward(
-        self, hidden_MD: Tensor, value_M: Tensor, gene_M: Tensor, species_M: Tensor, real_M: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        hidden_MD: Tensor,
+        value_M: Tensor,
+        gene_M: Tensor,
+        species_M: Tensor,
+        real_M: Tensor,
+        *,
+        trivial: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Return squared error summed over the real rows, and the per-gene mean's own."""
+        # Rows that are not real may all hold the same token; their gradients, which are nothing,
+        # need not queue up for its place.
+        row_M = torch.arange(gene_M.shape[0], device=gene_M.device)
+        gene_M = torch.where(real_M, gene_M, row_M % self.mean_SV.shape[1])
         loss_M = (self.predict(hidden_MD, gene_M, species_M).float() - value_M) ** 2
-        trivial_M = (self.trivial_SV[species_M, gene_M] - value_M) ** 2
-        return (loss_M * real_M).sum(), (trivial_M * real_M).sum()
+        loss = (loss_M * real_M).sum()
+        if not trivial:
+            return loss, None
+        with torch.no_grad():
+            trivial_M = (_at(self.trivial_SV, species_M, gene_M) - value_M) ** 2
+            return loss, (trivial_M * real_M).sum()
+
+
+def _at(table_SV: Tensor, species_M: Tensor, gene_M: Tensor) -> Tensor:
+    """Entries of a table by species and gene, (M,)."""
+    return table_SV.flatten().index_select(0, species_M * table_SV.shape[1] + gene_M)

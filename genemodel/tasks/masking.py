@@ -4,12 +4,11 @@ A token's number depends on (seed, purpose, epoch, cell, gene) and on nothing el
 batch size, world size and a restart cannot change what is hidden.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genemodel.cells.batch import CellBatch
 from genemodel.genes.vocabulary import MASK, N_SPECIAL
 from genemodel.model.gene_model import HIDDEN_VALUE
 
@@ -41,8 +40,18 @@ def uniform(seed: int, purpose: int, epoch: int, *address: Tensor) -> Tensor:
     address
         int64 tensors that broadcast; one number comes back for each element.
     """
-    key = torch.tensor(_signed((seed * 1_000_003 + purpose * 8_191 + epoch) & (2**64 - 1)))
-    x = _mix(key.to(address[0].device))
+    return uniform_at(key_of(seed, purpose, epoch, address[0].device), *address)
+
+
+def key_of(seed: int, purpose: int, epoch: int, device: torch.device) -> Tensor:
+    """Make the shared part of an address, filled in on the device: nothing is copied to it."""
+    key = _signed((seed * 1_000_003 + purpose * 8_191 + epoch) & (2**64 - 1))
+    return torch.full((), key, dtype=torch.int64, device=device)
+
+
+def uniform_at(key: Tensor, *address: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) at addresses below a :func:`key_of`."""
+    x = _mix(key)
     for part in address:
         x = _mix(x ^ _mix(part))
     return ((x >> 40) & ((1 << 24) - 1)).float() / (1 << 24)
@@ -78,14 +87,15 @@ def choose(uniform_T: Tensor, eligible_T: Tensor, low: float, high: float) -> Ch
     return Chosen(index_M, chosen_T[index_M])
 
 
-def eligible(batch: CellBatch) -> Tensor:
+def eligible(gene_T: Tensor) -> Tensor:
     """Genes of real cells: not special tokens, not the dummy tail; shape (T,), bool."""
-    return batch.gene_T >= N_SPECIAL
+    return gene_T >= N_SPECIAL
 
 
-def hide(batch: CellBatch, genes: Chosen | None, values: Chosen | None) -> CellBatch:
+def hide(
+    gene_T: Tensor, value_T: Tensor, genes: Chosen | None, values: Chosen | None
+) -> tuple[Tensor, Tensor]:
     """Replace chosen identities by ``MASK`` and chosen values by the hidden-value sign."""
-    gene_T, value_T = batch.gene_T, batch.value_T
     if genes is not None:
         keep_M = gene_T[genes.index_M]
         gene_T = gene_T.index_copy(
@@ -98,4 +108,4 @@ def hide(batch: CellBatch, genes: Chosen | None, values: Chosen | None) -> CellB
             values.index_M,
             torch.where(values.real_M, torch.full_like(keep_M, HIDDEN_VALUE), keep_M),
         )
-    return replace(batch, gene_T=gene_T, value_T=value_T)
+    return gene_T, value_T

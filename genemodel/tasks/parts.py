@@ -20,9 +20,12 @@ class LossPart:
     items
         How many items, scalar tensor without gradient.
     trivial
-        The same sum for the best predictor that ignores the cell, scalar without gradient.
+        The same sum for the best predictor that ignores the cell, scalar without gradient; None
+        where nobody asked for it.
+
+    All three stay on the device: reading one waits for it.
     """
 
     total: Tensor
     items: Tensor
-    trivial: Tensor
+    trivial: Tensor | None = None

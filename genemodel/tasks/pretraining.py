@@ -3,8 +3,9 @@
 Axes as in ``genemodel.cells.batch``.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.tasks.decode_counts import CountDecoder, DecodeCountsSettings
 from genemodel.tasks.masked_gene import MaskedGeneHead, MaskedGeneSettings
 from genemodel.tasks.masked_value import MaskedValueHead, MaskedValueSettings
-from genemodel.tasks.masking import Chosen, choose, eligible, hide, uniform
+from genemodel.tasks.masking import Chosen, choose, eligible, hide, key_of, uniform_at
 from genemodel.tasks.parts import LossPart
 
 # Purposes of randomness; part of every address, so streams never coincide.
@@ -60,13 +61,57 @@ class PretrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A micro-batch after hiding: what the model sees, and what it must find."""
+    """A micro-batch after hiding: what the model sees, and what it must find.
+
+    ``truth`` is the micro-batch as it was, with the technical batches that the decoder is told.
+    ``items`` stay on the device.
+    """
 
     seen: CellBatch
     truth: CellBatch
     genes: Chosen | None
     values: Chosen | None
     items: dict[str, Tensor]
+
+
+class Hiding(nn.Module):
+    """What is hidden of a micro-batch, by addresses alone; a region that is compiled.
+
+    Parameters
+    ----------
+    shares
+        (low, high) of the uniform numbers whose genes, and whose values, are hidden.
+    batch_dropout
+        Share of cells whose technical batch is hidden; 0 for none.
+    """
+
+    def __init__(
+        self,
+        genes: tuple[float, float] | None,
+        values: tuple[float, float] | None,
+        batch_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.genes, self.values, self.batch_dropout = genes, values, batch_dropout
+
+    def forward(
+        self, batch: CellBatch, key: Tensor, drop_key: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Chosen | None, Chosen | None]:
+        """Return gene_T, value_T and batch_C with what is hidden, and where genes and values are.
+
+        Without ``drop_key`` no technical batch is hidden.
+        """
+        cell_T = batch.cell_C[batch.segment_T]
+        uniform_T = uniform_at(key, cell_T, batch.gene_T)
+        can_T = eligible(batch.gene_T)
+        genes = choose(uniform_T, can_T, *self.genes) if self.genes else None
+        values = choose(uniform_T, can_T, *self.values) if self.values else None
+        gene_T, value_T = hide(batch.gene_T, batch.value_T, genes, values)
+        batch_C = batch.batch_C
+        if drop_key is not None:
+            known_C = uniform_at(drop_key, batch.cell_C) >= self.batch_dropout
+            batch_C = torch.where(known_C, batch_C, -1)
+        return gene_T, value_T, batch_C, genes, values
 
 
 class PretrainingObjectives(nn.Module):
@@ -108,6 +153,15 @@ class PretrainingObjectives(nn.Module):
             self.heads["masked_value"] = MaskedValueHead(width, statistics)
         if settings.decode_counts.weight > 0:
             self.heads["decode_counts"] = CountDecoder(width, statistics, n_batches, measured_XV)
+        genes = values = None
+        low = 0.0
+        if settings.masked_gene.weight > 0:
+            genes = (low, low + settings.masked_gene.fraction)
+            low = genes[1]
+        if settings.masked_value.weight > 0:
+            values = (low, low + settings.masked_value.fraction)
+        self.hiding = Hiding(genes, values, settings.decode_counts.batch_dropout)
+        self.compiled = False
 
     def start_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take up saved weights of heads, ``"decode_counts.log_theta_V"`` and the like.
@@ -157,65 +211,103 @@ class PretrainingObjectives(nn.Module):
         """Hide tokens; the same cells in the same epoch always lose the same ones."""
         # Validation masks are those of an epoch that training never reaches.
         epoch = -1 if validation else batch.epoch
-        cell_T = batch.cell_C[batch.segment_T]
-        uniform_T = uniform(self.seed, HIDE, epoch, cell_T, batch.gene_T)
-        can_T = eligible(batch)
-        genes = values = None
-        low = 0.0
+        key = key_of(self.seed, HIDE, epoch, batch.device)
+        drop_key = None
+        if "decode_counts" in self.heads and self.training and not validation:
+            drop_key = key_of(self.seed, DROP_BATCH, epoch, batch.device)
+        gene_T, value_T, batch_C, genes, values = self.hiding(batch, key, drop_key)
         items: dict[str, Tensor] = {}
-        if "masked_gene" in self.heads:
-            high = low + self.settings.masked_gene.fraction
-            genes = choose(uniform_T, can_T, low, high)
+        if genes is not None:
             items["masked_gene"] = genes.n
-            low = high
-        if "masked_value" in self.heads:
-            high = low + self.settings.masked_value.fraction
-            values = choose(uniform_T, can_T, low, high)
+        if values is not None:
             items["masked_value"] = values.n
         if "decode_counts" in self.heads:
             # Per expressed gene: keeps the loss of the order of a cross-entropy whatever the panel.
-            items["decode_counts"] = torch.tensor(batch.full_gene_N.shape[0], device=batch.device)
-        return Prepared(hide(batch, genes, values), batch, genes, values, items)
+            n_expressed = batch.full_gene_N.shape[0]
+            items["decode_counts"] = torch.full((), n_expressed, device=batch.device)
+        return Prepared(
+            seen=replace(batch, gene_T=gene_T, value_T=value_T),
+            truth=replace(batch, batch_C=batch_C),
+            genes=genes,
+            values=values,
+            items=items,
+        )
 
     def forward(
         self, model: GeneModel, encoded: Encoded, prepared: Prepared, *, trivial: bool = True
     ) -> dict[str, LossPart]:
-        """Cost of every objective on one prepared micro-batch."""
+        """Cost of every objective on one prepared micro-batch.
+
+        Parameters
+        ----------
+        model, encoded, prepared
+            The backbone, and what it and :meth:`prepare` have made of the micro-batch.
+        trivial
+            Cost of the trivial predictors as well; it is no part of learning, so only steps that
+            are shown need it.
+        """
         truth = prepared.truth
-        parts: dict[str, LossPart] = {}
-        species_T = truth.species_C[truth.segment_T]
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        chosen = [c for c in (prepared.genes, prepared.values) if c is not None]
+        rows: list[tuple[Tensor, ...]] = []
+        if chosen:
+            # One gather for all objectives: its backward is one scatter.
+            at_M = torch.cat([c.index_M for c in chosen])
+            parts = (
+                encoded.hidden_TD.index_select(0, at_M),
+                truth.gene_T[at_M],
+                truth.species_C[truth.segment_T[at_M]],
+                truth.value_T[at_M],
+            )
+            sizes = [c.index_M.shape[0] for c in chosen]
+            rows = list(zip(*(part.split(sizes) for part in parts), strict=True))
         for name, head in self.heads.items():
             if isinstance(head, MaskedGeneHead):
                 assert prepared.genes is not None
-                at, real = prepared.genes.index_M, prepared.genes.real_M
-                total, trivial = head(
-                    encoded.hidden_TD[at], truth.gene_T[at], species_T[at], real,
-                    model.embedding.token.weight,
+                hidden_MD, gene_M, species_M, _ = rows.pop(0)
+                found[name] = head(
+                    hidden_MD, gene_M, species_M, prepared.genes.real_M,
+                    model.embedding.token.weight, trivial=trivial,
                 )  # fmt: skip
             elif isinstance(head, MaskedValueHead):
                 assert prepared.values is not None
-                at, real = prepared.values.index_M, prepared.values.real_M
-                total, trivial = head(
-                    encoded.hidden_TD[at], truth.value_T[at], truth.gene_T[at], species_T[at], real
+                hidden_MD, gene_M, species_M, value_M = rows.pop(0)
+                found[name] = head(
+                    hidden_MD, value_M, gene_M, species_M, prepared.values.real_M, trivial=trivial
                 )
             else:
-                total, trivial = self._decode(encoded, truth)
-            parts[name] = LossPart(total, prepared.items[name], trivial.detach())
-        return parts
+                found[name] = self._decode(encoded, truth, trivial=trivial)
+        return {
+            name: LossPart(total, prepared.items[name], None if cost is None else cost.detach())
+            for name, (total, cost) in found.items()
+        }
 
-    def _decode(self, encoded: Encoded, truth: CellBatch) -> tuple[Tensor, Tensor]:
-        n = truth.n_cells
-        batch_C = truth.batch_C[:n]
-        if self.training:
-            u_C = uniform(self.seed, DROP_BATCH, truth.epoch, truth.cell_C[:n])
-            batch_C = torch.where(u_C < self.settings.decode_counts.batch_dropout, -1, batch_C)
+    def _decode(
+        self, encoded: Encoded, truth: CellBatch, *, trivial: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        # Compiled shapes are constant: all places are decoded, and the number of expressed genes
+        # is the one axis that is left open. Otherwise only the real cells are.
+        n = truth.cell_C.shape[0] if self.compiled else truth.n_cells
+        full = (truth.full_cell_N, truth.full_gene_N, truth.full_count_N)
+        if self.compiled and truth.full_gene_N.shape[0] > 1:
+            for each in full:
+                torch._dynamo.mark_dynamic(each, 0)
         return self.heads["decode_counts"](
             encoded.cell_CD[:n],
             truth.species_C[:n],
-            batch_C,
+            truth.batch_C[:n],
             truth.library_C[:n],
             truth.panel_C[:n],
-            truth.full_cell_N,
-            truth.full_gene_N,
-            truth.full_count_N,
+            truth.cell_C[:n] >= 0,
+            *full,
+            trivial=trivial,
         )
+
+    def compile_regions(self, backend: str | Callable[..., Any]) -> None:
+        """Compile hiding, heads and losses, each one graph; in place."""
+        self.compiled = True
+        for part in (self.hiding, *self.heads.values()):
+            if isinstance(part, MaskedGeneHead):
+                part.regions.backend = backend  # its chunks and what lies before them
+            else:
+                part.compile(dynamic=False, fullgraph=True, backend=backend)

@@ -1,9 +1,12 @@
 """Packed attention against a block-diagonal oracle, forward and backward, eager and compiled."""
 
+import numpy as np
 import pytest
 import torch
 
-from genemodel.model.attention import attend, attend_reference
+from genemodel.cells.packing import plan_bins
+from genemodel.cells.tokens import TokenSettings
+from genemodel.model.attention import attend, attend_reference, thread_blocks
 
 
 def case(seed=0, tokens=300, heads=3, width=16):
@@ -59,3 +62,20 @@ def test_cuda_equals_the_oracle(dtype):
     wanted = torch.autograd.grad((want * weight).sum(), (q, k, v))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=5 * tolerance, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize("budget", [16_384, 65_536])
+def test_most_thread_blocks_of_the_grid_have_work(budget):
+    """At most five are started for one that is needed, at lengths as real cells have them."""
+    lengths = np.random.default_rng(0).lognormal(7.1, 0.55, 8192).clip(100, 2048).astype(int)
+    assert 1200 < lengths.mean() < 1350
+    settings = TokenSettings(2048, budget).placed(lengths.mean())
+    counts = [
+        thread_blocks(lengths[b], places=settings.places, longest=settings.context, heads=4)
+        for b in plan_bins(lengths, budget, settings.max_cells)
+    ]
+    launched, useful = np.sum(counts, 0)
+    assert 1 < launched / useful <= 5
+    # The grid of a tail in one piece and a place for every 32 tokens, for comparison.
+    before, _ = thread_blocks(lengths[:13], places=513, longest=16_384, heads=4)
+    assert before == 262_656
