@@ -176,9 +176,7 @@ def tiled_corpus(folder: Path, copies: int) -> "object":
                     (one.path / copy).parent.mkdir(parents=True, exist_ok=True)
                     (one.path / copy).hardlink_to(one.path / path)
                     objects[copy] = record
-    write_manifest(
-        one.path, replace(manifest, n_cells=n * copies, groups=groups, objects=objects)
-    )
+    write_manifest(one.path, replace(manifest, n_cells=n * copies, groups=groups, objects=objects))
     return Corpus.open(one.path)
 
 

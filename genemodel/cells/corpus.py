@@ -404,20 +404,18 @@ class Corpus:
         Read-only array over all cells.
         """
         if name not in self._labels:
-            dtype, parts = {
-                "library": (np.int64, functools.partial(self._index_parts, name, np.int64)),
-                "n_genes": (np.int32, functools.partial(self._index_parts, name, np.int32)),
-                "source": (np.int32, functools.partial(self._index_parts, name, np.int32)),
-                "species": (np.int16, self._species_parts),
-            }[name]
+            dtype = {"library": np.int64, "species": np.int16}.get(name, np.int32)
+
+            def parts() -> Iterator[npt.NDArray[Any]]:
+                if name != "species":
+                    return self._index_parts(name, dtype)
+                order = list(self.vocabulary.species)
+                names = self.manifest.categories["species"]
+                table = np.array([order.index(known) for known in names], dtype)
+                return (table[code_C] for code_C in self._index_parts("code_species", np.int32))
+
             self._labels[name] = mapped_once(self.fingerprint, name, len(self), dtype, parts)
         return self._labels[name]
-
-    def _species_parts(self) -> Iterator[npt.NDArray[np.int16]]:
-        order = list(self.vocabulary.species)
-        table = np.array([order.index(n) for n in self.manifest.categories["species"]], np.int16)
-        for code_C in self._index_parts("code_species", np.int32):
-            yield table[code_C]
 
     @functools.cached_property
     def _labels(self) -> dict[str, npt.NDArray[Any]]:

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -267,7 +267,7 @@ class CellStream:
         """Order of the cells in an epoch."""
         return EpochOrder(self.cells.size, self.seed, epoch, self.shuffle, self.layout)
 
-    def __iter__(self) -> Iterator[tuple[CellBatch, Position]]:
+    def __iter__(self) -> Generator[tuple[CellBatch, Position]]:
         """Yield micro-batches with the position after each."""
         with contextlib.closing(self._batches()) as batches:
             while True:
@@ -278,7 +278,7 @@ class CellStream:
                     return
                 yield found
 
-    def _batches(self) -> Iterator[tuple[CellBatch, Position]]:
+    def _batches(self) -> Generator[tuple[CellBatch, Position]]:
         """Keep reading ahead of packing, and packing ahead of whoever iterates."""
         pools = [
             ThreadPoolExecutor(n, f"genemodel-{name}")

@@ -199,7 +199,12 @@ class _Copier:
     def send(self, batch: CellBatch) -> _Sent:
         """Begin to copy; called by the thread."""
         tensors: list[Tensor] = []
-        _change(batch, lambda tensor: tensors.append(tensor) or tensor)
+
+        def noted(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        _change(batch, noted)
         offsets, end = [], 0
         for tensor in tensors:
             offsets.append(end)
@@ -212,7 +217,7 @@ class _Copier:
         return _Sent(batch, offsets, copy, event)
 
     def _free(self, n_bytes: int) -> Tensor:
-        """A page-locked buffer whose last copy has ended."""
+        """Give a page-locked buffer whose last copy has ended."""
         if len(self._slots) < AHEAD:
             return self._calls.page_locked(n_bytes)
         buffer, event = self._slots.popleft()
@@ -235,4 +240,4 @@ def _inside(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     """Part of a buffer as a tensor of its own: compiled code would ask of a view whose it is."""
     part = torch.empty(0, dtype=like.dtype, device=buffer.device)
     stride = torch.empty(like.shape, device="meta").stride()
-    return part.set_(buffer.untyped_storage(), offset // like.itemsize, like.shape, stride)  # type: ignore[call-overload]
+    return part.set_(buffer.untyped_storage(), offset // like.itemsize, like.shape, stride)

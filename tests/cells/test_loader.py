@@ -169,9 +169,7 @@ def cells_read(corpus, monkeypatch, n, **options):
 def test_a_rank_reads_only_what_it_takes(corpus, monkeypatch, world):
     """The micro-batches of one round of windows, and nothing of other lanes or ranks."""
     for rank in range(min(world, 2)):
-        read, taken = cells_read(
-            corpus, monkeypatch, None, rank=rank, world_size=world, limit=40
-        )
+        read, taken = cells_read(corpus, monkeypatch, None, rank=rank, world_size=world, limit=40)
         assert sorted(read) == sorted(taken)
 
 
@@ -241,4 +239,6 @@ def test_damage_met_while_reading_reaches_whoever_iterates(
     error = within(60, lambda: take(stream(opened), 100))
     assert isinstance(error, DataError)
     assert f"{opened.manifest.groups[1].name}/X/data/c/0 is damaged" in str(error)
-    assert not [t for t in threading.enumerate() if t.name.startswith(("genemodel-pack", "genemodel-read"))]
+    assert not [
+        t for t in threading.enumerate() if t.name.startswith(("genemodel-pack", "genemodel-read"))
+    ]
