@@ -2,7 +2,7 @@
 """Speed, as ratios to a named alternative measured in the same run.
 
     python scripts/bench.py                 # everything, a few minutes on two cores
-    python scripts/bench.py tokens packing loader step build
+    python scripts/bench.py tokens packing loader scale step build
 
 Absolute figures belong to the machine; the ratios are what a claim may quote. ``step`` needs
 transformers (extra ``bench``). On a GPU ``step`` runs in bf16 and prints the utilisation too.
@@ -143,6 +143,101 @@ def bench_loader() -> None:
         packed = best_of(epoch)
         line("reading alone, random blocks of 128", f"{n / raw:,.0f} cells/s")
         line("read + tokenise + pack", f"{n / packed:,.0f} cells/s", f"{os.cpu_count()} cores")
+
+
+def tiled_corpus(folder: Path, copies: int) -> "object":
+    """A corpus whose groups are hard links to one group of 65,536 generated cells."""
+    from dataclasses import replace
+
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.manifest import write_manifest
+    from genemodel.cells.sources import stream_source
+    from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+
+    n = 65_536
+    world = SyntheticWorld(species=("human",), n_genes=12_000, genes_per_cell=1500)
+    genes = list(next(synthetic_chunks(1000, 1000, world=world)).var_names)
+    obs = pd.DataFrame({"dataset": "generated"}, index=[f"cell{i}" for i in range(n)])
+    source = stream_source(
+        "generated", genes, obs, lambda: (c.X for c in synthetic_chunks(n, 8192, world=world)),
+        species="human",
+    )  # fmt: skip
+    one = Corpus.build([source], folder / "corpus")
+    manifest = one.manifest
+    groups, objects = list(manifest.groups), dict(manifest.objects)
+    for k in range(1, copies):
+        for group in manifest.groups:
+            name = f"copy{k}_{group.name}"
+            groups.append(replace(group, name=name))
+            for path, record in manifest.objects.items():
+                copy = path.replace(f"/{group.name}/", f"/{name}/")
+                copy = copy.replace(f"/{group.name}.npz", f"/{name}.npz")
+                if copy != path:
+                    (one.path / copy).parent.mkdir(parents=True, exist_ok=True)
+                    (one.path / copy).hardlink_to(one.path / path)
+                    objects[copy] = record
+    write_manifest(one.path, replace(manifest, n_cells=n * copies, groups=groups, objects=objects))
+    return Corpus.open(one.path)
+
+
+def resident() -> float:
+    """GiB of this process in memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def bench_scale(n_batches: int = 1200, cells_per_s: float = 3000.0) -> None:
+    """What one rank of many spends on cells that are not its own, and whether it keeps up."""
+    from genemodel.cells.loader import CellStream, inverse_medians
+    from genemodel.cells.tokens import TokenSettings
+    from genemodel.cells.transfer import Ahead
+
+    print("one rank of many: read + tokenise + pack its share, CPU time of the process")
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = tiled_corpus(Path(folder), 16)
+        n = len(corpus)
+        line("genes a cell", f"{corpus.n_genes_C.mean():.0f}", f"{n:,} cells (65,536, 16 times)")
+
+        def stream(rank: int, world: int) -> CellStream:
+            return CellStream(
+                corpus, np.arange(n), TokenSettings(), seed=0,
+                inverse_median_V=inverse_medians(corpus.medians_V), rank=rank, world_size=world,
+            )  # fmt: skip
+
+        for world in (64, 1, 8, 24, 256):
+            before = resident()
+            batches = iter(stream(0, world))
+            for _ in range(100):  # compiles, fills the queues
+                next(batches)
+            begin, wall, cells = time.process_time(), time.perf_counter(), 0
+            for _ in range(n_batches):
+                cells += next(batches)[0].n_cells
+            used, wall = time.process_time() - begin, time.perf_counter() - wall
+            if world == 1:
+                held = resident() - before
+            batches.close()
+            line(
+                f"rank 0 of {world}, CPU a global cell",
+                f"{used / cells / world * 1e6:.2f} µs",
+                f"{used / cells * 1e6:.0f} µs a cell of its own; {cells / wall:,.0f} cells/s",
+            )
+        line("memory held by rank 0 of 1", f"{held:.2f} GiB", "more than before it began")
+        # As for a GPU: a thread of its own takes from the stream.
+        ahead = Ahead(stream(0, 64), lambda item: item, lambda item: item)
+        batches, cells = iter(ahead), 0
+        next(batches)
+        begin, before = time.perf_counter(), ahead.waited_s
+        while (took := time.perf_counter() - begin) < 30:
+            batch, _ = next(batches)
+            cells += batch.n_cells
+            # The device is busy with all cells so far until then.
+            busy_until = begin + (ahead.waited_s - before) + cells / cells_per_s
+            time.sleep(max(0.0, busy_until - time.perf_counter()))
+        batches.close()
+        line(
+            f"rank 0 of 64, a consumer of {cells_per_s:,.0f} cells/s waits",
+            f"{(ahead.waited_s - before) / took:.2%}",
+            f"{cells / took:,.0f} cells/s over {took:.0f} s, {64 * cells / took:,.0f} global",
+        )
 
 
 def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
@@ -356,12 +451,14 @@ def main() -> None:
                 bench_packing()
             case "loader":
                 bench_loader()
+            case "scale":
+                bench_scale()
             case "step":
                 bench_step(arguments.size, arguments.cells, arguments.corpus)
             case "build":
                 bench_build(arguments.build)
             case _:
-                parser.error(f"no bench {name!r}: tokens, packing, loader, step, build")
+                parser.error(f"no bench {name!r}: tokens, packing, loader, scale, step, build")
 
 
 if __name__ == "__main__":

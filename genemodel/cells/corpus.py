@@ -8,7 +8,7 @@ S sources.
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,6 +19,7 @@ import pandas as pd
 
 from genemodel.cells import manifest as layout
 from genemodel.cells.manifest import Manifest, SourceRecord
+from genemodel.cells.mapped import mapped_once
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.reading import CountsBlock, CountsReader
 from genemodel.cells.sources import CHUNK_CELLS
@@ -390,31 +391,80 @@ class Corpus:
         table["library"] = self.library_C
         return table
 
+    def label(self, name: Literal["library", "n_genes", "source", "species"]) -> npt.NDArray[Any]:
+        """One number per cell that reading needs; a large corpus's is held once per node.
+
+        Parameters
+        ----------
+        name
+            ``library``, ``n_genes`` and ``source`` as the arrays of these names; ``species`` is a
+            position in ``vocabulary.species``.
+
+        Returns
+        -------
+        Read-only array over all cells.
+        """
+        if name not in self._labels:
+            dtype = {"library": np.int64, "species": np.int16}.get(name, np.int32)
+
+            def parts() -> Iterator[npt.NDArray[Any]]:
+                if name != "species":
+                    return self._index_parts(name, dtype)
+                order = list(self.vocabulary.species)
+                names = self.manifest.categories["species"]
+                table = np.array([order.index(known) for known in names], dtype)
+                return (table[code_C] for code_C in self._index_parts("code_species", np.int32))
+
+            self._labels[name] = mapped_once(self.fingerprint, name, len(self), dtype, parts)
+        return self._labels[name]
+
+    @functools.cached_property
+    def _labels(self) -> dict[str, npt.NDArray[Any]]:
+        return {}
+
     def _indexed(self, key: str, dtype: Any) -> Any:
         """Join one array of the index over all groups."""
-        parts = []
+        parts = list(self._index_parts(key, dtype))
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+    def _index_parts(self, key: str, dtype: Any) -> Iterator[npt.NDArray[Any]]:
+        """Read one array of the index, group by group."""
         for group in self.manifest.groups:
             path = self.path / layout.INDEX / f"{group.name}.npz"
             with refuse_damage(str(path)), np.load(path, allow_pickle=False) as stored:
                 # A column that came with a later source is missing before.
                 if key not in stored.files and key.startswith("code_"):
-                    parts.append(np.full(group.n_cells, -1, dtype))
-                    continue
-                parts.append(stored[key].astype(dtype))
-            if parts[-1].shape != (group.n_cells,):
+                    part = np.full(group.n_cells, -1, dtype)
+                else:
+                    part = stored[key].astype(dtype)
+            if part.shape != (group.n_cells,):
                 raise DataError(
-                    f"{path}: has {parts[-1].size:,} entries of {key} for {group.n_cells:,} cells: "
+                    f"{path}: has {part.size:,} entries of {key} for {group.n_cells:,} cells: "
                     "build the corpus again"
                 )
-        return np.concatenate(parts) if parts else np.empty(0, dtype)
+            yield part
 
     # -- reading counts ---------------------------------------------------------------------------
 
     @functools.cached_property
     def _counts(self) -> CountsReader:
         return CountsReader(
-            self.path, self.manifest.groups, self.n_genes_C, len(self.vocabulary), self.threads
+            self.path, self.manifest.groups, self._starts_C1, len(self.vocabulary), self.threads
         )
+
+    @property
+    def _starts_C1(self) -> npt.NDArray[np.int64]:
+        """First stored value of every cell, and the end."""
+
+        def sums() -> Iterator[npt.NDArray[np.int64]]:
+            yield np.zeros(1, np.int64)
+            total = 0
+            for part in self._index_parts("n_genes", np.int64):
+                ends = total + np.cumsum(part)
+                total = int(ends[-1]) if ends.size else total
+                yield ends
+
+        return mapped_once(self.fingerprint, "starts", len(self) + 1, np.int64, sums)
 
     def read(self, start: int, stop: int) -> CountsBlock:
         """Read the counts of cells ``start`` to ``stop``; safe to call from threads."""

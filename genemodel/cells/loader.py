@@ -1,23 +1,30 @@
 """From a corpus to packed micro-batches: read, rank and pack in threads, in a resumable order.
 
-Micro-batches form one global sequence, the same for every world size; rank ``r`` of ``w`` takes
-those whose running number is ``r`` modulo ``w``. Each comes with the :class:`Position` after it,
-so that what is saved counts consumed work and never what happened to be prefetched.
+Micro-batches form one global sequence, the same for every world size (``order`` says which);
+rank ``r`` of ``w`` takes every w-th, from the r-th after the start. Lengths alone say what goes
+into a micro-batch, and they are in the corpus's index. So a rank plans all windows of all lanes,
+which takes 0.2 µs a cell and tells it where every lane stands, and reads and ranks only what it
+takes itself. With L lanes every cell is decoded by w ÷ gcd(w, L) ranks: by one where w divides L.
+
+Each micro-batch comes with the :class:`Position` after it, so that what is saved counts consumed
+work and never what happened to be prefetched.
 """
 
+import contextlib
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 
 from genemodel.cells.batch import CellBatch
-from genemodel.cells.order import EpochOrder, Position
+from genemodel.cells.order import EpochOrder, Layout, Position
 from genemodel.cells.packing import plan_bins, tail_pieces
 from genemodel.cells.tokens import TokenSettings, pack_cells
 from genemodel.errors import DataError
@@ -30,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 # Two threads hide numba's ranking behind reading on the smallest machine; more cores take more.
 PACKING_THREADS = 2
-BATCHES_AHEAD = 6
+BATCHES_AHEAD = 16  # 70 ms of work at 3,000 cells/s
+# Micro-batches looked ahead for each that is packed, until enough is being read: all at once would
+# hold up the first one, and whoever shares Python's lock.
+_CATCH_UP = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,38 @@ class Window:
     def lengths_C(self, settings: TokenSettings) -> np.ndarray:
         """Tokens of every cell under ``settings``, the cell token included."""
         return np.minimum(self.end_C - self.begin_C, settings.context - 1) + 1
+
+    def take(self, rows: np.ndarray) -> "Window":
+        """Copy these rows, and no more of the counts than theirs."""
+        size_C = self.end_C[rows] - self.begin_C[rows]
+        ends_C = np.cumsum(size_C)
+        spans = [slice(self.begin_C[r], self.end_C[r]) for r in rows]
+        return Window(
+            begin_C=ends_C - size_C,
+            end_C=ends_C,
+            gene_N=np.concatenate([self.gene_N[span] for span in spans]),
+            count_N=np.concatenate([self.count_N[span] for span in spans]),
+            library_C=self.library_C[rows],
+            species_C=self.species_C[rows],
+            batch_C=self.batch_C[rows],
+            panel_C=self.panel_C[rows],
+            cell_C=self.cell_C[rows],
+        )
+
+    @classmethod
+    def joined(cls, windows: Sequence[Self]) -> Self:
+        """Put windows end to end."""
+        sizes = [window.gene_N.size for window in windows]
+        firsts = np.cumsum([0, *sizes[:-1]])
+        values = {
+            name: np.concatenate([getattr(window, name) for window in windows])
+            for name in cls.__dataclass_fields__
+        }
+        for name in ("begin_C", "end_C"):
+            values[name] = np.concatenate(
+                [getattr(w, name) + first for w, first in zip(windows, firsts, strict=True)]
+            )
+        return cls(**values)
 
 
 def inverse_medians(medians_V: np.ndarray) -> np.ndarray:
@@ -160,13 +202,29 @@ class CellStream:
     inverse_median_V
         1 ÷ non-zero median of every token.
     position
-        Where to start: what a previous stream had consumed.
+        Where to start: what streams of any world size had consumed.
     rank, world_size
         Which share of the global sequence to yield.
     endless
-        Start the next epoch when one ends.
+        Start the next epoch when one ends. One epoch has one lane.
     shuffle
         False keeps storage order.
+    limit
+        End after so many *global* micro-batches, counted from ``position``: the same ones for
+        every world size. Where it, or the epoch, does not fill a round, the last ranks get one
+        micro-batch less.
+    layout
+        How the cells are cut into lanes and windows; by default what their number asks for.
+
+    Raises
+    ------
+    DataError
+        No cells; a position of other cells; while iterating, a damaged or missing file, by name.
+
+    Attributes
+    ----------
+    waited_s
+        Seconds that whoever iterates has waited for micro-batches so far.
     """
 
     def __init__(
@@ -183,6 +241,8 @@ class CellStream:
         world_size: int = 1,
         endless: bool = True,
         shuffle: bool = True,
+        limit: int | None = None,
+        layout: Layout | None = None,
     ) -> None:
         if len(cells) == 0:
             raise DataError(
@@ -196,108 +256,130 @@ class CellStream:
         self.inverse_median_V = inverse_median_V
         self.position = position or Position()
         self.rank, self.world_size = rank, world_size
-        self.endless, self.shuffle = endless, shuffle
+        self.endless, self.shuffle, self.limit = endless, shuffle, limit
+        if layout is None:
+            layout = Layout.of(self.cells.size) if endless else Layout()
+        self.layout = layout
         if batch_codes is None:
-            batch_codes = np.full(len(corpus), -1, np.int64)
+            batch_codes = np.broadcast_to(np.int64(-1), len(corpus))
         self._labels = (
-            corpus.library_C,
-            _species_codes(corpus),
-            batch_codes,
-            corpus.source_C,
-        )
-        self.waited_s = 0.0  # time the consumer spent waiting, for the log
+            corpus.label("library"), corpus.label("species"), batch_codes, corpus.label("source"),
+        )  # fmt: skip
+        self._check_position()
+        self.waited_s = 0.0
 
-    def read_window(self, order: EpochOrder, window: int) -> Window:
-        """Read the cells of one window, in the order they will be packed."""
-        wanted = np.concatenate([self.cells[a:b] for a, b in order.spans(window)])
-        return read_cells(self.corpus, wanted, order.shuffled(window, wanted.size), self._labels)
+    def order(self, epoch: int) -> EpochOrder:
+        """Order of the cells in an epoch."""
+        return EpochOrder(self.cells.size, self.seed, epoch, self.shuffle, self.layout)
 
-    def __iter__(self) -> Iterator[tuple[CellBatch, Position]]:
+    def __iter__(self) -> Generator[tuple[CellBatch, Position]]:
         """Yield micro-batches with the position after each."""
-        with (
-            ThreadPoolExecutor(1, "genemodel-read") as reader,
-            ThreadPoolExecutor(PACKING_THREADS, "genemodel-pack") as packers,
-        ):
-            queue: deque[tuple[Future[CellBatch], Position]] = deque()
-            try:
-                for submit, after in self._schedule(reader):
-                    queue.append((packers.submit(submit), after))
-                    if len(queue) > BATCHES_AHEAD:
-                        yield self._wait(queue)
-                while queue:
-                    yield self._wait(queue)
-            finally:
-                for future, _ in queue:
-                    future.cancel()
+        with contextlib.closing(self._batches()) as batches:
+            while True:
+                begin = time.perf_counter()
+                found = next(batches, None)
+                self.waited_s += time.perf_counter() - begin
+                if found is None:
+                    return
+                yield found
 
-    def _wait(self, queue: deque[tuple[Future[CellBatch], Position]]) -> tuple[CellBatch, Position]:
-        future, after = queue.popleft()
-        begin = time.perf_counter()
-        batch = future.result()
-        self.waited_s += time.perf_counter() - begin
-        return batch, after
+    def _batches(self) -> Generator[tuple[CellBatch, Position]]:
+        """Keep reading ahead of packing, and packing ahead of whoever iterates."""
+        pools = [
+            ThreadPoolExecutor(n, f"genemodel-{name}")
+            for name, n in (("pack", PACKING_THREADS), ("read", 1), ("plan", 1))
+        ]
+        packers, reader, planner = pools
+        # As many cells are read ahead as one undivided window has.
+        parts_ahead = max(1, self.layout.window_blocks // self.layout.part_blocks)
+        coming: deque[_MicroBatch] = deque()
+        packing: deque[tuple[Future[CellBatch], Position]] = deque()
+        unread = 0
+        try:
+            schedule = self._schedule(reader, planner)
+            while True:
+                for _ in range(_CATCH_UP):
+                    if unread >= parts_ahead or (found := next(schedule, None)) is None:
+                        break
+                    coming.append(found)
+                    unread += found.opens
+                if not coming:
+                    break
+                due = coming.popleft()
+                unread -= due.opens
+                packing.append((packers.submit(due.pack, self), due.after))
+                del due
+                if len(packing) > BATCHES_AHEAD:
+                    future, after = packing.popleft()
+                    yield future.result(), after
+            while packing:
+                future, after = packing.popleft()
+                yield future.result(), after
+        finally:
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
+            for pool in pools:
+                pool.shutdown()
 
     def _schedule(
-        self, reader: ThreadPoolExecutor
-    ) -> Iterator[tuple[Callable[[], CellBatch], Position]]:
+        self, reader: ThreadPoolExecutor, planner: ThreadPoolExecutor
+    ) -> "Iterator[_MicroBatch]":
         """Yield one rank's micro-batches, each with the position after its *round* over all ranks.
 
         Ranks stop after whole rounds, so a position in the middle of one would give some rank a
-        micro-batch twice.
+        micro-batch twice. Rounds begin at the start position, whatever its number.
         """
-        mine: Callable[[], CellBatch] | None = None
-        after = self.position
-        for packing, after in self._sequence(reader):
-            if (after.taken - 1) % self.world_size == self.rank:
-                mine = packing
-            if after.taken % self.world_size == 0 and mine is not None:
-                yield mine, after
+        begin, world, ring = self.position.taken, self.world_size, self.layout.lanes
+        lanes = [_Lane(self, planner, number) for number in range(ring)]
+        # A rank meets a lane again after every lane and every rank has had its turn.
+        stride = world // math.gcd(world, ring)
+        mine: _MicroBatch | None = None
+        step = 0
+        while self.limit is None or step < self.limit:
+            lane = lanes[(begin + step) % ring]
+            if lane.ended:
+                break
+            if step % world == self.rank:
+                left = None if self.limit is None else -(-(self.limit - step) // ring)
+                mine = lane.take(reader, stride, left)
+            lane.advance()
+            step += 1
+            if step % world == 0 and mine is not None:
+                mine.after = Position(begin + step, tuple([lane.state for lane in lanes]))
+                yield mine
                 mine = None
         if mine is not None:
-            yield mine, after
+            mine.after = Position(begin + step, tuple([lane.state for lane in lanes]))
+            yield mine
 
-    def _sequence(
-        self, reader: ThreadPoolExecutor
-    ) -> Iterator[tuple[Callable[[], CellBatch], Position]]:
-        """Yield the global sequence of micro-batches, the same on every rank."""
-        taken = self.position.taken
-        first_batch = self.position.batch
-        windows = self._windows()
-        epoch, w, order = next(windows)
-        pending: Future[Window] = reader.submit(self.read_window, order, w)
-        while True:
-            following = next(windows, None)
-            begin = time.perf_counter()
-            window = pending.result()
-            self.waited_s += time.perf_counter() - begin
-            if following is not None:
-                pending = reader.submit(self.read_window, following[2], following[1])
-            bins = plan_bins(
-                window.lengths_C(self.settings), self.settings.budget, self.settings.max_cells
+    def _check_position(self) -> None:
+        """Refuse a position that cannot lie in the order of these cells."""
+        lanes, ring = self.position.lanes, self.layout.lanes
+        n_windows = self.order(0).n_windows
+        fits = not lanes or len(lanes) == ring
+        for number, (epoch, window, _) in enumerate(lanes if fits else ()):
+            fits &= window < n_windows and (epoch * n_windows + window) % ring == number
+        if not fits:
+            raise DataError(
+                f"corpus {self.corpus.path}: {self.cells.size:,} cells are read in {ring} lane(s) "
+                f"of {n_windows:,} windows an epoch, but the position to go on from "
+                f"({len(lanes)} lane(s), {self.position.taken:,} micro-batches taken) does not "
+                "lie among them: it is of other cells or of another version. Go on with the "
+                "corpus and the hold-out that the run started with, or start it anew"
             )
-            for b in range(first_batch, len(bins)):
-                taken += 1
-                if b + 1 < len(bins):
-                    after = Position(epoch, w, b + 1, taken)
-                elif w + 1 < order.n_windows:
-                    after = Position(epoch, w + 1, 0, taken)
-                else:
-                    after = Position(epoch + 1, 0, 0, taken)
-                yield _packing(window, bins[b], self, epoch), after
-            first_batch = 0
-            if following is None:
-                return
-            epoch, w, order = following
 
-    def _windows(self) -> Iterator[tuple[int, int, EpochOrder]]:
-        epoch, first = self.position.epoch, self.position.window
-        while True:
-            order = EpochOrder(self.cells.size, self.seed, epoch, self.shuffle)
-            for w in range(first, order.n_windows):
-                yield epoch, w, order
-            if not self.endless:
-                return
-            epoch, first = epoch + 1, 0
+    def plan(self, number: int) -> "_Plan":
+        """Decide from lengths alone what goes into the micro-batches of one window of the run."""
+        epoch, window = divmod(number, self.order(0).n_windows)
+        place_C, starts_P1 = self.order(epoch).cells(window)
+        cell_C = self.cells[place_C]
+        length_C = np.minimum(self.corpus.label("n_genes")[cell_C], self.settings.context - 1) + 1
+        bins = plan_bins(length_C, self.settings.budget, self.settings.max_cells)
+        return _Plan(epoch, cell_C, starts_P1, bins)
+
+    def read_part(self, cells: np.ndarray) -> Window:
+        """Read cells, in the order they will be packed."""
+        return read_cells(self.corpus, cells, self._labels)
 
 
 def _mean_length(corpus: "Corpus", context: int) -> float:
@@ -305,48 +387,197 @@ def _mean_length(corpus: "Corpus", context: int) -> float:
     return float(np.minimum(corpus.n_genes_C, context - 1).mean()) + 1
 
 
-def _packing(
-    window: Window, rows: np.ndarray, stream: CellStream, epoch: int
-) -> Callable[[], CellBatch]:
-    return lambda: pack(window, rows, stream.inverse_median_V, stream.settings, epoch=epoch)
+@dataclass(frozen=True)
+class _Plan:
+    """One window: its cells in packing order, where its parts begin, and its micro-batches."""
+
+    epoch: int
+    cell_C: np.ndarray
+    starts_P1: np.ndarray
+    bins: list[np.ndarray]
 
 
-def _species_codes(corpus: "Corpus") -> np.ndarray:
-    """Species of every cell as its position in ``vocabulary.species``."""
-    codes_C, names = corpus.codes("species")
-    position = {name: i for i, name in enumerate(corpus.vocabulary.species)}
-    table = np.array([position[name] for name in names], np.int64)
-    return table[codes_C]
+@dataclass
+class _MicroBatch:
+    """A micro-batch of this rank whose cells are read or being read.
+
+    ``pieces`` are the parts it takes cells from, with their rows; ``order`` says how the rows of
+    several lie in the micro-batch. ``opens`` counts parts that it is the first to need.
+    """
+
+    pieces: list[tuple[Future[Window], np.ndarray]]
+    order: np.ndarray | None
+    opens: int
+    epoch: int
+    after: Position
+
+    def pack(self, stream: CellStream) -> CellBatch:
+        """Wait for its parts, and pack it."""
+        if self.order is None:
+            ((part, rows),) = self.pieces
+            window = part.result()
+        else:
+            window = Window.joined([part.result().take(rows) for part, rows in self.pieces])
+            rows = self.order
+        return pack(window, rows, stream.inverse_median_V, stream.settings, epoch=self.epoch)
 
 
-def read_cells(
-    corpus: "Corpus",
-    cells: np.ndarray,
-    order: np.ndarray,
-    labels: Sequence[np.ndarray],
-) -> Window:
-    """Read ``cells`` and put them into ``order``.
+class _Lane:
+    """Every L-th window of the run, from where the position says; one is planned ahead.
+
+    Attributes
+    ----------
+    state
+        Epoch, window and next micro-batch: the lane's share of a position.
+    ended
+        Whether one epoch was asked for and is over.
+    """
+
+    def __init__(self, stream: CellStream, planner: ThreadPoolExecutor, number: int) -> None:
+        self._stream, self._planner = stream, planner
+        self._n_windows = stream.order(0).n_windows
+        lanes = stream.position.lanes
+        epoch, window, batch = lanes[number] if lanes else (*divmod(number, self._n_windows), 0)
+        self._window = epoch * self._n_windows + window
+        self._end = math.inf if stream.endless else (epoch + 1) * self._n_windows
+        self._share: _Share | None = None
+        self._planned = self._ahead(self._window)
+        self._plan: _Plan | None = None
+        self.state = (epoch, window, batch)
+
+    def _ahead(self, window: int) -> Future[_Plan] | None:
+        return self._planner.submit(self._stream.plan, window) if window < self._end else None
+
+    @property
+    def ended(self) -> bool:
+        return self._window >= self._end
+
+    @property
+    def plan(self) -> _Plan:
+        """Plan of the window that the lane is in."""
+        if self._plan is None:
+            assert self._planned is not None
+            self._plan = self._planned.result()
+            if self.state[2] >= len(self._plan.bins):
+                raise DataError(
+                    f"the position to go on from is micro-batch {self.state[2]} of a window that "
+                    f"has {len(self._plan.bins)}: it is of other cells or settings. Start anew"
+                )
+            self._planned = self._ahead(self._window + self._stream.layout.lanes)
+        return self._plan
+
+    def take(self, reader: ThreadPoolExecutor, stride: int, left: int | None) -> _MicroBatch:
+        """Take the next micro-batch; the rank will take every ``stride``-th of the lane."""
+        if self._share is None:
+            mine = self.plan.bins[self.state[2] :: stride]
+            if left is not None:
+                mine = mine[: -(-left // stride)]
+            self._share = _Share(self._stream, reader, self.plan, mine)
+        return self._share.take()
+
+    def advance(self) -> None:
+        """Leave the next micro-batch behind."""
+        epoch, window, batch = self.state
+        if batch + 1 < len(self.plan.bins):
+            self.state = (epoch, window, batch + 1)
+            return
+        self._window += self._stream.layout.lanes
+        self.state = (*divmod(self._window, self._n_windows), 0)
+        self._plan = self._share = None
+
+
+class _Share:
+    """What one rank takes of one window: parts are read when first needed, let go when last.
+
+    Parameters
+    ----------
+    stream, reader
+        Where to read.
+    plan
+        The window.
+    bins
+        Its micro-batches that this rank takes, in order.
+    """
+
+    def __init__(
+        self,
+        stream: CellStream,
+        reader: ThreadPoolExecutor,
+        plan: _Plan,
+        bins: Sequence[np.ndarray],
+    ) -> None:
+        self._stream, self._reader, self._plan = stream, reader, plan
+        place_M = np.concatenate(bins)
+        self._starts_B1 = np.cumsum([0, *(len(rows) for rows in bins)])
+        self._next = 0
+        n_parts = plan.starts_P1.size - 1
+        self._parts: list[Future[Window] | None] = [None] * n_parts
+        self._part_M = np.searchsorted(plan.starts_P1, place_M, "right") - 1
+        # Only its own cells are read: row r of a part's window is the r-th of them in the part.
+        wanted_C = np.zeros(plan.cell_C.size, bool)
+        wanted_C[place_M] = True
+        before_C1 = np.concatenate([[0], np.cumsum(wanted_C)])
+        self._row_M = (before_C1[place_M] - before_C1[plan.starts_P1[self._part_M]]).astype(int)
+        self._wanted_C = wanted_C
+        first_B = self._starts_B1[:-1]
+        self._low_B = np.minimum.reduceat(self._part_M, first_B)
+        self._high_B = np.maximum.reduceat(self._part_M, first_B)
+        self._last_P = np.full(n_parts, -1)
+        self._last_P[self._part_M] = np.repeat(np.arange(len(bins)), np.diff(self._starts_B1))
+
+    def take(self) -> _MicroBatch:
+        b = self._next
+        self._next += 1
+        span = slice(self._starts_B1[b], self._starts_B1[b + 1])
+        low, high = int(self._low_B[b]), int(self._high_B[b])
+        rows = self._row_M[span]
+        opens, pieces, order = 0, [], None
+        if low == high:
+            part, opens = self._part(low, b)
+            pieces = [(part, rows)]
+        else:
+            part_M = self._part_M[span]
+            sorted_M = np.argsort(part_M, kind="stable")
+            order = np.argsort(sorted_M)
+            for p in np.unique(part_M):
+                part, opened = self._part(int(p), b)
+                opens += opened
+                pieces.append((part, rows[part_M == p]))
+        return _MicroBatch(pieces, order, opens, self._plan.epoch, Position())
+
+    def _part(self, p: int, b: int) -> tuple[Future[Window], int]:
+        """One part, and whether its reading begins now."""
+        part, opened = self._parts[p], 0
+        if part is None:
+            here = slice(self._plan.starts_P1[p], self._plan.starts_P1[p + 1])
+            cells = self._plan.cell_C[here][self._wanted_C[here]]
+            part, opened = self._reader.submit(self._stream.read_part, cells), 1
+        self._parts[p] = None if b == self._last_P[p] else part
+        return part, opened
+
+
+def read_cells(corpus: "Corpus", cells: np.ndarray, labels: Sequence[np.ndarray]) -> Window:
+    """Read cells into the rows of a window.
 
     Parameters
     ----------
     corpus
         Where to read.
     cells
-        Permanent cell numbers, block after block; ascending within a block.
-    order
-        Positions into ``cells``: row i of the window is ``cells[order[i]]``.
+        Permanent cell numbers, each once, in any order: row i of the window is ``cells[i]``.
     labels
         library, species, technical batch and panel of every cell of the corpus.
     """
+    by_number = np.argsort(cells)
+    ascending = cells[by_number]
     # A run is read as one range; holes of up to 32 cells are cheaper to read than to skip.
-    step = np.diff(cells)
-    runs = np.split(cells, np.flatnonzero((step <= 0) | (step > 32)) + 1)
+    runs = np.split(ascending, np.flatnonzero(np.diff(ascending) > 32) + 1)
     block = corpus.read_blocks([(int(run[0]), int(run[-1]) + 1) for run in runs])
     sizes = np.array([run[-1] + 1 - run[0] for run in runs])
-    rows = np.concatenate(
+    rows = np.empty(cells.size, np.int64)
+    rows[by_number] = np.concatenate(
         [run - run[0] + first for run, first in zip(runs, np.cumsum(sizes) - sizes, strict=True)]
-    )[order]
-    cells = cells[order]
+    )
     library_C, species_C, batch_C, panel_C = (values[cells] for values in labels)
     return Window(
         begin_C=block.starts_C1[rows].astype(np.int64),

@@ -42,34 +42,29 @@ def places_for(budget: int, context: int, mean_length: float) -> int:
 @njit(nogil=True, cache=True)
 def _plan(length_C, budget, max_cells, look_ahead, order_C, bins_C1):  # type: ignore[no-untyped-def]
     n = length_C.shape[0]
-    waiting = np.empty(look_ahead, np.int64)
-    n_waiting = 0
-    arrived = 0
+    # Waiting cells are a linked list in order of arrival: cell c is node c + 1, node 0 the head.
+    following = np.arange(1, n + 2)
     placed = 0
     n_bins = 0
     bins_C1[0] = 0
     while placed < n:
         room = budget
         in_bin = 0
-        i = 0
+        before = 0
         while True:
-            while n_waiting < look_ahead and arrived < n:
-                waiting[n_waiting] = arrived
-                n_waiting += 1
-                arrived += 1
+            last = min(n, placed + look_ahead)
+            node = following[before]
             # First come, first served: the earliest waiting cell that fits.
-            while i < n_waiting and length_C[waiting[i]] > room:
-                i += 1
-            if i >= n_waiting or in_bin >= max_cells:
+            while node <= last and length_C[node - 1] > room:
+                before = node
+                node = following[node]
+            if node > last or in_bin >= max_cells:
                 break
-            cell = waiting[i]
-            order_C[placed] = cell
+            order_C[placed] = node - 1
             placed += 1
             in_bin += 1
-            room -= length_C[cell]
-            for j in range(i, n_waiting - 1):
-                waiting[j] = waiting[j + 1]
-            n_waiting -= 1
+            room -= length_C[node - 1]
+            following[before] = following[node]
         n_bins += 1
         bins_C1[n_bins] = placed
     return n_bins

@@ -61,8 +61,8 @@ class CountsReader:
         Folder of the corpus.
     groups
         Its groups, in the order of their cells.
-    n_genes_C
-        Values stored per cell.
+    starts_C1
+        First stored value of every cell, over all groups, and the end.
     n_tokens
         V.
     threads
@@ -73,7 +73,7 @@ class CountsReader:
         self,
         path: Path,
         groups: Sequence[GroupRecord],
-        n_genes_C: npt.NDArray[np.int32],
+        starts_C1: npt.NDArray[np.int64],
         n_tokens: int,
         threads: int,
     ) -> None:
@@ -82,8 +82,7 @@ class CountsReader:
         self._first_cell = [0]
         for group in groups:
             self._first_cell.append(self._first_cell[-1] + group.n_cells)
-        self._starts_C1 = np.zeros(n_genes_C.size + 1, np.int64)
-        np.cumsum(n_genes_C, out=self._starts_C1[1:])
+        self._starts_C1 = starts_C1
         self._readers: dict[int, GroupReader] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()

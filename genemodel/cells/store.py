@@ -231,7 +231,10 @@ class ShardedArray:
         offset, size = shard.index[place]
         if offset == _ABSENT:
             raise _damaged(shard.path, f"chunk {place} is missing")
-        raw = os.pread(handle, int(size), int(offset))
+        try:
+            raw = os.pread(handle, int(size), int(offset))
+        except OSError as error:
+            raise _damaged(shard.path, error.strerror or str(error)) from error
         if len(raw) != size or not _crc_fits(raw):
             raise _damaged(shard.path, f"chunk {place} is cut off or changed (wrong CRC)")
         try:

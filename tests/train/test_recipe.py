@@ -246,7 +246,7 @@ def test_the_sequence_of_batches_does_not_depend_on_world_size(tiny_corpus):
     # Restart anywhere: the rest is the rest.
     for k in (1, 5, len(alone) - 1):
         assert cells(0, 1, alone[k - 1][1]) == alone[k:]
-    assert alone[-1][1] == Position(epoch=1, window=0, batch=0, taken=len(alone))
+    assert alone[-1][1] == Position(taken=len(alone), lanes=((1, 0, 0),))
 
 
 def test_batches_hold_the_corpus_counts(tiny_corpus):
