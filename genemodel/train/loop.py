@@ -543,7 +543,7 @@ class Loop:
         state = checkpoint.state()
         self.exchange.load(state, self.optimisers)
         saved = dict(state["progress"])
-        position = Position(**saved.pop("position"))
+        position = Position.of(saved.pop("position"))
         self.progress = Progress(**saved, position=position)
         self.guard.load(state["guard"])
 

@@ -25,8 +25,9 @@ from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.order import ORDER_VERSION, Position
-from genemodel.cells.split import split_cells, usual_groups
+from genemodel.cells.split import hold_out, usual_groups
 from genemodel.errors import ConfigError
+from genemodel.model.compiling import compile_for_training
 from genemodel.model.flops import device_peak
 from genemodel.model.tuning import rate_shares
 from genemodel.settings import check_out_folder, difference, parse, to_values
@@ -78,6 +79,13 @@ FREE_ON_RESUME = (
     "trainer.on_spike",
     "trainer.spike_deviations",
     "trainer.max_skips",
+)
+
+# Loggers of Lightning; which of the last two speaks depends on what was imported.
+_TALKATIVE = (
+    "lightning.fabric",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.utilities.rank_zero",
 )
 
 
@@ -201,20 +209,19 @@ def _train(plan: _Plan) -> None:
     # Every rank has found one; a file system may have shown them different ones.
     checkpoint = fabric.broadcast(plan.checkpoint)
 
-    def stream(cells: np.ndarray, limit: int | None = None, **options: Any) -> RankStream:
+    def stream(cells: np.ndarray, **options: Any) -> RankStream:
         cell_stream = CellStream(
             corpus, cells, settings.tokens, seed=settings.seed,
             inverse_median_V=inverse_median_V, batch_codes=batch_codes,
             rank=rank, world_size=world, **options,
         )  # fmt: skip
-        return RankStream(cell_stream, fabric.device, limit)
+        return RankStream(cell_stream, fabric.device)
 
     torch.manual_seed(settings.seed)
     model, objectives = build(settings, corpus, plan.train_cells, n_batches, start)
     plain = copy.deepcopy(model) if plan.kind == "fsdp" and rank == 0 else model
     if trainer.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False, fullgraph=True)
+        compile_for_training(model, objectives)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Model: %s parameters, %s of them learn, %s × %s, %s, %d micro-batches a step.",
@@ -306,7 +313,7 @@ def _quiet_but_first(rank: int) -> Iterator[None]:
     """Let one rank speak for all: the others only say what is wrong with them."""
     levels = {"genemodel": logging.ERROR} if rank else {}
     # What Fabric says about devices and processes is said here as well, in fewer words.
-    for name in ("lightning.fabric", "lightning.fabric.utilities.rank_zero"):
+    for name in _TALKATIVE:
         levels[name] = logging.WARNING
     before = {name: logging.getLogger(name).level for name in levels}
     for name, level in levels.items():
@@ -443,17 +450,15 @@ def split(settings: PretrainSettings, corpus: Corpus) -> tuple[np.ndarray, np.nd
             "auto, and there are no groups" if settings.holdout.by else "empty",
         )
         return every, every
-    train_cells, held_out = split_cells(
+    held = hold_out(
         corpus,
         by=by,
-        holdout=list(settings.holdout.groups) or settings.holdout.fraction,
+        groups=settings.holdout.groups,
+        fraction=settings.holdout.fraction,
         seed=settings.holdout.seed,
     )
-    logger.info(
-        "Corpus %s: %s cells to train on, %s held out by %s.",
-        settings.corpus, f"{train_cells.size:,}", f"{held_out.size:,}", by,
-    )  # fmt: skip
-    return train_cells, held_out
+    logger.info("Corpus %s, by %s: %s.", settings.corpus, by, held.describe())
+    return held.train, held.held_out
 
 
 def named_cells(corpus: Corpus, cells: np.ndarray, most: int = 8) -> str:
