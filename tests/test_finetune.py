@@ -20,7 +20,7 @@ from genemodel.errors import DataError
 from genemodel.finetune import FinetuneSettings, cells_of
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.settings import parse
-from genemodel.train.module import TrainingModule
+from genemodel.train.loop import Loop
 
 TINY = [f"integration.{word}" for word in ("steps=6", "passes=0", "hidden=8", "rank=4", "latent=5")]
 
@@ -183,14 +183,14 @@ def test_a_run_that_was_cut_off_goes_on_and_another_is_refused(
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(command(mine, small_start, whole, "backbone=last")) == 0
-    step_itself = TrainingModule.training_step
+    apply_itself = Loop._apply
 
-    def broken(module, step, batch_idx):
-        if module.steps_done == 3:
+    def broken(loop, *args):
+        if loop.progress.step == 3:
             raise ZeroDivisionError
-        step_itself(module, step, batch_idx)
+        return apply_itself(loop, *args)
 
-    monkeypatch.setattr(TrainingModule, "training_step", broken)
+    monkeypatch.setattr(Loop, "_apply", broken)
     with pytest.raises(ZeroDivisionError):
         main(command(mine, small_start, parts, "backbone=last"))
     assert not (parts / "embedded.h5ad").exists()
@@ -198,11 +198,11 @@ def test_a_run_that_was_cut_off_goes_on_and_another_is_refused(
     assert "backbone.layers: 1 -> 2" in capsys.readouterr().err
     steps = []
 
-    def counted(module, step, batch_idx):
-        steps.append(module.steps_done)
-        step_itself(module, step, batch_idx)
+    def counted(loop, *args):
+        steps.append(loop.progress.step)
+        return apply_itself(loop, *args)
 
-    monkeypatch.setattr(TrainingModule, "training_step", counted)
+    monkeypatch.setattr(Loop, "_apply", counted)
     assert main(command(mine, small_start, parts, "backbone=last")) == 0
     assert steps == [2, 3]
     expected, got = (ad.read_h5ad(out / "embedded.h5ad") for out in (whole, parts))

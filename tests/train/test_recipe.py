@@ -25,7 +25,8 @@ from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.optim import build_optimisers, lr_share, parameter_groups
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import OptimSettings, PretrainSettings
-from genemodel.train.watch import start_wandb, without_secrets
+from genemodel.train.processes import OUT_OF_TIME, Unfinished
+from genemodel.train.wandb_log import start_wandb, without_secrets
 
 
 def settings(corpus, out, **trainer):
@@ -114,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_at_a_step_and_the_exit_code_says_so(tiny_corpus, tmp_path, number):
     command = [
         sys.executable, "-m", "genemodel", "pretrain", "model=tiny", f"corpus={tiny_corpus}",
@@ -152,26 +153,41 @@ def test_early_stopping_ends_a_run_that_does_not_improve(tiny_corpus, tmp_path):
     assert 3 <= len(validation) < 20
 
 
-def test_the_saved_state_knows_the_look_at_its_step(tiny_corpus, tmp_path):
+def test_the_saved_state_knows_the_look_at_its_step(tiny_corpus, tmp_path, caplog):
     out = tmp_path / "run"
 
     def saved():
         found = newest_checkpoint(out / "checkpoints")
-        state = torch.load(found.path / "state.pt", weights_only=True)["callbacks"]
-        (watch,) = (value for key, value in state.items() if "Watch" in key)
-        return found.step, watch
+        progress = found.state()["progress"]
+        return found.step, progress["best"], progress["since_best"]
 
     often = {"validate_every": 2, "checkpoint_every": 2, "validation_batches": 1}
-    pretrain(settings(tiny_corpus, out, max_steps=6, max_minutes=1e-9, **often))
-    (look,) = rows(out / "validation.csv")
-    # The look of the stop on the way is the best so far, and none that patience counts.
-    assert saved() == (1, {"best": pytest.approx(float(look["val/total"])), "since_best": 0})
+    # Whoever stops a run may not wait for a look.
+    with caplog.at_level("INFO"), pytest.raises(Unfinished) as stopped:
+        pretrain(settings(tiny_corpus, out, max_steps=6, max_minutes=1e-9, **often))
+    assert stopped.value.code == OUT_OF_TIME
+    assert "Stopped by max_minutes after step 1 of 6, saved; the schedule is not" in caplog.text
+    assert not (out / "validation.csv").exists() and not (out / "bundle").exists()
+    assert saved() == (1, float("inf"), 0)
     bundle = Bundle.load(pretrain(settings(tiny_corpus, out, max_steps=6, **often)), device="cpu")
     totals = [float(row["val/total"]) for row in rows(out / "validation.csv")]
-    assert len(totals) == 4
+    assert len(totals) == 3
     assert bundle.provenance["validation"]["val/total"] == pytest.approx(min(totals))
-    step, watch = saved()
-    assert step == 6 and watch["best"] == pytest.approx(min(totals))
+    step, best, _ = saved()
+    assert step == 6 and best == min(totals)
+
+
+def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path):
+    timed = settings(tiny_corpus, tmp_path / "run", max_steps=100_000, log_every=1)
+    timed = dataclasses.replace(
+        timed, optim=dataclasses.replace(timed.optim, horizon_minutes=0.02)
+    )
+    pretrain(timed)  # ends by itself, and its schedule with it
+    last = rows(tmp_path / "run" / "metrics.csv")[-1]
+    assert last["lr"] < 0.5 * timed.optim.lr
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found.about["ended"] == "horizon" and found.step < 100_000
+    assert (tmp_path / "run" / "bundle" / "bundle.json").exists()
 
 
 @pytest.mark.parametrize(

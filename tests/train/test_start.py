@@ -13,7 +13,7 @@ from genemodel.genes import GeneVocabulary
 from genemodel.settings import parse
 from genemodel.train import recipe
 from genemodel.train.checkpoint import newest_checkpoint
-from genemodel.train.module import TrainingModule
+from genemodel.train.loop import Loop
 from genemodel.train.optim import build_optimisers
 from genemodel.train.settings import OptimSettings, PretrainSettings
 
@@ -162,14 +162,14 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(
         )  # fmt: skip
 
     whole = recipe.pretrain(run("whole"))
-    step_itself = TrainingModule.training_step
+    apply_itself = Loop._apply
 
-    def broken(module, step, batch_idx):
-        if module.steps_done == STEPS - 1:
+    def broken(loop, *args):
+        if loop.progress.step == STEPS - 1:
             raise KeyboardInterrupt
-        step_itself(module, step, batch_idx)
+        return apply_itself(loop, *args)
 
-    monkeypatch.setattr(TrainingModule, "training_step", broken)
+    monkeypatch.setattr(Loop, "_apply", broken)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         recipe.pretrain(run("parts"))
     saved = newest_checkpoint(tmp_path / "parts" / "checkpoints")
@@ -219,14 +219,15 @@ def test_groups_of_the_optimiser_carry_their_rates():
 
 def test_rates_follow_the_shares(start, corpus, tmp_path, monkeypatch):
     seen = []
-    step_itself = TrainingModule.training_step
+    apply_itself = Loop._apply
 
-    def noting(module, step, batch_idx):
-        step_itself(module, step, batch_idx)
-        groups = module.trainer.optimizers[0].param_groups
+    def noting(loop, *args):
+        applied = apply_itself(loop, *args)
+        groups = loop.optimisers[0].param_groups
         seen.append({group["share"]: group["lr"] for group in groups})
+        return applied
 
-    monkeypatch.setattr(TrainingModule, "training_step", noting)
+    monkeypatch.setattr(Loop, "_apply", noting)
     recipe.pretrain(
         settings(
             corpus, tmp_path / "run", start=str(start), backbone={"layer_decay": 0.5},

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from genemodel.settings import parse
-from genemodel.train.module import TrainingModule
+from genemodel.train.loop import Loop
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 
@@ -22,25 +22,29 @@ def main() -> None:
     corpus, out, trace, max_steps, optimiser = sys.argv[1:6]
     kill_after, accumulate, dropout = int(sys.argv[6]), int(sys.argv[7]), float(sys.argv[8])
     file = Path(f"{trace}.{os.environ.get('RANK', '0')}").open("a")
-    step_itself = TrainingModule.training_step
+    gradient_itself, after_itself = Loop._gradient, Loop._after_step
+    digest = ""
 
-    def traced(module, step, batch_idx):
-        digest = hashlib.sha256()
-        for batch in step.batches:
-            prepared = module.objectives.prepare(batch)
-            digest.update(batch.cell_C.numpy().tobytes())
-            digest.update(prepared.seen.gene_T.numpy().tobytes())
-            digest.update(prepared.seen.value_T.numpy().tobytes())
-        step_itself(module, step, batch_idx)
-        losses = " ".join(
-            f"{value.hex()}" for key, value in module.last_step.items() if key.startswith("train/")
-        )
-        file.write(f"{module.steps_done} {digest.hexdigest()} {losses}\n")
+    def gradient(loop, batches, signals, *, trivial):
+        nonlocal digest
+        found = hashlib.sha256()
+        for batch in batches:
+            prepared = loop.losses.objectives.prepare(batch)
+            found.update(batch.cell_C.numpy().tobytes())
+            found.update(prepared.seen.gene_T.numpy().tobytes())
+            found.update(prepared.seen.value_T.numpy().tobytes())
+        digest = found.hexdigest()
+        return gradient_itself(loop, batches, signals, trivial=trivial)
+
+    def after_step(loop, report):
+        losses = " ".join(value.hex() for value in report.losses.values())
+        file.write(f"{loop.progress.step} {digest} {losses}\n")
         file.flush()
-        if module.steps_done == kill_after:
+        if loop.progress.step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        after_itself(loop, report)
 
-    TrainingModule.training_step = traced
+    Loop._gradient, Loop._after_step = gradient, after_step
     pretrain(
         parse(
             PretrainSettings,
