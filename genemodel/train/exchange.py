@@ -1,18 +1,19 @@
 """How gradients of several processes become one: the only place that knows the strategy.
 
-======== ============================================================================================
+======== ==========================================================================================
 kind     what happens
-======== ============================================================================================
+======== ==========================================================================================
 alone    nothing: one process
 ddp      torch's DistributedDataParallel: averaged while the last micro-batch goes backward
 fsdp     FSDP2: parameters, gradients and optimiser state are sharded over the processes
-ordered  every micro-batch's gradient is gathered and added in the order of micro-batches, so that the
-         sum is the same to the bit for any number of processes; costs a gather of all gradients a
-         micro-batch instead of one exchange a step
-======== ============================================================================================
+ordered  every micro-batch's gradient is gathered and added in the order of micro-batches, so that
+         the sum is the same to the bit for any number of processes; costs a gather of all
+         gradients a micro-batch instead of one exchange a step
+======== ==========================================================================================
 
-The loss of a step is a sum over all micro-batches divided by the global number of items, so what is
-wanted is the *sum* of the ranks' gradients. DDP and FSDP average: :attr:`Exchange.factor` undoes it.
+The loss of a step is a sum over all micro-batches divided by the global number of items, so what
+is wanted is the *sum* of the ranks' gradients. DDP and FSDP average: :attr:`Exchange.factor`
+undoes it.
 """
 
 import contextlib
@@ -24,12 +25,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import (
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, nn
 
 from genemodel.train.processes import Processes
@@ -57,8 +57,9 @@ def make_fabric(
     elif processes.world > 1:
         # Buffers are constants here; sending them with every forward pass would be for nothing.
         known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        keep = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        strategy = DDPStrategy(timeout=timeout, gradient_as_bucket_view=True, **{keep: False})
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+        strategy = DDPStrategy(timeout=timeout, **options)
     return Fabric(
         accelerator=accelerator,
         devices=processes.here,

@@ -47,7 +47,9 @@ class TrainingStopped(GenemodelError):
 class Stream(Protocol):
     """Micro-batches of one rank with the position after each; counts the time waited for them."""
 
-    waited_s: float
+    @property
+    def waited_s(self) -> float:
+        """Seconds waited for micro-batches so far."""
 
     def __iter__(self) -> Iterator[tuple[list[CellBatch], Position]]:
         """Start from the stream's position."""
@@ -320,7 +322,7 @@ class Loop:
         ), totals
 
     def _wishes(self, signals: StopSignals) -> list[float]:
-        """What this rank wants, one number for each of ``_STOPS``; and the first rank's clock."""
+        """Say what this rank wants, a number for each of ``_STOPS``; then the first rank's clock."""
         limit = self.settings.max_minutes
         wanted = {signals.number, "max_minutes" if 0 < limit <= self._session_minutes else 0}
         clock = self._session_minutes if self.exchange.rank == 0 else 0.0

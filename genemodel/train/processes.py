@@ -2,8 +2,8 @@
 
 A run has one process a device. ``torchrun``, Slurm's ``srun`` or a user start them, or
 :func:`supervise` does: it starts one ``python -m genemodel.train.worker`` a device from a file of
-settings, hands signals on, and waits. So nothing that called :func:`~genemodel.train.recipe.pretrain`
-runs twice, and a notebook can train on several devices.
+settings, hands signals on, and waits. So nothing that called ``pretrain`` runs twice, and a
+notebook can train on several devices.
 """
 
 import json
@@ -193,7 +193,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class _handing_on:  # noqa: N801 - a context manager reads as a verb
+class _handing_on:
     """Hand signals on to the workers while they run.
 
     A terminal's Ctrl-C reaches the workers by itself; a scheduler's signal may reach this process
@@ -295,9 +295,7 @@ def requeue() -> None:
     if not job:
         logger.warning("trainer.requeue=true, but this is no Slurm job: start the command again.")
         return
-    done = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         logger.error(
             "scontrol requeue %s failed (%s): submit the same script again.",

@@ -2,9 +2,9 @@
 
 Every rank has a thread that writes ``<run>/ranks/rank-<r>.json`` and reads those of the others. A
 collective operation cannot tell who is missing: a stopped, a killed and a slow rank all look like
-silence, and the others wait inside the operation. The files can: a stopped process no longer writes,
-and one that is stuck says in which part of a step. They need nothing but the folder that the
-checkpoints need as well.
+silence, and the others wait inside the operation. The files can: a stopped process no longer
+writes, and one that is stuck says in which part of a step. They need nothing but the folder that
+the checkpoints need as well.
 """
 
 import json

@@ -24,7 +24,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.manifest import MANIFEST
-from genemodel.cells.order import ORDER_VERSION, Position
+from genemodel.cells.order import ORDER_VERSION
 from genemodel.cells.split import hold_out, usual_groups
 from genemodel.errors import ConfigError
 from genemodel.model.compiling import compile_for_training
@@ -397,9 +397,7 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
-def choose_device(
-    settings: TrainerSettings, processes: Processes | None = None
-) -> tuple[str, str]:
+def choose_device(settings: TrainerSettings, processes: Processes | None = None) -> tuple[str, str]:
     """Resolve ``auto`` for accelerator and precision, and refuse what is not here."""
     cuda = torch.cuda.is_available()
     here = settings.devices if processes is None else processes.here

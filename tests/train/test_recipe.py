@@ -23,9 +23,9 @@ from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.optim import build_optimisers, lr_share, parameter_groups
+from genemodel.train.processes import OUT_OF_TIME, Unfinished
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import OptimSettings, PretrainSettings
-from genemodel.train.processes import OUT_OF_TIME, Unfinished
 from genemodel.train.wandb_log import start_wandb, without_secrets
 
 
@@ -179,9 +179,7 @@ def test_the_saved_state_knows_the_look_at_its_step(tiny_corpus, tmp_path, caplo
 
 def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path):
     timed = settings(tiny_corpus, tmp_path / "run", max_steps=100_000, log_every=1)
-    timed = dataclasses.replace(
-        timed, optim=dataclasses.replace(timed.optim, horizon_minutes=0.02)
-    )
+    timed = dataclasses.replace(timed, optim=dataclasses.replace(timed.optim, horizon_minutes=0.02))
     pretrain(timed)  # ends by itself, and its schedule with it
     last = rows(tmp_path / "run" / "metrics.csv")[-1]
     assert last["lr"] < 0.5 * timed.optim.lr
