@@ -322,7 +322,7 @@ class Loop:
         ), totals
 
     def _wishes(self, signals: StopSignals) -> list[float]:
-        """Say what this rank wants, a number for each of ``_STOPS``; then the first rank's clock."""
+        """Say what this rank wants, a number for each of ``_STOPS``; then rank 0's clock."""
         limit = self.settings.max_minutes
         wanted = {signals.number, "max_minutes" if 0 < limit <= self._session_minutes else 0}
         clock = self._session_minutes if self.exchange.rank == 0 else 0.0
