@@ -192,3 +192,17 @@ def small_disk(tmp_path):
         pytest.skip("a small file system cannot be mounted here: that takes root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Environment of a Slurm of one machine (``tests/slurm/bin``), whose notes lie in a folder.
+
+    ``sbatch``, ``srun``, ``scontrol`` and ``scancel`` are on its ``PATH``; ``FAKE_SLURM`` is the
+    folder with ``job.json``, ``calls.log`` and, while a step runs, ``tasks``.
+    """
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+    path = f"{REPOSITORY / 'tests' / 'slurm' / 'bin'}{os.pathsep}{clean['PATH']}"
+    return clean | {"PATH": path, "FAKE_SLURM": str(folder)}

@@ -224,17 +224,24 @@ class LogSettings:
     ----------
     kind
         ``csv`` for the files alone, ``wandb`` for Weights & Biases as well.
-    project, name
-        Of the run at Weights & Biases.
+    entity, project, group, name, tags
+        Of the run at Weights & Biases: whose account or team, which project, what it is grouped
+        with, what it is called (empty: as the run directory), and words to find it by.
     mode
-        ``offline`` writes files to sync later; ``online`` sends while training. The key comes from
-        the environment only.
+        ``offline`` writes files to sync later; ``online`` sends while training, and writes offline
+        where it cannot. The key comes from ``WANDB_API_KEY`` or an earlier ``wandb login``.
+    system
+        Send how busy processors, memory, disks and network of the host are.
     """
 
     kind: Literal["csv", "wandb"] = "csv"
+    entity: str = ""
     project: str = "genemodel"
+    group: str = ""
     name: str = ""
+    tags: tuple[str, ...] = ()
     mode: Literal["offline", "online"] = "offline"
+    system: bool = True
 
 
 @dataclass(frozen=True)
