@@ -1,8 +1,30 @@
 """Names of devices, checked before anything is loaded onto one."""
 
+import contextlib
+
 import torch
 
 from genemodel.errors import ConfigError
+
+
+def half_of(device: torch.device) -> torch.dtype | None:
+    """Number format of autocast on this device, or None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether numbers on this device can be read without waiting for it."""
+    return device.type == "cpu"
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Switch autocast off for a while."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def device_of(name: str | torch.device) -> torch.device:
