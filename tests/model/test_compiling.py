@@ -8,7 +8,7 @@ import torch
 from device_traffic import as_if_on_a_device
 
 from genemodel.model import compiling
-from genemodel.model.compiling import compile_encoder, compile_for_training, why_not_compiled
+from genemodel.model.compiling import compile_encoder, compile_for_training
 
 # What a training micro-batch runs: hiding, embedding, block, readout; before and in the gene
 # loss's chunks; value head; count decoder.
@@ -106,18 +106,3 @@ def test_without_a_compiler_the_steps_stay_as_they_are_and_it_is_said(
     assert "g++ or clang++ is not on the PATH" in caplog.text
     assert not task.compiled and model.embedding._compiled_call_impl is None
     assert not compile_encoder(model)
-
-
-def test_what_torch_compile_needs_is_named(monkeypatch, tmp_path):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: None)
-    assert why_not_compiled(cuda) == "the package triton is not installed"
-    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    assert "gcc or clang" in why_not_compiled(cuda)
-    monkeypatch.setenv("CC", "mycc")
-    assert "mycc is not on the PATH" in why_not_compiled(cuda)
-    (tmp_path / "mycc").write_text("")
-    (tmp_path / "mycc").chmod(0o755)
-    assert why_not_compiled(cuda) is None
