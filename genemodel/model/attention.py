@@ -34,7 +34,7 @@ def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longe
     -------
     Tensor of shape (T, H, K).
     """
-    if q_THK.is_cuda:
+    if q_THK.device.type != "cpu":
         if q_THK.dtype not in (torch.bfloat16, torch.float16) or not flash_fits(q_THK.shape[2]):
             return attend_padded(q_THK, k_THK, v_THK, starts_C1, longest)
         from torch.nn.attention.varlen import varlen_attn

@@ -5,15 +5,13 @@ A region is a module that is called as a whole, or a function that a module runs
 """
 
 import functools
-import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 
+from genemodel.model.devices import why_not_compiled
 from genemodel.model.gene_model import GeneModel
 
 logger = logging.getLogger(__name__)
@@ -47,18 +45,6 @@ class Compilable(Protocol):
         """Compile every region."""
 
 
-def why_not_compiled(device: torch.device) -> str | None:
-    """Say what torch.compile lacks for this device, or None where nothing is."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    named = os.environ.get("CXX" if device.type == "cpu" else "CC")
-    usual = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
-    if not any(shutil.which(name) for name in ((named,) if named else usual)):
-        wanted = named or " or ".join(usual[:2])
-        return f"there is no C compiler ({wanted} is not on the PATH)"
-    return None
-
-
 def compile_encoder(model: GeneModel, *, backend: str | Callable[..., Any] = "inductor") -> bool:
     """Compile embedding, blocks and readout of a model, in place.
 
@@ -69,7 +55,10 @@ def compile_encoder(model: GeneModel, *, backend: str | Callable[..., Any] = "in
     if backend == "inductor":
         missing = why_not_compiled(next(model.parameters()).device)
         if missing is not None:
-            logger.warning("Nothing is compiled, steps take longer: %s.", missing)
+            logger.warning(
+                "Nothing is compiled, because %s: the same numbers, but every step takes longer.",
+                missing,
+            )
             return False
     for part in (model.embedding, *model.blocks, model.final_norm):
         part.compile(dynamic=False, fullgraph=True, backend=backend)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from genemodel.cells.batch import CellBatch
 from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.model.attention import attend
+from genemodel.model.devices import full_precision, half_of
 from genemodel.model.settings import ModelSettings
 
 # value_T below this asks for the learned "value hidden" vector (see genemodel.tasks.masking).
@@ -69,7 +70,7 @@ class ExpressionComponents(nn.Module):
         # A sum within cells as a product with their indicators: its backward is a product too,
         # where a scatter onto a dozen rows would have the tokens of a cell queue up on a GPU.
         place_C1 = torch.arange(batch.species_C.shape[0], device=batch.segment_T.device)[:, None]
-        with torch.autocast(weighted_TK.device.type, enabled=False):
+        with full_precision(weighted_TK.device):
             of_CT = (batch.segment_T == place_C1).to(weighted_TK.dtype)
             score_CK = self.offset(batch.species_C) + of_CT @ weighted_TK
         return self.project(score_CK)
@@ -138,11 +139,10 @@ class GeneEmbedding(nn.Module):
         if self.components is not None:
             cell_CD = cell_CD + self.components(batch)
         first_C, is_there_C1 = opening_tokens(batch.starts_C1, x_TD.shape[0])
-        cell_CD = torch.where(is_there_C1, cell_CD.to(x_TD.dtype), 0.0)
+        cell_CD = cell_CD.to(x_TD.dtype).masked_fill(~is_there_C1, 0.0)
         x_TD = self.norm(x_TD.index_add(0, first_C, cell_CD))
-        if self.half_stream and torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
-        return x_TD
+        half = half_of(x_TD.device)
+        return x_TD.to(half) if self.half_stream and half is not None else x_TD
 
 
 def opening_tokens(starts_C1: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:

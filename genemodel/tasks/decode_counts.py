@@ -157,7 +157,7 @@ class CountDecoder(nn.Module):
         measured_CV: Tensor,
     ) -> Tensor:
         """Log mean count of every measured gene; shape (C, V)."""
-        shift_CD = torch.where((batch_C >= 0)[:, None], self.batch(batch_C.clamp_min(0)), 0.0)
+        shift_CD = self.batch(batch_C.clamp_min(0)).masked_fill((batch_C < 0)[:, None], 0.0)
         z_CD = self.projection(cell_CD) + shift_CD
         logit_CV = (z_CD @ self.gene.weight.T).float() + self.base_SV.index_select(0, species_C)
         return _per_library(logit_CV, library_C, measured_CV)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError
 from genemodel.model.compiling import Regions
+from genemodel.model.devices import full_precision, half_of, is_host
 from genemodel.model.gene_model import initialise
 
 # Logit bias of genes of other species: they cannot occur, and e⁻³⁰ keeps gradients finite.
@@ -132,12 +133,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ):
         """Sum of the losses of the real rows; without ``learning`` there will be no backward."""
         wants = tuple(learning and w for w in ctx.needs_input_grad[:3])
-        device = h_MD.device.type
-        half = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if half else h_MD.dtype
+        dtype = half_of(h_MD.device) or h_MD.dtype
         rows = (h_MD, gene_VD, bias_SV, species_M, gene_M, real_M)
-        with torch.autocast(device, enabled=False):
-            if device == "cpu":
+        with full_precision(h_MD.device):
+            if is_host(h_MD.device):
                 total, *made = in_one_buffer(*rows, wants)
             else:
                 total, *made = in_constant_chunks(*rows, wants, dtype, regions)

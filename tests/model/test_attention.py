@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from device_traffic import DeviceTraffic, fake_cuda
 
 from genemodel.cells.packing import plan_bins
 from genemodel.cells.tokens import TokenSettings
-from genemodel.model.attention import attend, attend_reference, thread_blocks
+from genemodel.model.attention import (
+    attend,
+    attend_padded,
+    attend_reference,
+    flash_fits,
+    thread_blocks,
+)
 
 
 def case(seed=0, tokens=300, heads=3, width=16):
@@ -79,3 +86,26 @@ def test_most_thread_blocks_of_the_grid_have_work(budget):
     # The grid of a tail in one piece and a place for every 32 tokens, for comparison.
     before, _ = thread_blocks(lengths[:13], places=513, longest=16_384, heads=4)
     assert before == 262_656
+
+
+@pytest.mark.parametrize("longest", [110, 300])
+def test_padded_attention_equals_the_oracle(longest):
+    """The way of GPUs without the variable-length kernel, tried where there is no GPU."""
+    q, k, v, starts = case()
+    out, expected = (f(q, k, v, starts, longest) for f in (attend_padded, attend_reference))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(out)
+    got = torch.autograd.grad(out, (q, k, v), weight)
+    want = torch.autograd.grad(expected, (q, k, v), weight)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "fits"), [(64, True), (256, True), (264, False), (20, False)])
+def test_heads_that_the_kernel_has_no_room_for_are_padded(width, fits):
+    assert flash_fits(width) == fits
+    with fake_cuda(), DeviceTraffic("cuda") as traffic:
+        q = torch.empty(64, 2, width, dtype=torch.bfloat16, device="cuda")
+        starts = torch.tensor([0, 30, 64], dtype=torch.int32).to("cuda", non_blocking=True)
+        assert attend(q, q, q, starts, 64).shape == q.shape
+    assert traffic.ops["_varlen_attn"] == fits and traffic.waits == []
