@@ -146,7 +146,7 @@ def bench_loader() -> None:
 
 
 def tiled_corpus(folder: Path, copies: int) -> "object":
-    """A corpus whose groups are hard links to one group of 65,536 generated cells."""
+    """Build a corpus of 65,536 generated cells, ``copies`` times by hard links to its groups."""
     from dataclasses import replace
 
     from genemodel.cells.corpus import Corpus
@@ -203,6 +203,17 @@ def bench_scale(n_batches: int = 1200, cells_per_s: float = 3000.0) -> None:
                 inverse_median_V=inverse_medians(corpus.medians_V), rank=rank, world_size=world,
             )  # fmt: skip
 
+        ours = stream(0, 64)
+        begin = time.process_time()
+        planned = [ours.plan(number).cell_C for number in range(32)]
+        used = time.process_time() - begin
+        line("planning any cell, from lengths", f"{used / sum(map(len, planned)) * 1e6:.2f} µs")
+        ours.read_part(planned[0][:1024])
+        begin = time.process_time()
+        for cell_C in planned[:16]:
+            ours.read_part(cell_C[:1024])
+        used = time.process_time() - begin
+        line("decoding a cell", f"{used / (16 * 1024) * 1e6:.1f} µs")
         for world in (64, 1, 8, 24, 256):
             before = resident()
             batches = iter(stream(0, world))

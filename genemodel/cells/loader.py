@@ -401,24 +401,23 @@ class _Plan:
 class _MicroBatch:
     """A micro-batch of this rank whose cells are read or being read.
 
-    ``pieces`` are the parts it takes cells from, with their rows; ``order`` says how the rows of
-    several lie in the micro-batch. ``opens`` counts parts that it is the first to need.
+    ``pieces`` are the parts it takes cells from, with their rows, in order. ``opens`` counts parts
+    that it is the first to need.
     """
 
     pieces: list[tuple[Future[Window], np.ndarray]]
-    order: np.ndarray | None
     opens: int
     epoch: int
     after: Position
 
     def pack(self, stream: CellStream) -> CellBatch:
         """Wait for its parts, and pack it."""
-        if self.order is None:
+        if len(self.pieces) == 1:
             ((part, rows),) = self.pieces
             window = part.result()
         else:
             window = Window.joined([part.result().take(rows) for part, rows in self.pieces])
-            rows = self.order
+            rows = np.arange(len(window))
         return pack(window, rows, stream.inverse_median_V, stream.settings, epoch=self.epoch)
 
 
@@ -530,20 +529,16 @@ class _Share:
         self._next += 1
         span = slice(self._starts_B1[b], self._starts_B1[b + 1])
         low, high = int(self._low_B[b]), int(self._high_B[b])
-        rows = self._row_M[span]
-        opens, pieces, order = 0, [], None
-        if low == high:
-            part, opens = self._part(low, b)
-            pieces = [(part, rows)]
-        else:
-            part_M = self._part_M[span]
-            sorted_M = np.argsort(part_M, kind="stable")
-            order = np.argsort(sorted_M)
-            for p in np.unique(part_M):
-                part, opened = self._part(int(p), b)
+        rows, part_M = self._row_M[span], self._part_M[span]
+        opens, pieces = 0, []
+        # Bins keep the order of cells, so those of one part stand together.
+        for p in range(low, high + 1):
+            here = rows if low == high else rows[part_M == p]
+            if here.size:
+                part, opened = self._part(p, b)
                 opens += opened
-                pieces.append((part, rows[part_M == p]))
-        return _MicroBatch(pieces, order, opens, self._plan.epoch, Position())
+                pieces.append((part, here))
+        return _MicroBatch(pieces, opens, self._plan.epoch, Position())
 
     def _part(self, p: int, b: int) -> tuple[Future[Window], int]:
         """One part, and whether its reading begins now."""

@@ -6,10 +6,11 @@ The consumer's stream waits for the copy on the device; the host never does. One
 one a tensor keeps the thread short: it shares Python's lock with the thread that launches kernels.
 """
 
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,9 +60,8 @@ class Ahead[S, M, T]:
     def __iter__(self) -> Generator[T]:
         """Yield the items in their order."""
         source = iter(self._items)
-        pool = ThreadPoolExecutor(1, "genemodel-ahead") if self._depth else None
+        coming = self._in_thread(source) if self._depth else self._at_once(source)
         try:
-            coming = self._coming(source, pool)
             while True:
                 begin = time.perf_counter()
                 found = next(coming, None)
@@ -70,30 +70,47 @@ class Ahead[S, M, T]:
                     return
                 yield self._finish(found[0])
         finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+            coming.close()
             if hasattr(source, "close"):
                 source.close()
 
-    def _coming(self, source: Iterator[S], pool: ThreadPoolExecutor | None) -> Iterator[tuple[M]]:
-        def following() -> tuple[M] | None:
-            for item in source:
-                return (self._prepare(item),)
-            return None
+    def _at_once(self, source: Iterator[S]) -> Generator[tuple[M]]:
+        for item in source:
+            yield (self._prepare(item),)
 
-        waiting: deque[Future[tuple[M] | None]] = deque()
-        while True:
-            if pool is None:
-                found = following()
-            else:
-                while len(waiting) < self._depth:
-                    waiting.append(pool.submit(following))
-                found = waiting.popleft().result()
-                # Its successor is asked for before the consumer is served.
-                waiting.append(pool.submit(following))
-            if found is None:
-                return
-            yield found
+    def _in_thread(self, source: Iterator[S]) -> Generator[tuple[M]]:
+        # A pool's futures would cost the consumer ten times as long for each item.
+        ready: queue.SimpleQueue[tuple[M] | BaseException | None] = queue.SimpleQueue()
+        places = threading.Semaphore(self._depth)
+        left = False
+
+        def run() -> None:
+            try:
+                while True:
+                    places.acquire()
+                    if left:
+                        return
+                    for item in source:
+                        ready.put((self._prepare(item),))
+                        break
+                    else:
+                        ready.put(None)
+                        return
+            except BaseException as error:  # noqa: BLE001
+                ready.put(error)
+
+        thread = threading.Thread(target=run, name="genemodel-ahead", daemon=True)
+        thread.start()
+        try:
+            while (found := ready.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                places.release()
+                yield found
+        finally:
+            left = True
+            places.release()
+            thread.join()
 
 
 def on_device[T](

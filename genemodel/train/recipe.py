@@ -28,6 +28,7 @@ from genemodel.cells.order import ORDER_VERSION
 from genemodel.cells.split import hold_out, usual_groups
 from genemodel.errors import ConfigError
 from genemodel.model.compiling import compile_for_training
+from genemodel.model.devices import Ways, check_device
 from genemodel.model.flops import device_peak
 from genemodel.model.tuning import rate_shares
 from genemodel.settings import check_out_folder, difference, parse, to_values
@@ -101,7 +102,7 @@ class _Plan:
     checkpoint: Checkpoint | None
     processes: Processes
     accelerator: str
-    precision: str
+    ways: Ways
     train_cells: np.ndarray
     held_out: np.ndarray
 
@@ -170,12 +171,20 @@ def _plan(settings: PretrainSettings) -> _Plan:
     processes = find_processes(settings.trainer.devices, settings.trainer.num_nodes)
     # Whoever started this process has said it all before.
     with _quiet_but_first(processes.rank or processes.started == "us"):
-        accelerator, precision = choose_device(settings.trainer, processes)
+        accelerator = choose_device(settings.trainer, processes)
         corpus = Corpus.open(settings.corpus)
         torch.manual_seed(settings.seed)  # new genes of a grown vocabulary start at random
         start, origin = open_start(settings.start, corpus) if settings.start else (None, "")
         if start is not None:
             settings = shaped_like(start, settings)
+        ways = check_device(
+            settings.model,
+            torch.device("cuda" if accelerator == "gpu" else "cpu"),
+            settings.trainer.precision,
+            compiled=settings.trainer.compile,
+        )
+        for remark in ways.remarks:
+            logger.warning("%s.", remark[:1].upper() + remark[1:])
         about = {
             "settings": to_values(settings),
             "corpus": corpus.fingerprint,
@@ -186,7 +195,7 @@ def _plan(settings: PretrainSettings) -> _Plan:
         checkpoint = find_checkpoint(run, about)
         train_cells, held_out = split(settings, corpus)
     return _Plan(
-        settings, run, corpus, start, about, checkpoint, processes, accelerator, precision,
+        settings, run, corpus, start, about, checkpoint, processes, accelerator, ways,
         train_cells, held_out,
     )  # fmt: skip
 
@@ -201,7 +210,7 @@ def _train(plan: _Plan) -> None:
     medians_V = medians_of(corpus, start)
     inverse_median_V = inverse_medians(medians_V)
     fabric = make_fabric(
-        plan.kind, plan.processes, accelerator=plan.accelerator, precision=plan.precision,
+        plan.kind, plan.processes, accelerator=plan.accelerator, precision=plan.ways.precision,
         hang_minutes=trainer.hang_minutes,
     )  # fmt: skip
     fabric.launch()
@@ -220,13 +229,13 @@ def _train(plan: _Plan) -> None:
     torch.manual_seed(settings.seed)
     model, objectives = build(settings, corpus, plan.train_cells, n_batches, start)
     plain = copy.deepcopy(model) if plan.kind == "fsdp" and rank == 0 else model
-    if trainer.compile:
+    if plan.ways.compiled:
         compile_for_training(model, objectives)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "Model: %s parameters, %s of them learn, %s × %s, %s, %d micro-batches a step.",
         f"{sum(p.numel() for p in model.parameters()):,}", f"{learning:,}", world,
-        plan.accelerator, plan.precision, world * trainer.accumulate,
+        plan.accelerator, plan.ways.precision, world * trainer.accumulate,
     )  # fmt: skip
     begin = time.time()
 
@@ -425,10 +434,7 @@ def choose_device(settings: TrainerSettings, processes: Processes | None = None)
             "trainer.strategy=fsdp sums shards in an order of its own: set "
             "trainer.deterministic=false, or trainer.strategy=auto."
         )
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if accelerator == "gpu" else "32-true"
-    return accelerator, precision
+    return accelerator
 
 
 def _cublas_is_told() -> bool:

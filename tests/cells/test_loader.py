@@ -11,7 +11,8 @@ import torch
 
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream
-from genemodel.cells.order import Layout, Position
+from genemodel.cells.order import EpochOrder, Layout, Position
+from genemodel.cells.packing import plan_bins
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 
@@ -55,6 +56,21 @@ def alone(corpus):
 
 def cells_of(found):
     return [cells for cells, _, _ in found]
+
+
+def test_the_sequence_is_what_its_description_says(corpus, alone):
+    """Windows of all epochs to lanes in turn, each packed by itself; micro-batches in turn."""
+    settings, n = TokenSettings(64, 512), len(corpus)
+    lanes = [[] for _ in range(LANES.lanes)]
+    n_windows = EpochOrder(n, 3, 0, layout=LANES).n_windows
+    for number in range(4 * n_windows):
+        epoch, window = divmod(number, n_windows)
+        cells, _ = EpochOrder(n, 3, epoch, layout=LANES).cells(window)
+        lengths = np.minimum(corpus.n_genes_C[cells], settings.context - 1) + 1
+        bins = plan_bins(lengths, settings.budget, settings.max_cells)
+        lanes[number % LANES.lanes] += [(cells[rows].tolist(), epoch) for rows in bins]
+    for i, (cells, epoch, _) in enumerate(alone):
+        assert (cells, epoch) == lanes[i % LANES.lanes][i // LANES.lanes]
 
 
 def test_every_cell_is_taken_once_an_epoch(corpus, alone):
