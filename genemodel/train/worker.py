@@ -23,7 +23,7 @@ def main(file: str) -> int:
     try:
         pretrain(parse(PretrainSettings, json.loads(Path(file).read_text())))
     except GenemodelError as error:
-        print(f"genemodel: error: {error}", file=sys.stderr)
+        library.error("genemodel: error: %s", error)
         return REFUSED
     except KeyboardInterrupt:
         return 130
