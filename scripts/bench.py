@@ -262,6 +262,7 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     from genemodel.cells.statistics import GeneStatistics
     from genemodel.cells.tokens import TokenSettings
     from genemodel.config_files import config_folder
+    from genemodel.model.compiling import compile_for_training
     from genemodel.model.flops import device_peak, encoder_flops, gene_head_flops, training_flops
     from genemodel.model.gene_model import GeneModel
     from genemodel.model.settings import ModelSettings
@@ -302,11 +303,11 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
         np.zeros(n_cells, np.int64), np.full(n_cells, -1), np.zeros(n_cells, np.int64),
         np.arange(n_cells),
     )  # fmt: skip
-    token_settings = TokenSettings(context=context, budget=budget)
+    token_settings = TokenSettings(context=context, budget=budget).placed(float(length.mean() + 1))
     inverse = np.ones(n_tokens, np.float32)
     batches = [
         pack(window, rows, inverse, token_settings).to(device)
-        for rows in plan_bins(window.lengths_C(token_settings), budget, 512)
+        for rows in plan_bins(window.lengths_C(token_settings), budget, token_settings.max_cells)
     ]
 
     def clock(step: Callable[[], object]) -> float:
@@ -332,15 +333,14 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     ).to(device)  # fmt: skip
     model = GeneModel(settings, n_tokens=n_tokens, n_species=1, context=context).to(device)
     if cuda:
-        for block in model.blocks:
-            block.compile(dynamic=False, fullgraph=True)
+        compile_for_training(model, task)
     ours = torch.optim.AdamW([*model.parameters(), *task.parameters()], lr=1e-4, fused=cuda)
 
     def our_step() -> None:
         for batch in batches:
             prepared = task.prepare(batch)
             with autocast():
-                part = task(model, model(prepared.seen), prepared)["masked_gene"]
+                part = task(model, model(prepared.seen), prepared, trivial=False)["masked_gene"]
             (part.total / part.items).backward()
         ours.step()
         ours.zero_grad()

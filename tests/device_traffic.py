@@ -51,10 +51,12 @@ class DeviceTraffic(TorchDispatchMode):
     ----------
     waits
         Operations for which the host would wait for the device, in order.
-    bytes
-        Read and written by every operation but views.
+    bytes, by_op
+        Read and written by every operation but views, in all and by name.
     ops
         How often every operation came.
+    largest
+        Elements of the largest tensor that was made.
     longest_run
         For every adding operation, how often its most frequent index came at most; only where
         indices are real.
@@ -67,6 +69,7 @@ class DeviceTraffic(TorchDispatchMode):
         self.bytes = 0
         self.by_op: Counter[str] = Counter()
         self.ops: Counter[str] = Counter()
+        self.largest = 0
         self.longest_run: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -109,6 +112,7 @@ class DeviceTraffic(TorchDispatchMode):
         if name in FREE or func.is_view:
             return out
         self.ops[name] += 1
+        self.largest = max([self.largest, *(x.numel() for x in outputs)])
         moved = sum(x.numel() * x.element_size() for x in inputs + outputs)
         self.bytes += moved
         self.by_op[name] += moved

@@ -116,9 +116,36 @@ def test_no_gradient_is_added_up_over_a_long_run_of_equal_indices(pack_random, a
     assert max(traffic.longest_run.values()) <= places < 20
 
 
-@pytest.fixture(scope="module")
-def small(pack_random, repository):
-    """``small`` over 36,287 tokens with all objectives, and 13 cells of real lengths, on meta."""
+# Operations without a deterministic way on CUDA, by torch.use_deterministic_algorithms.
+UNDETERMINED = {
+    "cumsum", "logcumsumexp", "histc", "kthvalue", "median", "put_", "bincount", "scatter_reduce",
+    "scatter_reduce_", "nll_loss2d_forward", "_embedding_bag", "grid_sampler_2d", "_cdist_forward",
+    "max_pool3d_with_indices", "adaptive_avg_pool2d_backward", "resize_",
+}  # fmt: skip
+
+
+def test_every_operation_has_a_deterministic_way(pack_random, away):
+    """Nothing that torch would refuse with ``trainer.deterministic=true``, and the same bits."""
+    model, task = away()
+    batch = pack_random()
+    before = torch.are_deterministic_algorithms_enabled()
+    gradients = []
+    try:
+        torch.use_deterministic_algorithms(True)
+        for _ in range(2):
+            model.zero_grad()
+            with as_if_on_a_device(), DeviceTraffic("cpu") as traffic:
+                micro_batch(model, task, batch)
+            kept = [w.grad.flatten() for w in model.parameters() if w.grad is not None]
+            gradients.append(torch.cat(kept))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(*gradients)
+    assert not UNDETERMINED & set(traffic.ops)
+
+
+def small(pack_random, repository, device):
+    """``small`` over 36,287 tokens with all objectives, and 13 cells of real lengths."""
     import yaml
 
     from genemodel.cells.statistics import GeneStatistics
@@ -141,15 +168,27 @@ def small(pack_random, repository):
         statistics=GeneStatistics.empty(2, n_tokens),
         measured_XV=torch.ones(3, n_tokens, dtype=torch.bool),
     )  # fmt: skip
-    return moved_to(model, "meta"), moved_to(task, "meta"), emptied_to(batch, "meta")
+    return moved_to(model, device), moved_to(task, device), emptied_to(batch, device)
 
 
-def test_little_is_moved_outside_what_is_compiled(small):
+def test_the_logits_of_all_masked_rows_are_never_held(pack_random, repository):
+    made = small(pack_random, repository, "meta")
+    with fake_cuda():
+        model, task = (moved_to(part, "cuda") for part in made[:2])
+        with DeviceTraffic("cuda") as traffic:
+            micro_batch(
+                model, task, emptied_to(made[2], "cuda"), autocast="cuda", backward=False
+            )  # fmt: skip
+    masked = int(0.15 * 1.25 * 16_384) + 16
+    assert 1024 * 36_287 >= traffic.largest > 0.2 * masked * 36_287
+
+
+def test_little_is_moved_outside_what_is_compiled(pack_random, repository):
     """Inputs and outputs of all operations outside compiled regions, forward and backward.
 
     At 16,384 tokens and 36,287 genes; it was 9.2 GB when the blocks alone were compiled.
     """
-    model, task, batch = small
+    model, task, batch = small(pack_random, repository, "meta")
     compile_for_training(model, task, backend=apart)
     for shown in (True, False):
         micro_batch(model, task, batch, trivial=shown)  # compiles

@@ -164,10 +164,14 @@ def test_every_objective_starts_near_its_trivial_predictor_and_learns(pack_rando
     assert all(last[n] < first[n] - 0.03 for n in first), (first, last)
 
 
-def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("on_host", [True, False])
+def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, on_host):
+    from genemodel.tasks import masked_gene
     from genemodel.tasks.masked_gene import ChunkedCrossEntropy, MaskedGeneHead
 
+    monkeypatch.setattr(masked_gene, "is_host", lambda _: on_host)
     monkeypatch.setattr(ChunkedCrossEntropy, "BUFFER", 5 * N_TOKENS)  # five rows a chunk
+    monkeypatch.setattr(ChunkedCrossEntropy, "ROWS", 5)
     torch.manual_seed(0)
     head = MaskedGeneHead(32, statistics())
     hidden = torch.randn(23, 32, requires_grad=True)
@@ -185,9 +189,12 @@ def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_chunked_cross_entropy_makes_only_the_gradients_that_are_asked_for():
+@pytest.mark.parametrize("on_host", [True, False])
+def test_chunked_cross_entropy_makes_only_the_gradients_that_are_asked_for(monkeypatch, on_host):
+    from genemodel.tasks import masked_gene
     from genemodel.tasks.masked_gene import MaskedGeneHead
 
+    monkeypatch.setattr(masked_gene, "is_host", lambda _: on_host)
     torch.manual_seed(0)
     head = MaskedGeneHead(32, statistics())
     hidden, gene_VD = torch.randn(23, 32), torch.randn(N_TOKENS, 32, requires_grad=True)
