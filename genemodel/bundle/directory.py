@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genemodel.errors import DataError
+from genemodel.settings import refuse_address
 
 
 def sha256(path: Path) -> str:
@@ -79,6 +80,7 @@ def write_checked(
     DataError
         If ``path`` exists and is something else.
     """
+    refuse_address("path", path)
     if path.exists() and not (path / name).is_file():
         raise DataError(f"{path} exists and is not {kind} (no {name}): choose another directory.")
 

@@ -118,10 +118,18 @@ class Manifest:
 
     def to_json(self) -> str:
         """Deterministic text, with its own checksum inside."""
-        values: dict[str, Any] = {"format": FORMAT, "format_version": VERSION, **asdict(self)}
-        del values["fingerprint"]
+        values = self._values()
         values[_SELF] = _digest(values)
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+    def digest(self) -> str:
+        """Give the ``fingerprint`` that it will be read with."""
+        return _digest(self._values())
+
+    def _values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"format": FORMAT, "format_version": VERSION, **asdict(self)}
+        del values["fingerprint"]
+        return values
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -216,8 +224,13 @@ def sync_files(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
