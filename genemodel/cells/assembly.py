@@ -33,6 +33,7 @@ from genemodel.cells.sources import Source
 from genemodel.cells.units import (
     HELD,
     MEDIANS,
+    PARTIAL,
     RECORD,
     UNITS,
     Bench,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PARTIAL = ".partial"
 # Says which files were moved into place, so that the next run can take them back.
 _JOURNAL = "journal.json"
 # A shared disk may show a new file to another machine only after a while.
@@ -324,8 +324,8 @@ def working_folder(folder: Path) -> Iterator[Path]:
 
 
 def _worth_keeping(folder: Path) -> bool:
-    found = (folder / UNITS).glob(f"*/{RECORD}")
-    done = sum(1 for path in found if not path.parent.name.endswith(HELD))
+    found = [path.parent.name for path in (folder / UNITS).glob(f"*/{RECORD}")]
+    done = sum(1 for name in found if not name.endswith(HELD) and PARTIAL not in name)
     if done:
         log.warning(
             "%d finished %s in %s: the same command goes on from there. Remove the folder where "
@@ -426,7 +426,7 @@ def build(
         if not (out / layout.MANIFEST).is_file():
             raise ConfigError(f"{out} is not a corpus: overwrite=True replaces corpora only")
     inputs, held = inputs_of(sources, options)
-    with working_folder(out.with_name(out.name + _PARTIAL)) as folder:
+    with working_folder(out.with_name(out.name + PARTIAL)) as folder:
         vocabulary.save(folder / layout.VOCABULARY)
         bench = Bench(
             folder, folder / layout.VOCABULARY, vocabulary.fingerprint, options,

@@ -1,5 +1,6 @@
 """One streaming pass over some cells of a source, into groups of a corpus, in bounded memory."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -250,11 +251,7 @@ class UnitWriter:
             column: dict(zip(columns.codes[column], texts, strict=True))
             for column, texts in columns.texts.items()
         }
-        names = vocabulary.token_names()
-        self._var = pd.DataFrame(
-            {"symbol": np.array(names, dtype=object)},
-            index=pd.Index(_unique(vocabulary.token_ids()), dtype=object),
-        )
+        self._var = _var_of(vocabulary)
 
     def write(
         self,
@@ -430,6 +427,15 @@ class UnitWriter:
         }
         np.savez(self.folder / f"{name}.npz", **compact)
         self.groups.append((group.n_cells, group.n_values))
+
+
+@functools.lru_cache(1)
+def _var_of(vocabulary: GeneVocabulary) -> pd.DataFrame:
+    """Give the var table of every group."""
+    return pd.DataFrame(
+        {"symbol": np.array(vocabulary.token_names(), dtype=object)},
+        index=pd.Index(_unique(vocabulary.token_ids()), dtype=object),
+    )
 
 
 def _unique(names: list[str]) -> list[str]:

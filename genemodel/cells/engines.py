@@ -317,7 +317,8 @@ class DaskCluster:
                 waiting[future.key] = i, future
             for i in here:
                 yield i, task(bench, items[i], self._desk)
-            for future in as_done([f for _, f in waiting.values()]):
+            futures = [f for _, f in waiting.values()]
+            for future in as_done(futures, loop=self._client.loop):
                 position = waiting[future.key][0]
                 if future.status != "finished":
                     self._refuse(future, inputs[position])

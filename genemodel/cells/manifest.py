@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,7 @@ VOCABULARY = "vocabulary.tsv.gz"
 COLLECTION = "cells.zarr"
 INDEX = "index"
 _SELF = "sha256"
+_SYNCHRONISED = 8
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,10 @@ def files_under(folder: Path) -> Iterator[str]:
 
 def sync_files(folder: Path) -> None:
     """Force every file and folder below ``folder`` to disk, so that a crash cannot lose it."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            sync_file(path)
+    paths = [*folder.rglob("*"), folder]
+    # Most of them are small: a disk takes many at once in the time of one.
+    with ThreadPoolExecutor(_SYNCHRONISED, "genemodel-sync") as pool:
+        list(pool.map(lambda path: (sync_folder if path.is_dir() else sync_file)(path), paths))
 
 
 def sync_file(path: Path) -> None:

@@ -39,6 +39,8 @@ RECORD = "unit.json"
 MEDIANS = "medians.npz"
 # Ends the name of a unit of cells in memory: no later run can know that they are the same.
 HELD = "-held"
+# Marks what is not complete.
+PARTIAL = ".partial"
 _EXAMPLES = 20
 # Raise it when the bytes of a unit change while all its inputs stay.
 _VERSION = 1
@@ -331,7 +333,7 @@ def make(bench: Bench, unit: Unit, desk: Desk) -> Outcome:
         shutil.rmtree(place, ignore_errors=True)
     # Nobody else writes below this name, not even a worker that was given up for dead.
     here = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    partial = folder / f"{unit.name}.partial-{here}"
+    partial = folder / f"{unit.name}{PARTIAL}-{here}"
     try:
         partial.mkdir(parents=True)
         source, matches = desk.open(bench, unit.input, unit.identity)
