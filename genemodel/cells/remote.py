@@ -19,6 +19,10 @@ from genemodel.settings import is_address
 _BLOCK_BYTES = 4 * 2**20
 _BLOCKS = 32
 _ADVICE = "Check the address and your access to it, or download it and give the file"
+_KINDS = (
+    "At an address, h5ad, 10x h5, loom and zarr can be read; download anything else and give the "
+    "file"
+)
 
 
 def of_this_process(address: str) -> bool:
@@ -105,10 +109,7 @@ def open_hdf5(address: str) -> tuple[Any, Any] | None:
     with _refused(address):
         head = system.cat_file(path, start=0, end=8)
         if head != b"\x89HDF\r\n\x1a\n":
-            raise DataError(
-                f"{address}: begins with {head[:8]!r}. At an address, h5ad, 10x h5, loom and zarr "
-                "can be read; download anything else and give the file"
-            )
+            raise DataError(f"{address}: begins with {head[:8]!r}. {_KINDS}")
         stream = system.open(
             path,
             "rb",
@@ -126,4 +127,8 @@ def open_zarr(address: str) -> Any:
     import zarr
 
     with _refused(address):
-        return zarr.open_group(zarr.storage.FsspecStore.from_url(address, read_only=True), mode="r")
+        store = zarr.storage.FsspecStore.from_url(address, read_only=True)
+        try:
+            return zarr.open_group(store, mode="r")
+        except FileNotFoundError as error:
+            raise DataError(f"{address}: is a folder, but not a zarr store. {_KINDS}") from error
