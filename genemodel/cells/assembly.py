@@ -336,9 +336,9 @@ def _worth_keeping(folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an interrupted run left, but for its units."""
+    """Remove what an interrupted run left, but for its units and what workers read."""
     for path in folder.iterdir():
-        if path.name != UNITS:
+        if path.name not in (UNITS, layout.VOCABULARY):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -448,7 +448,6 @@ def build(
             found = source_records(planned, records)
         create_collection(folder / layout.COLLECTION)
         (folder / layout.INDEX).mkdir()
-        vocabulary.save(folder / layout.VOCABULARY)
         names = _write_statistics(folder, statistics, planned, 0)
         placed = place_groups(planned, records, 0)
         collection = f"{layout.COLLECTION}/zarr.json"

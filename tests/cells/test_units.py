@@ -209,6 +209,34 @@ def test_the_same_command_makes_only_what_is_missing(
         assert f"{found} of 9 units were there" in caplog.text
 
 
+def test_a_worker_that_comes_late_finds_what_it_needs(files, vocabulary, tmp_path):
+    """One of two workers opens its first source when the left-overs are gone already."""
+    with pytest.MonkeyPatch.context() as patch:
+        after(patch, assembly, "_see", 0)
+        with pytest.raises(Interrupted):
+            Corpus.build(files[:1], tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
+    changed = SETTINGS | {"group_cells": 10}
+    Corpus.build(files[:1], tmp_path / "c", vocabulary=vocabulary, workers=2, **changed)
+
+
+@pytest.mark.parametrize("place", [(units, "write_medians"), (assembly, "_write_statistics")])
+def test_a_full_disk_keeps_what_is_done(place, files, vocabulary, expected, tmp_path, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        after(patch, assembly, "_see", 2)
+        with pytest.raises(Interrupted):
+            Corpus.build(files, tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*place, full)
+        with pytest.raises(DataError, match="cannot be written .No space left.*Free space"):
+            Corpus.build(files, tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
+    assert f"{3 if place[0] is units else 9} finished units are in" in caplog.messages[-1]
+    corpus = Corpus.build(files, tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
+    assert digests(corpus.path) == expected
+
+
 def test_stale_and_damaged_units_are_made_again(files, vocabulary, expected, tmp_path, caplog):
     def interrupt(**changes):
         with pytest.MonkeyPatch.context() as patch:
