@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
+from genemodel.settings import PathText
 from genemodel.writing import whole
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ class DemoSettings:
         Of everything random.
     """
 
-    data: tuple[str, ...] = (GENERATED,)
-    out: str = "runs/demo"
+    data: tuple[PathText, ...] = (GENERATED,)
+    out: PathText = "runs/demo"
     species: str = ""
     layer: str = ""
-    vocabulary: str = ""
+    vocabulary: PathText = ""
     cells: int = 6000
     steps: int = 200
     seed: int = 0

@@ -56,7 +56,15 @@ from genemodel.inference.obs_keys import (
 from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings, check_fits
-from genemodel.settings import check_out_folder, check_seed, difference, nearest, parse, to_values
+from genemodel.settings import (
+    PathText,
+    check_out_folder,
+    check_seed,
+    difference,
+    nearest,
+    parse,
+    to_values,
+)
 from genemodel.tasks.pretraining import PretrainingSettings
 from genemodel.train.recipe import FREE_ON_RESUME, choose_device, pretrain
 from genemodel.train.settings import (
@@ -128,12 +136,12 @@ class FinetuneSettings:
         Recipes of the heads.
     """
 
-    data: str
-    out: str
+    data: PathText
+    out: PathText
     task: Literal["integrate", "impute", "both"] = "integrate"
     batch_key: tuple[str, ...] = ()
     label_key: str = ""
-    model: str = ""
+    model: PathText = ""
     size: str = "tiny"
     layer: str = ""
     species: str = ""

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,15 @@ from genemodel.errors import ConfigError
 
 _ABSENT = "(absent)"
 _NONE = type(None)
+
+# A setting that holds the path of a file or folder and stays a text; `Path` says the same.
+type PathText = str
+
+# What stands before the colon of an address that may lack slashes (`s3:bucket`).
+_SCHEMES = frozenset(
+    "abfs abfss adl az azure box dbfs dropbox file ftp gcs gdrive github gs hdfs hf http https "
+    "lakefs local memory oci oss rsync s3 s3a scp sftp smb ssh wasb webdav webhdfs".split()
+)
 
 
 class MissingSettingError(ConfigError):
@@ -42,8 +52,35 @@ def check_seed(seed: int, name: str = "seed") -> None:
         raise ConfigError(f"{name} is {seed}: a seed is a whole number from 0 to 4294967295.")
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an address (``s3://…``, ``user@host:…``) and not a path.
+
+    Before the first slash of a path stands no colon, unless it is all of a file's name.
+    """
+    first, slash, _ = text.partition("/")
+    scheme, colon, _ = first.partition(":")
+    return bool(colon) and (
+        bool(slash) or "@" in scheme or re.split(r"[+:]", scheme.lower())[0] in _SCHEMES
+    )
+
+
+def refuse_address(name: str, value: str | Path) -> None:
+    """Refuse an address where the path of a file or folder belongs.
+
+    Taken as a path, it would be missing, or results would go to a folder called ``s3:``.
+    """
+    if is_address(str(value)):
+        raise ConfigError(
+            f"{name}={value} is an address, not a path: files are read and written only where they "
+            "can be mapped, locked and renamed in one step, on this machine or a shared file "
+            "system. Copy the file here first; for results choose a folder here and copy it "
+            f"afterwards. (A local path with a colon is written ./{value})"
+        )
+
+
 def check_out_folder(out: Path) -> None:
     """Refuse a folder for results that is not there and cannot be made, or cannot be written in."""
+    refuse_address("out", out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file: name a folder.")
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -279,6 +316,13 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def _is_path(hint: Any) -> bool:
+    """Whether a type is, or may be, the path of a file or folder."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(map(_is_path, typing.get_args(hint)))
+    return hint is Path or hint is PathText
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -287,6 +331,8 @@ def _parse_value(hint: Any, value: object, where: str, missing: list[str], root:
     members = _members(hint)
     if value is None and _NONE in members:
         return None
+    if isinstance(value, str | Path) and _is_path(hint):
+        refuse_address(where, value)
     rest = tuple(member for member in members if member is not _NONE)
     if not rest:
         raise ConfigError(f"{_named(where)} must be {_expected(hint)}, not {_shown(value)}")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import nearest
+from genemodel.settings import is_address, nearest
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
-    from genemodel.cells.sources import Source
+    from genemodel.cells.sources import SourceFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class SourceSettings:
     allow_fractional: bool = False
     unknown_species: Literal["refuse", "drop"] = "refuse"
     chunk_cells: int = 8192
+    group_cells: int = 65_536
+    workers: int = 1
+    engine: Literal["processes", "dask"] = "processes"
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.sources) == (self.sheet is not None):
@@ -151,11 +155,14 @@ def _options(settings: SourceSettings) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("sources", "sheet")}
 
 
-def _sources(settings: SourceSettings) -> "Sequence[str | Source]":
+def _sources(settings: SourceSettings) -> "Sequence[str | SourceFile]":
     if settings.sheet is not None:
         return _sources_of_sheet(settings.sheet, settings)
     files: list[str] = []
     for pattern in settings.sources:
+        if is_address(pattern):
+            files.append(pattern)
+            continue
         # A file whose own name holds a bracket is not a pattern.
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not found and glob.has_magic(pattern):
@@ -164,9 +171,9 @@ def _sources(settings: SourceSettings) -> "Sequence[str | Source]":
     return files
 
 
-def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[str | Source]":
-    """Open the source of every row with the row's own options."""
-    from genemodel.cells.sources import open_source
+def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile]":
+    """Give the source of every row with the row's own options."""
+    from genemodel.cells.sources import SourceFile
     from genemodel.genes.tables import read_table
 
     table = read_table(sheet, "sheet of sources")
@@ -180,7 +187,7 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[str | Sour
             )
     if "path" not in table.columns:
         raise DataError(f"sheet {sheet}: has no column 'path'; it names the file of each source")
-    opened: list[str | Source] = []
+    found: list[SourceFile] = []
     for row in table.to_dict("records"):
         own: dict[str, Any] = {
             key: row.get(key) or getattr(settings, key, None) for key in _SHEET_COLUMNS
@@ -188,9 +195,11 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[str | Sour
         named = {"batch": "batch_key", "donor": "donor_key", "cell_type": "label_key"}
         columns = {column: own[key] for column, key in named.items() if own[key]}
         # Paths in a sheet are relative to the sheet, so that both can move together.
-        path = sheet.parent / Path(row["path"]).expanduser()
-        opened.append(
-            open_source(
+        path = row["path"]
+        if not is_address(path):
+            path = str(sheet.parent / Path(path).expanduser())
+        found.append(
+            SourceFile(
                 path,
                 layer=own["layer"],
                 species=own["species"],
@@ -201,7 +210,7 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[str | Sour
                 genome=own["genome"],
             )
         )
-    return opened
+    return found
 
 
 @dataclass(frozen=True)

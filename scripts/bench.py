@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -439,6 +440,45 @@ def bench_build(sizes: list[int]) -> None:
             subprocess.run([sys.executable, __file__, "--build-one", str(n), folder], check=True)
 
 
+def bench_workers(n_files: int = 2) -> None:
+    """Corpus building by several processes and by a Dask cluster: the bytes of one."""
+    from distributed import LocalCluster
+
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.sources import GROUP_CELLS
+    from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+
+    n_cells = n_files * GROUP_CELLS
+    print(f"corpus build from {n_files} h5ad files of {GROUP_CELLS:,} cells")
+    world = SyntheticWorld(species=("human",), n_genes=12_000, genes_per_cell=1000)
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+        folder = Path(name)
+        files = []
+        for number in range(n_files):
+            chunks = list(synthetic_chunks(GROUP_CELLS, 8192, world=world))
+            whole = ad.AnnData(sp.vstack([c.X for c in chunks], format="csr"), var=chunks[0].var)
+            whole.obs["species"] = "human"
+            files.append(folder / f"{number}.h5ad")
+            whole.write_h5ad(files[-1])
+        fingerprints = set()
+
+        def build(label: str, **engine: object) -> None:
+            begin = time.perf_counter()
+            corpus = Corpus.build(files, folder / label.replace(" ", "_"), **engine)
+            rate = n_cells / (time.perf_counter() - begin)
+            fingerprints.add(corpus.fingerprint)
+            line(label, f"{rate:,.0f} cells/s", "starting the processes included")
+
+        build("warm-up", workers=1)
+        build("workers=1", workers=1)
+        build("workers=2", workers=2)
+        with LocalCluster(
+            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        ) as cluster:
+            build("engine=dask", engine="dask", scheduler=cluster.scheduler_address)
+        line("fingerprints", "equal" if len(fingerprints) == 1 else "DIFFERENT")
+
+
 def main() -> None:
     """Run the benches named on the command line."""
     parser = argparse.ArgumentParser(
@@ -468,6 +508,7 @@ def main() -> None:
                 bench_step(arguments.size, arguments.cells, arguments.corpus)
             case "build":
                 bench_build(arguments.build)
+                bench_workers()
             case _:
                 parser.error(f"no bench {name!r}: tokens, packing, loader, scale, step, build")
 

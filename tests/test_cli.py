@@ -2,7 +2,8 @@ import dataclasses
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ import pytest
 
 from genemodel import cli, config_files
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import parse, setting_types
+from genemodel.settings import _is_path, _members, is_address, parse, setting_types
 
 
 @dataclass(frozen=True)
@@ -350,6 +351,68 @@ def test_the_examples_of_every_verb_are_accepted(name: str) -> None:
         found, overrides = cli._verb_of(words)
         assert found == name
         parse(cli._reach(cli.VERBS[name].settings), cli._values(name, overrides, None))
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Key and type of every setting, those of groups included."""
+    for name, hint in setting_types(cls).items():
+        inner = [m for m in _members(hint) if dataclasses.is_dataclass(m)]
+        for member in inner:
+            yield from _leaves(member, f"{prefix}{name}.")
+        if not inner:
+            yield f"{prefix}{name}", hint
+
+
+def _takes_paths(hint: object) -> bool:
+    return _is_path(hint) or any(map(_takes_paths, typing.get_args(hint)))
+
+
+_SETTINGS = [
+    (name, key, hint)
+    for name, verb in cli.VERBS.items()
+    for key, hint in _leaves(cli._reach(verb.settings))
+]
+_PATHS = list(dict.fromkeys((name, key) for name, key, hint in _SETTINGS if _takes_paths(hint)))
+_CALLED_LIKE_PATHS = {
+    "path", "out", "input", "output", "model", "models", "start", "data", "query", "reference",
+    "genes", "orthologs", "vocabulary", "html", "corpus", "sheet", "knowledge",
+}  # fmt: skip
+# A list of gene names.
+_NO_PATHS = {("impute", "genes")}
+_ADDRESSES = [
+    "s3://bucket/x", "s3:bucket", "gs://b/x", "http://host/x", "abfs://c@a/x", "memory://x",
+    "me@host:x", "host:/data/x", "file:///data/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(cli.VERBS))
+def test_an_address_is_refused_where_a_path_belongs(name: str) -> None:
+    for key in [key for verb, key in _PATHS if verb == name]:
+        values = cli._values(name, [], None)
+        *groups, last = key.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+        for address in _ADDRESSES:
+            place[last] = address
+            with pytest.raises(ConfigError, match="is an address, not a path") as caught:
+                parse(cli._reach(cli.VERBS[name].settings), values)
+            assert key in str(caught.value) and address in str(caught.value)
+
+
+def test_what_is_called_like_a_path_takes_paths() -> None:
+    missed = [
+        (name, key)
+        for name, key, _ in _SETTINGS
+        if key.rpartition(".")[2] in _CALLED_LIKE_PATHS and (name, key) not in _PATHS
+    ]
+    assert set(missed) == _NO_PATHS
+    assert len(_PATHS) > 30 and {name for name, _ in _PATHS} == set(cli.VERBS)
+
+
+@pytest.mark.parametrize("path", ["a.h5ad", "./s3:/x", "sample:1.h5ad", "/data/a:b/c", "../x:y/z"])
+def test_a_path_with_a_colon_is_a_path(path: str) -> None:
+    assert not is_address(path)
 
 
 def test_every_group_is_described_and_every_file_lists_exactly_its_fields() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genemodel.errors import DataError
+from genemodel.settings import refuse_address
 from genemodel.writing import found_again, whole_directory
 
 
@@ -55,6 +56,7 @@ def write_checked(
     DataError
         If ``path`` exists and is something else, or there is no space for it.
     """
+    refuse_address("path", path)
     found_again(path)
     if path.exists() and not (path / name).is_file():
         raise DataError(f"{path} exists and is not {kind} (no {name}): choose another directory.")

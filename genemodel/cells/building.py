@@ -1,8 +1,8 @@
-"""One streaming pass from sources to the groups of a corpus, in bounded memory."""
+"""One streaming pass over some cells of a source, into groups of a corpus, in bounded memory."""
 
-import logging
+import functools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,23 +13,17 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
-from genemodel.cells import manifest as layout
-from genemodel.cells.corpus_statistics import Statistics, mitochondrial_V
-from genemodel.cells.manifest import GroupRecord, SourceRecord
-from genemodel.cells.sources import CHUNK_CELLS, Source, open_source
+from genemodel.cells.sources import CHUNK_CELLS, GROUP_CELLS, Source, SourceFile, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import GeneMatch
+from genemodel.genes.medians import NonzeroMedians
 from genemodel.genes.vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-log = logging.getLogger(__name__)
-
-# A group is closed at either bound: it is what building holds in memory.
-GROUP_CELLS = 131_072
+# A group is closed here or at group_cells: it is what building holds in memory.
 GROUP_VALUES = 64_000_000
-_EXAMPLES = 20
 _COUNTED_BEHIND = 2
 
 EMPTY = "empty cell"
@@ -38,7 +32,7 @@ FEW_GENES = "fewer genes than min_genes"
 MUCH_MITO = "more mitochondrial counts than max_mito"
 NO_SPECIES = "species not in the vocabulary or missing"
 
-type SourceLike = "str | Path | AnnData | Source"
+type SourceLike = "str | Path | AnnData | Source | SourceFile"
 
 
 @dataclass(frozen=True)
@@ -93,17 +87,21 @@ class BuildOptions:
             merged[column] = key
         return cls(columns=merged, keep=tuple(keep), **values)
 
-    def open(self, data: SourceLike, name: str | None = None) -> Source:
-        """Open a source with these options."""
-        return open_source(
-            data,
-            name=name,
-            layer=self.layer,
-            species=self.species,
-            columns=self.columns,
-            keep=self.keep,
-            allow_fractional=self.allow_fractional,
-        )
+    def file(self, data: SourceLike, name: str | None = None) -> SourceFile | None:
+        """Say how any process opens this source; None where only this one can."""
+        if isinstance(data, Source):
+            return data.opened_from
+        if isinstance(data, str | Path):
+            return SourceFile(str(data), name=name, **self._reading())
+        return data if isinstance(data, SourceFile) else None
+
+    def open(self, data: "AnnData | Source", name: str | None = None) -> Source:
+        """Open a source that this process holds."""
+        return open_source(data, name=name, **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
+        names = ("layer", "species", "columns", "keep", "allow_fractional")
+        return {key: getattr(self, key) for key in names}
 
 
 def match_source(
@@ -194,56 +192,104 @@ def narrow(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]
     return values.astype(np.int64 if low < 0 else np.uint64)
 
 
-class Builder:
-    """Streams sources into groups below a folder."""
+@dataclass(frozen=True)
+class Columns:
+    """The obs columns of a unit: for each, the categories of its source and their codes."""
+
+    names: tuple[str, ...]
+    texts: Mapping[str, Sequence[str]]
+    codes: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a unit holds; per species of the source, in their order, where it says so.
+
+    ``groups``: cells and values of each group.
+    """
+
+    n_read: list[int]
+    n_cells: list[int]
+    dropped: list[dict[str, int]]
+    explicit_zeros: int
+    rounded: int
+    groups: list[tuple[int, int]]
+
+
+def texts_of(column: pd.Series) -> list[str]:
+    """Categories that occur, in the order of their codes."""
+    codes = column.cat.codes.to_numpy()
+    return [str(column.cat.categories[i]) for i in np.unique(codes[codes >= 0])]
+
+
+class UnitWriter:
+    """Streams consecutive cells of a source into groups ``0``, ``1`` … below a folder.
+
+    The bytes depend on the cells, the options and the codes only, not on what other units hold.
+    """
 
     def __init__(
         self,
         folder: Path,
         vocabulary: GeneVocabulary,
         options: BuildOptions,
-        statistics: Statistics,
-        *,
-        categories: Mapping[str, Sequence[str]],
-        columns: Sequence[str],
-        first_group: int,
+        columns: Columns,
+        mito_V: npt.NDArray[np.bool_],
+        go_on: Callable[[], None],
     ) -> None:
         self.folder, self.vocabulary, self.options = folder, vocabulary, options
-        self.statistics = statistics
-        further = [c for c in (*options.columns, *options.keep) if c not in columns]
-        self.columns = [*columns, *dict.fromkeys(further)]
-        self.categories = {c: list(categories.get(c, ())) for c in self.columns}
-        self._place = {c: {v: i for i, v in enumerate(self.categories[c])} for c in self.columns}
-        self.groups: list[GroupRecord] = []
-        self.sources: list[SourceRecord] = []
-        self._first_group = first_group
+        self.columns = columns
+        self.medians: dict[str, NonzeroMedians] = {}
+        self.groups: list[tuple[int, int]] = []
+        self._go_on = go_on
         self._group = _Group()
         # Gene statistics take as long as everything else together: they run beside it.
         self._beside = ThreadPoolExecutor(1, "genemodel-statistics")
         self._waiting: deque[Future[None]] = deque()
-        self._mito_V = mitochondrial_V(vocabulary)
-        names = vocabulary.token_names()
-        self._var = pd.DataFrame(
-            {"symbol": np.array(names, dtype=object)},
-            index=pd.Index(_unique(vocabulary.token_ids()), dtype=object),
-        )
-        (folder / layout.INDEX).mkdir(parents=True)
+        self._mito_V = mito_V
+        self._text = {
+            column: dict(zip(columns.codes[column], texts, strict=True))
+            for column, texts in columns.texts.items()
+        }
+        self._var = _var_of(vocabulary)
 
-    def add(self, source: Source, matches: Mapping[str, GeneMatch]) -> None:
-        """Stream one source."""
+    def write(
+        self,
+        source: Source,
+        matches: Mapping[str, GeneMatch],
+        start: int,
+        stop: int,
+        first_source: int,
+    ) -> Streamed:
+        """Stream cells ``start`` to ``stop``; the first species has number ``first_source``."""
+        try:
+            return self._write(source, matches, start, stop, first_source)
+        finally:
+            self._beside.shutdown(cancel_futures=True)
+
+    def _write(
+        self,
+        source: Source,
+        matches: Mapping[str, GeneMatch],
+        start: int,
+        stop: int,
+        first_source: int,
+    ) -> Streamed:
         species = list(matches)
-        first_source = len(self.statistics.panels)
+        self.medians = {s: NonzeroMedians(len(self.vocabulary), per_10k=True) for s in species}
         place = {name: i for i, name in enumerate(species)}
         column = source.obs["species"].cat
         table = np.array([place.get(name, -1) for name in column.categories] + [-1])
         species_C = table[column.codes]
-        codes = {c: self._codes(source.obs[c] if c in source.obs else None, c, source.n_cells)
-                 for c in self.columns}  # fmt: skip
+        codes = {c: self._codes(source, c) for c in self.columns.names}
         names = source.obs.index.to_numpy()
+        tally = source.counts.tally
+        before = tally.explicit_zeros, tally.rounded
         read = np.zeros(len(species), np.int64)
         kept = np.zeros(len(species), np.int64)
         dropped: list[dict[str, int]] = [{} for _ in species]
-        for chunk in source.chunks(self.options.chunk_cells):
+        for chunk in source.chunks(self.options.chunk_cells, start, stop):
+            self._go_on()
             cells = slice(chunk.start, chunk.start + chunk.counts_CG.shape[0])
             chosen_C = species_C[cells]
             read += np.bincount(chosen_C[chosen_C >= 0], minlength=len(species))
@@ -273,48 +319,28 @@ class Builder:
                 self._flush()
         self._flush()
         self._wait(0)
-        if (species_C < 0).any():
-            dropped[0][NO_SPECIES] = int((species_C < 0).sum())
-            read[0] += dropped[0][NO_SPECIES]
-        repeated = int(source.obs.index.duplicated().sum())
-        for s, (name, match) in enumerate(matches.items()):
-            self.statistics.panels.append(match.measured_V)
-            self.sources.append(
-                SourceRecord(
-                    name=source.name, file=source.file, kind=source.kind,
-                    layer=source.counts.name, species=name, n_read=int(read[s]),
-                    n_cells=int(kept[s]), dropped=dropped[s], n_genes=match.n_genes,
-                    n_matched=match.n_matched, n_summed=match.n_summed,
-                    n_ambiguous=len(match.ambiguous), gene_column=match.column,
-                    unmatched=match.unmatched[:_EXAMPLES],
-                    explicit_zeros=source.counts.tally.explicit_zeros,
-                    rounded=source.counts.tally.rounded, repeated_names=repeated,
-                    notes=list(source.notes),
-                )
-            )  # fmt: skip
+        return Streamed(
+            n_read=read.tolist(),
+            n_cells=kept.tolist(),
+            dropped=dropped,
+            explicit_zeros=tally.explicit_zeros - before[0],
+            rounded=tally.rounded - before[1],
+            groups=self.groups,
+        )
 
     def _wait(self, most: int) -> None:
         """Wait until at most so many chunks are left to be counted."""
         while len(self._waiting) > most:
             self._waiting.popleft().result()
 
-    def close(self) -> None:
-        """End the thread that counts."""
-        self._beside.shutdown(cancel_futures=True)
-
-    def _codes(self, column: pd.Series | None, name: str, n: int) -> npt.NDArray[np.int64]:
+    def _codes(self, source: Source, name: str) -> npt.NDArray[np.int64]:
         """Codes of the corpus for a column of the source, −1 missing."""
-        if column is None:
-            return np.full(n, -1, np.int64)
-        place, known = self._place[name], self.categories[name]
-        codes, categories = column.cat.codes.to_numpy(), column.cat.categories
-        table = np.full(len(categories) + 1, -1, np.int64)
-        for i in np.unique(codes[codes >= 0]):
-            text = categories[i]
-            if text not in place:
-                place[text] = len(known)
-                known.append(text)
-            table[i] = place[text]
+        if name not in source.obs:
+            return np.full(source.n_cells, -1, np.int64)
+        column = source.obs[name]
+        codes = column.cat.codes.to_numpy()
+        table = np.full(len(column.cat.categories) + 1, -1, np.int64)
+        table[np.unique(codes[codes >= 0])] = self.columns.codes[name]
         return table[codes]
 
     def _project(
@@ -366,9 +392,9 @@ class Builder:
         for s, name in enumerate(species):
             row = np.flatnonzero(species_C == s)
             if row.size == counts_CV.shape[0] and row.size:
-                self.statistics.by_species[name].update(counts_CV, library_C)
+                self.medians[name].update(counts_CV, library_C)
             elif row.size:
-                self.statistics.by_species[name].update(counts_CV[row], library_C[row])
+                self.medians[name].update(counts_CV[row], library_C[row])
 
     def _flush(self) -> None:
         """Write the waiting cells as one group."""
@@ -377,18 +403,18 @@ class Builder:
         group, self._group = self._group, _Group()
         if not group.n_cells:
             return
-        name = f"dataset_{self._first_group + len(self.groups)}"
+        name = str(len(self.groups))
         cells = {key: np.concatenate(parts) for key, parts in group.cells.items()}
         indptr = np.concatenate([[0], np.cumsum(cells["n_genes"], dtype=np.int64)])
         obs = pd.DataFrame(index=pd.Index(np.concatenate(group.names), dtype=object))
-        for column in self.columns:
+        for column in self.columns.names:
             used, codes = np.unique(cells[f"code_{column}"], return_inverse=True)
             shift = int(used.size > 0 and used[0] < 0)
-            categories = [self.categories[column][i] for i in used if i >= 0]
+            categories = [self._text[column][i] for i in used.tolist() if i >= 0]
             texts = pd.Index(categories, dtype=object)
             obs[column] = pd.Categorical.from_codes(codes - shift, texts)
         write_group(
-            self.folder / layout.COLLECTION,
+            self.folder,
             name,
             np.concatenate(group.data),
             np.concatenate(group.indices),
@@ -399,8 +425,17 @@ class Builder:
         compact: dict[str, Any] = {
             k: v if k == "checksum" else narrow(v.astype(np.int64)) for k, v in cells.items()
         }
-        np.savez(self.folder / layout.INDEX / f"{name}.npz", **compact)
-        self.groups.append(GroupRecord(name, group.n_cells, group.n_values))
+        np.savez(self.folder / f"{name}.npz", **compact)
+        self.groups.append((group.n_cells, group.n_values))
+
+
+@functools.lru_cache(1)
+def _var_of(vocabulary: GeneVocabulary) -> pd.DataFrame:
+    """Give the var table of every group."""
+    return pd.DataFrame(
+        {"symbol": np.array(vocabulary.token_names(), dtype=object)},
+        index=pd.Index(_unique(vocabulary.token_ids()), dtype=object),
+    )
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -22,9 +22,10 @@ from genemodel.cells.manifest import Manifest, SourceRecord
 from genemodel.cells.mapped import mapped_once
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.reading import CountsBlock, CountsReader
-from genemodel.cells.sources import CHUNK_CELLS
+from genemodel.cells.sources import CHUNK_CELLS, GROUP_CELLS
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.settings import refuse_address
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -95,9 +96,16 @@ class Corpus:
         allow_fractional: bool = False,
         unknown_species: Literal["refuse", "drop"] = "refuse",
         chunk_cells: int = CHUNK_CELLS,
+        group_cells: int = GROUP_CELLS,
+        workers: int = 1,
+        engine: Literal["processes", "dask"] = "processes",
+        scheduler: str | None = None,
         overwrite: bool = False,
     ) -> Self:
         """Build a corpus from any number of sources in one streaming pass.
+
+        The same sources and options give the same bytes, whoever builds. After an interruption the
+        same call makes only what is missing.
 
         Parameters
         ----------
@@ -119,7 +127,17 @@ class Corpus:
         unknown_species
             ``"drop"`` leaves cells out whose species the vocabulary does not hold.
         chunk_cells
-            Cells held at once.
+            Cells held at once by each worker.
+        group_cells
+            Most cells of a unit of work, and of a group on disk.
+        workers
+            Processes of this machine that build. AnnData objects and streams are read by the
+            calling process, files by the workers. A script must call this below
+            ``if __name__ == "__main__":`` where there are several.
+        engine, scheduler
+            ``"dask"`` and ``"tcp://HOST:8786"`` (or a scheduler file): the workers of a running
+            Dask cluster build instead; all of them must see ``out`` and the sources under the same
+            path.
         overwrite
             Replace a corpus that is there; only after the new one is complete.
 
@@ -132,21 +150,24 @@ class Corpus:
         DataError
             A source cannot be read, is not raw counts or does not match; nothing is written.
         ConfigError
-            The folder exists, or an option is impossible.
+            The folder exists, an option is impossible, or the cluster cannot be used.
         """
         from genemodel.cells import assembly
+        from genemodel.cells.engines import EngineSettings
 
+        refuse_address("out", out)
         options = _options(
             layer, species, columns, batch_key, donor_key, label_key, keep,
             min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
             allow_fractional=allow_fractional, unknown_species=unknown_species,
-            chunk_cells=chunk_cells,
+            chunk_cells=chunk_cells, group_cells=group_cells,
         )  # fmt: skip
         assembly.build(
             sources,
             Path(out),
             GeneVocabulary.builtin() if vocabulary is None else vocabulary,
             options,
+            EngineSettings(workers, engine, scheduler),
             overwrite=overwrite,
             made_by=_made_by(),
         )
@@ -169,6 +190,10 @@ class Corpus:
         allow_fractional: bool = False,
         unknown_species: Literal["refuse", "drop"] = "refuse",
         chunk_cells: int = CHUNK_CELLS,
+        group_cells: int = GROUP_CELLS,
+        workers: int = 1,
+        engine: Literal["processes", "dask"] = "processes",
+        scheduler: str | None = None,
     ) -> "Corpus":
         """Add sources behind the cells that are there; returns the grown corpus, opened.
 
@@ -176,16 +201,18 @@ class Corpus:
         are not touched, and a failure leaves the corpus as it was.
         """
         from genemodel.cells import assembly
+        from genemodel.cells.engines import EngineSettings
 
         options = _options(
             layer, species, columns, batch_key, donor_key, label_key, keep,
             min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
             allow_fractional=allow_fractional, unknown_species=unknown_species,
-            chunk_cells=chunk_cells,
+            chunk_cells=chunk_cells, group_cells=group_cells,
         )  # fmt: skip
         assembly.append(
-            self.path, self.manifest, self.vocabulary, sources, options, made_by=_made_by()
-        )
+            self.path, self.manifest, self.vocabulary, sources, options,
+            EngineSettings(workers, engine, scheduler), made_by=_made_by(),
+        )  # fmt: skip
         return type(self).open(self.path, threads=self.threads)
 
     @classmethod
@@ -212,6 +239,7 @@ class Corpus:
         DataError
             No corpus, a newer format, files missing or of the wrong size, another vocabulary.
         """
+        refuse_address("corpus", path)
         path = found_again(Path(path))
         manifest = Manifest.read(path)
         broken = [

@@ -1,5 +1,6 @@
 """What a corpus knows about genes: sums, frequencies and medians per species, panels of sources."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,32 @@ def mitochondrial_V(vocabulary: GeneVocabulary) -> npt.NDArray[np.bool_]:
     return result
 
 
+def write_medians(path: Path, medians: Mapping[str, NonzeroMedians]) -> None:
+    """Write histograms by species; few bins of a unit's are not empty, so only those."""
+    arrays: dict[str, Any] = {}
+    for name, part in medians.items():
+        state = part.state()
+        count_NS = state.pop("count_NS")
+        at = np.flatnonzero(count_NS)
+        state |= {"pages": np.array(count_NS.shape), "at_K": at, "count_K": count_NS.ravel()[at]}
+        arrays |= {f"{name}/{key}": value for key, value in state.items()}
+    np.savez(path, **arrays)
+
+
+def read_medians(path: Path) -> dict[str, NonzeroMedians]:
+    """Read what :func:`write_medians` wrote."""
+    states: dict[str, dict[str, Any]] = {}
+    with refuse_damage(str(path)), np.load(path, allow_pickle=False) as stored:
+        for key in stored.files:
+            name, _, part = key.rpartition("/")
+            states.setdefault(name, {})[part] = stored[key]
+    for state in states.values():
+        count_NS = np.zeros(state.pop("pages"), np.uint32)
+        count_NS.ravel()[state.pop("at_K")] = state.pop("count_K")
+        state["count_NS"] = count_NS
+    return {name: NonzeroMedians.from_state(state) for name, state in states.items()}
+
+
 class Statistics:
     """What is accumulated over all cells: histograms per species, the panel of every source."""
 
@@ -29,6 +56,12 @@ class Statistics:
             name: NonzeroMedians(len(vocabulary), per_10k=True) for name in vocabulary.species
         }
         self.panels: list[npt.NDArray[np.bool_]] = []
+
+    def take_in(self, medians: Mapping[str, NonzeroMedians]) -> None:
+        """Add the cells of a unit; whole numbers, so the order of units does not matter."""
+        for name, part in medians.items():
+            if part.n_cells:
+                self.by_species[name].merge(part)
 
     def write(self, statistics: Path, medians: Path) -> None:
         """Write the results, and apart from them the histograms."""

@@ -129,20 +129,20 @@ class ColumnRows:
         self.shape = (int(shape[0]), int(shape[1]))
         self.dtype = self._genes.dtype
         values = max(1, int(data.shape[0]))
-        self._rows_per_pass = max(1, self.shape[0] * TRANSPOSED_VALUES // values)
-        self.from_the_start = self._rows_per_pass < self.shape[0]
+        self.rows_per_pass = max(1, self.shape[0] * TRANSPOSED_VALUES // values)
+        self.from_the_start = self.rows_per_pass < self.shape[0]
         self._held: tuple[int, sp.csr_matrix] | None = None
 
     def stop_of(self, start: int, most: int) -> int:
         """See :class:`Rows`."""
-        start_of_pass = start - start % self._rows_per_pass
-        return min(start + most, start_of_pass + self._rows_per_pass, self.shape[0])
+        start_of_pass = start - start % self.rows_per_pass
+        return min(start + most, start_of_pass + self.rows_per_pass, self.shape[0])
 
     def read(self, start: int, stop: int) -> sp.csr_matrix:
         """See :class:`Rows`."""
         parts = []
         while start < stop:
-            first = start - start % self._rows_per_pass
+            first = start - start % self.rows_per_pass
             if self._held is None or self._held[0] != first:
                 self._held = first, self._pass(first)
             held = self._held[1]
@@ -153,7 +153,7 @@ class ColumnRows:
 
     def _pass(self, first: int) -> sp.csr_matrix:
         """Rows ``first`` onwards, one pass over the whole matrix."""
-        last = min(first + self._rows_per_pass, self.shape[0])
+        last = min(first + self.rows_per_pass, self.shape[0])
         parts: list[sp.csc_matrix] = []
         gene = 0
         while gene < self.shape[1]:

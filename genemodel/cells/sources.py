@@ -6,9 +6,8 @@ corpus keeps. Every cell is given, empty ones too: dropping is the business of w
 """
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells import remote
 from genemodel.cells.contract import Candidate, Counts, choose_counts, find_counts
 from genemodel.cells.matrices import SequentialRows, refuse_damage
 from genemodel.cells.obs_columns import COLUMNS, ColumnPlan
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_CELLS = 8192
+# Some seconds of work: what processes share out, and what an interruption costs.
+GROUP_CELLS = 65_536
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TEXT = (".csv", ".tsv", ".txt", ".tab")
 _ADVICE = {
@@ -80,6 +82,8 @@ class Source:
     counts: Counts
     obs: pd.DataFrame
     closer: Callable[[], None] | None = field(default=None, repr=False)
+    opened_from: "SourceFile | None" = field(default=None, repr=False)
+    """How another process opens the same; None where the cells are in this one's memory."""
 
     @property
     def n_cells(self) -> int:
@@ -96,19 +100,28 @@ class Source:
         """What a curator should know about the counts, in words."""
         return self.counts.notes
 
-    def chunks(self, chunk_cells: int = CHUNK_CELLS) -> Iterator[Chunk]:
-        """Yield all cells in order, at most ``chunk_cells`` at a time (fewer where cells are rich).
+    def chunks(
+        self, chunk_cells: int = CHUNK_CELLS, start: int = 0, stop: int | None = None
+    ) -> Iterator[Chunk]:
+        """Yield cells in order, at most ``chunk_cells`` at a time (fewer where cells are rich).
+
+        Parameters
+        ----------
+        chunk_cells
+            Cells held at once.
+        start, stop
+            First cell, and the one behind the last; by default all.
 
         Raises
         ------
         DataError
             A value that is not a count, or damage, is met on the way.
         """
-        start = 0
-        while start < self.n_cells:
-            stop = self.counts.rows.stop_of(start, chunk_cells)
-            yield Chunk(start, self.counts.read(start, stop), self.obs.iloc[start:stop])
-            start = stop
+        last = self.n_cells if stop is None else stop
+        while start < last:
+            end = self.counts.rows.stop_of(start, min(chunk_cells, last - start))
+            yield Chunk(start, self.counts.read(start, end), self.obs.iloc[start:end])
+            start = end
 
     def close(self) -> None:
         """Close the file."""
@@ -126,6 +139,29 @@ class Source:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A file of cells and how to read it: a source that any process can open when its turn comes.
+
+    The fields are the parameters of :func:`open_source`.
+    """
+
+    path: str
+    layer: str | None = None
+    species: str | None = None
+    columns: Mapping[str, str] | None = None
+    keep: tuple[str, ...] = ()
+    name: str | None = None
+    allow_fractional: bool = False
+    genome: str | None = None
+    transpose: bool = False
+
+    def open(self) -> Source:
+        """Open it."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+        return open_source(self.path, **options)
+
+
+@dataclass(frozen=True)
 class OpenOptions:
     """How to read a source; see :func:`open_source`."""
 
@@ -138,7 +174,7 @@ class OpenOptions:
 
 
 def open_source(
-    data: "str | Path | AnnData | Source",
+    data: "str | Path | AnnData | Source | SourceFile",
     *,
     layer: str | None = None,
     species: str | None = None,
@@ -154,8 +190,9 @@ def open_source(
     Parameters
     ----------
     data
-        h5ad, zarr (anndata), 10x h5, 10x mtx folder, loom, csv/tsv (gzipped or not); an AnnData in
-        memory or backed; or a Source, returned as it is.
+        h5ad, zarr (anndata), 10x h5, 10x mtx folder, loom, csv/tsv (gzipped or not); the address
+        (``s3://…``) of one of the HDF5 or zarr kinds; an AnnData in memory or backed; or a Source,
+        returned as it is.
     layer
         Where the raw counts are: None or ``"X"``, ``"raw"``, or the name of a layer.
     species
@@ -188,29 +225,41 @@ def open_source(
     """
     if isinstance(data, Source):
         return data
+    if isinstance(data, SourceFile):
+        return data.open()
     plan = ColumnPlan.of(species, columns, keep)
     if not isinstance(data, str | Path):
         return _open_anndata(
             data, OpenOptions(layer, plan, allow_fractional, genome, transpose, name or "AnnData")
         )
-    text = str(data)
-    if re.match(r"^[a-z0-9]+://", text):
-        raise DataError(f"{text}: is an address, not a local file. Download it first")
-    path = Path(data)
+    local = remote.is_local(str(data))
+    path = Path(data) if local else remote.name_of(str(data))
     options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
+    source = _open_path(path, options) if local else _open_address(str(data), path, options)
+    source.opened_from = SourceFile(
+        str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose
+    )
+    return source
+
+
+def _open_path(path: Path, options: OpenOptions) -> Source:
     if path.is_dir():
         return _open_folder(path, options)
     if not path.exists():
         raise DataError(f"{path}: does not exist{_nearby(path)}")
     try:
-        with path.open("rb") as file:
-            head = file.read(8)
+        with path.open("rb") as start:
+            head = start.read(8)
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
     if not head:
         raise DataError(f"{path}: is empty (0 bytes). Copy or make it again")
     if head == _HDF5:
-        return _open_hdf5(path, options)
+        import h5py
+
+        with refuse_damage(str(path)):
+            file = h5py.File(path, "r")
+        return _open_hdf5(file, path, options)
     suffixes = [s.lower() for s in path.suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else "".join(suffixes[-1:])
     if kind in _TEXT:
@@ -268,12 +317,30 @@ def _open_folder(path: Path, options: OpenOptions) -> Source:
     )
 
 
-def _open_hdf5(path: Path, options: OpenOptions) -> Source:
-    import h5py
+def _open_address(address: str, name: Path, options: OpenOptions) -> Source:
+    opened = remote.open_hdf5(address)
+    if opened is None:
+        group = remote.open_zarr(address)
+        return _open_store(group, name, address, options)
+    file, stream = opened
+    try:
+        source = _open_hdf5(file, name, options)
+    except BaseException:
+        stream.close()
+        raise
+    inner = source.closer
 
+    def close() -> None:
+        if inner is not None:
+            inner()
+        stream.close()
+
+    source.closer = close
+    return source
+
+
+def _open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
     where = path.name
-    with refuse_damage(str(path)):
-        file = h5py.File(path, "r")
     try:
         keys = set(file)
         if "obs" in keys and ("X" in keys or "layers" in keys):
@@ -301,10 +368,15 @@ def _open_zarr(path: Path, options: OpenOptions) -> Source:
 
     with refuse_damage(str(path)):
         group = zarr.open_group(path, mode="r")
+    return _open_store(group, path, str(path), options)
+
+
+def _open_store(group: Any, path: Path, where: str, options: OpenOptions) -> Source:
+    with refuse_damage(where):
         keys = set(group.keys())
     if "obs" not in keys or not {"X", "layers"} & keys:
         raise DataError(
-            f"{path}: is a zarr store, but not one of anndata (obs, X); it holds "
+            f"{where}: is a zarr store, but not one of anndata (obs, X); it holds "
             f"{', '.join(sorted(keys)[:10]) or 'nothing'}"
         )
     return _open_stored(group, path, "zarr", options, None)

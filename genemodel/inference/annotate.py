@@ -20,7 +20,7 @@ from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
 from genemodel.inference.obs_keys import check_key_added, label_codes
-from genemodel.settings import check_seed
+from genemodel.settings import PathText, check_seed
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -415,11 +415,11 @@ class AnnotateSettings:
         Replace an existing output.
     """
 
-    model: str
-    query: str
-    reference: str
+    model: PathText
+    query: PathText
+    reference: PathText
     label_key: str
-    output: str
+    output: PathText
     key_added: str = KEY
     transfer: Literal["knn", "linear"] = "knn"
     k: int = 15

@@ -21,6 +21,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
 from genemodel.inference.obs_keys import check_key_added
+from genemodel.settings import PathText
 from genemodel.tasks.decode_counts import CellProjection
 from genemodel.writing import whole
 
@@ -192,9 +193,9 @@ class EmbedSettings:
         Replace an existing output.
     """
 
-    model: str
-    input: str
-    output: str
+    model: PathText
+    input: PathText
+    output: PathText
     layer: str = ""
     species: str = ""
     key_added: str = KEY

@@ -40,7 +40,7 @@ from genemodel.inference.impute_genes import (
 from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
-from genemodel.settings import check_seed, to_values
+from genemodel.settings import PathText, check_seed, to_values
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -538,9 +538,9 @@ class ImputeSettings:
         Replace an existing output.
     """
 
-    input: str
-    output: str
-    model: str = ""
+    input: PathText
+    output: PathText
+    model: PathText = ""
     batch_key: tuple[str, ...] = ()
     layer: str = ""
     species: str = ""

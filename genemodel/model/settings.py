@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from genemodel.errors import ConfigError
+from genemodel.settings import PathText
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ModelSettings:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     residual: Literal["float32", "bfloat16"] = "float32"
-    knowledge: tuple[str, ...] = ()
+    knowledge: tuple[PathText, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "ffn", "max_rank"):

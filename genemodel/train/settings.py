@@ -7,7 +7,7 @@ from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings
-from genemodel.settings import check_seed
+from genemodel.settings import PathText, check_seed
 from genemodel.tasks.pretraining import PretrainingSettings
 
 
@@ -263,9 +263,9 @@ class PretrainSettings:
         Groups of settings.
     """
 
-    corpus: str
-    out: str
-    start: str = ""
+    corpus: PathText
+    out: PathText
+    start: PathText = ""
     seed: int = 0
     tokens: TokenSettings = field(default_factory=TokenSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -343,7 +343,7 @@ BAD = {
     "absent": (lambda a, f: f / "cels.h5ad", "cels.h5ad: does not exist"),
     "misspelt": (lambda a, f: h5ad(a, f).with_name("cell.h5ad"), "did you mean .*cells.h5ad"),
     "absent folder": (lambda a, f: f / "no" / "cells.h5ad", "there is no folder .*no"),
-    "address": (lambda a, f: "s3://bucket/cells.h5ad", "is an address.*Download it first"),
+    "address": (lambda a, f: "nosuch://bucket/cells.h5ad", "cannot be read.*download it and give"),
     "empty file": (written("cells.h5ad", b""), r"is empty \(0 bytes\)"),
     "text named h5ad": (written("cells.h5ad", b"gene,cell\n1,2\n"), "begins with b'gene,cel'"),
     "R object": (written("cells.rds", b"\x1f\x8bxxxxxxxx"), "R object.*writeH5AD"),
