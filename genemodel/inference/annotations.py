@@ -20,31 +20,20 @@ def read_annotations(path: Path, source: Source) -> "AnnData":
     """Read everything but the counts of the file behind a source, in its order and types."""
     import anndata as ad
 
-    match source.kind:
-        case "h5ad":
-            import h5py
-
-            with refuse_damage(source.where), h5py.File(path, "r") as file:
-                return ad.AnnData(**_elements(file))
-        case "zarr":
-            import zarr
-
-            with refuse_damage(source.where):
-                return ad.AnnData(**_elements(zarr.open_group(path, mode="r")))
-        case _:
-            return ad.AnnData(obs=_obs_of(path, source), var=source.genes.copy())
+    return ad.AnnData(**_elements_of(path, source))
 
 
 def copy_annotations(path: Path, source: Source, root: Any) -> None:
     """Write the same to an open HDF5 file, which becomes an h5ad; what is large is never held."""
     import anndata as ad
-
-    if source.kind != "h5ad":
-        ad.io.write_elem(root, "/", read_annotations(path, source))
-        return
     import h5py
 
     root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    if source.kind != "h5ad":
+        elements = _elements_of(path, source)
+        for key in (*KEPT, "layers"):
+            ad.io.write_elem(root, key, elements.get(key, {}))
+        return
     with refuse_damage(source.where), h5py.File(path, "r") as file:
         for key in KEPT:
             if key not in file:
@@ -55,6 +44,22 @@ def copy_annotations(path: Path, source: Source, root: Any) -> None:
             else:
                 file.copy(file[key], root, name=key)
     ad.io.write_elem(root, "layers", {})
+
+
+def _elements_of(path: Path, source: Source) -> dict[str, Any]:
+    match source.kind:
+        case "h5ad":
+            import h5py
+
+            with refuse_damage(source.where), h5py.File(path, "r") as file:
+                return _elements(file)
+        case "zarr":
+            import zarr
+
+            with refuse_damage(source.where):
+                return _elements(zarr.open_group(path, mode="r"))
+        case _:
+            return {"obs": _obs_of(path, source), "var": source.genes.copy()}
 
 
 def _elements(group: Any) -> dict[str, Any]:

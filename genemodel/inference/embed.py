@@ -169,8 +169,8 @@ def embed(
     -----
     ``obsm[key_added]`` is float32 of shape (n_obs, width), in input order. Cells without any gene
     of the vocabulary get NaN and are counted in a warning. A cell's vector does not depend on the
-    cells beside it, the number of devices, or the size of a batch: on a CPU to the last bit, on GPUs
-    as far as its matrix products give the same for every number of rows.
+    cells beside it, nor on the number of devices; on the size of a batch only by what a device's
+    matrix products round differently for another number of rows (nothing on the CPUs we tried).
     """
     import anndata as ad
 
@@ -202,9 +202,7 @@ def embed(
         provenance = provenance_of(cells, model, embedding_CD)
         _report(_empty(embedding_CD), provenance, cells.source)
         target = (
-            adata
-            if isinstance(adata, ad.AnnData)
-            else read_annotations(Path(adata), cells.source)
+            adata if isinstance(adata, ad.AnnData) else read_annotations(Path(adata), cells.source)
         )
     target.obsm[key_added] = embedding_CD
     target.uns[key_added] = provenance
@@ -236,10 +234,10 @@ def _on_devices(
         if path is None:
             path, layer, species = folder / "cells.h5ad", None, "obs:species"
             _write_counts(cells.source, path)
-        shards = Shards(folder, len(cells), model.model.settings.width, "0" * 16)
+        shards = Shards(folder, len(cells), model.model.settings.width, "0" * 16, SHARD_CELLS)
         job = Job(
             str(folder / "bundle"), str(path), layer, species, batch_size, compiling, name,
-            shards.fingerprint,
+            shards.fingerprint, shards.size,
         )  # fmt: skip
         with Progress("embed", len(cells)) as progress:
             embed_on(devices, job, shards, progress.add)
@@ -251,10 +249,12 @@ def _write_counts(source: Source, path: Path) -> None:
     import anndata as ad
     import h5py
 
-    first, *_ = source.chunks(1)
+    first = next(source.chunks(1))
     obs = source.obs[["species"]]
     with h5py.File(path, "w") as file:
-        ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=source.genes))
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        ad.io.write_elem(file, "obs", obs)
+        ad.io.write_elem(file, "var", source.genes)
         ad.io.write_elem(file, "X", first.counts_CG[:0])
         stored: Any = ad.io.sparse_dataset(file["X"])
         for chunk in source.chunks():
@@ -393,6 +393,7 @@ def embed_file(settings: EmbedSettings) -> Path:
             len(cells),
             model.model.settings.width,
             _fingerprint(settings, model, devices[0], compiling),
+            SHARD_CELLS,
         )
         with rank.reporting(shards.folder) if rank else nullcontext():
             if follower:
@@ -490,6 +491,7 @@ def _embed_on_workers(
         compiling,
         str(shards.folder),
         shards.fingerprint,
+        shards.size,
     )
     with _progress(shards, range(len(shards))) as progress:
         embed_on(devices, job, shards, progress.add)

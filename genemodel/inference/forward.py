@@ -211,7 +211,8 @@ class Forward:
         chunks
             Taken in a thread, one ahead of those that are packed.
         done
-            Told the number of cells of every batch that has come back.
+            Told the number of cells of every batch that has come back, and of cells without any
+            known gene.
         """
         self.bundle.model.eval()
         parts: deque[_Part] = deque()
@@ -227,10 +228,10 @@ class Forward:
                     under_way.append(result)
                     if len(under_way) > RESULTS_UNDER_WAY:
                         done(_fill_next(under_way))
-                        yield from _complete(parts)
+                        yield from _complete(parts, done)
             while under_way:
                 done(_fill_next(under_way))
-            yield from _complete(parts)
+            yield from _complete(parts, done)
 
     def _parts(
         self, chunks: Iterable[VocabularyChunk], reader: ThreadPoolExecutor
@@ -278,8 +279,7 @@ class Forward:
         length_B = part.length_C[rows]
         budget, cells = self._limits.tokens_for(int(length_B.max())), self._limits.most_cells
         return [
-            _Job(part, rows[chosen], budget, cells)
-            for chosen in plan_bins(length_B, budget, cells)
+            _Job(part, rows[chosen], budget, cells) for chosen in plan_bins(length_B, budget, cells)
         ]
 
     def _pack(self, job: _Job) -> CellBatch:
@@ -387,8 +387,12 @@ def _fill_next(under_way: deque[_Result]) -> int:
     return int(result.job.rows.size)
 
 
-def _complete(parts: deque[_Part]) -> Iterator[tuple[VocabularyChunk, np.ndarray]]:
+def _complete(
+    parts: deque[_Part], done: Callable[[int], object]
+) -> Iterator[tuple[VocabularyChunk, np.ndarray]]:
     """Take the chunks off whose cells are all there."""
     while parts and not parts[0].waiting:
         part = parts.popleft()
+        if empty := int((part.chunk.library_C <= 0).sum()):
+            done(empty)
         yield part.chunk, part.result_CF

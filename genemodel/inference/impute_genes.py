@@ -1,7 +1,7 @@
 """Which genes are imputed, and where each comes from: the data, a trained model or a bundle.
 
-Axes: B cells of a batch, C cells, D width, G genes of the data, P genes asked for, S species, U unmeasured genes among them,
-V vocabulary.
+Axes: B cells of a batch, C cells, D width, G genes of the data, P genes asked for, S species, U
+unmeasured genes among them, V vocabulary.
 """
 
 import logging
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.batch import CellBatch
 from genemodel.cells.sources import Source
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import USUAL_COLUMNS
-from genemodel.cells.batch import CellBatch
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.forward import Forward
 from genemodel.settings import nearest

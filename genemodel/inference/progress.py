@@ -31,6 +31,9 @@ class Progress:
     def __init__(self, what: str, total: int, *, done: int = 0) -> None:
         self.what, self.total, self.done, self._before = what, total, done, done
         self._begin = self._said = time.perf_counter()
+        # When the first cells were through, and how many: what comes before them (starting
+        # processes, compiling) says nothing about the cells to come.
+        self._warm: tuple[float, int] | None = None
         self._wait_s = FIRST_S
         self._bar: Any = None
         if sys.stderr.isatty() or "ipykernel" in sys.modules:
@@ -55,7 +58,8 @@ class Progress:
             seconds = time.perf_counter() - self._begin
             logger.info(
                 "%s: %s cells in %s (%s cells/s).",
-                self.what, f"{self.done - self._before:,}", duration(seconds), self._rate(seconds),
+                self.what, f"{self.done - self._before:,}", duration(seconds),
+                _shown((self.done - self._before) / max(seconds, 1e-9)),
             )  # fmt: skip
 
     def add(self, cells: int) -> None:
@@ -65,20 +69,23 @@ class Progress:
             self._bar.update(cells)
             return
         now = time.perf_counter()
+        if self._warm is None:
+            self._warm = now, self.done
+            return
         if now - self._said < self._wait_s or self.done >= self.total:
             return
         self._said, self._wait_s = now, EVERY_S
-        seconds = now - self._begin
-        left = seconds / (self.done - self._before) * (self.total - self.done)
+        since, first = self._warm
+        rate = (self.done - first) / max(now - since, 1e-9)
         logger.info(
             "%s: %s of %s cells (%d %%), %s cells/s, %s left.",
             self.what, f"{self.done:,}", f"{self.total:,}", 100 * self.done // self.total,
-            self._rate(seconds), duration(left),
+            _shown(rate), duration((self.total - self.done) / rate),
         )  # fmt: skip
 
-    def _rate(self, seconds: float) -> str:
-        rate = (self.done - self._before) / max(seconds, 1e-9)
-        return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+def _shown(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:

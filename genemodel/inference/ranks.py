@@ -29,7 +29,7 @@ _LOOK_S = 0.5
 
 @dataclass
 class Rank:
-    """This process among ``world``: number, and number on its machine."""
+    """One process of ``world``: its number, and its number on its machine."""
 
     number: int
     world: int
@@ -54,7 +54,7 @@ class Rank:
 
     def device(self, given: torch.device) -> torch.device:
         """Return the GPU of this rank where ``given`` is any GPU."""
-        if given.type == "cuda" and given.index is None:
+        if str(given) == "cuda":
             return torch.device("cuda", self.local % torch.cuda.device_count())
         return given
 
@@ -110,8 +110,7 @@ class Rank:
                 elif now - heard[rank][1] > SILENCE_S:
                     raise GenemodelError(
                         f"rank {rank} of {self.world} has not been heard of for "
-                        f"{SILENCE_S / 60:.0f} minutes: look at its log. Finished shards are kept: "
-                        "the same command goes on with them."
+                        f"{SILENCE_S / 60:.0f} minutes: look at its log."
                     )
             if missing:
                 time.sleep(_LOOK_S)
@@ -119,10 +118,7 @@ class Rank:
 
 def _refuse_failed(file: Path, rank: int, world: int) -> None:
     if file.exists():
-        raise GenemodelError(
-            f"rank {rank} of {world} failed: {file.read_text().strip()} Finished shards are kept: "
-            "the same command goes on with them."
-        )
+        raise GenemodelError(f"rank {rank} of {world} failed: {file.read_text().strip()}")
 
 
 def _changed(file: Path) -> int:

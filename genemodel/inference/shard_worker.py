@@ -1,18 +1,15 @@
 """A process that embeds the shards it is told of: ``python -m genemodel.inference.shard_worker``.
 
-Started by :mod:`genemodel.inference.workers`. The first line of standard input is the job, every
-further one the number of a shard, or null when there is none left. When standard input ends
-without that, whoever started it is gone, and it ends at once.
+Started by :mod:`genemodel.inference.workers`. A line of standard input is the job. When standard
+input ends, whoever started the process is gone, and it ends at once.
 """
 
 import json
 import logging
 import os
-import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,33 +54,27 @@ class _Channel(logging.Handler):
         self._cells, self._said = 0, time.monotonic()
 
 
-def _listen(told: "queue.Queue[int | None]") -> None:
-    for line in sys.stdin:
-        number = json.loads(line)["shard"]
-        told.put(number)
-        if number is None:
-            return
+def _end_with_parent() -> None:
+    sys.stdin.read()
     os._exit(1)
 
 
-def _told(told: "queue.Queue[int | None]") -> Iterator[int]:
-    while (number := told.get()) is not None:
-        yield number
-
-
 def _work(job: dict[str, Any], channel: _Channel) -> None:
-    told: queue.Queue[int | None] = queue.Queue()
-    threading.Thread(target=_listen, args=(told,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bundle = Bundle.load(job["model"], device=device)
     cells = VocabularyCells(job["input"], bundle, layer=job["layer"], species=job["species"])
     shards = Shards(
-        Path(job["folder"]), len(cells), bundle.model.settings.width, job["fingerprint"]
+        Path(job["folder"]),
+        len(cells),
+        bundle.model.settings.width,
+        job["fingerprint"],
+        job["shard_cells"],
     )
     forward = embedder(bundle, batch_size=job["batch_size"], compile=job["compile"])
-    for number in embed_shards(forward, cells, shards, _told(told), channel.count):
+    for number in embed_shards(forward, cells, shards, job["shards"], channel.count):
         channel.say_cells()
         channel.say(shard=number)
     cells.close()

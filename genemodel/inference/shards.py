@@ -31,20 +31,21 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of an embedding of ``n_cells`` × ``width`` in a folder."""
+    """Shards of ``size`` cells each, of an embedding of ``n_cells`` × ``width``, in a folder."""
 
     folder: Path
     n_cells: int
     width: int
     fingerprint: str
+    size: int = SHARD_CELLS
 
     def __len__(self) -> int:
-        return -(-self.n_cells // SHARD_CELLS)
+        return -(-self.n_cells // self.size)
 
     def span(self, number: int) -> tuple[int, int]:
         """First row of a shard, and the row after its last."""
-        start = number * SHARD_CELLS
-        return start, min(start + SHARD_CELLS, self.n_cells)
+        start = number * self.size
+        return start, min(start + self.size, self.n_cells)
 
     def path(self, number: int) -> Path:
         """Where a shard is, or will be."""
@@ -103,7 +104,13 @@ class Shards:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the folder for this process; refuse one that another works in."""
+        """Keep the folder for this process, and what is in it for the next should this one fail.
+
+        Raises
+        ------
+        ConfigError
+            Another process works in it.
+        """
         self.folder.mkdir(exist_ok=True)
         with (self.folder / _LOCK).open("w") as file:
             try:
@@ -115,7 +122,18 @@ class Shards:
                 ) from None
             except OSError:
                 pass  # a file system without locks: shards stay whole all the same
-            yield
+            try:
+                yield
+            except BaseException:
+                kept = sum(map(self.has, range(len(self))))
+                if kept:
+                    logger.warning(
+                        "%s of %s shards are kept in %s: the same command goes on with them.",
+                        f"{kept:,}", f"{len(self):,}", self.folder,
+                    )  # fmt: skip
+                else:
+                    self.remove()
+                raise
 
 
 def folder_for(output: Path) -> Path:
@@ -139,9 +157,10 @@ def identity_of(path: Path) -> list[tuple[str, int, int]]:
 
 def refuse_full_disk(shards: Shards, output: Path) -> None:
     """Refuse to begin what the disk has no room for: shards and output are there together."""
-    need = 4 * shards.n_cells * shards.width + 4 * sum(
-        stop - start for start, stop in map(shards.span, shards.missing())
-    ) * shards.width
+    need = (
+        4 * shards.n_cells * shards.width
+        + 4 * sum(stop - start for start, stop in map(shards.span, shards.missing())) * shards.width
+    )
     free = shutil.disk_usage(output.absolute().parent).free
     if need > free:
         raise DataError(
@@ -166,7 +185,7 @@ def embed_shards(
     cells, shards
         The source, and where its shards go.
     numbers
-        Which, ascending; taken in a thread, as late as possible.
+        Which, ascending.
     done
         Told the number of cells of every batch that has come back.
 
@@ -182,7 +201,7 @@ def embed_shards(
     filling: list[np.ndarray] = []
     for chunk, vectors_CD in forward.over(chunks, done):
         filling.append(vectors_CD)
-        number = chunk.start // SHARD_CELLS
+        number = chunk.start // shards.size
         if chunk.start + len(vectors_CD) == shards.span(number)[1]:
             shards.write(number, np.concatenate(filling))
             filling.clear()

@@ -1,4 +1,4 @@
-"""Several devices of one machine: a process each, to which shards are handed one by one.
+"""Several devices of one machine: a process each, with its share of the shards.
 
 A worker is :mod:`genemodel.inference.shard_worker`, told by its standard input what to do; what it
 says comes back line by line as JSON.
@@ -14,10 +14,12 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import genemodel
@@ -26,9 +28,6 @@ from genemodel.inference.shards import Shards
 
 logger = logging.getLogger(__name__)
 
-# Shards that a worker has been told of and not finished: the next is read while one is computed.
-_AHEAD = 2
-_KEPT = " Finished shards are kept: the same command goes on with them."
 _ERRORS = {"ConfigError": ConfigError, "DataError": DataError}
 
 
@@ -44,16 +43,23 @@ class Job:
     compile: bool
     folder: str
     fingerprint: str
+    shard_cells: int
 
 
 class _Worker:
     """A process, and threads that listen to it."""
 
     def __init__(
-        self, number: int, of: int, device: torch.device, job: Job, said: "queue.Queue[Any]"
+        self,
+        name: str,
+        device: torch.device,
+        job: Job,
+        numbers: list[int],
+        threads: int,
+        said: "queue.Queue[Any]",
     ) -> None:
-        self.name = f"worker {number} of {of} (device={device})"
-        self.under_way: set[int] = set()
+        self.name = name
+        self.left = set(numbers)
         self.ended = False
         self.failure: tuple[str, str] | None = None
         # The command's own environment, with our copy of the package first.
@@ -61,7 +67,7 @@ class _Worker:
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path}
         if device.type == "cpu":
-            environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // of))
+            environment["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "genemodel.inference.shard_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -76,16 +82,12 @@ class _Worker:
         ]
         for thread in self._threads:
             thread.start()
-        self.tell({**asdict(job), "device": str(device)})
-
-    def tell(self, message: Any) -> None:
-        """Write a line to it; one that has died is found by its end."""
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(message) + "\n")
+        # Standard input stays open: its end tells the worker that we are gone.
+        with suppress(OSError):  # one that has died at once is found by its end
+            told = {**asdict(job), "device": str(device), "shards": numbers}
+            self.process.stdin.write(json.dumps(told) + "\n")
             self.process.stdin.flush()
-        except OSError:
-            pass
 
     def _listen(self, said: "queue.Queue[Any]") -> None:
         assert self.process.stdout is not None
@@ -108,28 +110,26 @@ class _Worker:
             thread.join(timeout=5)
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
-                try:
+                with suppress(OSError):  # what could not be told to a worker that died
                     pipe.close()
-                except OSError:
-                    pass  # what could not be told to a worker that died
 
     def refuse_failure(self) -> None:
         """Raise what ended it, where that was not the end of its work."""
         code = self.process.wait()
-        if code == 0 and not self.under_way:
+        if code == 0 and not self.left:
             return
         self._threads[1].join(timeout=5)
         words = list(self.last_words)
         if self.failure is not None and self.failure[0] in _ERRORS:
-            raise _ERRORS[self.failure[0]](f"{self.name}: {self.failure[1]}{_KEPT}")
+            raise _ERRORS[self.failure[0]](f"{self.name}: {self.failure[1]}")
         if code < 0:
             last = f" Its last message: {words[-1]}" if words else ""
             raise GenemodelError(
                 f"{self.name} was killed by {signal.Signals(-code).name} (a full memory does that)."
-                f"{last}{_KEPT}"
+                f"{last}"
             )
         last = self.failure[1] if self.failure else words[-1] if words else "nothing"
-        error = RuntimeError(f"{self.name} ended with code {code}: {last}{_KEPT}")
+        error = RuntimeError(f"{self.name} ended with code {code}: {last}")
         error.add_note("\n".join(words))
         raise error
 
@@ -157,19 +157,17 @@ def embed_on(
     RuntimeError
         A worker failed by a mistake of ours.
     """
-    waiting = deque(shards.missing())
-    if not waiting:
-        return
+    missing = shards.missing()
+    devices = devices[: len(missing)]
     said: queue.Queue[Any] = queue.Queue()
     workers: list[_Worker] = []
     try:
-        devices = devices[: len(waiting)]
-        for number, device in enumerate(devices, 1):
-            workers.append(_Worker(number, len(devices), device, job, said))
-        # Round by round, so that few shards are shared by all.
-        for _ in range(_AHEAD):
-            for worker in workers:
-                _hand_out(worker, waiting)
+        # Neighbours stay together: files that are read from the start are read to the end once.
+        shares = np.array_split(missing, len(devices)) if devices else []
+        for number, (device, share) in enumerate(zip(devices, shares, strict=True), 1):
+            name = f"worker {number} of {len(devices)} (device={device})"
+            threads = max(1, torch.get_num_threads() // len(devices))
+            workers.append(_Worker(name, device, job, share.tolist(), threads, said))
         while not all(worker.ended for worker in workers):
             worker, message = said.get()
             if message is None:
@@ -178,8 +176,7 @@ def embed_on(
             elif "cells" in message:
                 done(message["cells"])
             elif "shard" in message:
-                worker.under_way.discard(message["shard"])
-                _hand_out(worker, waiting)
+                worker.left.discard(message["shard"])
             elif "log" in message:
                 logger.log(message["level"], "%s: %s", worker.name, message["log"])
             elif "error" in message:
@@ -187,11 +184,3 @@ def embed_on(
     finally:
         for worker in workers:
             worker.close()
-
-
-def _hand_out(worker: _Worker, waiting: deque[int]) -> None:
-    """Tell a worker of its next shard, or that there is none."""
-    number = waiting.popleft() if waiting else None
-    if number is not None:
-        worker.under_way.add(number)
-    worker.tell({"shard": number})
