@@ -1,5 +1,6 @@
 """Files of any size: resumable shards, several devices, ranks, and nothing of the user's lost."""
 
+import json
 import logging
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import anndata as ad
@@ -21,6 +22,7 @@ import torch
 
 import genemodel as gm
 from genemodel.cells.synthetic import synthetic
+from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.inference import embed as module
 from genemodel.inference import ranks, workers
@@ -28,6 +30,8 @@ from genemodel.inference.counts import SHARD_CELLS
 from genemodel.inference.embed import EmbedSettings, embed_file
 from genemodel.inference.forward import Forward
 from genemodel.inference.shards import Shards
+from genemodel.model.gene_model import GeneModel
+from genemodel.model.settings import ModelSettings
 
 KEY = "X_genemodel"
 
@@ -234,6 +238,45 @@ def test_a_disk_without_room_is_refused_before_the_work(job, monkeypatch, counte
     assert names(job) == ["bundle", "cells.h5ad"]
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_cells(random_bundle, tmp_path):
+    """100,000 cells more are 102 MB more of vectors; the peak grows by obs and row pointers."""
+    rng, genes = np.random.default_rng(0), 3
+    torch.manual_seed(0)
+    wide = GeneModel(
+        ModelSettings(layers=1, width=256, heads=2, ffn=16),
+        n_tokens=len(random_bundle.vocabulary), n_species=2, context=8,
+    )  # fmt: skip
+    tokens = TokenSettings(context=8, budget=2048)
+    replace(random_bundle, model=wide.eval(), tokens=tokens).save(tmp_path / "bundle")
+    names = random_bundle.vocabulary.genes.query("species == 'human'")["ensembl_id"][:400]
+    peaks = []
+    for n in (20_000, 120_000):
+        counts = sp.csr_matrix(
+            (
+                rng.integers(1, 9, genes * n).astype(np.float32),
+                rng.integers(0, 400 // genes, genes * n) * genes + np.tile(range(genes), n),
+                np.arange(0, genes * n + 1, genes),
+            ),
+            (n, 400),
+        )
+        counts.sort_indices()
+        ad.AnnData(counts, var=pd.DataFrame(index=list(names))).write_h5ad(tmp_path / f"{n}.h5ad")
+        script = f"""
+import resource
+from genemodel.inference.embed import EmbedSettings, embed_file
+embed_file(EmbedSettings(model={str(tmp_path / "bundle")!r}, input={str(tmp_path / f"{n}.h5ad")!r},
+    output={str(tmp_path / f"{n}.out.h5ad")!r}, species="human", device="cpu"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    with h5py.File(tmp_path / "120000.out.h5ad") as file:
+        assert file[f"obsm/{KEY}"].shape == (120_000, 256)
+    assert peaks[1] - peaks[0] < 50, peaks
+
+
 # -- several devices ---------------------------------------------------------------------------
 
 
@@ -284,14 +327,19 @@ def test_what_a_worker_is_refused_is_said_as_if_by_one(job, random_bundle, human
         embed_file(replace(job, device=("cpu", "cpu")))
 
 
-def test_a_worker_whose_parent_is_gone_ends(tmp_path):
+def test_a_worker_whose_parent_is_gone_ends(job, tmp_path):
+    (tmp_path / "shards").mkdir()
+    told = workers.Job(
+        job.model, job.input, None, None, None, False, str(tmp_path / "shards"), "0" * 16, 64
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "genemodel.inference.shard_worker"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    out, err = process.communicate("", timeout=120)
-    assert process.returncode == 1 and "Traceback" in err
-    assert '"error"' in out
+    words = json.dumps({**asdict(told), "device": "cpu", "shards": list(range(5))})
+    out, err = process.communicate(words + "\n", timeout=120)  # and closes its standard input
+    assert process.returncode == 1 and "Traceback" not in err
+    assert '"shard"' not in out and not list((tmp_path / "shards").iterdir())
 
 
 @pytest.mark.parametrize(
