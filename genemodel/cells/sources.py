@@ -421,12 +421,16 @@ def _open_stored(
         with refuse_damage(f"{where}, raw/var"):
             return ad.io.read_elem(root["raw"]["var"])
 
-    candidates = [Candidate("X", "X", root["X"], var)] if "X" in root else []
+    def there(group: Any, key: str) -> bool:
+        # anndata writes what an object lacks as an array without a shape.
+        return key in group and getattr(group[key], "shape", ()) is not None
+
+    candidates = [Candidate("X", "X", root["X"], var)] if there(root, "X") else []
     if "layers" in root:
         candidates += [
             Candidate(f"layers[{n!r}]", n, root["layers"][n], var) for n in root["layers"]
         ]
-    if "raw" in root and "X" in root["raw"]:
+    if there(root, "raw") and there(root["raw"], "X"):
         candidates = [c for c in candidates if c.setting != "raw"]
         candidates.append(Candidate("raw", "raw", root["raw"]["X"], raw_var))
     counts = choose_counts(

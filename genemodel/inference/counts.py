@@ -1,6 +1,6 @@
-"""From any source of cells to packed batches, in input order, in bounded memory.
+"""From any source of cells to their counts over a model's vocabulary, in bounded memory.
 
-Axes: C cells, D width, V vocabulary.
+Axes: C cells, V vocabulary.
 """
 
 import logging
@@ -14,11 +14,9 @@ import scipy.sparse as sp
 import torch
 
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.loader import Window, inverse_medians, pack
-from genemodel.cells.packing import plan_bins
+from genemodel.cells.loader import Window
 from genemodel.cells.sources import Source, open_source
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.settings import nearest
 
@@ -28,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHUNK_CELLS = 8192
+# Cells whose vectors are written as one file and, after an interruption, made again: some seconds
+# of a GPU or minutes of a CPU; 10⁸ cells make 6,104 files. No chunk crosses the border between two
+# shards, so a shard comes out the same whoever computes it, and after whatever.
+SHARD_CELLS = 2 * CHUNK_CELLS
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,35 @@ class VocabularyCells:
             measured[s] = match.measured_V
         return measured
 
-    def chunks(self, chunk_cells: int = CHUNK_CELLS) -> Iterator[VocabularyChunk]:
-        """Yield all cells in order."""
-        for chunk in self.source.chunks(chunk_cells):
-            n = chunk.counts_CG.shape[0]
-            species_C = self.species_C[chunk.start : chunk.start + n]
-            here = np.unique(species_C)
-            if here.size == 1:
-                counts_CV = self.matches[int(here[0])].project(chunk.counts_CG)
-            else:
-                parts = [(np.flatnonzero(species_C == s), self.matches[int(s)]) for s in here]
-                stacked = sp.vstack(
-                    [match.project(chunk.counts_CG[rows]) for rows, match in parts], format="csr"
-                )
-                counts_CV = stacked[np.argsort(np.concatenate([rows for rows, _ in parts]))]
-            library_C = np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
-            yield VocabularyChunk(chunk.start, counts_CV, species_C, library_C)
+    def chunks(
+        self, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[VocabularyChunk]:
+        """Yield the cells of these rows in order; no chunk crosses a border of ``SHARD_CELLS``."""
+        stop = len(self) if stop is None else stop
+        counts = self.source.counts
+        while start < stop:
+            most = min(chunk_cells, stop - start, SHARD_CELLS - start % SHARD_CELLS)
+            end = counts.rows.stop_of(start, most)
+            yield self._over_vocabulary(start, counts.read(start, end))
+            start = end
+
+    def _over_vocabulary(self, start: int, counts_CG: sp.csr_matrix) -> VocabularyChunk:
+        species_C = self.species_C[start : start + counts_CG.shape[0]]
+        here = np.unique(species_C)
+        if here.size == 1:
+            counts_CV = self.matches[int(here[0])].project(counts_CG)
+        else:
+            parts = [(np.flatnonzero(species_C == s), self.matches[int(s)]) for s in here]
+            stacked = sp.vstack(
+                [match.project(counts_CG[rows]) for rows, match in parts], format="csr"
+            )
+            counts_CV = stacked[np.argsort(np.concatenate([rows for rows, _ in parts]))]
+        library_C = np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
+        return VocabularyChunk(start, counts_CV, species_C, library_C)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.source.close()
 
 
 def refuse_unknown_species(
@@ -165,49 +180,6 @@ def window_of(chunk: VocabularyChunk) -> Window:
         panel_C=unknown,
         cell_C=np.arange(chunk.start, chunk.start + n),
     )
-
-
-def batches(
-    chunk: VocabularyChunk, bundle: Bundle, batch_size: int | None = None
-) -> Iterator[tuple[np.ndarray, CellBatch]]:
-    """Pack the cells of a chunk; yields their rows in the chunk with each batch.
-
-    Cells without any known gene are left out. ``batch_size`` limits the cells of a batch, for
-    small devices; it cannot change a result.
-
-    Raises
-    ------
-    ConfigError
-        ``batch_size`` is below 1.
-    """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(
-            f"batch_size is {batch_size}: at least one cell must go at once; leave it out for as "
-            "many as fit."
-        )
-    window = window_of(chunk)
-    inverse_median_V = inverse_medians(bundle.medians_V)
-    usable = np.flatnonzero(chunk.library_C > 0)
-    length_C = window.lengths_C(bundle.tokens)[usable]
-    # Cells of like length side by side: the packer then fills bins without looking far ahead.
-    by_length = np.argsort(-length_C, kind="stable")
-    usable, length_C = usable[by_length], length_C[by_length]
-    limit = min(bundle.tokens.max_cells, batch_size or bundle.tokens.max_cells)
-    budget = bundle.tokens.budget
-    if batch_size is not None:
-        budget = min(budget, max(1, batch_size) * bundle.tokens.context)
-    for rows in plan_bins(length_C, budget, limit):
-        yield (
-            usable[rows],
-            pack(
-                window,
-                usable[rows],
-                inverse_median_V,
-                bundle.tokens,
-                budget=budget,
-                max_cells=limit,
-            ),
-        )
 
 
 def precision(device: torch.device) -> torch.autocast:

@@ -1,26 +1,44 @@
-"""AnnData or file → cell embeddings, in input order, in bounded memory.
+"""AnnData or file → cell embeddings, in input order, in bounded memory, on one device or several.
 
-Axes: C cells, D width.
+Axes: B cells of a batch, C cells, D width.
 """
 
+import copy
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.batch import CellBatch
 from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.collapse import collapse, warn_of_collapse
-from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.inference.annotations import copy_annotations, read_annotations
+from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
+from genemodel.inference.counts import SHARD_CELLS, VocabularyCells, VocabularyChunk
+from genemodel.inference.devices import Devices, devices_of
+from genemodel.inference.forward import Compile, Forward, compiles
 from genemodel.inference.obs_keys import check_key_added
+from genemodel.inference.progress import Progress
+from genemodel.inference.ranks import Rank
+from genemodel.inference.shards import (
+    Shards,
+    embed_shards,
+    fingerprint_of,
+    folder_for,
+    identity_of,
+    refuse_full_disk,
+)
+from genemodel.inference.workers import Job, embed_on
 from genemodel.settings import PathText
 from genemodel.tasks.decode_counts import CellProjection
 from genemodel.writing import whole
@@ -33,6 +51,24 @@ logger = logging.getLogger(__name__)
 KEY = "X_genemodel"
 
 
+def embedder(bundle: Bundle, *, batch_size: int | None = None, compile: bool = False) -> Forward:
+    """Make a forward pass whose result is the embedding, float32 (C, D).
+
+    Where the model has a count decoder, a cell is the vector that its counts are decoded from:
+    library, species and technical batch are terms of their own there, so it need not hold them.
+    Otherwise it is the hidden state of the cell token.
+    """
+    projection = cell_projection(bundle)
+
+    def read_out(cell_BD: Tensor, batch: CellBatch) -> Tensor:
+        vectors_BD: Tensor = projection(cell_BD)
+        return vectors_BD
+
+    return Forward(
+        bundle, read_out, bundle.model.settings.width, batch_size=batch_size, compile=compile
+    )
+
+
 def embed_chunks(
     cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -40,34 +76,30 @@ def embed_chunks(
 
     A cell without any known gene gets NaN.
     """
-    for chunk in cells.chunks():
-        yield chunk.start, encode(chunk, bundle, batch_size=batch_size)
+    for chunk, vectors_CD in embedder(bundle, batch_size=batch_size).over(cells.chunks()):
+        yield chunk.start, vectors_CD
 
 
 def embedding_of(
-    cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
+    cells: VocabularyCells,
+    bundle: Bundle,
+    *,
+    batch_size: int | None = None,
+    compile: bool = False,
 ) -> np.ndarray:
     """Embed all cells of a source; float32 (C, D), in input order."""
-    return np.concatenate([part for _, part in embed_chunks(cells, bundle, batch_size=batch_size)])
-
-
-@torch.inference_mode()
-def encode(chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None) -> np.ndarray:
-    """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene.
-
-    Where the model has a count decoder, a cell is the vector that its counts are decoded from:
-    library, species and technical batch are terms of their own there, so it need not hold them.
-    Otherwise it is the hidden state of the cell token.
-    """
-    bundle.model.eval()
-    projection = cell_projection(bundle)
-    device = bundle.device
-    out_CD = np.full((chunk.counts_CV.shape[0], bundle.model.settings.width), np.nan, np.float32)
-    for rows, batch in batches(chunk, bundle, batch_size):
-        with precision(device):
-            cell_CD = projection(bundle.model(batch.to(device)).cell_CD[: rows.size])
-        out_CD[rows] = cell_CD.float().cpu().numpy()
+    forward = embedder(bundle, batch_size=batch_size, compile=compile)
+    out_CD = np.empty((len(cells), forward.columns), np.float32)
+    with Progress("embed", len(cells)) as progress:
+        for chunk, vectors_CD in forward.over(cells.chunks(), progress.add):
+            out_CD[chunk.start : chunk.start + len(vectors_CD)] = vectors_CD
     return out_CD
+
+
+def encode(chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None) -> np.ndarray:
+    """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene."""
+    ((_, vectors_CD),) = embedder(bundle, batch_size=batch_size).over([chunk])
+    return vectors_CD
 
 
 def cell_projection(bundle: Bundle) -> nn.Module:
@@ -80,7 +112,7 @@ def cell_projection(bundle: Bundle) -> nn.Module:
 
 
 def provenance_of(
-    cells: VocabularyCells, bundle: Bundle, embedding_CD: np.ndarray
+    cells: VocabularyCells, bundle: Bundle, embedding: np.ndarray | Blocks
 ) -> dict[str, Any]:
     """Say what was done with which model, for ``uns``: plain values only."""
     return {
@@ -91,7 +123,7 @@ def provenance_of(
             bundle.species[s]: int(match.n_matched) for s, match in cells.matches.items()
         },
         "genes_in_source": len(cells.source.genes),
-        **collapse(embedding_CD),
+        **collapse(embedding),
     }
 
 
@@ -103,6 +135,8 @@ def embed(
     species: str | None = None,
     key_added: str = KEY,
     batch_size: int | None = None,
+    device: Devices | None = None,
+    compile: Compile = "auto",
 ) -> "AnnData | None":
     """Embed cells with a model.
 
@@ -120,17 +154,25 @@ def embed(
     key_added
         Key in ``obsm``; ``uns[key_added]`` gets the provenance.
     batch_size
-        Most cells at once, for small devices. Cannot change the result.
+        Most cells at once, for small devices. Cannot change the result; where memory runs out, the
+        batch is made smaller by itself.
+    device
+        Default: where the model is. Else ``"cuda:1"`` or ``1``, or several, such as ``[0, 1]``:
+        each gets a process of its own and a share of the rows.
+    compile
+        Compile the model first; ``"auto"`` does on a GPU from 200,000 cells on.
 
     Returns
     -------
-    None for AnnData (written in place). For a path an AnnData with ``obs``, ``obsm`` and ``uns``,
-    without counts.
+    None for AnnData (written in place). For a path an AnnData with all that the file holds but its
+    counts: ``obs``, ``var``, ``uns``, ``obsm`` and so on, with ours among them.
 
     Notes
     -----
     ``obsm[key_added]`` is float32 of shape (n_obs, width), in input order. Cells without any gene
-    of the vocabulary get NaN and are counted in a warning.
+    of the vocabulary get NaN and are counted in a warning. A cell's vector does not depend on the
+    cells beside it, nor on the number of devices; on the size of a batch only by what a device's
+    matrix products round differently for another number of rows (nothing on the CPUs we tried).
     """
     import anndata as ad
 
@@ -145,24 +187,91 @@ def embed(
             "adata is a view of a backed AnnData, which nothing can be written to: give the whole "
             "object, or adata.to_memory()."
         )
+    devices = devices_of(model.device if device is None else device)
     cells = VocabularyCells(adata, model, layer=layer, species=species)
-    embedding_CD = embedding_of(cells, model, batch_size=batch_size)
-    target = adata if isinstance(adata, ad.AnnData) else ad.AnnData(obs=cells.source.obs.copy())
+    # A file that we opened is closed; an AnnData is its owner's.
+    with nullcontext() if isinstance(adata, ad.AnnData) else closing(cells):
+        compiling = compiles(compile, devices[0], len(cells))
+        if len(devices) > 1:
+            path = None if isinstance(adata, ad.AnnData) else Path(adata)
+            embedding_CD = _on_devices(
+                cells, model, devices, path, layer, species, batch_size, compiling
+            )
+        else:
+            embedding_CD = embedding_of(
+                cells, _there(model, devices[0]), batch_size=batch_size, compile=compiling
+            )
+        provenance = provenance_of(cells, model, embedding_CD)
+        _report(_empty(embedding_CD), provenance, cells.source)
+        target = (
+            adata if isinstance(adata, ad.AnnData) else read_annotations(Path(adata), cells.source)
+        )
     target.obsm[key_added] = embedding_CD
-    target.uns[key_added] = provenance_of(cells, model, embedding_CD)
-    _report(embedding_CD, target.uns[key_added], cells.source)
-    if target is adata:
-        return None
-    cells.source.close()
-    return target
+    target.uns[key_added] = provenance
+    return None if target is adata else target
 
 
-def _report(embedding_CD: np.ndarray, provenance: dict[str, Any], source: Source) -> None:
-    empty = int((~np.isfinite(embedding_CD).all(1)).sum())
+def _there(model: Bundle, device: torch.device) -> Bundle:
+    """Return the model on a device, a copy where it is elsewhere."""
+    here = model.device
+    if device.type == here.type and device.index in (None, here.index):
+        return model
+    return replace(model, model=copy.deepcopy(model.model)).to(device)
+
+
+def _on_devices(
+    cells: VocabularyCells,
+    model: Bundle,
+    devices: list[torch.device],
+    path: Path | None,
+    layer: str | None,
+    species: str | None,
+    batch_size: int | None,
+    compiling: bool,
+) -> np.ndarray:
+    """Embed with a process for every device; they read the model and the cells from files."""
+    with tempfile.TemporaryDirectory(prefix="genemodel-embed-") as name:
+        folder = Path(name)
+        model.save(folder / "bundle")
+        if path is None:
+            path, layer, species = folder / "cells.h5ad", None, "obs:species"
+            _write_counts(cells.source, path)
+        shards = Shards(folder, len(cells), model.model.settings.width, "0" * 16, SHARD_CELLS)
+        job = Job(
+            str(folder / "bundle"), str(path), layer, species, batch_size, compiling, name,
+            shards.fingerprint, shards.size,
+        )  # fmt: skip
+        with Progress("embed", len(cells)) as progress:
+            embed_on(devices, job, shards, progress.add)
+        return np.concatenate(list(shards.blocks()))
+
+
+def _write_counts(source: Source, path: Path) -> None:
+    """Write the counts of a source, its genes and the species of its cells, chunk by chunk."""
+    import anndata as ad
+    import h5py
+
+    first = next(source.chunks(1))
+    obs = source.obs[["species"]]
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        ad.io.write_elem(file, "obs", obs)
+        ad.io.write_elem(file, "var", source.genes)
+        ad.io.write_elem(file, "X", first.counts_CG[:0])
+        stored: Any = ad.io.sparse_dataset(file["X"])
+        for chunk in source.chunks():
+            stored.append(chunk.counts_CG)
+
+
+def _empty(rows_CD: np.ndarray) -> int:
+    return int((~np.isfinite(rows_CD).all(1)).sum())
+
+
+def _report(empty: int, provenance: dict[str, Any], source: Source) -> None:
     if empty:
         logger.warning(
             "%s: %s of %s cells have no gene of the vocabulary and get NaN.",
-            source.where, f"{empty:,}", f"{len(embedding_CD):,}",
+            source.where, f"{empty:,}", f"{source.n_cells:,}",
         )  # fmt: skip
     warn_of_collapse(provenance, source.where)
 
@@ -178,7 +287,7 @@ class EmbedSettings:
     input
         File or folder with raw counts.
     output
-        h5ad to write: obs, embedding and provenance, without counts.
+        h5ad to write: all that the input holds but its counts, with embedding and provenance.
     layer
         Where the raw counts are; empty for X.
     species
@@ -188,7 +297,10 @@ class EmbedSettings:
     batch_size
         Most cells at once; 0 for as many as fit the token budget.
     device
-        auto, cpu, cuda, cuda:1 …
+        auto, cpu, cuda, cuda:1 …; several for a process each, such as [0,1]. Processes that
+        torchrun started take the GPU of their local rank.
+    compile
+        auto (on a GPU from 200,000 cells on), true or false.
     overwrite
         Replace an existing output.
     """
@@ -200,7 +312,8 @@ class EmbedSettings:
     species: str = ""
     key_added: str = KEY
     batch_size: int = 0
-    device: str = "auto"
+    device: str | int | tuple[str | int, ...] = "auto"
+    compile: Compile = "auto"
     overwrite: bool = False
 
 
@@ -236,25 +349,169 @@ def write_whole(adata: "AnnData", output: Path) -> None:
 
 
 def embed_file(settings: EmbedSettings) -> Path:
-    """Embed a file; the counts are streamed and never held whole.
+    """Embed a file of any size; neither the counts nor the vectors are ever held whole.
+
+    The vectors are written shard by shard beside the output. After an interruption the same
+    settings go on with the shards that are there.
 
     Returns
     -------
     The output path.
     """
+    rank = Rank.of_environment()
+    follower = rank is not None and rank.number > 0
+    if follower and not settings.overwrite and Path(settings.output).exists():
+        logger.info("%s is there already: nothing is left to do.", settings.output)
+        return Path(settings.output)
     output = writable_h5ad(settings.output, overwrite=settings.overwrite, inputs=[settings.input])
     check_key_added(settings.key_added)
+    devices = devices_of(settings.device)
+    if rank is not None:
+        if len(devices) > 1:
+            raise ConfigError(
+                f"device names {len(devices)} devices, and this is one of {rank.world} processes "
+                "that were started side by side: leave device out, so that each takes its own, or "
+                "start one process alone."
+            )
+        devices = [rank.device(devices[0])]
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
-    model = Bundle.load(settings.model, device=settings.device)
-    result = embed(
-        settings.input,
-        model,
-        layer=settings.layer or None,
-        species=settings.species or None,
-        key_added=settings.key_added,
-        batch_size=settings.batch_size or None,
+    several = len(devices) > 1
+    model = Bundle.load(settings.model, device="cpu" if several else devices[0])
+    cells = VocabularyCells(
+        settings.input, model, layer=settings.layer or None, species=settings.species or None
     )
-    assert result is not None
-    write_whole(result, output)
+    with closing(cells):
+        compiling = compiles(settings.compile, devices[0], len(cells))
+        shards = Shards(
+            folder_for(output),
+            len(cells),
+            model.model.settings.width,
+            _fingerprint(settings, model, devices[0], compiling),
+            SHARD_CELLS,
+        )
+        with rank.reporting(shards.folder) if rank else nullcontext():
+            if follower:
+                assert rank is not None
+                _embed_missing(settings, cells, model, shards, compiling, rank)
+                return output
+            with shards.held():
+                shards.sweep()
+                refuse_full_disk(shards, output)
+                if several:
+                    _embed_on_workers(settings, cells, devices, shards, compiling)
+                else:
+                    _embed_missing(settings, cells, model, shards, compiling, rank)
+                _assemble(settings, cells, model, shards, output)
+                shards.remove()
     return output
+
+
+def _fingerprint(
+    settings: EmbedSettings, model: Bundle, device: torch.device, compiling: bool
+) -> str:
+    """Name all that a vector depends on, down to what may only change its last bits."""
+    return fingerprint_of(
+        {
+            "genemodel": genemodel.__version__,
+            "torch": torch.__version__,
+            "model": model.fingerprint,
+            "budget": [model.tokens.context, model.tokens.budget],
+            "input": identity_of(Path(settings.input)),
+            "layer": settings.layer,
+            "species": settings.species,
+            "batch_size": settings.batch_size,
+            "device": device.type,
+            "compile": compiling,
+            "shard": SHARD_CELLS,
+        }
+    )
+
+
+def _progress(shards: Shards, numbers: Sequence[int]) -> Progress:
+    """Count all cells of these shards, those of an earlier session included."""
+    there = [shards.has(number) for number in numbers]
+    sizes = [stop - start for start, stop in map(shards.span, numbers)]
+    done = sum(size for size, has in zip(sizes, there, strict=True) if has)
+    if any(there):
+        logger.info(
+            "Going on with %s of %s shards in %s.",
+            f"{sum(there):,}", f"{len(numbers):,}", shards.folder,
+        )  # fmt: skip
+    return Progress("embed", sum(sizes), done=done)
+
+
+def _embed_missing(
+    settings: EmbedSettings,
+    cells: VocabularyCells,
+    model: Bundle,
+    shards: Shards,
+    compiling: bool,
+    rank: Rank | None,
+) -> None:
+    """Make the missing shards here: all, or those of this rank; rank 0 then waits for the rest."""
+    own = list(range(len(shards)))
+    if rank is not None and rank.number:
+        own = rank.mine(own)
+    with _progress(shards, own) as progress:
+
+        def done(cells: int) -> None:
+            progress.add(cells)
+            if rank is not None:
+                rank.beat(shards.folder)
+
+        missing = shards.missing()
+        if rank is not None:
+            missing = rank.mine(missing)
+        forward = embedder(model, batch_size=settings.batch_size or None, compile=compiling)
+        for number in embed_shards(forward, cells, shards, missing, done):
+            logger.debug("Shard %d is written.", number)
+        if rank is not None and not rank.number:
+            rank.wait_for_others(shards, progress.add)
+
+
+def _embed_on_workers(
+    settings: EmbedSettings,
+    cells: VocabularyCells,
+    devices: list[torch.device],
+    shards: Shards,
+    compiling: bool,
+) -> None:
+    job = Job(
+        settings.model,
+        settings.input,
+        settings.layer or None,
+        settings.species or None,
+        settings.batch_size or None,
+        compiling,
+        str(shards.folder),
+        shards.fingerprint,
+        shards.size,
+    )
+    with _progress(shards, range(len(shards))) as progress:
+        embed_on(devices, job, shards, progress.add)
+
+
+def _assemble(
+    settings: EmbedSettings, cells: VocabularyCells, model: Bundle, shards: Shards, output: Path
+) -> None:
+    """Write the output under another name, block by block, then rename it."""
+    import anndata as ad
+    import h5py
+
+    provenance = provenance_of(cells, model, shards.blocks)
+    _report(sum(map(_empty, shards.blocks())), provenance, cells.source)
+
+    needed = 4 * shards.n_cells * shards.width
+    with whole(output, needed=needed) as partial, h5py.File(partial, "w") as file:
+        copy_annotations(Path(settings.input), cells.source, file)
+        if settings.key_added in file["obsm"]:
+            del file["obsm"][settings.key_added]
+        stored = file["obsm"].create_dataset(
+            settings.key_added, (shards.n_cells, shards.width), np.float32
+        )
+        stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        for number, block_CD in enumerate(shards.blocks()):
+            start, stop = shards.span(number)
+            stored[start:stop] = block_CD
+        ad.io.write_elem(file["uns"], settings.key_added, provenance)

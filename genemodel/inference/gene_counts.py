@@ -19,7 +19,8 @@ from genemodel.errors import DataError
 from genemodel.genes.match import written_as_others
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.counts import VocabularyCells, refuse_unknown_species
-from genemodel.inference.embed import encode
+from genemodel.inference.embed import embedder
+from genemodel.inference.progress import Progress
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -166,9 +167,10 @@ def _with_bundle(
 ) -> GeneCounts:
     cells = VocabularyCells(adata, bundle, layer=layer, species=species)
     blocks, features = [], []
-    for chunk in cells.chunks():
-        blocks.append(chunk.counts_CV)
-        features.append(encode(chunk, bundle))
+    with Progress("embed", len(cells)) as progress:
+        for chunk, vectors_CF in embedder(bundle).over(cells.chunks(), progress.add):
+            blocks.append(chunk.counts_CV)
+            features.append(vectors_CF)
     return GeneCounts(
         sp.vstack(blocks, format="csr"),
         [str(token) for token in range(len(bundle.vocabulary))],

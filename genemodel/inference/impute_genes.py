@@ -1,7 +1,7 @@
 """Which genes are imputed, and where each comes from: the data, a trained model or a bundle.
 
-Axes: C cells, G genes of the data, P genes asked for, S species, U unmeasured genes among them,
-V vocabulary.
+Axes: B cells of a batch, C cells, D width, G genes of the data, P genes asked for, S species, U
+unmeasured genes among them, V vocabulary.
 """
 
 import logging
@@ -11,14 +11,17 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.batch import CellBatch
 from genemodel.cells.sources import Source
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import USUAL_COLUMNS
-from genemodel.inference.counts import VocabularyCells, VocabularyChunk, batches, precision
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.inference.forward import Forward
 from genemodel.settings import nearest
 from genemodel.tasks.decode_counts import CountDecoder
 
@@ -199,30 +202,29 @@ class Unmeasured:
             [np.isin(self.token_U, bundle.vocabulary.tokens_of(name)) for name in bundle.species]
         )
 
-    @torch.inference_mode()
+        self._measured_SV = torch.from_numpy(cells.measured_SV).to(bundle.device)
+        self._token_device_U = torch.from_numpy(self.token_U).to(bundle.device)
+        self._forward = Forward(
+            bundle, self._shares, self.token_U.size, batch_size=_VOCABULARY_CELLS
+        )
+
+    def _shares(self, cell_BD: Tensor, batch: CellBatch) -> Tensor:
+        """Share of every gene U in what a cell would hold of the measured genes, (B, U)."""
+        species_B = batch.species_C[: cell_BD.shape[0]]
+        log_rate_BV = self.decoder.log_rate(
+            cell_BD,
+            species_B,
+            torch.full_like(species_B, -1),
+            torch.ones(cell_BD.shape[0], device=cell_BD.device),
+            torch.ones_like(self._measured_SV)[species_B],
+        ).float()
+        outside_BV = ~self._measured_SV[species_B]
+        total_B1 = log_rate_BV.masked_fill(outside_BV, -torch.inf).logsumexp(1, keepdim=True)
+        return (log_rate_BV[:, self._token_device_U] - total_B1).exp()
+
     def mean(self, chunk: VocabularyChunk) -> np.ndarray:
         """Means at the cells' own libraries, (C, U); NaN where the species has no such gene."""
-        bundle = self.cells.bundle
-        device = bundle.device
-        bundle.model.eval()
-        mean_CU = np.full((chunk.counts_CV.shape[0], self.token_U.size), np.nan)
-        token_U = torch.from_numpy(self.token_U).to(device)
-        measured_SV = torch.from_numpy(self.cells.measured_SV).to(device)
-        for rows, batch in batches(chunk, bundle, _VOCABULARY_CELLS):
-            with precision(device):
-                cell_CD = bundle.model(batch.to(device)).cell_CD[: rows.size]
-                species_C = torch.from_numpy(chunk.species_C[rows]).to(device)
-                everything_CV = torch.ones_like(measured_SV)[species_C]
-                log_rate_CV = self.decoder.log_rate(
-                    cell_CD,
-                    species_C,
-                    torch.full_like(species_C, -1),
-                    torch.ones(rows.size, device=device),
-                    everything_CV,
-                ).float()
-            outside_CV = ~measured_SV[species_C]
-            total_C1 = log_rate_CV.masked_fill(outside_CV, -torch.inf).logsumexp(1, keepdim=True)
-            share_CU = (log_rate_CV[:, token_U] - total_C1).exp().cpu().numpy()
-            mean_CU[rows] = share_CU * chunk.library_C[rows, None]
+        ((_, share_CU),) = self._forward.over([chunk])
+        mean_CU = (share_CU * chunk.library_C[:, None]).astype(np.float64)
         mean_CU[~self.has_SU[chunk.species_C]] = np.nan
         return mean_CU

@@ -47,3 +47,14 @@ def test_rows_without_numbers_are_left_out():
     with_gap = np.vstack([values, np.full((1, 4), np.nan)])
     assert collapse(with_gap) == collapse(values)
     assert np.isnan(collapse(values[:2])["effective_rank"])
+
+
+def test_an_embedding_in_blocks_is_the_embedding():
+    values = RNG.normal(size=(90, 5)).astype(np.float32) + 3
+    values[7] = np.nan
+    blocks = collapse(lambda: np.split(values, [20, 21, 70]))
+    assert blocks == pytest.approx(collapse(values), rel=1e-9)
+    centred = values[np.isfinite(values).all(1)].astype(float)
+    singular = np.linalg.svd(centred - centred.mean(0), compute_uv=False)
+    share = singular / singular.sum()
+    assert blocks["effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
