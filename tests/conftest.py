@@ -54,7 +54,10 @@ def pack_random():
     from genemodel.cells.loader import Window, pack
     from genemodel.cells.tokens import TokenSettings
 
-    def make(seed=0, *, lengths=(40, 7, 90, 23), n_tokens=203, budget=256, context=128, cells=None):
+    def make(
+        seed=0, *, lengths=(40, 7, 90, 23), n_tokens=203, budget=256, context=128, cells=None,
+        max_cells=8,
+    ):  # fmt: skip
         """Cells ``cells`` (default all) of a fixed random set with ``n_tokens`` tokens."""
         rng = np.random.default_rng(seed)
         ends = np.cumsum(lengths)
@@ -81,8 +84,51 @@ def pack_random():
             np.ones(n_tokens, np.float32),
             TokenSettings(context=context, budget=max(budget, context)),
             budget=budget,
-            max_cells=8,
+            max_cells=max_cells,
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def away():
+    """``away(**shape)``: backbone and objectives for ``pack_random``, away from their starts."""
+
+    import numpy as np
+    import torch
+
+    from genemodel.cells.statistics import GeneStatistics
+    from genemodel.genes.vocabulary import N_SPECIAL
+    from genemodel.model.gene_model import GeneModel
+    from genemodel.model.settings import ModelSettings
+    from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
+
+    n_tokens = 203
+
+    def make(**shape):
+        rng = np.random.default_rng(0)
+        present = np.ones((2, n_tokens), bool)
+        present[:, :N_SPECIAL] = False
+        statistics = GeneStatistics(
+            frequency_SV=rng.dirichlet(np.ones(n_tokens), 2),
+            mean_value_SV=rng.uniform(1, 5, (2, n_tokens)),
+            rate_SV=rng.dirichlet(np.ones(n_tokens), 2),
+            dispersion_V=rng.uniform(0.5, 3, n_tokens),
+            present_SV=present,
+        )
+        measured = torch.ones(1, n_tokens, dtype=torch.bool)
+        measured[:, :N_SPECIAL] = False
+        torch.manual_seed(0)
+        task = PretrainingObjectives(
+            PretrainingSettings(), width=32, statistics=statistics, n_batches=2,
+            measured_XV=measured, seed=0,
+        )  # fmt: skip
+        shape = {"layers": 2, "width": 32, "heads": 2, "ffn": 48, "components": 6, **shape}
+        model = GeneModel(ModelSettings(**shape), n_tokens=n_tokens, n_species=2, context=128)
+        with torch.no_grad():
+            for weight in (*task.parameters(), *model.parameters()):
+                weight.add_(0.05 * torch.randn_like(weight))
+        return model, task
 
     return make
 
@@ -176,19 +222,3 @@ def small_start(tmp_path_factory, small_vocabulary):
         )
     )  # fmt: skip
     return folder
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB, mounted; skips where this is not allowed."""
-    import subprocess
-
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small file system cannot be mounted here: that takes root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)

@@ -295,9 +295,7 @@ def requeue() -> None:
     if not job:
         logger.warning("trainer.requeue=true, but this is no Slurm job: start the command again.")
         return
-    done = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         logger.error(
             "scontrol requeue %s failed (%s): submit the same script again.",

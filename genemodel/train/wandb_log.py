@@ -1,4 +1,5 @@
 """Weights & Biases."""
+
 import json
 import os
 import re

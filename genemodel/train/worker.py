@@ -1,6 +1,6 @@
 """One process of a run that :func:`genemodel.train.processes.supervise` has started.
 
-    python -m genemodel.train.worker SETTINGS.json
+python -m genemodel.train.worker SETTINGS.json
 """
 
 import json
