@@ -7,7 +7,8 @@ which takes 0.2 µs a cell and tells it where every lane stands, and reads and r
 takes itself. With L lanes every cell is decoded by w ÷ gcd(w, L) ranks: by one where w divides L.
 
 Each micro-batch comes with the :class:`Position` after it, so that what is saved counts consumed
-work and never what happened to be prefetched.
+work and never what happened to be prefetched. Where it is too large for a device it comes in
+pieces, which changes neither the sequence nor a position.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ import torch
 
 from genemodel.cells.batch import CellBatch
 from genemodel.cells.order import EpochOrder, Layout, Position
-from genemodel.cells.packing import plan_bins, tail_pieces
+from genemodel.cells.packing import deal, plan_bins, tail_pieces
 from genemodel.cells.tokens import TokenSettings, pack_cells
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import CELL, PAD
@@ -215,6 +216,9 @@ class CellStream:
         micro-batch less.
     layout
         How the cells are cut into lanes and windows; by default what their number asks for.
+    pieces
+        Every micro-batch comes as so many smaller ones of a constant shape, one after another and
+        each with the position after the last of them. A piece without a cell is possible.
 
     Raises
     ------
@@ -243,6 +247,7 @@ class CellStream:
         shuffle: bool = True,
         limit: int | None = None,
         layout: Layout | None = None,
+        pieces: int = 1,
     ) -> None:
         if len(cells) == 0:
             raise DataError(
@@ -252,6 +257,7 @@ class CellStream:
         self.corpus = corpus
         self.cells = np.asarray(cells, np.int64)
         self.settings = settings.placed(_mean_length(corpus, settings.context))
+        self.pieces = pieces
         self.seed = seed
         self.inverse_median_V = inverse_median_V
         self.position = position or Position()
@@ -273,7 +279,7 @@ class CellStream:
         return EpochOrder(self.cells.size, self.seed, epoch, self.shuffle, self.layout)
 
     def __iter__(self) -> Generator[tuple[CellBatch, Position]]:
-        """Yield micro-batches with the position after each."""
+        """Yield micro-batches, or their pieces, with the position after each micro-batch."""
         with contextlib.closing(self._batches()) as batches:
             while True:
                 begin = time.perf_counter()
@@ -293,7 +299,7 @@ class CellStream:
         # As many cells are read ahead as one undivided window has.
         parts_ahead = max(1, self.layout.window_blocks // self.layout.part_blocks)
         coming: deque[_MicroBatch] = deque()
-        packing: deque[tuple[Future[CellBatch], Position]] = deque()
+        packing: deque[tuple[Future[list[CellBatch]], Position]] = deque()
         unread = 0
         try:
             schedule = self._schedule(reader, planner)
@@ -310,11 +316,9 @@ class CellStream:
                 packing.append((packers.submit(due.pack, self), due.after))
                 del due
                 if len(packing) > BATCHES_AHEAD:
-                    future, after = packing.popleft()
-                    yield future.result(), after
+                    yield from _pieces_of(*packing.popleft())
             while packing:
-                future, after = packing.popleft()
-                yield future.result(), after
+                yield from _pieces_of(*packing.popleft())
         finally:
             for pool in pools:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -382,6 +386,13 @@ class CellStream:
         return read_cells(self.corpus, cells, self._labels)
 
 
+def _pieces_of(
+    future: Future[list[CellBatch]], after: Position
+) -> Iterator[tuple[CellBatch, Position]]:
+    for piece in future.result():
+        yield piece, after
+
+
 def _mean_length(corpus: "Corpus", context: int) -> float:
     """Mean tokens over the whole corpus: training and held-out cells get micro-batches alike."""
     return float(np.minimum(corpus.n_genes_C, context - 1).mean()) + 1
@@ -410,15 +421,21 @@ class _MicroBatch:
     epoch: int
     after: Position
 
-    def pack(self, stream: CellStream) -> CellBatch:
-        """Wait for its parts, and pack it."""
+    def pack(self, stream: CellStream) -> list[CellBatch]:
+        """Wait for its parts, and pack it, or each of the pieces it is dealt into."""
         if len(self.pieces) == 1:
             ((part, rows),) = self.pieces
             window = part.result()
         else:
             window = Window.joined([part.result().take(rows) for part, rows in self.pieces])
             rows = np.arange(len(window))
-        return pack(window, rows, stream.inverse_median_V, stream.settings, epoch=self.epoch)
+        settings = stream.settings.piece(stream.pieces)
+        size_C = window.end_C[rows] - window.begin_C[rows]
+        dealt = deal(np.minimum(size_C, settings.context - 1) + 1, stream.pieces)
+        return [
+            pack(window, rows[piece], stream.inverse_median_V, settings, epoch=self.epoch)
+            for piece in dealt
+        ]
 
 
 class _Lane:

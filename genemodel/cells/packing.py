@@ -98,3 +98,21 @@ def plan_bins(
     bins_C1 = np.empty(length_C.size + 1, np.int64)
     n_bins = _plan(length_C, budget, max_cells, look_ahead, order_C, bins_C1)
     return [order_C[bins_C1[b] : bins_C1[b + 1]] for b in range(n_bins)]
+
+
+def deal(length_C: np.ndarray, pieces: int) -> list[np.ndarray]:
+    """Deal the cells of a bin into pieces, the longest first, one after another.
+
+    Returns
+    -------
+    Positions into ``length_C``, ascending within a piece; empty where there are fewer cells than
+    pieces.
+
+    Notes
+    -----
+    Numbers of cells differ by at most 1 between pieces, and tokens by at most the longest cell:
+    each round gives a piece no less than the piece after it, and no more than that got in the
+    round before. So no piece has more tokens than total ÷ pieces + longest.
+    """
+    longest_first = np.argsort(-length_C, kind="stable")
+    return [np.sort(longest_first[i::pieces]) for i in range(pieces)]

@@ -71,6 +71,19 @@ class TokenSettings:
             return max(8, self.budget // 32)
         return self.places - tail_pieces(self.budget, self.context)
 
+    @property
+    def most_pieces(self) -> int:
+        """Most pieces of a micro-batch: from there on they hardly become smaller."""
+        return max(1, self.budget // self.context)
+
+    def piece(self, pieces: int) -> Self:
+        """Shape of one of so many pieces of a micro-batch; see ``packing.deal``."""
+        if pieces == 1:
+            return self
+        budget = -(-self.budget // pieces) + self.context
+        cells = -(-self.max_cells // pieces)
+        return replace(self, budget=budget, places=cells + tail_pieces(budget, self.context))
+
 
 N_LOGS = 64  # counts below this share a table of logarithms within a cell
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from genemodel.cells.batch import CellBatch
 from genemodel.genes.vocabulary import N_SPECIAL
@@ -261,6 +262,11 @@ class GeneModel(nn.Module):
         For every name in ``settings.knowledge``: a (V, P) table and a (V,) mask of known genes.
     context
         No cell is longer; a constant for compiled attention.
+
+    Attributes
+    ----------
+    recompute
+        Keep only what goes into a block, and compute the rest again in the backward pass.
     """
 
     def __init__(
@@ -278,6 +284,7 @@ class GeneModel(nn.Module):
         self.embedding = GeneEmbedding(settings, n_tokens, n_species, knowledge or {})
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
         self.final_norm = Readout(settings)
+        self.recompute = False
         initialise(self)
 
     @property
@@ -298,12 +305,21 @@ class GeneModel(nn.Module):
         x_TD = self.embedding(batch)
         stop = len(self.blocks) if layer is None else layer
         for block in self.blocks[:stop]:
-            x_TD = block(x_TD, batch.starts_C1, batch.longest)
+            x_TD = self._through(block, x_TD, batch)
         if stop == len(self.blocks):
             hidden_TD, cell_CD = self.final_norm(x_TD, batch.starts_C1)
             return Encoded(hidden_TD, cell_CD)
         first_C, _ = opening_tokens(batch.starts_C1, x_TD.shape[0])
         return Encoded(hidden_TD=x_TD, cell_CD=x_TD.index_select(0, first_C))
+
+    def _through(self, block: nn.Module, x_TD: Tensor, batch: CellBatch) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return block(x_TD, batch.starts_C1, batch.longest)
+        # Around the compiled block, not inside: it is the same graph with and without.
+        return checkpoint(
+            block, x_TD, batch.starts_C1, batch.longest, use_reentrant=False,
+            preserve_rng_state=self.settings.dropout > 0,
+        )  # fmt: skip
 
 
 def initialise(module: nn.Module) -> None:

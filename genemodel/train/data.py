@@ -1,6 +1,8 @@
 """A rank's micro-batches, on its device."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator
+from itertools import batched
 
 import torch
 
@@ -11,7 +13,7 @@ from genemodel.cells.transfer import on_device
 
 
 class RankStream:
-    """Micro-batches of one rank with the position after each, copied to its device.
+    """Micro-batches of one rank in their pieces, with the position after each, on its device.
 
     Attributes
     ----------
@@ -21,13 +23,16 @@ class RankStream:
 
     def __init__(self, stream: CellStream, device: torch.device) -> None:
         self._items = on_device(stream, device)
+        self._pieces = stream.pieces
 
     @property
     def waited_s(self) -> float:
         """Seconds waited for micro-batches so far."""
         return self._items.waited_s
 
-    def __iter__(self) -> Iterator[tuple[list[CellBatch], Position]]:
+    def __iter__(self) -> Generator[tuple[list[CellBatch], Position]]:
         """Yield micro-batches until the stream ends."""
-        for batch, position in self._items:
-            yield [batch], position
+        items = iter(self._items)
+        with contextlib.closing(items):
+            for pieces in batched(items, self._pieces):
+                yield [batch for batch, _ in pieces], pieces[0][1]

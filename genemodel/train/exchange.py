@@ -122,15 +122,18 @@ class Exchange:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @contextlib.contextmanager
-    def micro_batch(self, *, last: bool) -> Any:
-        """Surround one micro-batch's forward and backward pass; gradients meet in the last."""
+    def micro_batch(self, *, last: bool, whole: bool = True) -> Any:
+        """Surround a forward and a backward pass; gradients meet in the last.
+
+        ``whole`` says that a micro-batch is complete with it, and not one of its first pieces.
+        """
         if self.kind in ("ddp", "fsdp") and not last:
             control = self.fabric.strategy._backward_sync_control
             with control.no_backward_sync(self.forward, True):  # type: ignore[union-attr]
                 yield
         else:
             yield
-        if self.kind == "ordered":
+        if self.kind == "ordered" and whole:
             self._add_in_order()
 
     def _add_in_order(self) -> None:

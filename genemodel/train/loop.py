@@ -7,11 +7,12 @@ any rank wants (to stop, to give up) come in one transfer, so all ranks decide a
 Axes: K objectives.
 """
 
+import contextlib
 import gc
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from genemodel.train import ranks as at
 from genemodel.train.checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
 from genemodel.train.exchange import Exchange, Kind
 from genemodel.train.guard import Guard
+from genemodel.train.memory import is_out_of_memory, later_bytes, pieces_that_fit, set_aside
 from genemodel.train.optim import build_optimisers, lr_share
 from genemodel.train.processes import STOPPING, StopSignals
 from genemodel.train.ranks import Ranks
@@ -45,13 +47,13 @@ class TrainingStopped(GenemodelError):
 
 
 class Stream(Protocol):
-    """Micro-batches of one rank with the position after each; counts the time waited for them."""
+    """Micro-batches of one rank, in pieces, with the position after each; counts time waited."""
 
     @property
     def waited_s(self) -> float:
         """Seconds waited for micro-batches so far."""
 
-    def __iter__(self) -> Iterator[tuple[list[CellBatch], Position]]:
+    def __iter__(self) -> Generator[tuple[list[CellBatch], Position]]:
         """Start from the stream's position."""
 
 
@@ -146,7 +148,8 @@ class Loop:
     optim, trainer, seed
         Of the run.
     train, validation
-        Make this rank's streams, from a position and of the held-out cells.
+        Make this rank's streams, from a position and of the held-out cells, with every micro-batch
+        in so many pieces.
     about
         Plain values kept with every checkpoint, ``about.json``.
     rate_shares
@@ -155,6 +158,13 @@ class Loop:
         Called on rank 0 after a look better than all before, with the weights.
     name_cells
         Says in words which cells these permanent numbers are.
+    most_pieces
+        Into how many pieces a micro-batch may be dealt where it does not fit the device.
+
+    Attributes
+    ----------
+    pieces
+        Into how many it is dealt; see :meth:`make_room`.
     """
 
     def __init__(
@@ -167,19 +177,21 @@ class Loop:
         optim: OptimSettings,
         trainer: TrainerSettings,
         seed: int,
-        train: Callable[[Position], Stream],
-        validation: Callable[[], Stream],
+        train: Callable[[Position, int], Stream],
+        validation: Callable[[int], Stream],
         record: Record,
         about: Mapping[str, Any],
         rate_shares: Mapping[str, float] | None = None,
         on_improvement: Callable[[Progress, Mapping[str, Tensor]], None] = lambda *_: None,
         name_cells: Callable[[np.ndarray], str] = lambda cells: f"{cells.size} cells",
+        most_pieces: int = 1,
     ) -> None:
         self.run, self.fabric, self.losses = run, fabric, losses
         self.optim, self.settings, self.seed = optim, trainer, seed
         self.record, self.about = record, dict(about)
         self.on_improvement, self.name_cells = on_improvement, name_cells
         self._train, self._validation = train, validation
+        self.pieces, self._most_pieces = 1, most_pieces
         self.exchange = Exchange(fabric, losses, kind)
         shares = {f"model.{k}": share for k, share in (rate_shares or {}).items()}
         self.optimisers = build_optimisers(losses, optim, shares)
@@ -197,6 +209,32 @@ class Loop:
 
     # -- the whole run ---------------------------------------------------------------------------
 
+    def make_room(self) -> None:
+        """Find out whether a micro-batch fits the device, and deal it into pieces where not."""
+        self.pieces = pieces_that_fit(self._rehearse, self.exchange, self._most_pieces)
+
+    def _rehearse(self, pieces: int) -> None:
+        """Take a piece of a real micro-batch forward and backward, and leave nothing behind.
+
+        The first piece has the longest cells. The module is taken without what wraps it, so no
+        rank waits for another, and no gradient is kept.
+        """
+        losses, device = self.losses, self.fabric.device
+        with contextlib.closing(iter(self._train(self.progress.position, pieces))) as stream:
+            batch = next(stream)[0][0]
+        gpus = [device] if device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(gpus),
+            set_aside(later_bytes(self.exchange, self.optimisers), device),
+        ):
+            prepared = losses.objectives.prepare(batch)
+            with self.fabric.autocast():
+                total_K, _ = losses(prepared, True)
+            total = (total_K * self._weight_K).sum()
+            torch.autograd.grad(total, self.exchange.learning(), allow_unused=True)
+            if gpus:
+                torch.cuda.synchronize(device)
+
     def fit(self) -> None:
         """Train until the end, or until something asks to stop; saved either way.
 
@@ -210,6 +248,8 @@ class Loop:
                 try:
                     self._fit(signals)
                 except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise self._memory_is_full(error) from error
                     # A collective operation breaks where another rank has ended.
                     lost = self._ranks.explain(error)
                     if lost is None:
@@ -221,25 +261,36 @@ class Loop:
             self.record.close(self.writer)
             self.writer.close()
 
+    def _memory_is_full(self, error: RuntimeError) -> TrainingStopped:
+        return TrainingStopped(
+            f"{self.fabric.device} ran out of memory after step {self.progress.step:,} "
+            f"({str(error).splitlines()[0][:200]}), although a micro-batch fitted when the run "
+            "began: perhaps something else uses it. The last checkpoint is intact. Go on from it "
+            "with the same command, with trainer.activation_checkpointing=true if it happens "
+            "again; or begin a new run with half the tokens.budget and twice the "
+            "trainer.accumulate."
+        )
+
     def _fit(self, signals: StopSignals) -> None:
         progress, settings = self.progress, self.settings
         self.record.start(progress.step)
         begin, before = time.perf_counter(), progress.minutes
-        stream = self._train(progress.position)
+        stream = self._train(progress.position, self.pieces)
         steps = _steps(stream, settings.accumulate)
         profiler = _Profiler(self.run, settings.profile, self.exchange.rank)
         while progress.step < settings.max_steps and not progress.ended:
             self._ranks.at(at.DATA)
-            batches, position = next(steps)
+            micro_batches, position = next(steps)
             self._ranks.at(at.COMPUTE, progress.step)
             self._session_minutes = (time.perf_counter() - begin) / 60
             shown = self.record.is_due(progress.step + 1)
-            report, totals = self._gradient(batches, signals, trivial=shown)
+            report, totals = self._gradient(micro_batches, signals, trivial=shown)
+            batches = [piece for pieces in micro_batches for piece in pieces]
             progress.minutes = before + report.minutes
             applied = self._apply(report, batches, totals, position)
             profiler.step()
             if applied is None:  # rolled back: the data goes on behind the bad step
-                stream = self._train(position)
+                stream = self._train(position, self.pieces)
                 steps = _steps(stream, settings.accumulate)
                 continue
             self._note(report, batches, stream, shown=shown)
@@ -270,34 +321,42 @@ class Loop:
     # -- one step --------------------------------------------------------------------------------
 
     def _gradient(
-        self, batches: list[CellBatch], signals: StopSignals, *, trivial: bool
+        self, micro_batches: list[list[CellBatch]], signals: StopSignals, *, trivial: bool
     ) -> tuple[_Report, list[Tensor]]:
-        """Sum the gradient over all micro-batches and ranks, and read the device once."""
+        """Sum the gradient over all micro-batches and ranks, and read the device once.
+
+        Losses come for every piece of every micro-batch.
+        """
         losses, exchange = self.losses, self.exchange
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
-        prepared = [losses.objectives.prepare(batch) for batch in batches]
+        prepared = [[losses.objectives.prepare(p) for p in pieces] for pieces in micro_batches]
         items_K = torch.stack(
-            [torch.stack([p.items[name] for p in prepared]).sum() for name in losses.names]
+            [
+                torch.stack([p.items[name] for pieces in prepared for p in pieces]).sum()
+                for name in losses.names
+            ]
         ).double()
         exchange.sum_(items_K)
         scale_K = (self._weight_K * exchange.factor / items_K.clamp_min(1)).float()
         totals: list[Tensor] = []
         trivial_K = torch.zeros_like(items_K)
         first = self.progress.position.taken
-        for i, micro in enumerate(prepared):
+        for i, pieces in enumerate(prepared):
             # Dropout's randomness has an address too: it belongs to the micro-batch, not the rank.
             number = first + i * exchange.world + exchange.rank
             torch.manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
-            last = i + 1 == len(prepared)
-            with exchange.micro_batch(last=last):
-                with self.fabric.autocast():
-                    total_K, without_K = exchange.forward(micro, trivial)
-                if last:
-                    self._ranks.at(at.EXCHANGE)
-                (total_K * scale_K).sum().backward()
-            totals.append(total_K.detach().double())
-            trivial_K += without_K.double()
+            for j, piece in enumerate(pieces):
+                whole = j + 1 == len(pieces)
+                last = whole and i + 1 == len(prepared)
+                with exchange.micro_batch(whole=whole, last=last):
+                    with self.fabric.autocast():
+                        total_K, without_K = exchange.forward(piece, trivial)
+                    if last:
+                        self._ranks.at(at.EXCHANGE)
+                    (total_K * scale_K).sum().backward()
+                totals.append(total_K.detach().double())
+                trivial_K += without_K.double()
         exchange.finish()
         wishes = torch.stack(
             [
@@ -446,7 +505,7 @@ class Loop:
         gc.collect()
         losses = self.losses.eval()
         rows: list[Tensor] = []
-        for batches, real in self._rounds(self._validation()):
+        for batches, real in self._rounds(self._validation(self.pieces)):
             self._ranks.at(at.LOOK)
             parts: list[Tensor] = []
             for batch in batches:
@@ -569,16 +628,14 @@ class Loop:
         )
 
 
-def _steps(stream: Stream, accumulate: int) -> Iterator[tuple[list[CellBatch], Position]]:
-    """Group a rank's micro-batches into optimiser steps."""
-    batches: list[CellBatch] = []
-    n = 0
+def _steps(stream: Stream, accumulate: int) -> Iterator[tuple[list[list[CellBatch]], Position]]:
+    """Group a rank's micro-batches, in their pieces, into optimiser steps."""
+    micro_batches: list[list[CellBatch]] = []
     for pieces, position in stream:
-        batches += pieces
-        n += 1
-        if n == accumulate:
-            yield batches, position
-            batches, n = [], 0
+        micro_batches.append(pieces)
+        if len(micro_batches) == accumulate:
+            yield micro_batches, position
+            micro_batches = []
 
 
 class _Profiler:
@@ -599,7 +656,8 @@ class _Profiler:
         def write(profiler: Any) -> None:
             path = folder / f"rank-{rank}.json"
             profiler.export_chrome_trace(str(path))
-            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            where = "device" if torch.cuda.is_available() else "cpu"
+            key = f"self_{where}_time_total"
             table = profiler.key_averages().table(sort_by=key, row_limit=30)
             path.with_suffix(".txt").write_text(table)
             logger.info("Profile of %d steps: %s", steps, path)

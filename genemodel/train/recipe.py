@@ -228,6 +228,7 @@ def _train(plan: _Plan) -> None:
 
     torch.manual_seed(settings.seed)
     model, objectives = build(settings, corpus, plan.train_cells, n_batches, start)
+    model.recompute = trainer.activation_checkpointing
     plain = copy.deepcopy(model) if plan.kind == "fsdp" and rank == 0 else model
     if plan.ways.compiled:
         compile_for_training(model, objectives)
@@ -275,9 +276,11 @@ def _train(plan: _Plan) -> None:
         optim=settings.optim,
         trainer=trainer,
         seed=settings.seed,
-        train=lambda position: stream(plan.train_cells, position=position),
-        validation=lambda: stream(
-            plan.held_out, endless=False, limit=trainer.validation_batches
+        train=lambda position, pieces: stream(
+            plan.train_cells, position=position, pieces=pieces
+        ),
+        validation=lambda pieces: stream(
+            plan.held_out, endless=False, limit=trainer.validation_batches, pieces=pieces
         ),
         record=Record(
             run, trainer, settings.log, values=plan.about["settings"], rank=rank, world=world,
@@ -287,8 +290,10 @@ def _train(plan: _Plan) -> None:
         rate_shares=rate_shares(model, settings.backbone),
         on_improvement=release,
         name_cells=lambda cells: named_cells(corpus, cells),
+        most_pieces=settings.tokens.most_pieces,
     )  # fmt: skip
     with _deterministic(trainer.deterministic):
+        loop.make_room()
         if checkpoint is not None:
             loop.restore(checkpoint)
         elif start is not None:
