@@ -218,7 +218,7 @@ def bench_scale(n_batches: int = 1200, cells_per_s: float = 3000.0) -> None:
         for world in (64, 1, 8, 24, 256):
             before = resident()
             batches = iter(stream(0, world))
-            for _ in range(100):  # compiles, fills the queues
+            for _ in range(800):  # the start: compiling, first plans, the groups' metadata
                 next(batches)
             begin, wall, cells = time.process_time(), time.perf_counter(), 0
             for _ in range(n_batches):

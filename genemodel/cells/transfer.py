@@ -68,19 +68,20 @@ class Ahead[S, M, T]:
                 self.waited_s += time.perf_counter() - begin
                 if found is None:
                     return
-                yield self._finish(found[0])
+                # Taken out of its list, so that nothing here holds what the consumer lets go.
+                yield self._finish(found.pop())
         finally:
             coming.close()
             if hasattr(source, "close"):
                 source.close()
 
-    def _at_once(self, source: Iterator[S]) -> Generator[tuple[M]]:
+    def _at_once(self, source: Iterator[S]) -> Generator[list[M]]:
         for item in source:
-            yield (self._prepare(item),)
+            yield [self._prepare(item)]
 
-    def _in_thread(self, source: Iterator[S]) -> Generator[tuple[M]]:
+    def _in_thread(self, source: Iterator[S]) -> Generator[list[M]]:
         # A pool's futures would cost the consumer ten times as long for each item.
-        ready: queue.SimpleQueue[tuple[M] | BaseException | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[list[M] | BaseException | None] = queue.SimpleQueue()
         places = threading.Semaphore(self._depth)
         left = False
 
@@ -91,7 +92,8 @@ class Ahead[S, M, T]:
                     if left:
                         return
                     for item in source:
-                        ready.put((self._prepare(item),))
+                        ready.put([self._prepare(item)])
+                        del item
                         break
                     else:
                         ready.put(None)
@@ -198,9 +200,9 @@ class Cuda:
 
 @dataclass
 class _Sent:
-    """A micro-batch on its way: the one on the CPU for its shapes, the bytes, their arrival."""
+    """A micro-batch on its way: its shapes, where each tensor begins, the bytes, their arrival."""
 
-    batch: CellBatch
+    shape: CellBatch
     offsets: list[int]
     copy: Tensor
     event: Any
@@ -231,7 +233,8 @@ class _Copier:
             _inside(buffer, offset, tensor).copy_(tensor)
         copy, event = self._calls.copy(buffer)
         self._slots.append((buffer, event))
-        return _Sent(batch, offsets, copy, event)
+        # The thread lets go of the tensors on the CPU, which takes longer than making their shapes.
+        return _Sent(_change(batch, lambda tensor: tensor.to("meta")), offsets, copy, event)
 
     def _free(self, n_bytes: int) -> Tensor:
         """Give a page-locked buffer whose last copy has ended."""
@@ -245,7 +248,7 @@ class _Copier:
         """Give the micro-batch on the device; called by the thread that will use it."""
         self._calls.hand_over(sent.copy, sent.event)
         offsets = iter(sent.offsets)
-        return _change(sent.batch, lambda tensor: _inside(sent.copy, next(offsets), tensor))
+        return _change(sent.shape, lambda tensor: _inside(sent.copy, next(offsets), tensor))
 
 
 def _change(batch: CellBatch, change: Callable[[Tensor], Tensor]) -> CellBatch:
