@@ -397,7 +397,7 @@ def _pieces_of(
 
 def _mean_length(corpus: "Corpus", context: int) -> float:
     """Mean tokens over the whole corpus: training and held-out cells get micro-batches alike."""
-    return float(np.minimum(corpus.n_genes_C, context - 1).mean()) + 1
+    return float(np.minimum(corpus.label("n_genes"), context - 1).mean()) + 1
 
 
 @dataclass(frozen=True)

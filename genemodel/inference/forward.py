@@ -22,6 +22,7 @@ from genemodel.cells.packing import plan_bins
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError
 from genemodel.inference.counts import VocabularyChunk, precision, window_of
+from genemodel.model.devices import is_out_of_memory
 from genemodel.model.gene_model import Encoded, GeneModel
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,6 @@ FEWEST_PLACES = 8
 # Compiling takes about a minute for the handful of shapes. At the few thousand cells a second that
 # a small model reaches on a GPU, fewer cells than these are through before it has paid.
 COMPILE_FROM_CELLS = 200_000
-# What else torch says when memory runs out, besides OutOfMemoryError.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a device, or of the host, does not suffice."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
 
 
 def compiles(setting: Compile, device: torch.device, n_cells: int) -> bool:

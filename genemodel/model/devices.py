@@ -135,6 +135,17 @@ def half_of(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+# What else torch says when memory runs out, besides OutOfMemoryError.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a device, or of the host, does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
 def is_host(device: torch.device) -> bool:
     """Whether numbers on this device can be read without waiting for it."""
     return device.type == "cpu"

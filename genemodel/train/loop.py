@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from genemodel.cells.batch import CellBatch
 from genemodel.cells.order import Position
 from genemodel.errors import GenemodelError
+from genemodel.model.devices import is_out_of_memory
 from genemodel.train import ranks as at
 from genemodel.train.checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
 from genemodel.train.exchange import Exchange, Kind
 from genemodel.train.guard import Guard
-from genemodel.train.memory import is_out_of_memory, later_bytes, pieces_that_fit, set_aside
+from genemodel.train.memory import later_bytes, pieces_that_fit, set_aside
 from genemodel.train.optim import build_optimisers, lr_share
 from genemodel.train.processes import STOPPING, StopSignals
 from genemodel.train.ranks import Ranks

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from genemodel.errors import ConfigError
+from genemodel.model.devices import is_out_of_memory
 from genemodel.train.exchange import Exchange
 
 logger = logging.getLogger(__name__)
@@ -24,16 +25,6 @@ PROBED = ("cuda",)
 # Set aside on top of what can be counted: NCCL's buffers, made with the first exchange, and holes
 # between blocks, which another order of allocations leaves elsewhere.
 MARGIN = 256 * 2**20
-
-# What else torch says when memory runs out, besides OutOfMemoryError.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
 
 
 def pieces_that_fit(rehearse: Callable[[int], None], exchange: Exchange, most: int) -> int:
@@ -88,7 +79,7 @@ def _failure(rehearse: Callable[[int], None], pieces: int) -> str | None:
     failure = None
     try:
         rehearse(pieces)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         failure = str(error) or type(error).__name__

@@ -24,6 +24,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.manifest import MANIFEST
+from genemodel.cells.mapped import shared
 from genemodel.cells.order import ORDER_VERSION
 from genemodel.cells.split import hold_out, usual_groups
 from genemodel.errors import ConfigError
@@ -196,7 +197,7 @@ def _plan(settings: PretrainSettings) -> _Plan:
         train_cells, held_out = split(settings, corpus)
     return _Plan(
         settings, run, corpus, start, about, checkpoint, processes, accelerator, ways,
-        train_cells, held_out,
+        shared(train_cells), shared(held_out),
     )  # fmt: skip
 
 
@@ -207,6 +208,7 @@ def _train(plan: _Plan) -> None:
     batch_codes, n_batches = training_batches(
         corpus, settings.task.decode_counts.batch_key, plan.train_cells
     )
+    batch_codes = shared(batch_codes)
     medians_V = medians_of(corpus, start)
     inverse_median_V = inverse_medians(medians_V)
     fabric = make_fabric(

@@ -17,9 +17,10 @@ from genemodel.inference import forward as module
 from genemodel.inference.annotate import annotate
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.embed import embedder
-from genemodel.inference.forward import Forward, compiles, is_out_of_memory, places
+from genemodel.inference.forward import Forward, compiles, places
 from genemodel.inference.gene_counts import read_counts
 from genemodel.inference.impute_genes import Unmeasured
+from genemodel.model.devices import is_out_of_memory
 from genemodel.tasks.decode_counts import CountDecoder
 
 

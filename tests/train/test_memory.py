@@ -18,12 +18,13 @@ from genemodel.cells.loader import CellStream
 from genemodel.cells.packing import deal
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError
+from genemodel.model.devices import is_out_of_memory
 from genemodel.settings import parse
 from genemodel.train import memory
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.data import RankStream
 from genemodel.train.loop import Losses, TrainingStopped
-from genemodel.train.memory import is_out_of_memory, pieces_that_fit
+from genemodel.train.memory import pieces_that_fit
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 from genemodel.train.weights import build
