@@ -24,7 +24,7 @@ import numpy as np
 from genemodel.cells import manifest as layout
 from genemodel.cells.building import NO_SPECIES, BuildOptions, SourceLike, Streamed
 from genemodel.cells.corpus_statistics import Statistics, read_medians
-from genemodel.cells.engines import Engine, EngineSettings
+from genemodel.cells.engines import Engine, EngineSettings, OneProcess
 from genemodel.cells.manifest import GroupRecord, Manifest, ObjectRecord, SourceRecord
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.remote import is_local
@@ -145,6 +145,10 @@ def plan(
     """
     found: dict[int, Survey] = dict(engine.results(survey, bench, inputs, inputs))
     surveys = [found[i] for i in range(len(inputs))]
+    if not isinstance(engine, OneProcess):
+        for wanted, seen in zip(inputs, surveys, strict=True):
+            for note in seen.notes if wanted.travels else ():
+                log.warning("%s, %s: %s", seen.where, seen.layer, note)
     known = {c: list(categories.get(c, ())) for c in bench.columns}
     place = {c: {text: i for i, text in enumerate(known[c])} for c in bench.columns}
     units: list[Unit] = []
@@ -187,6 +191,10 @@ def make_units(
         n_left -= n_cells
         if not outcome.fresh:
             n_found += 1
+            log.info(
+                "%s: cells %s to %s were there (%d of %d units)",
+                unit.where, f"{unit.start:,}", f"{unit.stop:,}", len(records), n_units,
+            )  # fmt: skip
             continue
         n_made += n_cells
         rate = n_made / max(1e-9, time.perf_counter() - begin)

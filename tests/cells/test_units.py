@@ -410,6 +410,37 @@ def test_a_killed_worker_is_named_and_the_command_goes_on(
     assert digests(corpus.path) == expected
 
 
+def test_a_killed_dask_worker_is_replaced(files, vocabulary, expected, tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="distributed is in the [dask] extra")
+
+    def results(self, task, bench, items, inputs):
+        if task is units.make:
+            os.kill(local.workers[0].pid, signal.SIGKILL)
+        return original(self, task, bench, items, inputs)
+
+    original = engines.DaskCluster.results
+    monkeypatch.setattr(engines.DaskCluster, "results", results)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=2, host="127.0.0.1", dashboard_address=None
+    ) as local:
+        corpus = Corpus.build(
+            files, tmp_path / "c", vocabulary=vocabulary, engine="dask",
+            scheduler=local.scheduler_address, **SETTINGS,
+        )  # fmt: skip
+    assert digests(corpus.path) == expected
+
+
+def test_notes_on_the_counts_are_said_once_by_whoever_builds(
+    make_cells, vocabulary, tmp_path, caplog
+):
+    adata = make_cells(60)
+    adata.X = (adata.X > 0).astype(np.float32)
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    Corpus.build([tmp_path / "x.h5ad"], tmp_path / "c", vocabulary=vocabulary, workers=2)
+    notes = [m for m in caplog.messages if "hold only 0 and 1" in m]
+    assert len(notes) == 1 and notes[0].startswith("x.h5ad, X: ")
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 WRONG = {
