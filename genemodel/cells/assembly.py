@@ -321,9 +321,7 @@ def working_folder(folder: Path) -> Iterator[Path]:
             yield folder
         except OSError as error:
             if is_full(error):
-                written = size_of(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-                raise too_small(folder, written, exact=False) from error
+                raise too_small(folder, size_of(folder), exact=False) from error
             raise DataError(
                 f"{folder}: cannot be written ({error.strerror or error}). Choose another place"
             ) from error

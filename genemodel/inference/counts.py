@@ -18,6 +18,7 @@ from genemodel.cells.loader import Window
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
+from genemodel.model.devices import calculates_in_half
 from genemodel.settings import nearest
 
 if TYPE_CHECKING:
@@ -183,5 +184,5 @@ def window_of(chunk: VocabularyChunk) -> Window:
 
 
 def precision(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA, full precision elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """bf16 on GPUs that calculate in it, full precision elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=calculates_in_half(device))

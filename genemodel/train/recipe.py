@@ -232,6 +232,8 @@ def _train(plan: _Plan) -> None:
     model, objectives = build(settings, corpus, plan.train_cells, n_batches, start)
     model.recompute = trainer.activation_checkpointing
     plain = copy.deepcopy(model) if plan.kind == "fsdp" and rank == 0 else model
+    model.to(fabric.device)
+    objectives.to(fabric.device)
     if plan.ways.compiled:
         compile_for_training(model, objectives)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)

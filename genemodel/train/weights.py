@@ -13,7 +13,6 @@ from torch import Tensor
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
-from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.knowledge import KnowledgeTable
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -58,7 +57,8 @@ def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
         "Starting from %s: its architecture and its context of %s tokens are taken.",
         settings.start, f"{context:,}",
     )  # fmt: skip
-    tokens = TokenSettings(context, max(settings.tokens.budget, context))
+    budget = max(settings.tokens.budget, context)
+    tokens = replace(settings.tokens, context=context, budget=budget)
     return replace(settings, model=start.model.settings, tokens=tokens)
 
 

@@ -230,7 +230,7 @@ def test_a_full_disk_keeps_what_is_done(place, files, vocabulary, expected, tmp_
             Corpus.build(files, tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*place, full)
-        with pytest.raises(DataError, match="cannot be written .No space left.*Free space"):
+        with pytest.raises(DataError, match="disk is full|is full"):
             Corpus.build(files, tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
     assert f"{3 if place[0] is units else 9} finished units are in" in caplog.messages[-1]
     corpus = Corpus.build(files, tmp_path / "c", vocabulary=vocabulary, **SETTINGS)
