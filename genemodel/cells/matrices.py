@@ -26,10 +26,10 @@ BLOCK_VALUES = 16_000_000
 TRANSPOSED_VALUES = 64_000_000
 
 
-# What file libraries raise on damaged data.
+# What file libraries raise on damaged data, and on metadata that a flipped bit gave other names.
 _DAMAGE = (
     OSError, EOFError, zlib.error, zipfile.BadZipFile,
-    KeyError, IndexError, ValueError, RuntimeError,
+    KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
 )  # fmt: skip
 
 

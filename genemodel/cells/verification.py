@@ -38,7 +38,7 @@ def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
         manifest = Manifest.read(path)
     except DataError as error:
         return [str(error)]
-    problems = []
+    problems = _written_otherwise(path / layout.MANIFEST)
     for name, record in manifest.objects.items():
         file = path / name
         try:
@@ -63,6 +63,14 @@ def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
         except DataError as error:
             problems.append(str(error))
     return problems
+
+
+def _written_otherwise(file: Path) -> list[str]:
+    """Whether the manifest has other bytes than were written, though they mean the same."""
+    text = file.read_text(encoding="utf-8")
+    if text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n":
+        return []
+    return [f"{file.name}: changed: its values are those that were written, its bytes are not"]
 
 
 def _inconsistent(manifest: Manifest) -> list[str]:

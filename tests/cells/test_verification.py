@@ -91,6 +91,19 @@ def test_no_damage_under_an_open_corpus_reads_as_counts(name, damage, copy):
         corpus.read(0, 40)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [('"typesize"', '"t}pesize"'), ('"endian"', '"endiAn"'), ('"shuffle"', '"shuffld"')],
+)
+def test_metadata_of_other_names_is_refused(before, after, copy):
+    file = copy / "cells.zarr/dataset_0/X/data/zarr.json"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+    with pytest.raises(DataError, match="dataset_0: cannot be read.*damaged"):
+        Corpus.open(copy).read(0, 40)
+
+
 def test_every_byte_of_the_counts_is_guarded_when_read(copy):
     data = (copy / COUNTS).read_bytes()
     used = np.flatnonzero(np.frombuffer(data, np.uint8))
@@ -158,6 +171,15 @@ def test_an_edited_manifest_is_refused(copy):
     file.write_text(json.dumps(values))
     with pytest.raises(DataError, match="was changed after it was written"):
         Corpus.open(copy)
+
+
+def test_a_manifest_with_the_same_values_in_other_bytes(copy):
+    file = copy / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-1])  # the end of the last line
+    assert Corpus.open(copy).fingerprint
+    assert verify_corpus(copy) == [
+        "manifest.json: changed: its values are those that were written, its bytes are not"
+    ]
 
 
 def test_a_vocabulary_of_another_corpus(copy, other_vocabulary):
