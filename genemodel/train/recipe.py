@@ -430,7 +430,7 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
-def choose_device(settings: TrainerSettings, processes: Processes | None = None) -> tuple[str, str]:
+def choose_device(settings: TrainerSettings, processes: Processes | None = None) -> str:
     """Resolve ``auto`` for accelerator and precision, and refuse what is not here."""
     cuda = torch.cuda.is_available()
     here = settings.devices if processes is None else processes.here
