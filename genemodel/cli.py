@@ -203,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _progress_on_stderr():
             return _run(list(sys.argv[1:] if argv is None else argv))
     except GenemodelError as error:
-        return _complain(str(error))
+        _complain(str(error))
+        return error.exit_code
     except KeyboardInterrupt:
         print("genemodel: stopped", file=sys.stderr)
         return _STOPPED

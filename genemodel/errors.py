@@ -8,6 +8,9 @@ traceback; in a notebook it is an ordinary ``ValueError``.
 class GenemodelError(ValueError):
     """Base of every error that the user, not the program, can mend."""
 
+    # Of a command that ends with it.
+    exit_code = 2
+
 
 class ConfigError(GenemodelError):
     """A setting is unknown, of the wrong type, impossible, or contradicts another."""

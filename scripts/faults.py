@@ -45,6 +45,7 @@ import torch
 from genemodel import cli, writing
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells import loader
+from genemodel.errors import DataError
 from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train import checkpoint, loop, recipe, record
 from genemodel.train.checkpoint import newest_checkpoint
@@ -345,7 +346,7 @@ def trace_steps(path: Path | None) -> None:
 
 
 def make_corpus(folder: Path) -> Path:
-    """600 generated cells over a thousand genes; made by a process of its own, as it has threads."""
+    """Generate 600 cells over a thousand genes, in a process of its own: it starts threads."""
     script = (
         "import sys\n"
         "from genemodel.cells.corpus import Corpus\n"
@@ -597,9 +598,7 @@ def judge_stop(
         process.kill()
     saved, seen = run.saved, last_step(run.out / "validation.csv")
     case.found.append(f"saved step {saved}, exit {got}, after {took:.1f} s")
-    case.check(
-        got == list(codes), f"exit codes {got}, not {list(codes)}: {processes[0].said[-900:]}"
-    )
+    case.check(got == list(codes), f"not {list(codes)}: {processes[0].said[-900:]}")
     case.check(saved > 0 and saved == run.logged, f"saved {saved} of {run.logged} steps")
     case.check(seen < saved, f"looked at held-out cells after step {seen} before it went")
     case.check("Traceback" not in processes[0].said, "a traceback")
@@ -762,6 +761,593 @@ def fake_scontrol(folder: Path, checkpoints: Path) -> Path:
     )
     program.chmod(0o755)
     return calls
+
+
+# -- ranks that stop, die or fail ------------------------------------------------------------------
+
+HANG_S = 15.0  # a busy machine may keep a healthy rank waiting for some seconds
+
+
+def ranks(table: Table, folder: Path, corpus: Path) -> None:
+    """Ranks stopped, killed, failing or stuck: the others end, and say why."""
+    hang = (*LONG, "trainer.validate_every=1000000", f"trainer.hang_minutes={HANG_S / 60}")
+
+    def run_of(name: str) -> Run:
+        return Run(folder / re.sub(r"\W+", "_", name), corpus, hang)
+
+    for number, what in ((signal.SIGSTOP, "stop"), (signal.SIGKILL, "kill")):
+        for victim in (0, 1):
+            for launcher in ("by hand", "devices=2", "torchrun"):
+                name = f"{what} rank {victim}, {launcher}"
+                if not table.wanted(f"ranks {name}"):
+                    continue
+                with table.case(f"ranks: {name}") as case:
+                    run = run_of(name)
+                    if launcher == "by hand":
+                        processes = run.begin(by_hand(2))
+                    elif launcher == "torchrun":
+                        processes = [run.launch(TORCHRUN)]
+                    else:
+                        processes = run.begin(extra=("trainer.devices=2",))
+                    run.wait_for_step(5, processes)
+                    pids = [run.pid_of(r) for r in range(2)]
+                    sent = time.monotonic()
+                    os.kill(pids[victim], number)
+                    step = run.logged
+                    survivor = processes[1 - victim] if launcher == "by hand" else processes[0]
+                    survivor.wait(120)
+                    took = time.monotonic() - sent
+                    case.found.append(f"exit {survivor.code} after {took:.1f} s")
+                    said = survivor.said
+                    case.check(f"rank {victim}" in said.lower(), f"not named: {said[-900:]}")
+                    if what == "stop":
+                        case.check("trainer.hang_minutes" in said, said[-900:])
+                        named = re.search(r"since step ([\d,]+)", said)
+                        near = named and abs(int(named[1].replace(",", "")) - step) <= 3
+                        case.check(bool(near), f"step {step}: {named and named[0]}")
+                    # torchrun gives its stopped worker half a minute before it kills.
+                    limit = (HANG_S if what == "stop" else 0) + (
+                        45 if launcher == "torchrun" else 15
+                    )
+                    case.check(took < limit, f"took {took:.0f} s")
+                    case.check(survivor.code == (1 if launcher == "torchrun" else 69), "exit code")
+                    for process in processes:
+                        process.kill()
+                    for pid in pids:
+                        case.check(gone(pid), f"process {pid} is left")
+
+    def failing(victim: int, error: Exception) -> Callable[[int], None]:
+        def hook(rank: int) -> None:
+            if rank == victim:
+                fail_in("forward", 5, error)
+
+        return hook
+
+    for victim in (0, 1):
+        name = f"MemoryError on rank {victim}"
+        if table.wanted(f"ranks {name}"):
+            with table.case(f"ranks: {name}") as case:
+                run = run_of(name)
+                processes = run.begin(by_hand(2), failing(victim, MemoryError("out of memory")))
+                judge_reason(case, processes, victim, "MemoryError: out of memory", own=1)
+    if table.wanted("ranks DataError before the first step"):
+        with table.case("ranks: DataError before the first step on rank 1") as case:
+            run = run_of("early")
+
+            def unbuilt(rank: int) -> None:
+                if rank == 1:
+
+                    def build(*args: Any) -> Any:
+                        raise DataError("this file is damaged")
+
+                    recipe.build = build
+
+            processes = run.begin(by_hand(2), unbuilt)
+            judge_reason(case, processes, 1, "DataError: this file is damaged", own=2)
+    if table.wanted("ranks rank 1 stuck"):
+        with table.case("ranks: rank 1 stuck while reading") as case:
+            run = run_of("stuck")
+
+            def stuck(rank: int) -> None:
+                if rank == 1:
+                    steps = loop._steps
+
+                    def slowly(*args: Any) -> Iterator[Any]:
+                        for n, step in enumerate(steps(*args)):
+                            if n == 5:
+                                time.sleep(1000)
+                            yield step
+
+                    loop._steps = slowly
+
+            processes = run.begin(by_hand(2), stuck)
+            begun = time.monotonic()
+            for process in processes:
+                process.wait(120)
+            codes = [p.code for p in processes]
+            case.found.append(f"exit {codes} after {time.monotonic() - begun:.0f} s")
+            case.check(codes == [69, 69], f"{codes}")
+            for process in processes:
+                case.check("rank 1 is in 'data' after step 5" in process.said, process.said[-900:])
+                process.kill()
+    if table.wanted("ranks supervisor killed"):
+        with table.case("ranks: kill the supervisor of devices=2") as case:
+            run = run_of("supervisor")
+            processes = run.begin(extra=("trainer.devices=2",))
+            run.wait_for_step(5, processes)
+            pids = [run.pid_of(r) for r in range(2)]
+            begun = time.monotonic()
+            os.kill(processes[0].pid, signal.SIGKILL)
+            while not all(gone(pid) for pid in pids) and time.monotonic() - begun < 60:
+                time.sleep(0.1)
+            case.found.append(f"workers gone after {time.monotonic() - begun:.0f} s")
+            case.check(all(gone(pid) for pid in pids), "workers train on")
+            case.check(run.saved == run.logged > 0, f"saved {run.saved} of {run.logged}")
+            processes[0].kill()
+            for pid in pids:
+                if not gone(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; whoever should wait for an orphan may not have yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def fail_in(name: str, nth: int, error: Exception) -> None:
+    """Raise an error in the n-th call of a point."""
+    owner, attribute = POINTS[name]
+    itself = getattr(owner, attribute)
+    left = [nth]
+
+    def failing(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return itself(*args, **options)
+
+    setattr(owner, attribute, failing)
+
+
+def judge_reason(
+    case: Case, processes: Sequence[Process], victim: int, reason: str, *, own: int
+) -> None:
+    """Both end at once, the other one with the reason of the one that failed."""
+    processes[victim].wait()
+    begun = time.monotonic()
+    other = processes[1 - victim]
+    other.wait(60)
+    took = time.monotonic() - begun
+    case.found.append(f"exit {[p.code for p in processes]}, the other after {took:.1f} s")
+    case.check(processes[victim].code == own, f"own exit {processes[victim].code}")
+    case.check(other.code == 69, f"the other's exit {other.code}")
+    case.check(took < 15, f"took {took:.0f} s")
+    case.check(f"Rank {victim} stopped at step" in other.said and reason in other.said, other.said)
+    case.check("Traceback" not in other.said, other.said[-600:])
+    for process in processes:
+        process.kill()
+
+
+# -- numbers that are wrong ------------------------------------------------------------------------
+
+
+def poison(cells: Sequence[int], factor: float) -> None:
+    """Multiply the expression values of these cells, as a damaged file might; NaN for none."""
+    pack = loader.pack
+
+    def packed(*args: Any, **options: Any) -> Any:
+        batch = pack(*args, **options)
+        for place in [i for i, c in enumerate(batch.cell_C.tolist()) if c in cells]:
+            batch.value_T[batch.segment_T == place] *= factor
+        return batch
+
+    loader.pack = packed
+
+
+def inflate(cells: Sequence[int], factor: float) -> None:
+    """Multiply the losses of micro-batches with one of these cells."""
+    forward = loop.Losses.forward
+
+    def inflated(self: Any, prepared: Any, trivial: bool) -> Any:
+        total_K, trivial_K = forward(self, prepared, trivial)
+        met = set(prepared.seen.cell_C.tolist()) & set(cells)
+        return (total_K * factor if met else total_K), trivial_K
+
+    loop.Losses.forward = inflated  # type: ignore[method-assign]
+
+
+def note_cells(path: Path) -> None:
+    """Write down which cells every step of this rank reads, and whether its weights changed."""
+    note = loop.Loop._note
+    before = [""]
+
+    def noting(self: Any, report: Any, batches: Any, stream: Any, *, shown: bool) -> None:
+        weights = digest(self.losses.state_dict())
+        cells = [b.cell_C[: b.n_cells].tolist() for b in batches]
+        with path.open("a") as file:
+            line = {"step": self.progress.step, "cells": cells, "same": weights == before[0]}
+            file.write(json.dumps(line) + "\n")
+        before[0] = weights
+        note(self, report, batches, stream, shown=shown)
+
+    loop.Loop._note = noting  # type: ignore[method-assign]
+
+
+def noted(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(table: Table, folder: Path, corpus: Path) -> None:
+    """Losses that are not finite or jump, of one cell on the second rank."""
+    clean = Run(folder / "clean", corpus)
+    ended = clean.through(
+        places=by_hand(2), hook=lambda rank: note_cells(folder / f"clean.cells{rank}")
+    )
+    assert [p.code for p in ended] == [0, 0], ended[0].said
+    # A cell that the second rank first meets in step 8, after two checkpoints.
+    steps = noted(folder / "clean.cells1")
+    seen = {c for step in steps[:7] for c in step["cells"][0]}
+    seen |= {c for step in noted(folder / "clean.cells0") for c in step["cells"][0]}
+    bad = next(c for c in steps[7]["cells"][0] if c not in seen)
+
+    def bitten(run: Run, cells: Sequence[int] = (bad,)) -> Callable[[int], None]:
+        def hook(rank: int) -> None:
+            note_cells(run.out.with_name(f"{run.out.name}.cells{rank}"))
+            poison(cells, math.nan)
+
+        return hook
+
+    if table.wanted("numbers NaN, stop"):
+        with table.case("numbers: NaN in a cell of rank 1, on_nonfinite=stop, then skip") as case:
+            run = Run(folder / "stop", corpus)
+            ended = run.through(places=by_hand(2), hook=bitten(run))
+            said, codes = ended[0].said, [p.code for p in ended]
+            case.check(codes == [2, 2], f"{codes} {said[-900:]}")
+            case.check("not finite at step 8, before the weights were changed" in said, said[-900:])
+            case.check(f"cells {bad:,} of synthetic_human" in said, said[-900:])
+            case.check("error" not in ended[1].said, "both ranks say it")
+            listed = (run.out / "bad-steps" / "step-00000008.txt").read_text().split("\n")[1:-1]
+            case.check(listed == [str(bad)], f"listed {listed}")
+            case.check(run.saved == 6, f"saved {run.saved}")
+            case.found.append(f"exit {codes}, cell {bad} named, checkpoint 6 kept")
+            run.words = ("trainer.on_nonfinite=skip",)
+            ended = run.through(places=by_hand(2), hook=bitten(run))
+            case.check([p.code for p in ended] == [0, 0], ended[0].said[-900:])
+            judge_skipped(case, run, 8)
+    if table.wanted("numbers NaN, skip"):
+        with table.case(
+            "numbers: NaN in a cell of rank 1, on_nonfinite=skip, killed twice"
+        ) as case:
+            whole = Run(folder / "skip_whole", corpus, ("trainer.on_nonfinite=skip",))
+            ended = whole.through(places=by_hand(2), hook=bitten(whole))
+            case.check([p.code for p in ended] == [0, 0], ended[0].said[-900:])
+            judge_skipped(case, whole, 8)
+            compare_killed(case, folder / "skip", whole, (8, 11), bitten)
+    if table.wanted("numbers NaN, roll_back"):
+        with table.case("numbers: NaN on rank 1, on_nonfinite=roll_back, killed twice") as case:
+            whole = Run(folder / "back_whole", corpus, ("trainer.on_nonfinite=roll_back",))
+            ended = whole.through(places=by_hand(2), hook=bitten(whole))
+            said = ended[0].said
+            case.check([p.code for p in ended] == [0, 0], said[-900:])
+            case.check("Back to the checkpoint of step 6" in said, said[-900:])
+            trail = [step["step"] for step in noted(folder / "back_whole.cells0")]
+            case.check(trail == [*range(1, 8), *range(7, STEPS + 1)], f"steps {trail}")
+            read = [c for step in noted(folder / "back_whole.cells1") for c in step["cells"][0]]
+            # The epoch is longer than the run: no cell twice, so the data went on.
+            case.check(len(read) == len(set(read)) and bad not in read, "cells read again")
+            case.found.append(f"back to 6, {skipped(whole)} skipped")
+            case.check(skipped(whole) == 1, f"{skipped(whole)} skipped")
+            compare_killed(case, folder / "back", whole, (9, 8), bitten)
+    if table.wanted("numbers max_skips"):
+        with table.case("numbers: NaN in every later step, max_skips=2") as case:
+            words = ("trainer.on_nonfinite=skip", "trainer.max_skips=2")
+            run = Run(folder / "limit", corpus, words)
+            later = [c for step in steps[7:] for c in step["cells"][0]]
+            ended = run.through(places=by_hand(2), hook=bitten(run, later))
+            said, codes = ended[0].said, [p.code for p in ended]
+            case.found.append(f"exit {codes}")
+            case.check(codes == [2, 2], f"{codes} {said[-900:]}")
+            case.check("at step 10 after 2 such steps (trainer.max_skips)" in said, said[-900:])
+    for policy in ("note", "skip", "roll_back", "stop"):
+        name = f"a jump, on_spike={policy}"
+        if table.wanted(f"numbers {name}"):
+            with table.case(f"numbers: {name}") as case:
+                words = (
+                    "trainer.max_steps=90",
+                    "trainer.log_every=1",
+                    f"trainer.on_spike={policy}",
+                )
+                run = Run(folder / f"jump_{policy}", corpus, words)
+                # Steps 71 to 75: the cells of one epoch are read in about 40 steps.
+                ended = run.through(hook=lambda rank: jump_at(72))
+                said, code = ended[0].said, ended[0].code
+                case.check(code == (2 if policy == "stop" else 0), f"{code} {said[-900:]}")
+                met = re.findall(r"the loss [\d.e+]+ is \d+ deviations above", said)
+                case.found.append(f"exit {code}; {met[0] if met else 'nothing said'}")
+                # Rolled back, step 72 comes again, with other data.
+                times = 2 if policy == "roll_back" else 1
+                case.check(len(met) == times, f"found {len(met)} times: {met}")
+                if policy != "stop":
+                    count = {"note": 0, "skip": 1, "roll_back": 2}[policy]
+                    case.check(skipped(run) == count, f"{skipped(run)} skipped")
+    if table.wanted("numbers no false alarm"):
+        with table.case("numbers: 4 ordinary runs of 250 steps, on_spike=stop") as case:
+            for name, words in (
+                ("adamw", ()), ("muon", ("optim=muon",)), ("high rate", ("optim.lr=0.03",)),
+                ("unclipped", ("optim.clip=0.0",)),
+            ):  # fmt: skip
+                rarely = ("trainer.validate_every=1000", "trainer.checkpoint_every=1000")
+                extra = (*words, "trainer.max_steps=250", "trainer.on_spike=stop", *rarely)
+                run = Run(folder / name.replace(" ", "_"), corpus, extra)
+                ended = run.through()
+                case.check(ended[0].code == 0, f"{name}: {ended[0].said[-700:]}")
+            case.found.append("no alarm")
+
+
+def jump_at(step: int) -> None:
+    """Triple the losses of one step."""
+    forward = loop.Losses.forward
+    gradient = loop.Loop._gradient
+    now = [0]
+
+    def stepping(self: Any, *args: Any, **options: Any) -> Any:
+        now[0] = self.progress.step + 1
+        return gradient(self, *args, **options)
+
+    def tripled(self: Any, prepared: Any, trivial: bool) -> Any:
+        total_K, trivial_K = forward(self, prepared, trivial)
+        return (total_K * 3 if self.training and now[0] == step else total_K), trivial_K
+
+    loop.Loop._gradient = stepping  # type: ignore[method-assign]
+    loop.Losses.forward = tripled  # type: ignore[method-assign]
+
+
+def skipped(run: Run) -> int:
+    found = newest_checkpoint(run.out / "checkpoints")
+    return int(found.state()["progress"]["skipped"]) if found else -1
+
+
+def judge_skipped(case: Case, run: Run, step: int) -> None:
+    """One step left out, weights untouched by it and by no other; finished."""
+    for rank in range(2):
+        lines = noted(run.out.with_name(f"{run.out.name}.cells{rank}"))
+        same = [line["step"] for line in lines if line["same"]]
+        case.check(same == [step], f"rank {rank}: weights unchanged by steps {same}")
+    case.check(skipped(run) == 1, f"{skipped(run)} skipped")
+    case.check(run.saved == STEPS, f"ended at {run.saved}")
+    case.found.append("step left out, counted, finished")
+
+
+def compare_killed(
+    case: Case,
+    out: Path,
+    whole: Run,
+    kills: Sequence[int],
+    bitten: Callable[[Run], Callable[[int], None]],
+) -> None:
+    """The same run, killed in these forward passes of its sessions, ends the same."""
+    run = Run(out, whole.corpus, whole.words)
+    for nth in kills:
+
+        def hook(rank: int, nth: int = nth) -> None:
+            bitten(run)(rank)
+            kill_in("forward", nth, 0.0)
+
+        ended = run.through(places=by_hand(2), hook=hook)
+        codes = [p.code for p in ended]
+        case.check(-signal.SIGKILL in codes, f"not killed: {codes}")
+    ended = run.through(places=by_hand(2), hook=bitten(run))
+    case.check([p.code for p in ended] == [0, 0], ended[0].said[-900:])
+    wrong = differences(run, whole.result(), same_steps=False)
+    case.check(not wrong, f"killed and resumed: {wrong} differ")
+    case.found.append("resumed bit-equal")
+
+
+# -- full disks ------------------------------------------------------------------------------------
+
+# What is being written when the last byte is taken.
+WRITES: dict[str, tuple[str, int]] = {
+    "metrics.csv": ("row", 5),
+    "validation.csv": ("row", 3),
+    "the bundle": ("bundle", 2),
+    "a checkpoint": ("save", 3),
+    "a checkpoint, its tensors": ("tensors", 3),
+}
+
+
+def fill_in(name: str, nth: int, disk: Path) -> None:
+    """Take all space of a small disk before the n-th call of a point, or after for a look."""
+    owner, attribute = POINTS[name]
+    itself = getattr(owner, attribute)
+    left = [nth]
+
+    def filling(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            with (disk / "ballast").open("wb", buffering=0) as file:
+                try:
+                    for size in (1 << 14, 1 << 6, 1):
+                        try:
+                            while True:
+                                file.write(bytes(size))
+                        except OSError:
+                            pass
+                finally:
+                    (disk.parent / "filled").touch()
+        return itself(*args, **options)
+
+    setattr(owner, attribute, filling)
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int = 3) -> Iterator[Path]:
+    """Mount a file system of a few megabytes; PermissionError where that is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        raise PermissionError
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def disk(table: Table, folder: Path, corpus: Path) -> None:
+    """Disks that become full in every kind of file: said, nothing lost, and it goes on."""
+    wholes: dict[int, dict[str, Any]] = {}
+    for world in (1, 2):
+        for what, (point, nth) in WRITES.items():
+            name = f"full at {what}, {world} process{'es' if world > 1 else ''}"
+            if not table.wanted(f"disk {name}"):
+                continue
+            if world not in wholes:
+                whole = Run(folder / f"whole{world}", corpus)
+                ended = whole.through(places=places_of(world))
+                assert [p.code for p in ended] == [0] * world, ended[0].said
+                wholes[world] = whole.result()
+            with table.case(f"disk: {name}") as case:
+                home = folder / re.sub(r"\W+", "_", name)
+                home.mkdir()
+                try:
+                    with small_disk(home / "disk") as small:
+                        judge_full(case, small, corpus, world, (point, nth), wholes[world])
+                except PermissionError:
+                    case.found.append("skipped: a file system cannot be mounted here")
+
+
+def judge_full(
+    case: Case, small: Path, corpus: Path, world: int, point: tuple[str, int],
+    whole: Mapping[str, Any],
+) -> None:  # fmt: skip
+    run = Run(small / "run", corpus)
+    run._log = lambda what: small.parent / f"{run.sessions}.{what}.log"  # type: ignore[method-assign]
+    trace = small / "run.trace"
+    trace.symlink_to(small.parent / "trace")
+
+    def hook(rank: int) -> None:
+        if rank == 0:
+            fill_in(*point, small)
+
+    ended = run.through(places=places_of(world), hook=hook)
+    codes, said = [p.code for p in ended], ended[0].said
+    assert (small.parent / "filled").exists(), said
+    case.check(codes == [2, 69][:world], f"exit {codes}: {said[-900:]}")
+    case.check("the disk is full" in said and "Traceback" not in said, said[-900:])
+    if world > 1:
+        other = ended[1].said
+        case.check("Rank 0 stopped" in other and "disk is full" in other, other[-900:])
+    saved = run.saved
+    case.check(saved > 0, "no checkpoint is left")
+    left = [*(run.out / "checkpoints").glob(".*"), *run.out.glob(".*")]
+    case.check(not left, f"left {left}")
+    again = run.through(places=places_of(world))
+    case.check(again[0].code == 2, f"still full: exit {again[0].code} {again[0].said[-600:]}")
+    case.check(run.saved >= saved, "a checkpoint is lost")
+    (small / "ballast").unlink()
+    ended = run.through(places=places_of(world))
+    case.check([p.code for p in ended] == [0] * world, ended[0].said[-900:])
+    wrong = differences(run, whole)
+    case.check(not wrong, f"{wrong} differ")
+    case.found.append(f"exit {codes}, checkpoint {saved} kept, then finished, bit-equal")
+
+
+# -- other numbers of processes --------------------------------------------------------------------
+
+
+def trace_world(path: Path) -> None:
+    """Write the cells of every micro-batch down by its place in the step, on every rank."""
+    note = loop.Loop._note
+
+    def noting(self: Any, report: Any, batches: Any, stream: Any, *, shown: bool) -> None:
+        world, rank = self.exchange.world, self.exchange.rank
+        cells = {
+            i * world + rank: digest(b.cell_C[: b.n_cells])[:16] for i, b in enumerate(batches)
+        }
+        losses = [*report.losses.values(), report.norm]
+        with path.open("a") as file:
+            file.write(json.dumps([self.progress.step, cells, losses]) + "\n")
+        note(self, report, batches, stream, shown=shown)
+
+    loop.Loop._note = noting  # type: ignore[method-assign]
+
+
+def traced(paths: Sequence[Path]) -> dict[int, tuple[dict[str, str], list[list[float]]]]:
+    """Micro-batches and losses of every step, from all ranks and sessions."""
+    found: dict[int, tuple[dict[str, str], list[list[float]]]] = {}
+    for path in paths:
+        for line in path.read_text().splitlines():
+            step, cells, losses = json.loads(line)
+            here = found.setdefault(step, ({}, []))
+            for place, what in cells.items():
+                assert here[0].setdefault(place, what) == what, f"step {step}, {place}"
+            if losses not in here[1]:
+                here[1].append(losses)
+    return found
+
+
+def worlds(table: Table, folder: Path, corpus: Path) -> None:
+    """2, 1, 4 and 2 processes with as many micro-batches a step; others are refused."""
+    for kind, words in (
+        ("deterministic", ("trainer.deterministic=true",)), ("ddp", ()),
+    ):  # fmt: skip
+        if not table.wanted(f"worlds {kind}"):
+            continue
+        with table.case(f"worlds: 2 x 2, 1 x 4, 4 x 1, 2 x 2, {kind}") as case:
+            slug = f"{kind}_whole"
+            whole = Run(folder / slug, corpus, (*words, "trainer.accumulate=4"))
+            ended = whole.through(hook=lambda rank, slug=slug: trace_world(folder / f"{slug}.0"))
+            case.check(ended[0].code == 0, ended[0].said[-900:])
+            expected = traced([folder / f"{slug}.0"])
+            run = Run(folder / kind, corpus, words)
+            sessions = ((2, 2, 11), (1, 4, 19), (4, 1, 6), (2, 2, 0))
+            for n, (world, accumulate, kill) in enumerate(sessions):
+
+                def hook(
+                    rank: int, kill: int = kill, last: int = world - 1, name: str = f"{kind}.{n}"
+                ) -> None:
+                    trace_world(folder / f"{name}.{rank}")
+                    if kill and rank == last:
+                        kill_in("backward", kill, 0.0)
+
+                ended = run.through(
+                    places=places_of(world), hook=hook,
+                    extra=(f"trainer.accumulate={accumulate}", "trainer.hang_minutes=1"),
+                )  # fmt: skip
+                codes = [p.code for p in ended]
+                fine = codes == [0] * world if not kill else codes[-1] == -signal.SIGKILL
+                case.check(fine, f"{world} processes: {codes} {ended[0].said[-700:]}")
+            found = traced(sorted(folder.glob(f"{kind}.[0-9].[0-9]")))
+            case.check(sorted(found) == sorted(expected), "other steps")
+            worst = 0.0
+            for step, (cells, losses) in expected.items():
+                case.check(found[step][0] == cells, f"step {step}: other cells")
+                for got in found[step][1]:
+                    pairs = zip(got, losses[0], strict=True)
+                    worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
+            if kind == "deterministic":
+                wrong = differences(run, whole.result(), same_steps=False)
+                case.check(worst == 0 and not wrong, f"losses by {worst:.1e}, {wrong} differ")
+                case.found.append("cells, losses, weights, bundle and both tables bit-equal")
+            else:
+                case.check(worst < 1e-6, f"losses differ by {worst:.1e}")
+                case.found.append(f"cells equal, losses to {worst:.1e}")
+    for before, after in ((2, 3), (4, 3)):
+        if not table.wanted(f"worlds {before} to {after}"):
+            continue
+        with table.case(f"worlds: {before} to {after} processes") as case:
+            run = Run(folder / f"{before}to{after}", corpus, LONG)
+            run.through(places=by_hand(before), extra=("trainer.max_minutes=0.000001",))
+            saved = run.saved
+            ended = run.through(places=by_hand(after))
+            codes, said = [p.code for p in ended], ended[0].said
+            case.found.append(f"exit {codes}")
+            case.check(saved > 0 and codes == [2] * after, f"{codes} {said[-700:]}")
+            case.check("trainer.accumulate" in said and f"{before} micro-batches" in said, said)
+            case.found.append(said.strip().split("\n")[-2].strip()[:110])
+            case.check(run.saved == saved, "something was written")
 
 
 # -- all of it -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from genemodel.train.exchange import Exchange, Kind
 from genemodel.train.guard import Guard
 from genemodel.train.memory import later_bytes, pieces_that_fit, set_aside
 from genemodel.train.optim import build_optimisers, lr_share
-from genemodel.train.processes import STOPPING, StopSignals
+from genemodel.train.processes import REFUSED, STOPPING, StopSignals
 from genemodel.train.ranks import Ranks
 from genemodel.train.record import Record
 from genemodel.train.settings import OptimSettings, TrainerSettings
@@ -151,6 +151,8 @@ class Loop:
     train, validation
         Make this rank's streams, from a position and of the held-out cells, with every micro-batch
         in so many pieces.
+    record, ranks
+        What is said, and where this rank is.
     about
         Plain values kept with every checkpoint, ``about.json``.
     rate_shares
@@ -181,6 +183,7 @@ class Loop:
         train: Callable[[Position, int], Stream],
         validation: Callable[[int], Stream],
         record: Record,
+        ranks: Ranks,
         about: Mapping[str, Any],
         rate_shares: Mapping[str, float] | None = None,
         on_improvement: Callable[[Progress, Mapping[str, Tensor]], None] = lambda *_: None,
@@ -202,7 +205,7 @@ class Loop:
         self._folder = run / "checkpoints"
         self.stopped_by: Any = None
         self.lr = 0.0
-        self._ranks = Ranks(run, self.exchange.rank, self.exchange.world, trainer.hang_minutes)
+        self._ranks = ranks
         self._session_minutes = 0.0
         self._weight_K = torch.tensor(
             [losses.objectives.weights[name] for name in losses.names], device=fabric.device
@@ -236,7 +239,7 @@ class Loop:
             if gpus:
                 torch.cuda.synchronize(device)
 
-    def fit(self) -> None:
+    def fit(self, signals: StopSignals) -> None:
         """Train until the end, or until something asks to stop; saved either way.
 
         ``stopped_by`` then holds the signal's number or ``"max_minutes"``, None at the end.
@@ -245,22 +248,18 @@ class Loop:
         # A collection in the middle of a step holds the device up; one at every look does not.
         gc.disable()
         try:
-            with self._ranks, StopSignals(logger.info) as signals:
-                try:
-                    self._fit(signals)
-                except RuntimeError as error:
-                    if is_out_of_memory(error):
-                        raise self._memory_is_full(error) from error
-                    # A collective operation breaks where another rank has ended.
-                    lost = self._ranks.explain(error)
-                    if lost is None:
-                        raise
-                    raise lost from error
+            self._fit(signals)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise self._memory_is_full(error) from error
+            raise
         finally:
             if collecting:
                 gc.enable()
-            self.record.close(self.writer)
-            self.writer.close()
+            try:
+                self.writer.close()
+            finally:
+                self.record.close(self.writer)
 
     def _memory_is_full(self, error: RuntimeError) -> TrainingStopped:
         return TrainingStopped(
@@ -276,6 +275,11 @@ class Loop:
         progress, settings = self.progress, self.settings
         self.record.start(progress.step)
         begin, before = time.perf_counter(), progress.minutes
+        wishes = torch.tensor(self._wishes(signals), dtype=torch.float64, device=self.fabric.device)
+        if stops := _wanted(self.exchange.sum_(wishes).tolist()):
+            # Asked to stop before there is anything that is not saved.
+            self.stopped_by = stops[0]
+            return
         stream = self._train(progress.position, self.pieces)
         steps = _steps(stream, settings.accumulate)
         profiler = _Profiler(self.run, settings.profile, self.exchange.rank)
@@ -372,7 +376,7 @@ class Loop:
         summed[: 2 * n] /= items_K.clamp_min(1).repeat(2)
         values = torch.cat([summed, norm.double().reshape(1)]).tolist()  # the one look
         self._ranks.at(at.COMPUTE)
-        stops = [stop for stop, wish in zip(_STOPS, values[2 * n :], strict=False) if wish > 0]
+        stops = _wanted(values[2 * n :])
         return _Report(
             dict(zip(losses.names, values[:n], strict=True)),
             dict(zip(losses.names, values[n : 2 * n], strict=True)) if trivial else {},
@@ -425,6 +429,8 @@ class Loop:
                 "" if policy == "stop"
                 else f" after {progress.skipped} such steps (trainer.max_skips)"
             )  # fmt: skip
+            if self.exchange.rank:  # one says it for all
+                raise SystemExit(REFUSED)
             raise TrainingStopped(
                 f"{wrong} at step {step:,}{limit}, before the weights were changed. {cells} The "
                 "last checkpoint is intact. Go on from it with the same command and "
@@ -590,6 +596,7 @@ class Loop:
         state = self.exchange.state(self.optimisers)
         state["progress"] = asdict(progress)
         state["guard"] = self.guard.state()
+        state["record"] = self.record.state()
         if self.exchange.rank == 0:
             about = {
                 **self.about, "step": progress.step, "position": asdict(progress.position),
@@ -608,6 +615,7 @@ class Loop:
         position = Position.of(saved.pop("position"))
         self.progress = Progress(**saved, position=position)
         self.guard.load(state["guard"])
+        self.record.load(state.get("record", []))
 
     def _note(
         self, report: _Report, batches: list[CellBatch], stream: Stream, *, shown: bool
@@ -627,6 +635,11 @@ class Loop:
             waited_s=stream.waited_s,
             minutes=self._session_minutes,
         )
+
+
+def _wanted(wishes: list[float]) -> list[Any]:
+    """List what any rank wants to be stopped by."""
+    return [stop for stop, wish in zip(_STOPS, wishes, strict=False) if wish > 0]
 
 
 def _steps(stream: Stream, accumulate: int) -> Iterator[tuple[list[list[CellBatch]], Position]]:

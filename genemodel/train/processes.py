@@ -6,6 +6,7 @@ settings, hands signals on, and waits. So nothing that called ``pretrain`` runs 
 notebook can train on several devices.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -33,8 +34,11 @@ FINISHED, REFUSED, OUT_OF_TIME, RANK_LOST = 0, 2, 75, 69
 # SIGUSR1 and SIGUSR2 are what Slurm and submitit send before a time limit.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
-# Supervised processes have this long to save after another one has failed.
-GRACE_S = 20.0
+# Supervised processes have this long to save or to say why after another one has failed, and less
+# where one has already found out that it waits in vain.
+GRACE_S, LOST_GRACE_S = 20.0, 5.0
+# Ctrl-C in a terminal reaches a process directly and through its launcher: that is one Ctrl-C.
+TWICE_S = 0.5
 
 
 class Unfinished(SystemExit):
@@ -163,7 +167,7 @@ def supervise(values: Mapping[str, Any], processes: Processes) -> None:
         file = Path(folder) / "settings.json"
         file.write_text(json.dumps(values))
         workers: list[subprocess.Popen[bytes]] = []
-        with _handing_on(workers):
+        with _handing_on(workers) as handing:
             for local in range(processes.here):
                 place = {
                     "LOCAL_RANK": local,
@@ -179,9 +183,11 @@ def supervise(values: Mapping[str, Any], processes: Processes) -> None:
                         env={**env, **{k: str(v) for k, v in place.items()}},
                     )
                 )
-            first = _wait(workers, processes.rank)
+            first = _wait(workers, processes.rank, handing)
     if first == 0:
         return
+    if first == -handing.number:  # before the worker could note it, and there was nothing to save
+        raise Unfinished(128 + handing.number)
     if first < 0:
         raise RankLost
     raise (Unfinished(first) if first == OUT_OF_TIME or first > 128 else SystemExit(first))
@@ -202,11 +208,13 @@ class _handing_on:
 
     def __init__(self, workers: "list[subprocess.Popen[bytes]]") -> None:
         self.workers = workers
+        self.number = 0
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_handing_on":
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self._hand_on) for n in STOPPING}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -217,6 +225,7 @@ class _handing_on:
             worker.wait()
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
         if number == signal.SIGINT and sys.stdin is not None and _in_foreground():
             return
         for worker in self.workers:
@@ -232,7 +241,7 @@ def _in_foreground() -> bool:
         return False
 
 
-def _wait(workers: "list[subprocess.Popen[bytes]]", first_rank: int) -> int:
+def _wait(workers: "list[subprocess.Popen[bytes]]", first_rank: int, handing: _handing_on) -> int:
     """Wait for all; returns the code of the first that failed, negative for a signal, or 0."""
     first: int | None = None
     deadline: float | None = None
@@ -241,8 +250,9 @@ def _wait(workers: "list[subprocess.Popen[bytes]]", first_rank: int) -> int:
             code = worker.poll()
             if code and first is None:
                 first = code
-                deadline = time.monotonic() + GRACE_S
-                if code < 0:
+                grace = LOST_GRACE_S if code == RANK_LOST else GRACE_S
+                deadline = time.monotonic() + grace
+                if code < 0 and code != -handing.number:
                     logger.error(
                         "Rank %d was killed by %s; the others end with it. The same command goes "
                         "on from the last checkpoint.",
@@ -268,6 +278,7 @@ class StopSignals:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.number = 0
+        self._at = 0.0
         self._say = say
         self._before: dict[int, Any] = {}
 
@@ -281,11 +292,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.number and number == signal.SIGINT and now - self._at > TWICE_S:
             raise KeyboardInterrupt
-        first = not self.number
-        self.number = number
-        if first:
+        if self.number:
+            return
+        self.number, self._at = number, now
+        # The process may be in the middle of writing to the same stream.
+        with contextlib.suppress(RuntimeError):
             self._say(f"{signal.Signals(number).name} received: saving at the end of this step.")
 
 
@@ -295,11 +309,14 @@ def requeue() -> None:
     if not job:
         logger.warning("trainer.requeue=true, but this is no Slurm job: start the command again.")
         return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode:
-        logger.error(
-            "scontrol requeue %s failed (%s): submit the same script again.",
-            job, done.stderr.strip() or f"code {done.returncode}",
-        )  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+        )
+        why = (done.stderr.strip() or f"code {done.returncode}") if done.returncode else ""
+    except OSError as error:
+        why = f"scontrol: {error.strerror}"
+    if why:
+        logger.error("scontrol requeue %s failed (%s): submit the same script again.", job, why)
     else:
         logger.info("Slurm puts job %s into its queue again.", job)

@@ -1,15 +1,17 @@
 """Which ranks live, and where they are: files of heartbeats, and a watch over them.
 
-Every rank has a thread that writes ``<run>/ranks/rank-<r>.json`` and reads those of the others. A
-collective operation cannot tell who is missing: a stopped, a killed and a slow rank all look like
-silence, and the others wait inside the operation. The files can: a stopped process no longer
-writes, and one that is stuck says in which part of a step. They need nothing but the folder that
-the checkpoints need as well.
+Every rank has a thread that writes ``<run>/ranks/rank-<r>.json``, and reads those of the others
+once this rank stands still. A collective operation cannot tell who is missing: a stopped, a killed
+and a slow rank all look like silence, and the others wait inside the operation. The files can: a
+stopped process no longer writes, one that failed has said why, and one that is stuck says in which
+part of a step. They need nothing but the folder that the checkpoints need as well.
 """
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -21,12 +23,19 @@ from genemodel.train.processes import RANK_LOST
 logger = logging.getLogger(__name__)
 
 # Where a rank may be. Whoever waits for others is not the one that is waited for.
-START, DATA, COMPUTE, EXCHANGE, LOOK, SAVE = "start", "data", "compute", "exchange", "look", "save"
-FAILED = "failed"
+START, BUILD, DATA, COMPUTE = "start", "build", "data", "compute"
+EXCHANGE, LOOK, SAVE, FAILED = "exchange", "look", "save", "failed"
+# Before the first step only those that are gone are looked for: reading a corpus takes its time.
+_UNTIMED = (START, BUILD)
+# A rank that stands still for so many heartbeats looks whether the others do.
+_STILL = 3
+_GO_ON = "The last checkpoint is intact: the same command goes on from it."
 
 
 class PeerLost(GenemodelError):
     """Another rank has ended; this one cannot go on."""
+
+    exit_code = RANK_LOST
 
 
 class Ranks:
@@ -51,13 +60,14 @@ class Ranks:
         self.step, self.phase = 0, START
         self._why = ""
         self._changed = time.monotonic()
-        self._seen: dict[int, tuple[str, float]] = {}
+        self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._beat = 0
+        self._explaining = False
 
     def __enter__(self) -> "Ranks":
-        """Start the thread; with one process there is nobody to watch."""
+        """Start the thread, before the ranks meet; with one process there is nobody to watch."""
         if self.world > 1:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
@@ -71,50 +81,71 @@ class Ranks:
         if self._thread is None:
             return
         self._thread.join()
-        if error is not None and not isinstance(error, SystemExit | PeerLost):
+        if error is None or isinstance(error, SystemExit | PeerLost):
+            self._path(self.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # the last one
+        else:
             self._why = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             self.phase = FAILED
             self._write()
-        elif not isinstance(error, PeerLost):
-            self._path(self.rank).unlink(missing_ok=True)
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Note where this rank is; the thread writes it down."""
         self.phase = phase
-        if step is not None and step != self.step:
+        if step is not None:
             self.step = step
         self._changed = time.monotonic()
 
     def explain(self, error: BaseException) -> PeerLost | None:
         """Say why an operation between ranks broke, where another rank is the reason.
 
-        A rank that fails says so in its file; one that was killed has only stopped writing, which
-        takes a few beats to be sure of.
+        A rank that fails says so in its file, and of one that was killed on this node the process
+        is missing; on another node it has only stopped writing, which takes a few beats to be sure
+        of.
         """
         if self._thread is None:
             return None
-        deadline = time.monotonic() + 3 * self.every_s + 1.0
+        self._explaining = True
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if self.phase == START:
+            return PeerLost(
+                f"Not all of the {self.world} ranks came to the start ({said}): the messages of "
+                "the others say why, or they cannot reach MASTER_ADDR and MASTER_PORT."
+            )
+        deadline = time.monotonic() + _STILL * self.every_s + 1.0
         before = {r: self._read(r) for r in self._others()}
         while time.monotonic() < deadline:
-            for r in self._others():
-                state = self._read(r)
-                if state.get("phase") == FAILED:
-                    return PeerLost(
-                        f"Rank {r} stopped at step {state['step'] + 1:,}: {state['why']}. Its own "
-                        "message says more. The last checkpoint is intact: mend the cause and give "
-                        "the same command."
-                    )
-            time.sleep(min(0.2, self.every_s))
-        silent = [r for r, state in before.items() if self._read(r) == state]
+            if gone := self._gone():
+                return PeerLost(gone)
+            time.sleep(min(0.1, self.every_s))
+        silent = [r for r, state in before.items() if state and self._read(r) == state]
         if not silent:
             return None
-        steps = ", ".join(f"rank {r} (last step {before[r].get('step', 0):,})" for r in silent)
+        names = ", ".join(f"rank {r} (last step {before[r].get('step', 0):,})" for r in silent)
         return PeerLost(
-            f"The connection between the ranks broke at step {self.step + 1:,}, and {steps} no "
-            f"longer lives ({str(error).splitlines()[0][:200]}): it was killed, perhaps for "
-            "memory, or its node is gone. The last checkpoint is intact: the same command goes on "
-            "from it."
+            f"The connection between the ranks broke at step {self.step + 1:,} ({said}), and "
+            f"{names} gives no sign of life any more: it was killed, perhaps for memory, or its "
+            f"node is gone. {_GO_ON}"
         )
+
+    def _gone(self) -> str:
+        """Say which rank has failed, or was killed on this node; empty where none is known to."""
+        states = {r: self._read(r) for r in self._others()}
+        for r, state in states.items():
+            if state.get("phase") == FAILED:
+                return (
+                    f"Rank {r} stopped at step {state['step'] + 1:,}: {state['why']}. Its own "
+                    "message says more. The last checkpoint is intact: mend the cause and give "
+                    "the same command."
+                )
+        for r, state in states.items():
+            if state.get("here") == _here() and not _lives(state["pid"]):
+                return (
+                    f"Rank {r} was killed after step {state['step']:,}, perhaps for memory. "
+                    f"{_GO_ON}"
+                )
+        return ""
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -127,15 +158,21 @@ class Ranks:
     def _write(self) -> None:
         self._beat += 1
         state = {
-            "beat": self._beat, "pid": os.getpid(), "step": self.step, "phase": self.phase,
-            "why": self._why,
+            "beat": self._beat, "here": _here(), "pid": os.getpid(), "step": self.step,
+            "phase": self.phase, "why": self._why,
         }  # fmt: skip
         path = self._path(self.rank)
         partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(state))
-            partial.replace(path)
-        except OSError as error:  # a full disk must not kill the watch
+            try:
+                partial.write_text(json.dumps(state))
+                partial.replace(path)
+            except OSError:
+                # On a full disk what stands there already still has a place.
+                with path.open("r+") as file:
+                    file.write(json.dumps(state))
+                    file.truncate()
+        except OSError as error:  # must not end the watch
             logger.warning("%s cannot be written (%s).", path, error.strerror)
 
     def _read(self, rank: int) -> dict[str, Any]:
@@ -149,35 +186,65 @@ class Ranks:
         while not self._end.wait(self.every_s):
             self._write()
             now = time.monotonic()
+            still_s = now - self._changed
+            # While all is well nobody reads: n ranks that read n files would be felt by a server.
+            if self._explaining or self.phase == START or still_s < _STILL * self.every_s:
+                self._seen.clear()
+                continue
+            if gone := self._gone():
+                self._give_up(gone)
             for r in self._others():
-                text = json.dumps(self._read(r))
-                if r not in self._seen or self._seen[r][0] != text:
-                    self._seen[r] = (text, now)
-            if now - self._changed > self.limit_s:
-                self._give_up(now)
+                state = self._read(r)
+                if r not in self._seen or self._seen[r][0] != state:
+                    self._seen[r] = (state, now)
+            if still_s > self.limit_s and self.phase not in _UNTIMED:
+                self._give_up(
+                    f"No step was finished for {self.limit_s / 60:.3g} minutes "
+                    f"(trainer.hang_minutes): {self._who_hangs(now)}. {_GO_ON}"
+                )
 
-    def _give_up(self, now: float) -> None:
-        """End this process: nothing in Python reaches a thread that waits in a collective."""
-        minutes = self.limit_s / 60
-        silent = [r for r in self._others() if now - self._seen[r][1] > self.limit_s / 2]
-        states = {r: json.loads(self._seen[r][0]) for r in self._others()}
+    def _who_hangs(self, now: float) -> str:
+        silent = [r for r, (_, since) in self._seen.items() if now - since > self.limit_s / 2]
+        states = {r: state for r, (state, _) in self._seen.items()}
         states[self.rank] = {"phase": self.phase, "step": self.step}
         if silent:
             who = ", ".join(f"rank {r}" for r in silent)
             step = max(states[r].get("step", 0) for r in silent)
-            why = f"{who} has given no sign of life since step {step:,}: stopped, or its node hangs"
-        else:
-            stuck = [r for r, state in states.items() if state.get("phase") != EXCHANGE]
-            stuck = stuck or list(states)
-            why = "; ".join(
-                f"rank {r} is in {states[r].get('phase', START)!r} after step "
-                f"{states[r].get('step', 0):,}"
-                for r in stuck
-            )
-        logger.error(
-            "No step was finished for %.3g minutes (trainer.hang_minutes): %s. This run ends here; "
-            "the same command goes on from the last checkpoint.",
-            minutes, why,
-        )  # fmt: skip
+            return f"{who} gave no sign of life since step {step:,}: stopped, or its node hangs"
+        stuck = [r for r, state in states.items() if state.get("phase") != EXCHANGE]
+        return "; ".join(
+            f"rank {r} is in {states[r].get('phase', START)!r} after step "
+            f"{states[r].get('step', 0):,}"
+            for r in stuck or states
+        )
+
+    def _give_up(self, why: str) -> None:
+        """End this process: nothing in Python reaches a thread that waits in a collective."""
+        logger.error("%s", why)
+        self._path(self.rank).unlink(missing_ok=True)
         logging.shutdown()
         os._exit(RANK_LOST)
+
+
+def _here() -> str:
+    """Name where numbers of processes mean the same: the node, and the container on it."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space}"
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this node is there and no zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # no /proc on this system
+        return True
+    return state != "Z"

@@ -40,11 +40,13 @@ from genemodel.train.loop import Loop, Losses, Progress, stopped_name
 from genemodel.train.processes import (
     OUT_OF_TIME,
     Processes,
+    StopSignals,
     Unfinished,
     find_processes,
     requeue,
     supervise,
 )
+from genemodel.train.ranks import BUILD, Ranks
 from genemodel.train.record import VALIDATION, Record, keep_rows_up_to
 from genemodel.train.settings import PretrainSettings, TrainerSettings
 from genemodel.train.weights import (
@@ -55,6 +57,7 @@ from genemodel.train.weights import (
     shaped_like,
     training_batches,
 )
+from genemodel.writing import whole
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +205,25 @@ def _plan(settings: PretrainSettings) -> _Plan:
 
 
 def _train(plan: _Plan) -> None:
-    """Train on this rank."""
+    """Train on this rank, and say how it has ended."""
+    processes, minutes = plan.processes, plan.settings.trainer.hang_minutes
+    with (
+        Ranks(plan.run, processes.rank, processes.world, minutes) as ranks,
+        StopSignals(logger.info) as signals,
+    ):
+        try:
+            loop = _loop(plan, ranks, signals)
+        except RuntimeError as error:
+            # An operation between ranks breaks where another rank has ended.
+            lost = ranks.explain(error)
+            if lost is None:
+                raise
+            raise lost from error
+    _say_goodbye(loop, plan)
+
+
+def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
+    """Meet the other ranks, build everything, and train."""
     settings, run, corpus, start = plan.settings, plan.run, plan.corpus, plan.start
     trainer = settings.trainer
     batch_codes, n_batches = training_batches(
@@ -216,6 +237,7 @@ def _train(plan: _Plan) -> None:
         hang_minutes=trainer.hang_minutes,
     )  # fmt: skip
     fabric.launch()
+    ranks.at(BUILD)
     rank, world = fabric.global_rank, fabric.world_size
     # Every rank has found one; a file system may have shown them different ones.
     checkpoint = fabric.broadcast(plan.checkpoint)
@@ -268,7 +290,8 @@ def _train(plan: _Plan) -> None:
 
     run.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        (run / "settings.json").write_text(json.dumps(plan.about["settings"], indent=1) + "\n")
+        with whole(run / "settings.json") as partial:
+            partial.write_text(json.dumps(plan.about["settings"], indent=1) + "\n")
         if checkpoint is None:
             keep_rows_up_to(run / VALIDATION, -1)
     cuda = fabric.device.type == "cuda"
@@ -290,6 +313,7 @@ def _train(plan: _Plan) -> None:
             run, trainer, settings.log, values=plan.about["settings"], rank=rank, world=world,
             peak=device_peak(torch.cuda.get_device_name(fabric.device)) if cuda else None,
         ),
+        ranks=ranks,
         about=plan.about,
         rate_shares=rate_shares(model, settings.backbone),
         on_improvement=release,
@@ -303,8 +327,8 @@ def _train(plan: _Plan) -> None:
         elif start is not None:
             # What was there before is the first to beat: a run that only harms releases its start.
             loop.look()
-        loop.fit()
-    _say_goodbye(loop, plan)
+        loop.fit(signals)
+    return loop
 
 
 def _say_goodbye(loop: Loop, plan: _Plan) -> None:
@@ -317,9 +341,9 @@ def _say_goodbye(loop: Loop, plan: _Plan) -> None:
         logger.info("Bundle: %s", plan.run / "bundle")
         return
     logger.info(
-        "Stopped by %s after step %s of %s, saved; the schedule is not finished. The same command "
-        "goes on from there.",
-        stopped_name(stopped_by), f"{done:,}", f"{trainer.max_steps:,}",
+        "Stopped by %s after step %s of %s%s; the schedule is not finished. The same command goes "
+        "on from there.",
+        stopped_name(stopped_by), f"{done:,}", f"{trainer.max_steps:,}", ", saved" if done else "",
     )  # fmt: skip
     if trainer.requeue and plan.processes.rank == 0:
         requeue()
@@ -415,7 +439,7 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
-def choose_device(settings: TrainerSettings, processes: Processes | None = None) -> tuple[str, str]:
+def choose_device(settings: TrainerSettings, processes: Processes | None = None) -> str:
     """Resolve ``auto`` for accelerator and precision, and refuse what is not here."""
     cuda = torch.cuda.is_available()
     here = settings.devices if processes is None else processes.here

@@ -1,7 +1,9 @@
 """What a run says while it goes: metrics.csv, validation.csv, a bar or lines, Weights & Biases."""
 
 import csv
+import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from genemodel.model.flops import training_flops
 from genemodel.train.checkpoint import CheckpointWriter
 from genemodel.train.settings import LogSettings, TrainerSettings
 from genemodel.train.wandb_log import start_wandb
+from genemodel.writing import is_full, too_small, whole
 
 logger = logging.getLogger(__name__)
 
@@ -22,31 +25,51 @@ METRICS, VALIDATION = "metrics.csv", "validation.csv"
 
 
 def keep_rows_up_to(path: Path, step: int) -> None:
-    """Drop rows of a metrics file that a restart is about to write again."""
+    """Drop rows of a metrics file that a restart is about to write again.
+
+    So goes a last row that a kill or a full disk has cut off.
+    """
     if not path.exists():
         return
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = path.read_text()
+    whole_lines = text[: text.rfind("\n") + 1]
+    rows = list(csv.DictReader(io.StringIO(whole_lines)))
     kept = [row for row in rows if int(float(row["step"])) <= step]
-    if len(kept) < len(rows):
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(kept)
+    if len(kept) == len(rows) and whole_lines == text:
+        return
+    if not rows:
+        path.unlink()  # the next row brings its names
+        return
+    with whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(kept)
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> None:
-    """Append one row to a CSV file; the first row names the columns, further ones are left out."""
+    """Append one row to a CSV file; the first row names the columns, further ones are left out.
+
+    Raises
+    ------
+    DiskFull
+        No more of it is there than before.
+    """
     names = list(row)
-    if path.exists():
+    before = path.stat().st_size if path.exists() else 0
+    if before:
         with path.open(newline="") as file:
             names = next(csv.reader(file), names)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    try:
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+            if not before:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        os.truncate(path, before)
+        raise too_small(path, before, exact=False) from error
 
 
 class Record:
@@ -81,6 +104,8 @@ class Record:
         self.values, self.peak = values, peak
         self.world, self.active = world, rank == 0
         self._rows: list[dict[str, float]] = []
+        # Of an earlier session: they count for means and not for rates.
+        self._untimed = 0
         self._wandb: Any = None
         self._bar: Any = None
         self._first = 0
@@ -101,10 +126,18 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Forget rows after ``step``, which will be written again."""
-        self._rows = []
         if self.active:
             for name in (METRICS, VALIDATION):
                 keep_rows_up_to(self.run / name, step)
+
+    def state(self) -> list[dict[str, float]]:
+        """Give the steps since the last row, for a checkpoint: the next row is their mean too."""
+        return list(self._rows)
+
+    def load(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Take them back."""
+        self._rows = [dict(row) for row in rows]
+        self._untimed = len(self._rows)
 
     def close(self, writer: CheckpointWriter) -> None:
         """Close the logs, and say what saving has cost."""
@@ -157,7 +190,8 @@ class Record:
         seconds = now - self._row_begin
         self._row_begin = now
         rows, self._rows = self._rows, []
-        total = {k: sum(r[k] for r in rows) for k in ("cells", "tokens", "flops")}
+        timed, self._untimed = rows[self._untimed :], 0
+        total = {k: sum(r[k] for r in timed) for k in ("cells", "tokens", "flops")}
         mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0] if k not in total}
         row = {
             "step": float(step),
@@ -167,7 +201,7 @@ class Record:
             "lr": lr,
             "cells_per_s": total["cells"] * self.world / seconds,
             "tokens_per_s": total["tokens"] * self.world / seconds,
-            "cells_per_step": total["cells"] * self.world / len(rows),
+            "cells_per_step": sum(r["cells"] for r in rows) * self.world / len(rows),
             # Useful operations only: real tokens, masked rows, no padding.
             "mfu": total["flops"] / seconds / self.peak if self.peak else float("nan"),
             "data_wait": max(0.0, waited_s - self._waited) / seconds,

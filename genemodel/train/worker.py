@@ -5,7 +5,11 @@ python -m genemodel.train.worker SETTINGS.json
 
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from genemodel.errors import GenemodelError
@@ -20,14 +24,26 @@ def main(file: str) -> int:
     library = logging.getLogger("genemodel")
     library.addHandler(logging.StreamHandler(sys.stderr))
     library.setLevel(logging.INFO)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     try:
         pretrain(parse(PretrainSettings, json.loads(Path(file).read_text())))
     except GenemodelError as error:
         library.error("genemodel: error: %s", error)
+        return error.exit_code
+    except OSError as error:
+        # A full disk or a forbidden folder is the machine's, not the program's.
+        library.error("genemodel: error: %s: %s", error.strerror, error.filename)
         return REFUSED
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _follow(parent: int) -> None:
+    """Save and end when the supervisor is killed: the same command could not know of this one."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
