@@ -652,11 +652,16 @@ def _steps(stream: Stream, accumulate: int) -> Iterator[tuple[list[list[CellBatc
             micro_batches = []
 
 
+# Steps left out of a profile: to compile and warm up, and for the profiler itself.
+_UNPROFILED = (3, 2)
+
+
 class _Profiler:
     """A trace of a few steps after the first ones, for chrome://tracing or Perfetto."""
 
     def __init__(self, run: Path, steps: int, rank: int) -> None:
         self._profiler: Any = None
+        self._left = sum(_UNPROFILED)  # before the first step that is profiled
         if not steps:
             return
         from torch.profiler import ProfilerActivity, profile, schedule
@@ -668,31 +673,40 @@ class _Profiler:
             activities.append(ProfilerActivity.CUDA)
 
         def write(profiler: Any) -> None:
+            if self._left >= 0:
+                return
             path = folder / f"rank-{rank}.json"
             profiler.export_chrome_trace(str(path))
             where = "device" if torch.cuda.is_available() else "cpu"
             key = f"self_{where}_time_total"
             table = profiler.key_averages().table(sort_by=key, row_limit=30)
             path.with_suffix(".txt").write_text(table)
-            logger.info("Profile of %d steps: %s", steps, path)
+            logger.info("Profile of %d steps: %s", min(-self._left, steps), path)
 
-        # Three steps to compile and to warm up, two for the profiler itself.
+        wait, warmup = _UNPROFILED
         self._profiler = profile(
             activities=activities,
-            schedule=schedule(wait=3, warmup=2, active=steps, repeat=1),
+            schedule=schedule(wait=wait, warmup=warmup, active=steps, repeat=1),
             on_trace_ready=write,
         )
         self._profiler.start()
 
     def step(self) -> None:
         """Tell that a step is done."""
+        self._left -= 1
         if self._profiler is not None:
             self._profiler.step()
 
     def close(self) -> None:
         """End the recording."""
-        if self._profiler is not None:
-            self._profiler.stop()
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        if self._left >= 0:
+            logger.warning(
+                "Nothing was profiled: the run ended within the %d steps that are left out.",
+                sum(_UNPROFILED),
+            )
 
 
 def stopped_name(stopped_by: Any) -> str:

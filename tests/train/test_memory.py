@@ -1,4 +1,4 @@
-"""Micro-batches in pieces: same cells, masks and losses; agreed on by all ranks; found in time."""
+"""Micro-batches in pieces: the same cells, masks and losses, agreed on by all ranks."""
 
 import csv
 import dataclasses
