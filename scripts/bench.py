@@ -2,7 +2,7 @@
 """Speed, as ratios to a named alternative measured in the same run.
 
     python scripts/bench.py                 # everything, a few minutes on two cores
-    python scripts/bench.py tokens packing loader scale step build
+    python scripts/bench.py tokens packing loader scale step build embed
 
 Absolute figures belong to the machine; the ratios are what a claim may quote. ``step`` needs
 transformers (extra ``bench``). On a GPU ``step`` runs in bf16 and prints the utilisation too.
@@ -391,6 +391,91 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
         line("useful MFU", f"{training_flops(flops) / our_s / peak:.1%}")
 
 
+def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
+    """Embedding against one batch at a time: packed on the same thread, copied, run, fetched."""
+    import torch
+    import yaml
+
+    from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.loader import inverse_medians, pack
+    from genemodel.cells.packing import plan_bins
+    from genemodel.cells.tokens import TokenSettings
+    from genemodel.config_files import config_folder
+    from genemodel.genes import GeneVocabulary
+    from genemodel.inference.counts import VocabularyChunk, precision, window_of
+    from genemodel.inference.embed import embedder
+    from genemodel.model.gene_model import GeneModel
+    from genemodel.model.settings import ModelSettings
+    from genemodel.settings import parse
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    settings = parse(
+        ModelSettings, yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
+    )
+    vocabulary = GeneVocabulary.builtin()
+    tokens = TokenSettings()
+    torch.manual_seed(0)
+    model = GeneModel(
+        settings, n_tokens=len(vocabulary), n_species=len(vocabulary.species),
+        context=tokens.context,
+    )  # fmt: skip
+    medians = np.full(len(vocabulary), np.nan, np.float32)
+    bundle = Bundle(model.eval(), vocabulary, tokens, medians).to(device)
+    rng = np.random.default_rng(0)
+    if corpus is None:
+        length = rng.lognormal(7.1, 0.55, n_cells).clip(100, 4000).astype(int)
+    else:
+        from genemodel.cells.corpus import Corpus
+
+        length = rng.choice(Corpus.open(corpus).n_genes_C, n_cells).astype(int)
+    genes = [np.sort(rng.choice(np.arange(3, len(vocabulary)), n, replace=False)) for n in length]
+    counts = sp.csr_matrix(
+        (
+            rng.geometric(0.5, length.sum()).astype(np.float32),
+            np.concatenate(genes),
+            np.concatenate([[0], np.cumsum(length)]),
+        ),
+        (n_cells, len(vocabulary)),
+    )
+    library = np.asarray(counts.sum(1)).ravel().astype(np.float32)
+    chunk = VocabularyChunk(0, counts, np.zeros(n_cells, np.int64), library)
+    print(
+        f"embedding, {size} ({settings.layers}×{settings.width}), {n_cells} cells of mean length "
+        f"{length.mean():.0f}, {'bf16' if cuda else 'fp32'}, "
+        f"{torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}"
+    )
+    inverse = inverse_medians(medians)
+    one = np.empty((n_cells, settings.width), np.float32)
+    now = np.empty_like(one)
+
+    @torch.inference_mode()
+    def one_at_a_time() -> None:
+        window = window_of(chunk)
+        lengths = window.lengths_C(tokens)
+        order = np.argsort(-lengths, kind="stable")
+        for rows in plan_bins(lengths[order], tokens.budget, tokens.max_cells):
+            batch = pack(window, order[rows], inverse, tokens).to(device)
+            with precision(device):
+                cells = bundle.model(batch).cell_CD[: rows.size]
+            one[order[rows]] = cells.float().cpu().numpy()
+
+    forward = embedder(bundle, compile=cuda)
+
+    def ahead() -> None:
+        for _, vectors in forward.over([chunk]):
+            now[:] = vectors
+
+    before_s, now_s = best_of(one_at_a_time), best_of(ahead)
+    far = float(np.abs(one - now).max() / np.abs(one).max())
+    line("one batch at a time, one thread", f"{n_cells / before_s:,.1f} cells/s")
+    line(
+        "genemodel, packed ahead, fetched late" + (", compiled" if cuda else ""),
+        f"{n_cells / now_s:,.1f} cells/s", f"largest difference {far:.1e} of the largest value",
+    )  # fmt: skip
+    line("ratio", f"{before_s / now_s:.2f}×")
+
+
 def build_one(n_cells: int, folder: Path) -> None:
     """Build a corpus of generated cells and print its cells/s and peak memory."""
     from genemodel.cells.corpus import Corpus
@@ -485,9 +570,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("benches", nargs="*", default=["tokens", "packing", "loader", "step"])
-    parser.add_argument("--size", default="small", help="model size for step: small, base …")
-    parser.add_argument("--cells", type=int, default=32, help="cells for step")
-    parser.add_argument("--corpus", help="take the cells' lengths for step from this corpus")
+    parser.add_argument("--size", default="small", help="model size for step and embed")
+    parser.add_argument("--cells", type=int, default=32, help="cells for step and embed")
+    parser.add_argument("--corpus", help="take the cells' lengths from this corpus")
     parser.add_argument("--build", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--build-one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -506,11 +591,13 @@ def main() -> None:
                 bench_scale()
             case "step":
                 bench_step(arguments.size, arguments.cells, arguments.corpus)
+            case "embed":
+                bench_embed(arguments.size, arguments.cells, arguments.corpus)
             case "build":
                 bench_build(arguments.build)
                 bench_workers()
             case _:
-                parser.error(f"no bench {name!r}: tokens, packing, loader, scale, step, build")
+                parser.error(f"no bench {name!r}: tokens, packing, loader, scale, step, build, embed")
 
 
 if __name__ == "__main__":
