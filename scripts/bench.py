@@ -597,7 +597,8 @@ def main() -> None:
                 bench_build(arguments.build)
                 bench_workers()
             case _:
-                parser.error(f"no bench {name!r}: tokens, packing, loader, scale, step, build, embed")
+                known = "tokens, packing, loader, scale, step, build, embed"
+                parser.error(f"no bench {name!r}: {known}")
 
 
 if __name__ == "__main__":
