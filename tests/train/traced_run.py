@@ -25,16 +25,16 @@ def main() -> None:
     gradient_itself, after_itself = Loop._gradient, Loop._after_step
     digest = ""
 
-    def gradient(loop, batches, signals, *, trivial):
+    def gradient(loop, micro_batches, signals, *, trivial):
         nonlocal digest
         found = hashlib.sha256()
-        for batch in batches:
+        for batch in (piece for pieces in micro_batches for piece in pieces):
             prepared = loop.losses.objectives.prepare(batch)
             found.update(batch.cell_C.numpy().tobytes())
             found.update(prepared.seen.gene_T.numpy().tobytes())
             found.update(prepared.seen.value_T.numpy().tobytes())
         digest = found.hexdigest()
-        return gradient_itself(loop, batches, signals, trivial=trivial)
+        return gradient_itself(loop, micro_batches, signals, trivial=trivial)
 
     def after_step(loop, report):
         losses = " ".join(value.hex() for value in report.losses.values())
