@@ -123,7 +123,8 @@ VERBS: dict[str, Verb] = {
         function="genemodel.inference.embed:embed_file",
         examples=(
             "embed model=runs/small/bundle input=lung.h5ad output=lung.embedded.h5ad",
-            "embed model=runs/small/bundle input=counts.h5 output=mice.h5ad species=mouse device=[0,1]",
+            "embed model=runs/small/bundle input=mice.h5 output=mice.h5ad species=mouse "
+            "device=[0,1]",
         ),
     ),
     "impute": Verb(
