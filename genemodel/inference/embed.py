@@ -377,6 +377,8 @@ def embed_file(settings: EmbedSettings) -> Path:
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
     several = len(devices) > 1
+    if settings.device == "auto":
+        logger.info("Model on %s.", devices[0])
     model = Bundle.load(settings.model, device="cpu" if several else devices[0])
     cells = VocabularyCells(
         settings.input, model, layer=settings.layer or None, species=settings.species or None

@@ -75,6 +75,9 @@ class Rank:
         failed = folder / f"rank-{self.number}.failed"
         folder.mkdir(exist_ok=True)
         failed.unlink(missing_ok=True)
+        if self.number == 0:  # of an earlier session, whose other ranks may come up after us
+            for stale in folder.glob("rank-*.failed"):
+                stale.unlink(missing_ok=True)
         self.beat(folder)
         try:
             yield

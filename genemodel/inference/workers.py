@@ -92,7 +92,8 @@ class _Worker:
     def _listen(self, said: "queue.Queue[Any]") -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            said.put((self, json.loads(line)))
+            with suppress(ValueError):  # half a line, the last of one that was killed
+                said.put((self, json.loads(line)))
         said.put((self, None))
 
     def _overhear(self) -> None:
