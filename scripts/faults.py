@@ -1328,9 +1328,11 @@ def worlds(table: Table, folder: Path, corpus: Path) -> None:
                     pairs = zip(got, losses[0], strict=True)
                     worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
             if kind == "deterministic":
-                wrong = differences(run, whole.result(), same_steps=False)
+                alike = whole.result()
+                del alike["metrics.csv"]  # cells and fill of a step are the first rank's
+                wrong = differences(run, alike, same_steps=False)
                 case.check(worst == 0 and not wrong, f"losses by {worst:.1e}, {wrong} differ")
-                case.found.append("cells, losses, weights, bundle and both tables bit-equal")
+                case.found.append("cells, losses, weights, bundle, looks bit-equal")
             else:
                 case.check(worst < 1e-6, f"losses differ by {worst:.1e}")
                 case.found.append(f"cells equal, losses to {worst:.1e}")
