@@ -560,7 +560,7 @@ def kill_once(
         for other in others:
             other.wait(60)
             # It may have been through before, with nothing left to wait for.
-            named = f"rank {victim}" in other.said or other.code == 0
+            named = f"rank {victim}" in other.said.lower() or other.code == 0
             case.check(other.code is not None and named, f"the other rank: {other.said[-400:]}")
     for other in others:
         if code == -signal.SIGKILL:
@@ -1007,7 +1007,7 @@ def numbers(table: Table, folder: Path, corpus: Path) -> None:
             said, codes = ended[0].said, [p.code for p in ended]
             case.check(codes == [2, 2], f"{codes} {said[-900:]}")
             case.check("not finite at step 8, before the weights were changed" in said, said[-900:])
-            case.check(f"cells {bad:,} of synthetic_human" in said, said[-900:])
+            case.check(f"cells {bad:,} of AnnData" in said, said[-900:])
             case.check("error" not in ended[1].said, "both ranks say it")
             listed = (run.out / "bad-steps" / "step-00000008.txt").read_text().split("\n")[1:-1]
             case.check(listed == [str(bad)], f"listed {listed}")
@@ -1328,9 +1328,11 @@ def worlds(table: Table, folder: Path, corpus: Path) -> None:
                     pairs = zip(got, losses[0], strict=True)
                     worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
             if kind == "deterministic":
-                wrong = differences(run, whole.result(), same_steps=False)
+                alike = whole.result()
+                del alike["metrics.csv"]  # cells and fill of a step are the first rank's
+                wrong = differences(run, alike, same_steps=False)
                 case.check(worst == 0 and not wrong, f"losses by {worst:.1e}, {wrong} differ")
-                case.found.append("cells, losses, weights, bundle and both tables bit-equal")
+                case.found.append("cells, losses, weights, bundle, looks bit-equal")
             else:
                 case.check(worst < 1e-6, f"losses differ by {worst:.1e}")
                 case.found.append(f"cells equal, losses to {worst:.1e}")

@@ -272,26 +272,27 @@ class Loop:
         )
 
     def _fit(self, signals: StopSignals) -> None:
-        progress, settings = self.progress, self.settings
-        self.record.start(progress.step)
-        begin, before = time.perf_counter(), progress.minutes
+        settings = self.settings
+        self.record.start(self.progress.step)
+        begin, before = time.perf_counter(), self.progress.minutes
         wishes = torch.tensor(self._wishes(signals), dtype=torch.float64, device=self.fabric.device)
         if stops := _wanted(self.exchange.sum_(wishes).tolist()):
             # Asked to stop before there is anything that is not saved.
             self.stopped_by = stops[0]
             return
-        stream = self._train(progress.position, self.pieces)
+        stream = self._train(self.progress.position, self.pieces)
         steps = _steps(stream, settings.accumulate)
         profiler = _Profiler(self.run, settings.profile, self.exchange.rank)
-        while progress.step < settings.max_steps and not progress.ended:
+        # A roll-back puts another progress in its place.
+        while self.progress.step < settings.max_steps and not self.progress.ended:
             self._ranks.at(at.DATA)
             micro_batches, position = next(steps)
-            self._ranks.at(at.COMPUTE, progress.step)
+            self._ranks.at(at.COMPUTE, self.progress.step)
             self._session_minutes = (time.perf_counter() - begin) / 60
-            shown = self.record.is_due(progress.step + 1)
+            shown = self.record.is_due(self.progress.step + 1)
             report, totals = self._gradient(micro_batches, signals, trivial=shown)
             batches = [piece for pieces in micro_batches for piece in pieces]
-            progress.minutes = before + report.minutes
+            self.progress.minutes = before + report.minutes
             applied = self._apply(report, batches, totals, position)
             profiler.step()
             if applied is None:  # rolled back: the data goes on behind the bad step
@@ -491,16 +492,17 @@ class Loop:
 
     @torch.no_grad()
     def _broken_cells(self, batch: CellBatch) -> list[int]:
-        """Cells of a micro-batch whose own encoding is not finite; all where that tells nothing."""
+        """Cells whose numbers, else whose own encoding, are not finite; all where neither tells."""
         cells = batch.cell_C[: batch.n_cells]
-        if self.exchange.kind == "fsdp":  # encoding asks all ranks
-            return list(cells.tolist())
-        with self.fabric.autocast():
-            encoded = self.losses.model(batch)
-        broken_T = ~torch.isfinite(encoded.hidden_TD).all(1)
-        here = torch.zeros(batch.cell_C.shape[0], dtype=torch.bool, device=broken_T.device)
-        here[batch.segment_T[broken_T]] = True
-        chosen = cells[here[: batch.n_cells]]
+        broken_C = ~torch.isfinite(batch.library_C)
+        broken_C[batch.segment_T[~torch.isfinite(batch.value_T)]] = True
+        broken_C[batch.full_cell_N[~torch.isfinite(batch.full_count_N)]] = True
+        # Under FSDP all ranks together would have to encode.
+        if not broken_C.any() and self.exchange.kind != "fsdp":
+            with self.fabric.autocast():
+                encoded = self.losses.model(batch)
+            broken_C[batch.segment_T[~torch.isfinite(encoded.hidden_TD).all(1)]] = True
+        chosen = cells[broken_C[: batch.n_cells]]
         return list((chosen if chosen.numel() else cells).tolist())
 
     # -- looks at held-out data ------------------------------------------------------------------

@@ -100,16 +100,30 @@ def find_processes(devices: int, nodes: int) -> Processes:
     if "LOCAL_WORLD_SIZE" in env:
         here, world = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"])
         started = "us" if env.get(_SUPERVISED) else "torchrun"
-        return Processes(here, _nodes(world, here, "torchrun"), int(env["RANK"]), started)
+        if world % here:
+            raise ConfigError(
+                f"torchrun started {world} processes, {here} of them on this node: start the same "
+                "number on every node."
+            )
+        return Processes(here, world // here, int(env["RANK"]), started)
     if _in_slurm_step():
         world = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
         slurm_nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-        here = world // slurm_nodes
-        _nodes(world, here, "srun")
-        return Processes(here, slurm_nodes, int(env["SLURM_PROCID"]), "slurm")
+        if world % slurm_nodes:
+            raise ConfigError(
+                f"srun started {world} tasks on {slurm_nodes} nodes: start the same number on "
+                "every node (--ntasks-per-node)."
+            )
+        return Processes(world // slurm_nodes, slurm_nodes, int(env["SLURM_PROCID"]), "slurm")
     if "LOCAL_RANK" in env:
-        node = int(env.get("NODE_RANK", "0"))
-        return Processes(devices, nodes, node * devices + int(env["LOCAL_RANK"]), "user")
+        local, node = int(env["LOCAL_RANK"]), int(env.get("NODE_RANK", "0"))
+        if local >= devices or node >= nodes:
+            raise ConfigError(
+                f"The environment says LOCAL_RANK={local} and NODE_RANK={node}, but there are "
+                f"trainer.devices={devices} and trainer.num_nodes={nodes}: set them to what you "
+                "start, or unset LOCAL_RANK."
+            )
+        return Processes(devices, nodes, node * devices + local, "user")
     if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
         raise ConfigError(
             f"trainer.num_nodes={nodes}, but nothing says which node this is: start the run with "
@@ -127,15 +141,6 @@ def _in_slurm_step() -> bool:
     """Whether ``srun`` started this process; the script that sbatch runs has its variables too."""
     step = os.environ.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < _LAST_SLURM_STEP and "SLURM_PROCID" in os.environ
-
-
-def _nodes(world: int, here: int, launcher: str) -> int:
-    if here < 1 or world % here:
-        raise ConfigError(
-            f"{launcher} started {world} processes, {here} of them on this node: start the same "
-            "number on every node."
-        )
-    return world // here
 
 
 # -- starting them ---------------------------------------------------------------------------------

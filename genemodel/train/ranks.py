@@ -188,7 +188,8 @@ class Ranks:
             now = time.monotonic()
             still_s = now - self._changed
             # While all is well nobody reads: n ranks that read n files would be felt by a server.
-            if self._explaining or self.phase == START or still_s < _STILL * self.every_s:
+            calm_s = min(_STILL * self.every_s, self.limit_s / 4)
+            if self._explaining or self.phase == START or still_s < calm_s:
                 self._seen.clear()
                 continue
             if gone := self._gone():

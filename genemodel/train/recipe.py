@@ -425,10 +425,9 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
         if earlier.get(name, "") != about[name]
     ]
     if earlier["micro_batches"] != about["micro_batches"]:
-        changed.append(
-            f"trainer.accumulate × processes: a step has {earlier['micro_batches']} micro-batches, "
-            f"now {about['micro_batches']} (processes on all nodes × trainer.accumulate)"
-        )
+        accumulate = about["settings"]["trainer"]["accumulate"]
+        processes = about["micro_batches"] // accumulate
+        changed.append(_other_product(earlier["micro_batches"], processes, accumulate))
     if changed:
         raise ConfigError(
             f"{run} holds a run of {checkpoint.step:,} steps with other settings:\n  "
@@ -437,6 +436,23 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
         )
     logger.info("Going on from %s.", checkpoint.path)
     return checkpoint
+
+
+def _other_product(micro_batches: int, processes: int, accumulate: int) -> str:
+    """Say that a step would have other micro-batches than before, and what has as many."""
+    said = (
+        f"trainer.accumulate × processes: a step has {micro_batches} micro-batches, now "
+        f"{accumulate} × {processes} = {accumulate * processes}"
+    )
+    if micro_batches % processes == 0:
+        return (
+            f"{said}; with {processes} processes set trainer.accumulate="
+            f"{micro_batches // processes}"
+        )
+    fits = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+    nearest = sorted(sorted(fits, key=lambda n: abs(n - processes))[:3])
+    pairs = ", ".join(f"{n} with trainer.accumulate={micro_batches // n}" for n in nearest)
+    return f"{said}; {processes} processes cannot share {micro_batches}, but {pairs} can"
 
 
 def choose_device(settings: TrainerSettings, processes: Processes | None = None) -> str:
