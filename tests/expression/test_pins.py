@@ -76,6 +76,8 @@ def correction():
 
 def overcorrected():
     values_CD, _, type_C = points()
+    fewer = np.flatnonzero((type_C != 3) | (np.arange(600) % 3 == 0))
+    values_CD, type_C = values_CD[fewer], type_C[fewer]
     merged_CD = values_CD.copy()
     merged_CD[type_C == 3] += values_CD[type_C == 1].mean(0) - values_CD[type_C == 3].mean(0)
     found = overcorrection.vanished(values_CD, merged_CD, type_C, np.array([3]))
@@ -192,9 +194,8 @@ def test_the_numbers_are_those_from_before(case) -> None:
     rounding = ROUNDING.get(case.__name__, 1e-6)
     for name, values in found.items():
         flat_N = np.asarray(values, dtype=np.float64).ravel()
-        size = float(np.abs(flat_N[np.isfinite(flat_N)]).sum()) + 1e-9
-        allowed = rounding * np.array(
-            [size, np.square(flat_N[np.isfinite(flat_N)]).sum(), size, size]
-        )
+        flat_N = np.abs(flat_N[np.isfinite(flat_N)])
+        allowed = rounding * (flat_N.sum() + 1e-9)
+        allowed = [allowed, rounding * (flat_N @ flat_N + 1e-9), allowed, allowed]
         off = np.abs(np.subtract(summary(values), expected[name]))
         assert (off <= allowed).all(), (name, off, allowed)
