@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genemodel"
 ORDER = (
     ("errors",),
     ("settings",),
+    ("expression",),
     ("genes",),
     ("cells",),
     ("model",),
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "scib_metrics": {"evaluation"},
     "wandb": {"train"},
     "torch": {
+        "expression",
         "cells",
         "model",
         "tasks",

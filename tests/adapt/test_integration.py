@@ -1,11 +1,11 @@
 """Rows, thinning and gene choice beneath an integration."""
 
 import numpy as np
+from genemodel.adapt.variable_genes import select_genes
 from scipy import sparse
 
 from genemodel.adapt.integration import _Rows, thin, train_integration
 from genemodel.adapt.integration_net import IntegrationSettings
-from genemodel.adapt.variable_genes import select_genes
 
 
 def random_counts(n=60, genes=30, seed=0):

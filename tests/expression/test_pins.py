@@ -22,6 +22,7 @@ from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.evaluation import baselines, imputation_baselines, imputation_metrics, plots
 from genemodel.evaluation import light_metrics as lm
 from genemodel.evaluation.baselines import Conditions
+from genemodel.expression.variable_genes import variable_counts
 from genemodel.inference.annotate import transfer_labels
 
 PINS = Path(__file__).with_name("pins.json")
@@ -125,7 +126,7 @@ def reference_pca():
     counts_CG, _, _ = cells()
     return {
         "pca": np.abs(lm.pca_of_lognorm(counts_CG, n_comps=5, n_hvg=60)),
-        "genes": lm.highly_variable(counts_CG, 40),
+        "genes": variable_counts(counts_CG, 40),
     }
 
 
