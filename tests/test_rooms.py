@@ -53,7 +53,16 @@ ALLOWED: dict[str, set[str]] = {
     },  # fmt: skip
 }
 # Too slow to import for whoever only wants the room: only inside functions, or for type checkers.
-ONLY_WHEN_USED = {"scanpy", "scvi", "scib_metrics", "wandb", "matplotlib", "umap", "transformers"}
+ONLY_WHEN_USED = {
+    "scanpy",
+    "scvi",
+    "scib_metrics",
+    "wandb",
+    "matplotlib",
+    "umap",
+    "pynndescent",
+    "transformers",
+}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 
 

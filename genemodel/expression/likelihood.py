@@ -146,7 +146,7 @@ class MultinomialLoss(torch.autograd.Function):
 
 
 def poisson_losses(count_CG: "Floats", rate_CG: "Floats", *, floor: float) -> tuple[float, float]:
-    r"""Sums of the Poisson loss and of the Poisson deviance over all entries.
+    r"""Sum the Poisson loss and the Poisson deviance over all entries.
 
     Parameters
     ----------

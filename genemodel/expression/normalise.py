@@ -68,7 +68,7 @@ def normalised(
     """
     if sp.issparse(counts_CG) or isinstance(counts_CG, np.ndarray):
         if library_C is None:
-            library_C = np.asarray(counts_CG.sum(axis=1), dtype=np.float64).ravel()
+            library_C = np.asarray(counts_CG.sum(1), dtype=np.float64).ravel()
         factor_C = depth_factor(np.asarray(library_C, dtype=np.float64), depth).astype(dtype)
         if isinstance(counts_CG, np.ndarray):
             return counts_CG.astype(dtype, copy=False) * factor_C[:, None]
