@@ -3,7 +3,7 @@
 Axes: C cells, G genes, N stored counts.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -68,7 +68,7 @@ def normalised(
     """
     if sp.issparse(counts_CG) or isinstance(counts_CG, np.ndarray):
         if library_C is None:
-            library_C = np.asarray(counts_CG.sum(1), dtype=np.float64).ravel()
+            library_C = np.asarray(cast(Any, counts_CG).sum(1, dtype=np.float64)).ravel()
         factor_C = depth_factor(np.asarray(library_C, dtype=np.float64), depth).astype(dtype)
         if isinstance(counts_CG, np.ndarray):
             return counts_CG.astype(dtype, copy=False) * factor_C[:, None]
