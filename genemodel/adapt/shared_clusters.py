@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 PAIRED_UP_TO = 4
 """Batches up to which every two are searched in each other, however many cells they have."""
+ABROAD = 5
+"""Cells of other batches among which partners are then sought: against every two batches, evidence
+falls by .01 in shared populations of some batches and by .1 in those of a batch far from all."""
 
 
 def shared_evidence(
@@ -63,18 +66,18 @@ def _paired_by_batch(
 def _paired_at_once(
     unit_CD: np.ndarray, batch_C: np.ndarray, cells: list[np.ndarray], k: int
 ) -> np.ndarray:
-    """Tell the cells that are among the k of their batch nearest to one of their k nearest abroad.
+    """Tell the cells that are among the k of their batch nearest to one of their nearest abroad.
 
     These pairs are some of those of `_paired_by_batch`: the nearest of all other batches are among
     the nearest of their own one. Whether the choice is mutual is asked within the batch, as there,
     so that a batch which lies farther from the others than they from each other has partners too.
     """
-    abroad_CK = nearest_elsewhere(unit_CD, batch_C, k)[0]
+    abroad_CK = nearest_elsewhere(unit_CD, batch_C, ABROAD)[0]
     paired_C = np.zeros(len(unit_CD), dtype=bool)
     for own in cells:
         partner_N, at_N = np.unique(abroad_CK[own], return_inverse=True)
         home_NK = nearest(unit_CD[partner_N], unit_CD[own], k)[0]
-        itself_N = np.repeat(np.arange(len(own)), k)
+        itself_N = np.repeat(np.arange(len(own)), ABROAD)
         mutual_N = (home_NK[at_N.ravel()] == itself_N[:, None]).any(1)
         paired_C[own[itself_N[mutual_N]]] = True
         paired_C[partner_N[at_N.ravel()[mutual_N]]] = True

@@ -98,10 +98,11 @@ def without(found: Found, itself_C: np.ndarray) -> Found:
 def nearest_elsewhere(values_CD: np.ndarray, group_C: np.ndarray, k: int) -> Found:
     """Find the k nearest cells of *other* groups; -1 at an infinite distance where there are fewer.
 
-    Up to :data:`EXACT_BELOW` cells every group is searched for in all the others. Above, the groups
-    are numbered and all cells are searched once per bit of the numbers, those with a 0 among those
-    with a 1 and back: two groups differ in at least one bit, so that every cell of another group is
-    seen, in log2(groups) searches instead of one a group.
+    Up to :data:`EXACT_BELOW` cells every group is searched for in all the others. Above, most cells
+    have k of other groups among their nearest of all, which one search finds. For the rest the
+    groups are numbered and searched once per bit of the numbers, those with a 0 among those with a
+    1 and back: two groups differ in at least one bit, so that every cell of another group is seen,
+    in log2(groups) searches instead of one a group.
 
     Parameters
     ----------
@@ -116,14 +117,23 @@ def nearest_elsewhere(values_CD: np.ndarray, group_C: np.ndarray, k: int) -> Fou
     index_CK = np.full((n_cells, k), -1, np.int64)
     distance_CK = np.full((n_cells, k), np.inf, np.float32)
     number_C = np.unique(group_C, return_inverse=True)[1]
+    n_groups = int(number_C.max(initial=-1)) + 1
+    left_C = np.ones(n_cells, bool)
     if n_cells < EXACT_BELOW:
-        sides = [number_C == number for number in range(int(number_C.max(initial=-1)) + 1)]
+        sides = [number_C == number for number in range(n_groups)]
         pairs = [(inside_C, ~inside_C) for inside_C in sides]
     else:
-        bits = [number_C >> bit & 1 == 1 for bit in range(int(number_C.max()).bit_length())]
+        values_CD = np.ascontiguousarray(values_CD, dtype=np.float32)
+        near_CW, far_CW = nearest(values_CD, values_CD, max(_GRAPH, 2 * k))
+        own_CW = number_C[near_CW] == number_C[:, None]
+        left_C = (~own_CW).sum(1) < k
+        order_CK = np.argsort(own_CW, axis=1, kind="stable")[~left_C, :k]
+        index_CK[~left_C] = np.take_along_axis(near_CW[~left_C], order_CK, 1)
+        distance_CK[~left_C] = np.take_along_axis(far_CW[~left_C], order_CK, 1)
+        bits = [number_C >> bit & 1 == 1 for bit in range((n_groups - 1).bit_length())]
         pairs = [pair for one_C in bits for pair in ((one_C, ~one_C), (~one_C, one_C))]
     for inside_C, outside_C in pairs:
-        asking, there = np.flatnonzero(inside_C), np.flatnonzero(outside_C)
+        asking, there = np.flatnonzero(inside_C & left_C), np.flatnonzero(outside_C)
         if not len(there) or not len(asking):
             continue
         near_CK, far_CK = nearest(values_CD[asking], values_CD[there], k)
