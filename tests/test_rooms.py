@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "genemodel"
 ORDER = (
     ("errors",),
     ("settings", "writing"),
+    ("expression",),
     ("genes",),
     ("cells",),
     ("model",),
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "scib_metrics": {"evaluation"},
     "wandb": {"train"},
     "torch": {
+        "expression",
         "cells",
         "model",
         "tasks",
@@ -51,7 +53,16 @@ ALLOWED: dict[str, set[str]] = {
     },  # fmt: skip
 }
 # Too slow to import for whoever only wants the room: only inside functions, or for type checkers.
-ONLY_WHEN_USED = {"scanpy", "scvi", "scib_metrics", "wandb", "matplotlib", "umap", "transformers"}
+ONLY_WHEN_USED = {
+    "scanpy",
+    "scvi",
+    "scib_metrics",
+    "wandb",
+    "matplotlib",
+    "umap",
+    "pynndescent",
+    "transformers",
+}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 
 

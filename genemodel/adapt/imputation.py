@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,15 +26,16 @@ from genemodel.adapt.posterior import (
     calibrate_dispersion,
     posterior_gamma,
     randomised_pit,
-    split_molecules,
     tally_coverage,
 )
 from genemodel.adapt.setting_ranges import check_numbers
 from genemodel.errors import ConfigError, DataError
+from genemodel.expression.likelihood import MultinomialLoss
+from genemodel.expression.normalise import log_normalised
+from genemodel.expression.thinning import split_molecules
 
 logger = logging.getLogger(__name__)
 
-INPUT_SCALE = 1e4
 BLOCK_CELLS = 256
 
 
@@ -111,54 +111,10 @@ class DecoderSettings:
         return max(1, min(self.epochs, math.ceil(self.epochs * self.full_passes / n_cells)))
 
 
-class MultinomialLoss(torch.autograd.Function):
-    """Mean negative log-likelihood per molecule of sparse counts under a softmax over genes.
-
-    Dense work is one matrix product and one exponential; the gradient with respect to the logits
-    is formed in the same buffer, so a batch needs a single (C, G) array.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        latent_CD: Tensor,
-        gene_GD: Tensor,
-        bias_G: Tensor,
-        row_N: Tensor,
-        column_N: Tensor,
-        count_N: Tensor,
-        library_C: Tensor,
-    ) -> Tensor:
-        """Score stored entries (row, column, count) under the softmax of the logits."""
-        logit_CG = torch.addmm(bias_G, latent_CD, gene_GD.t())
-        partition_C = torch.logsumexp(logit_CG, 1)
-        total = library_C.sum().clamp_min(1.0)
-        loss = (library_C @ partition_C - count_N @ logit_CG[row_N, column_N]) / total
-        grad_CG = logit_CG.sub_(partition_C[:, None]).exp_().mul_(library_C[:, None])
-        grad_CG[row_N, column_N] -= count_N
-        ctx.save_for_backward(grad_CG.div_(total), latent_CD, gene_GD)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        """Pass the kept gradient on to latent vectors, gene vectors and biases."""
-        grad_CG, latent_CD, gene_GD = ctx.saved_tensors
-        return (
-            grad_loss * (grad_CG @ gene_GD),
-            grad_loss * (grad_CG.t() @ latent_CD),
-            grad_loss * grad_CG.sum(0),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
 def _encoder_input(count_CG: sp.csr_matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """Gene index, row offset and weight: log1p of counts per 10,000 over sqrt(genes seen)."""
+    """Gene index, row offset and weight: log-normalised counts over sqrt(genes seen)."""
     stored_C = np.diff(count_CG.indptr)
-    library_C = np.maximum(np.asarray(count_CG.sum(axis=1)).ravel(), 1.0)
-    weight_N = np.log1p(count_CG.data * np.repeat(INPUT_SCALE / library_C, stored_C))
+    weight_N = log_normalised(count_CG).data
     weight_N /= np.repeat(np.sqrt(np.maximum(stored_C, 1)), stored_C)
     return (
         torch.from_numpy(count_CG.indices.astype(np.int64)),

@@ -40,6 +40,7 @@ from genemodel.adapt.posterior import (
 )
 from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.errors import ConfigError, DataError
+from genemodel.expression.normalise import depth_factor
 from genemodel.settings import nearest, parse, to_values
 from genemodel.writing import found_again
 
@@ -57,7 +58,6 @@ MEDIAN_LIBRARY = "median"
 # A factor on each cell's own library, such as "0.5x".
 _OWN_LIBRARY = re.compile(r"(\d+\.?\d*|\.\d+)x")
 LARGEST_IN_MEMORY = 4e9
-CP10K = 1e4
 _FEWEST = 20
 # Counts that a gene is given which was measured and never seen; the decoder starts from the same.
 _UNSEEN = 0.1
@@ -95,9 +95,9 @@ class GammaPosterior:
         library_C
             Counts of that measurement per cell, to which the rates belong.
         """
-        return expected_log1p(
-            self.shape_CG, self.rate_CG, CP10K / np.maximum(library_C, 1.0).astype(np.float64)
-        )
+        # Below one count the logarithm of a share would be of the library and not of the cell.
+        scale_C = depth_factor(np.maximum(library_C, 1.0).astype(np.float64))
+        return expected_log1p(self.shape_CG, self.rate_CG, scale_C)
 
     def quantiles(self, levels: Sequence[float]) -> NDArray[np.float64]:
         """Quantiles of the rate, (Q, C, G)."""

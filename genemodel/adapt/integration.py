@@ -19,16 +19,20 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from genemodel.adapt.integration_net import (
-    TARGET,
     IntegrationNet,
     IntegrationSettings,
     gaussian_kl,
     label_loss,
-    nb_loss,
 )
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
-from genemodel.adapt.variable_genes import select_genes
 from genemodel.errors import ConfigError
+from genemodel.expression.likelihood import negative_binomial_loss
+from genemodel.expression.normalise import log_normalised, normalised
+from genemodel.expression.thinning import thin
+from genemodel.expression.variable_genes import select_genes
+
+# Counts above it are thinned by expectation.
+_MOST_TRIALS = 200
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -61,28 +65,16 @@ class _Rows:
     def full(self, cell_C: np.ndarray) -> Tensor:
         return self.dense(len(cell_C), *self.stored(cell_C))
 
-    def pair(self, cell_C: np.ndarray, keep_min: float) -> tuple[Tensor, Tensor]:
-        """Return the thinned view and the full counts of the same cells."""
+    def pair(
+        self, cell_C: np.ndarray, keep_min: float
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Return a thinned view of cells, dense, and row, gene and value of all their counts."""
         row_N, gene_N, count_N = self.stored(cell_C)
-        full_CG = self.dense(len(cell_C), row_N, gene_N, count_N)
-        if keep_min >= 1.0:
-            return full_CG, full_CG
-        keep_N = self.rng.uniform(keep_min, 1.0, len(cell_C))[row_N]
-        thin_N = thin(count_N, keep_N, self.rng)
-        return self.dense(len(cell_C), row_N, gene_N, thin_N), full_CG
-
-
-def thin(count_N: np.ndarray, keep_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Keep each molecule with probability `keep_N`; counts above 200 by expectation.
-
-    The relative noise of a binomial with more than 200 trials is below 7 %, smaller than what the
-    logarithm of the input lets through, and read counts of full-length protocols reach 1e6.
-    """
-    out_N = np.rint(count_N * keep_N)
-    small_N = count_N <= 200
-    trials_N = np.rint(count_N[small_N]).astype(np.int64)
-    out_N[small_N] = rng.binomial(trials_N, keep_N[small_N])
-    return out_N
+        full = torch.from_numpy(row_N), torch.from_numpy(gene_N), torch.from_numpy(count_N)
+        if keep_min < 1.0:
+            keep_N = self.rng.uniform(keep_min, 1.0, len(cell_C))[row_N]
+            count_N = thin(count_N, keep_N, self.rng, most_trials=_MOST_TRIALS)
+        return self.dense(len(cell_C), row_N, gene_N, count_N), full
 
 
 @dataclass
@@ -222,7 +214,7 @@ def _train(
     rows = _Rows(chosen_CG, rng)
     n_cells, n_genes = rows.shape
     library_C = np.maximum(np.asarray(chosen_CG.sum(1), dtype=np.float32).ravel(), 1.0)
-    share_CG = sparse.diags(1 / library_C) @ chosen_CG
+    share_CG = normalised(chosen_CG, depth=1.0)
     vectors = None
     if gene_embeddings_GE is not None:
         vectors = torch.from_numpy(gene_embeddings_GE[gene_G].astype(np.float32))
@@ -235,7 +227,7 @@ def _train(
         embedding_GE=vectors,
         mean_share_G=torch.from_numpy(np.asarray(share_CG.mean(0), dtype=np.float32).ravel()),
     )
-    _standardise(net, share_CG)
+    _standardise(net, chosen_CG)
     features = None
     if cell_features_CF is not None:
         net.feature_mean_F.copy_(torch.from_numpy(np.nanmean(cell_features_CF, axis=0)))
@@ -297,7 +289,7 @@ def _descend(
         cell_C = order_C[at : at + size]
         at += size
         pick = torch.from_numpy(cell_C)
-        view_CG, full_CG = rows.pair(cell_C, settings.keep_min)
+        view_CG, stored = rows.pair(cell_C, settings.keep_min)
         feature = None
         if features is not None:
             seen_C1 = rng.random((size, 1)) >= settings.feature_dropout
@@ -305,7 +297,7 @@ def _descend(
         mean_CD, log_var_CD = net.encode(view_CG, feature)
         z_CD = mean_CD + torch.randn_like(mean_CD) * (0.5 * log_var_CD).exp()
         log_mean_CG = net.decode(z_CD, batch_t[pick], library_t[pick])
-        counts = nb_loss(full_CG, log_mean_CG, net.log_theta_G)
+        counts = negative_binomial_loss(log_mean_CG, net.log_theta_G, *stored) / size
         divergence = gaussian_kl(mean_CD, log_var_CD)
         weight = settings.kl_weight * min(1.0, step / max(settings.kl_ramp * steps, 1e-9))
         loss = counts + weight * divergence
@@ -325,10 +317,9 @@ def _descend(
     return history
 
 
-def _standardise(net: IntegrationNet, share_CG: sparse.csr_matrix) -> None:
-    """Mean and standard deviation of the log1p input, from the stored entries only."""
-    value_CG = (share_CG * TARGET).tocsr()
-    value_CG.data = np.log1p(value_CG.data)
+def _standardise(net: IntegrationNet, counts_CG: sparse.csr_matrix) -> None:
+    """Mean and standard deviation of the input, from the stored entries only."""
+    value_CG = log_normalised(counts_CG)
     mean_G = np.asarray(value_CG.mean(0)).ravel()
     square_G = np.asarray(value_CG.multiply(value_CG).mean(0)).ravel()
     sd_G = np.sqrt(np.maximum(square_G - mean_G**2, 0.0))

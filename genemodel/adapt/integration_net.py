@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from genemodel.adapt.setting_ranges import check_numbers
 from genemodel.errors import ConfigError
-
-TARGET = 1e4
-"""Depth to which the encoder's input is scaled before log1p."""
+from genemodel.expression.normalise import log_normalised
 
 
 @dataclass(frozen=True)
@@ -84,36 +82,6 @@ class IntegrationSettings:
         )
         if self.keep_min == 0 or self.peak_rate <= 0 or self.max_norm <= 0:
             raise ConfigError("keep_min, peak_rate and max_norm must be above 0.")
-
-
-def nb_loss(counts_CG: Tensor, log_mean_CG: Tensor, log_theta_G: Tensor) -> Tensor:
-    """Negative binomial negative log-likelihood per cell, without the terms free of parameters.
-
-    ``lgamma(x + theta) - lgamma(theta)`` is zero where ``x`` is, so the costly function is
-    evaluated at the stored counts only.
-
-    Parameters
-    ----------
-    counts_CG
-        Observed counts.
-    log_mean_CG
-        Log of the expected counts (library size included).
-    log_theta_G
-        Log of the inverse dispersion of each gene.
-
-    Returns
-    -------
-    Tensor
-        Scalar: sum over genes, mean over cells.
-    """
-    theta_G = log_theta_G.exp()
-    row_N, gene_N = counts_CG.nonzero(as_tuple=True)
-    theta_N = theta_G[gene_N]
-    gamma = (torch.lgamma(counts_CG[row_N, gene_N] + theta_N) - torch.lgamma(theta_N)).sum()
-    log_total_CG = torch.log(log_mean_CG.exp() + theta_G)
-    observed = (counts_CG * (log_mean_CG - log_total_CG)).sum()
-    dispersed = (theta_G * (log_theta_G - log_total_CG)).sum()
-    return -(observed + dispersed + gamma) / counts_CG.shape[0]
 
 
 def gaussian_kl(mean_CD: Tensor, log_var_CD: Tensor) -> Tensor:
@@ -215,9 +183,7 @@ class IntegrationNet(nn.Module):
         measured_G
             Genes that the data set measured, bool; the others count as neither high nor low.
         """
-        depth_C1 = counts_CG.sum(1, keepdim=True).clamp_min(1)
-        value_CG = torch.log1p(counts_CG * (TARGET / depth_C1))
-        value_CG = ((value_CG - self.input_mean_G) / self.input_sd_G).clamp(-6, 6)
+        value_CG = ((log_normalised(counts_CG) - self.input_mean_G) / self.input_sd_G).clamp(-6, 6)
         if measured_G is not None:
             value_CG = value_CG * measured_G
         hidden_CH = self.genes_in(value_CG)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from genemodel.adapt.shared_clusters import nearest_rows
+from genemodel.expression.neighbours import nearest
 
 MIN_CELLS = 10
 LOOKED_AT = 200
@@ -82,11 +82,11 @@ def vanished(
         pool = np.concatenate([own, others])
         foreign = {}
         for name, space in (("before", before_CD), ("after", after_CE)):
-            near_CK = nearest_rows(space[own], space[pool], NEIGHBOURS + 1)[:, 1:]
+            near_CK = nearest(space[own], space[pool], NEIGHBOURS + 1)[0][:, 1:]
             foreign[name] = near_CK >= len(own)
         before, after = float(foreign["before"].mean()), float(foreign["after"].mean())
         if after - before >= 0.3 and after > 0.5:
-            near_CK = nearest_rows(after_CE[own], after_CE[others], NEIGHBOURS)
+            near_CK, _ = nearest(after_CE[own], after_CE[others], NEIGHBOURS)
             met = population_C[others][near_CK.ravel()]
             met = met[met >= 0]
             into = int(np.bincount(met).argmax()) if met.size else -1

@@ -15,88 +15,15 @@ import numba
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaincinv, gammaln
+from scipy.special import gammaincinv
 from scipy.stats import nbinom
 
 from genemodel.errors import DataError
+from genemodel.expression.likelihood import negative_binomial_by_gene
 
 Floats = NDArray[np.floating]
 DISPERSION_SHAPES_K: NDArray[np.float64] = np.geomspace(0.05, 2000.0, 20)
 _SMALLEST_MEAN = 1e-12
-
-
-def split_molecules(
-    count_CG: sp.csr_matrix,
-    fraction: float | NDArray[np.float64],
-    generator: np.random.Generator,
-) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Split every molecule at random into a kept and a held-out part.
-
-    Parameters
-    ----------
-    count_CG
-        Non-negative integer counts, CSR (C, G); any dtype.
-    fraction
-        Probability of keeping a molecule, one number or one per cell (C,).
-    generator
-        Source of randomness.
-
-    Returns
-    -------
-    tuple of csr_matrix
-        Kept and held-out counts, float32, explicit zeros removed. For Poisson counts the two are
-        independent given the true rates, with exposures ``fraction`` and ``1 - fraction``.
-    """
-    count_CG = sp.csr_matrix(count_CG)
-    stored_C = np.diff(count_CG.indptr)
-    keep_N = np.repeat(np.broadcast_to(fraction, stored_C.shape), stored_C)
-    value_N = np.asarray(count_CG.data)
-    kept_N = generator.binomial(value_N.astype(np.int64), keep_N)
-    parts = []
-    for part_N in (kept_N, value_N - kept_N):
-        part = sp.csr_matrix(
-            (part_N.astype(np.float32), count_CG.indices.copy(), count_CG.indptr.copy()),
-            shape=count_CG.shape,
-        )
-        part.eliminate_zeros()
-        parts.append(part)
-    return parts[0], parts[1]
-
-
-def nb_log_likelihood(
-    count_CG: sp.csr_matrix, mean_CG: Floats, shape_CG: ArrayLike
-) -> NDArray[np.float64]:
-    """Negative binomial log-likelihood per gene, summed over cells.
-
-    The log-gamma terms vanish at zero, so they are evaluated on the stored entries only.
-
-    Parameters
-    ----------
-    count_CG
-        Counts, CSR (C, G).
-    mean_CG
-        Means, (C, G), positive.
-    shape_CG
-        Shapes (inverse dispersions), broadcastable to (C, G).
-
-    Returns
-    -------
-    numpy.ndarray
-        (G,), in nats.
-    """
-    shape_CG = np.broadcast_to(np.asarray(shape_CG), mean_CG.shape)
-    total_G = -(shape_CG * np.log1p(mean_CG / shape_CG)).sum(axis=0, dtype=np.float64)
-    entries = count_CG.tocoo()
-    count_N = entries.data.astype(np.float64)
-    shape_N = shape_CG[entries.row, entries.col].astype(np.float64)
-    mean_N = mean_CG[entries.row, entries.col].astype(np.float64)
-    extra_N = (
-        gammaln(shape_N + count_N)
-        - gammaln(shape_N)
-        - gammaln(count_N + 1.0)
-        + count_N * np.log(mean_N / (shape_N + mean_N))
-    )
-    return total_G + np.bincount(entries.col, extra_N, minlength=mean_CG.shape[1])
 
 
 @numba.njit(nogil=True, cache=True)
@@ -208,7 +135,9 @@ def calibrate_dispersion(
         prior_CG = prior_mean(cells) if callable(prior_mean) else prior_mean[cells]
         for k, shape in enumerate(shapes_K.tolist()):
             mean_CG, shape_CG = _posterior_mean(prior_CG, seen_CG, shape)
-            score_KG[k] += nb_log_likelihood(held_CG[cells], exposure_ratio * mean_CG, shape_CG)
+            score_KG[k] += negative_binomial_by_gene(
+                held_CG[cells], exposure_ratio * mean_CG, shape_CG
+            )
     total_G = np.asarray(count_CG.sum(axis=0)).ravel()
     bin_G = np.argsort(np.argsort(total_G, kind="stable"), kind="stable") * n_bins // n_genes
     likelihood_KG = np.exp(score_KG - score_KG.max(axis=0))

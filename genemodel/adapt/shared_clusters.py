@@ -7,40 +7,24 @@ import logging
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from scipy import sparse
+
+from genemodel.expression.groups import rows_by_group
+from genemodel.expression.neighbours import (
+    EXACT_BELOW,
+    mutual_pairs,
+    nearest,
+    nearest_elsewhere,
+)
 
 logger = logging.getLogger(__name__)
 
 
-def nearest_rows(query_CD: np.ndarray, reference_CD: np.ndarray, k: int) -> np.ndarray:
-    """Row numbers of the `k` nearest reference rows (Euclidean), exact, in blocks of 1,024."""
-    query = torch.from_numpy(np.ascontiguousarray(query_CD, dtype=np.float32))
-    reference = torch.from_numpy(np.ascontiguousarray(reference_CD, dtype=np.float32))
-    k = min(k, len(reference))
-    blocks = [
-        torch.cdist(query[start : start + 1024], reference).topk(k, largest=False).indices
-        for start in range(0, len(query), 1024)
-    ]
-    return torch.cat(blocks).numpy()
-
-
-def mutual_pairs(
-    left_CD: np.ndarray, right_CD: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (row of left, row of right) that are each among the other's `k` nearest."""
-    forward_CK = nearest_rows(left_CD, right_CD, k)
-    backward_CK = nearest_rows(right_CD, left_CD, k)
-    n_left, n_right = len(left_CD), len(right_CD)
-    left_N = np.repeat(np.arange(n_left), forward_CK.shape[1])
-    one = sparse.csr_matrix(
-        (np.ones(forward_CK.size, dtype=bool), (left_N, forward_CK.ravel())), (n_left, n_right)
-    )
-    right_N = np.repeat(np.arange(n_right), backward_CK.shape[1])
-    two = sparse.csr_matrix(
-        (np.ones(backward_CK.size, dtype=bool), (backward_CK.ravel(), right_N)), (n_left, n_right)
-    )
-    return one.multiply(two).nonzero()
+PAIRED_UP_TO = 4
+"""Batches up to which every two are searched in each other, however many cells they have."""
+ABROAD = 5
+"""Cells of other batches among which partners are then sought: against every two batches, evidence
+falls by .01 in shared populations of some batches and by .1 in those of a batch far from all."""
 
 
 def shared_evidence(
@@ -51,19 +35,53 @@ def shared_evidence(
     The share of the `smooth` nearest cells of its own batch (itself among them) that have a
     mutual nearest neighbour in any other batch: near 1 inside a shared population and low in a
     population that only one batch has, since the other batch's cells choose nearer partners.
+
+    Every two batches are compared below 20,000 cells; above, where that would take the square of
+    the batches, a cell's partners are sought among the nearest of all other batches at once.
     """
-    cells = [np.flatnonzero(batch_C == code) for code in np.unique(batch_C)]
+    unit_CD = np.ascontiguousarray(unit_CD, dtype=np.float32)
+    cells = [rows for _, rows in rows_by_group(batch_C)]
+    few = len(unit_CD) < EXACT_BELOW or len(cells) <= PAIRED_UP_TO
+    paired_C = (_paired_by_batch if few else _paired_at_once)(unit_CD, batch_C, cells, k)
+    evidence_C = np.zeros(len(unit_CD))
+    for own in cells:
+        own_CD = unit_CD[own]
+        evidence_C[own] = paired_C[own][nearest(own_CD, own_CD, smooth)[0]].mean(1)
+    return evidence_C
+
+
+def _paired_by_batch(
+    unit_CD: np.ndarray, batch_C: np.ndarray, cells: list[np.ndarray], k: int
+) -> np.ndarray:
+    """Tell the cells that have a mutual nearest neighbour, from every two batches."""
     paired_C = np.zeros(len(unit_CD), dtype=bool)
     for number, left in enumerate(cells):
         for right in cells[number + 1 :]:
             row, column = mutual_pairs(unit_CD[left], unit_CD[right], k)
             paired_C[left[row]] = True
             paired_C[right[column]] = True
-    evidence_C = np.zeros(len(unit_CD))
+    return paired_C
+
+
+def _paired_at_once(
+    unit_CD: np.ndarray, batch_C: np.ndarray, cells: list[np.ndarray], k: int
+) -> np.ndarray:
+    """Tell the cells that are among the k of their batch nearest to one of their nearest abroad.
+
+    These pairs are some of those of `_paired_by_batch`: the nearest of all other batches are among
+    the nearest of their own one. Whether the choice is mutual is asked within the batch, as there,
+    so that a batch which lies farther from the others than they from each other has partners too.
+    """
+    abroad_CK = nearest_elsewhere(unit_CD, batch_C, ABROAD)[0]
+    paired_C = np.zeros(len(unit_CD), dtype=bool)
     for own in cells:
-        near_CK = nearest_rows(unit_CD[own], unit_CD[own], smooth)
-        evidence_C[own] = paired_C[own][near_CK].mean(1)
-    return evidence_C
+        partner_N, at_N = np.unique(abroad_CK[own], return_inverse=True)
+        home_NK = nearest(unit_CD[partner_N], unit_CD[own], k)[0]
+        itself_N = np.repeat(np.arange(len(own)), ABROAD)
+        mutual_N = (home_NK[at_N.ravel()] == itself_N[:, None]).any(1)
+        paired_C[own[itself_N[mutual_N]]] = True
+        paired_C[partner_N[at_N.ravel()[mutual_N]]] = True
+    return paired_C
 
 
 @dataclass
@@ -127,9 +145,7 @@ class SharedClusterCorrection:
         rng = np.random.default_rng(self.seed)
         evidence_C = self._evidence(_unit(z_CD), batch_C)
         self.evidence_C = evidence_C
-        onehot_CB = np.eye(n_batches)[batch_C]
-        weight_CB = evidence_C[:, None] * onehot_CB
-        if weight_CB.sum() == 0:
+        if evidence_C.sum() == 0:
             logger.warning(
                 "No population is shared between the batches: the embedding is left uncorrected."
             )
@@ -138,7 +154,7 @@ class SharedClusterCorrection:
             self.mean_KD = np.zeros_like(self.centre_KD)
             self.reference_CD = z_CD[rng.permutation(n_cells)[: self.max_reference]].astype("f4")
             return z_CD
-        expected_B = weight_CB.sum(0) / weight_CB.sum()
+        expected_B = np.bincount(batch_C, evidence_C, n_batches) / evidence_C.sum()
         centre_KD = _centres(_unit(z_CD), n_clusters, self.seed)
         corrected_CD = z_CD
         member_CK = np.zeros((0, 0))
@@ -148,17 +164,18 @@ class SharedClusterCorrection:
                 near_CK = _softness(unit_CD, centre_KD, self.sigma)
                 if not member_CK.size:
                     member_CK = near_CK / near_CK.sum(1, keepdims=True)
-                observed_KB = member_CK.T @ weight_CB
+                observed_KB = _mass(member_CK, evidence_C, batch_C, n_batches)
                 for block in np.array_split(rng.permutation(n_cells), 20):
-                    observed_KB -= member_CK[block].T @ weight_CB[block]
+                    of_block = evidence_C[block], batch_C[block], n_batches
+                    observed_KB -= _mass(member_CK[block], *of_block)
                     wanted_KB = np.outer(observed_KB.sum(1), expected_B)
                     tilt_KB = np.log((wanted_KB + 1) / (observed_KB + 1))
                     power_C = (self.theta * evidence_C[block])[:, None]
                     tilted_CK = near_CK[block] * np.exp(power_C * tilt_KB[:, batch_C[block]].T)
                     member_CK[block] = tilted_CK / tilted_CK.sum(1, keepdims=True)
-                    observed_KB += member_CK[block].T @ weight_CB[block]
+                    observed_KB += _mass(member_CK[block], *of_block)
                 centre_KD = _unit(member_CK.T @ unit_CD)
-            self.offset_KBD = self._offsets(z_CD, member_CK * evidence_C[:, None], onehot_CB)
+            self.offset_KBD = self._offsets(z_CD, member_CK, evidence_C, batch_C, n_batches)
             before_CD = corrected_CD
             corrected_CD = z_CD - _moved(member_CK, self.offset_KBD, batch_C)
             change = np.linalg.norm(corrected_CD - before_CD) / np.linalg.norm(before_CD)
@@ -217,25 +234,48 @@ class SharedClusterCorrection:
         return np.clip((raw_C - self.floor) / (1 - self.floor), 0, 1)
 
     def _offsets(
-        self, z_CD: np.ndarray, weight_CK: np.ndarray, onehot_CB: np.ndarray
+        self,
+        z_CD: np.ndarray,
+        member_CK: np.ndarray,
+        evidence_C: np.ndarray,
+        batch_C: np.ndarray,
+        n_batches: int,
     ) -> np.ndarray:
-        """Ridge offsets (K, B, D): a first pass towards zero gives the batch's common offset."""
-        mass_KB = weight_CK.T @ onehot_CB
-        n_clusters, n_batches = mass_KB.shape
-        sum_KBD = np.stack([(onehot_CB * weight_CK[:, [k]]).T @ z_CD for k in range(n_clusters)])
-        common_BD = np.zeros((n_batches, z_CD.shape[1]))
+        """Ridge offsets (K, B, D): a first pass towards zero gives the batch's common offset.
+
+        In every cluster the latent is regressed on an intercept, which nothing shrinks, and one
+        offset a batch. The system is an arrow (a diagonal and one row), so it is solved for the
+        intercept first.
+        """
+        mass_KB = _mass(member_CK, evidence_C, batch_C, n_batches)
+        sum_KBD = np.zeros((*mass_KB.shape, z_CD.shape[1]))
+        for code, own in rows_by_group(batch_C):
+            sum_KBD[:, code] = (member_CK[own] * evidence_C[own, None]).T @ z_CD[own]
+        common_BD = np.zeros(sum_KBD.shape[1:])
         offset_KBD = np.zeros_like(sum_KBD)
+        held_KB = mass_KB + self.ridge
+        share_KB = mass_KB / held_KB
+        # Σ mass - Σ mass² ÷ (mass + ridge), without the cancellation.
+        pivot_K = (share_KB * self.ridge).sum(1) + 1e-6
         for _ in range(2):
-            for k in range(n_clusters):
-                system = np.zeros((n_batches + 1, n_batches + 1))
-                system[0, 0] = mass_KB[k].sum() + 1e-6
-                system[0, 1:] = system[1:, 0] = mass_KB[k]
-                system[1:, 1:] = np.diag(mass_KB[k] + self.ridge)
-                right = np.vstack([sum_KBD[k].sum(0), sum_KBD[k] + self.ridge * common_BD])
-                offset_KBD[k] = np.linalg.solve(system, right)[1:]
-            share_KB = mass_KB / np.maximum(mass_KB.sum(0), 1e-9)
-            common_BD = np.einsum("kb,kbd->bd", share_KB, offset_KBD)
+            right_KBD = sum_KBD + self.ridge * common_BD
+            rest_KD = sum_KBD.sum(1) - np.einsum("kb,kbd->kd", share_KB, right_KBD)
+            level_KD = rest_KD / pivot_K[:, None]
+            offset_KBD = (right_KBD - mass_KB[:, :, None] * level_KD[:, None]) / held_KB[:, :, None]
+            weight_KB = mass_KB / np.maximum(mass_KB.sum(0), 1e-9)
+            common_BD = np.einsum("kb,kbd->bd", weight_KB, offset_KBD)
         return offset_KBD
+
+
+def _mass(
+    member_CK: np.ndarray, evidence_C: np.ndarray, batch_C: np.ndarray, n_batches: int
+) -> np.ndarray:
+    """Evidence of every batch in every cluster, (K, B)."""
+    n_cells = len(batch_C)
+    into_BC = sparse.csr_matrix(
+        (evidence_C, (batch_C, np.arange(n_cells))), shape=(n_batches, n_cells)
+    )
+    return (into_BC @ member_CK).T
 
 
 def _unit(rows_CD: np.ndarray) -> np.ndarray:
@@ -250,14 +290,18 @@ def _centres(unit_CD: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
 
 
 def _softness(unit_CD: np.ndarray, centre_KD: np.ndarray, sigma: float) -> np.ndarray:
-    distance_CK = 2 * (1 - unit_CD @ centre_KD.T)
-    return np.exp(-(distance_CK - distance_CK.min(1, keepdims=True)) / sigma)
+    near_CK = unit_CD @ centre_KD.T
+    # In place: with a million cells one array of cells × clusters takes 0.8 GB.
+    np.subtract(1, near_CK, out=near_CK)
+    near_CK *= 2
+    near_CK -= near_CK.min(1, keepdims=True)
+    near_CK /= -sigma
+    return np.exp(near_CK, out=near_CK)
 
 
 def _moved(member_CK: np.ndarray, offset_KBD: np.ndarray, batch_C: np.ndarray) -> np.ndarray:
     """Offset of every cell: its clusters' offsets for its batch, batch by batch (no C x K x D)."""
     moved_CD = np.zeros((len(batch_C), offset_KBD.shape[2]))
-    for code in range(offset_KBD.shape[1]):
-        own = batch_C == code
+    for code, own in rows_by_group(batch_C):
         moved_CD[own] = member_CK[own] @ offset_KBD[:, code]
     return moved_CD

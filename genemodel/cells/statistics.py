@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import scipy.sparse as sp
 
+from genemodel.expression.components import right_singular_vectors
+from genemodel.expression.normalise import depth_factor, log_normalised
+
 if TYPE_CHECKING:
     from genemodel.cells.corpus import Corpus
 
@@ -81,7 +84,7 @@ class GeneStatistics:
             at = species_of[all_cells][row_N] * n_tokens + gene
             for into, weight in (
                 (detections, None),
-                (value, np.log1p(count / depth[row_N] * 1e4)),
+                (value, np.log1p(count * depth_factor(depth[row_N]))),
                 (total, count),
                 (square, count**2),
                 (cross, count * depth[row_N]),
@@ -158,8 +161,7 @@ class PrincipalGenes:
             chosen.append(run)
         cells = np.concatenate(chosen)
         X_CV = sp.vstack(parts, format="csr").astype(np.float32)
-        library = np.repeat(corpus.library_C[cells], np.diff(X_CV.indptr))
-        X_CV.data = np.log1p(X_CV.data / library.astype(np.float32) * 1e4)
+        X_CV = log_normalised(X_CV, corpus.library_C[cells])
         member_CS = np.zeros((cells.size, len(names)), np.float32)
         member_CS[np.arange(cells.size), species_of[cells]] = 1.0
         mean_SV = (member_CS.T @ X_CV) / np.maximum(member_CS.sum(0), 1.0)[:, None]
@@ -170,14 +172,9 @@ class PrincipalGenes:
         def transposed_times(B_CK: np.ndarray) -> np.ndarray:
             return X_CV.T @ B_CK - mean_SV.T @ (member_CS.T @ B_CK)
 
-        # Halko, Martinsson & Tropp (2011): random projection, power iterations, small SVD.
         k = min(n_components, cells.size - 1)
-        start = np.random.default_rng(seed).normal(size=(X_CV.shape[1], k + 8))
-        basis = np.linalg.qr(times(start.astype(np.float32)))[0]
-        for _ in range(4):  # the spectrum of counts is flat: two leave the later ones 8 % short
-            basis = np.linalg.qr(times(np.linalg.qr(transposed_times(basis))[0]))[0]
-        _, size, V_KV = np.linalg.svd(transposed_times(basis).T, full_matrices=False)
-        V_VK, size = V_KV[:k].T, np.maximum(size[:k], 1e-6)
+        V_VK, size = right_singular_vectors(times, transposed_times, X_CV.shape[1], k, seed=seed)
+        size = np.maximum(size, 1e-6)
         spread = size / np.sqrt(cells.size)  # standard deviation of the unscaled scores
         loading_VK = (V_VK / spread).astype(np.float32)
         return cls(

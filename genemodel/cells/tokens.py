@@ -16,6 +16,7 @@ from numba import njit
 
 from genemodel.cells.packing import places_for, tail_pieces
 from genemodel.errors import ConfigError
+from genemodel.expression.normalise import DEPTH
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def pack_cells(  # type: ignore[no-untyped-def]
         rank_T[at] = 0
         segment_T[at] = place
         at += 1
-        scale = np.float32(1e4) / np.float32(library_C[place])
+        scale = np.float32(DEPTH) / np.float32(library_C[place])
         # Most counts are small whole numbers: their logarithms are taken once a cell.
         for small in range(N_LOGS):
             log_of[small] = np.log1p(np.float32(small) * scale)
@@ -369,7 +370,7 @@ def published_sequence(
             f"Geneformer divides by the cell's total counts, but library is {library!r}: pass the "
             "positive sum over all genes of the cell."
         )
-    value = count / library * 10_000.0 / median
+    value = count / library * 10_000.0 / median  # Geneformer's own, whatever ours is
     order = np.lexsort((token, -value))
     if style == "geneformer_v1":
         return PublishedSequence(token[order[:2048]])

@@ -20,12 +20,12 @@ from genemodel.evaluation.baselines import (
     Conditions,
     column,
     counts_of,
-    log_normalised,
     none,
     scvi,
     tuned,
     variable_log,
 )
+from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import (
     MIN_REFERENCE,

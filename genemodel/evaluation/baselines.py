@@ -19,6 +19,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
+from genemodel.expression.components import principal_components
+from genemodel.expression.normalise import log_normalised
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TARGET_SUM = 1e4
 SCVI_LOGGERS = (
     "lightning.pytorch",
     "lightning.fabric",
@@ -88,16 +89,6 @@ def counts_of(adata: "AnnData") -> sp.csr_matrix:
     return sp.csr_matrix(cast(Any, adata.X), dtype=np.float32, copy=True)
 
 
-def log_normalised(counts_CG: sp.csr_matrix) -> sp.csr_matrix:
-    """Give log(1 + 10,000 × share of the cell's counts), float32 CSR."""
-    library_C = np.asarray(counts_CG.sum(axis=1), dtype=np.float64).ravel()
-    factor_C = _TARGET_SUM / np.where(library_C > 0, library_C, 1.0)
-    logged_CG = sp.csr_matrix(counts_CG, dtype=np.float32, copy=True)
-    logged_CG.data *= np.repeat(factor_C, np.diff(logged_CG.indptr)).astype(np.float32)
-    np.log1p(logged_CG.data, out=logged_CG.data)
-    return logged_CG
-
-
 def highly_variable(
     logged_CG: sp.csr_matrix, n_hvg: int, batch_C: np.ndarray | None = None, min_cells: int = 20
 ) -> np.ndarray:
@@ -130,14 +121,6 @@ def variable_log(adata: "AnnData", conditions: Conditions) -> sp.csr_matrix:
     logged_CG = log_normalised(counts_of(adata))
     batch_C = None if conditions.batch_key is None else conditions.batch_of(adata)
     return logged_CG[:, highly_variable(logged_CG, conditions.n_hvg, batch_C)]
-
-
-def principal_components(data_CG: Any, n_comps: int, seed: int) -> np.ndarray:
-    """Scores of the first principal components, centred and not scaled: (n_cells, n_comps)."""
-    import scanpy as sc
-
-    n_comps = min(n_comps, min(data_CG.shape) - 1)
-    return np.asarray(sc.pp.pca(data_CG, n_comps=n_comps, random_state=seed))
 
 
 def none(adata: "AnnData", conditions: Conditions) -> np.ndarray:

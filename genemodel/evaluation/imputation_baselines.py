@@ -25,15 +25,14 @@ from genemodel.evaluation.baselines import (
     counts_of,
     highly_variable,
     hushed,
-    log_normalised,
-    principal_components,
     quiet_training,
 )
+from genemodel.expression.components import principal_components, singular_vectors
+from genemodel.expression.neighbours import nearest
+from genemodel.expression.normalise import DEPTH, log_normalised, normalised
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-_CP10K = 1e4
 
 
 @dataclass(frozen=True)
@@ -113,26 +112,22 @@ def knn_smoothing(
             shape=(n_cells, n_cells),
         )
         summed = sp.csr_matrix(chosen @ counts)
+        summed.sort_indices()  # the order of a sum decides its last bit, and that a tie
         if k_now == k:
             return _to_library(summed.toarray(), _library(counts))
 
 
 def _freeman_tukey(counts: sp.csr_matrix) -> sp.csr_matrix:
     """Give √x + √(x + 1) - 1 at the median depth: the -1 keeps zeros and drops out of the PCA."""
-    library_C1 = _library(counts)
-    scaled = sp.csr_matrix(counts.multiply(np.median(library_C1) / np.maximum(library_C1, 1.0)))
+    scaled = normalised(counts, depth=float(np.median(_library(counts))))
     scaled.data = np.sqrt(scaled.data) + np.sqrt(scaled.data + 1.0) - 1.0
     return scaled
 
 
 def _nearest_cells(data: Any, k: int, n_comps: int, seed: int) -> np.ndarray:
     """Each cell itself, then its k nearest others in the PCA of ``data``: (n_cells, k + 1)."""
-    from sklearn.neighbors import NearestNeighbors
-
     place_CD = principal_components(data, n_comps, seed)
-    found_CK = (
-        NearestNeighbors(n_neighbors=k + 1).fit(place_CD).kneighbors(place_CD)[1].astype(np.int64)
-    )
+    found_CK, _ = nearest(place_CD, place_CD, k + 1)
     # where several cells lie on one point, a cell may be absent from its own neighbours
     itself_C = np.arange(len(found_CK))
     absent_C = (found_CK != itself_C[:, None]).all(axis=1)
@@ -157,17 +152,15 @@ def magic(
     cut below 10⁻⁴ and at 3 × knn neighbours, made symmetric; its rows scaled to 1; the data
     multiplied by it t times; transformed back.
     """
-    from sklearn.neighbors import NearestNeighbors
-
     counts = counts_of(adata)
     library_C1 = _library(counts)
     there, back = (np.log1p, np.expm1) if logarithm else (np.sqrt, np.square)
-    bent = sp.csr_matrix(counts.multiply(_CP10K / np.maximum(library_C1, 1.0)))
+    bent = normalised(counts)
     bent.data = there(bent.data)
     place_CD = principal_components(bent, n_comps, conditions.seed)
     knn = min(knn, adata.n_obs - 1)
     n_near = min(3 * knn, adata.n_obs - 1) + 1  # the cell itself is its own first neighbour
-    distance_CK, index_CK = NearestNeighbors(n_neighbors=n_near).fit(place_CD).kneighbors(place_CD)
+    index_CK, distance_CK = nearest(place_CD, place_CD, n_near)
     width_C1 = np.maximum(distance_CK[:, knn : knn + 1], 1e-12)
     weight_CK = np.exp(-((distance_CK / width_C1) ** decay))
     weight_CK[weight_CK < 1e-4] = 0.0
@@ -196,14 +189,10 @@ def alra(adata: "AnnData", conditions: Conditions, *, max_rank: int = 100) -> np
     (their 0.1 % quantile) are technical zeros; the rest is scaled to the mean and spread of the
     gene's observed non-zero values; observed values are never set to zero.
     """
-    from sklearn.utils.extmath import randomized_svd
-
     counts = counts_of(adata)
     logged = log_normalised(counts)
     n_values = min(max_rank, min(logged.shape) - 1)
-    left, size, right = randomized_svd(
-        logged, n_components=n_values, n_iter=4, random_state=conditions.seed
-    )
+    left, size, right = singular_vectors(logged, n_values, passes=4, seed=conditions.seed)
     rank = _rank_above_noise(size)
     observed_CG = logged.toarray()
     low_CG = ((left[:, :rank] * size[:rank]) @ right[:rank]).astype(np.float32)
@@ -295,7 +284,7 @@ def mice(adata: "AnnData", conditions: Conditions, *, n_genes: int = 100) -> np.
         max_value=float(np.nanmax(value_CG)),
         random_state=conditions.seed,
     )
-    filled_CG = np.expm1(imputer.fit_transform(value_CG)) / _CP10K * _library(counts)
+    filled_CG = np.expm1(imputer.fit_transform(value_CG)) / DEPTH * _library(counts)
     result_CG = counts.toarray()
     result_CG[:, genes] = filled_CG
     return result_CG

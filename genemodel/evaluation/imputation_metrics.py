@@ -16,9 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
+from genemodel.expression.likelihood import poisson_losses
+from genemodel.expression.normalise import log_normalised
+from genemodel.expression.thinning import split_molecules
 
 KEEP = 0.9
-_TARGET_SUM = 1e4
 _TINY_RATE = 1e-6
 _ROWS = 512  # cells made dense at a time
 _SAMPLED_CELLS, _SAMPLED_GENES = 1_000, 2_000  # for the correlations
@@ -87,14 +89,8 @@ def mcv_split(
             "the counts hold negative or fractional values: molecular cross-validation splits "
             "molecules and needs raw counts; name the layer that holds them"
         )
-    values_N = values_N.astype(np.int64)
-    train_N = np.random.default_rng(seed).binomial(values_N, keep)
-    parts = []
-    for part_N in (train_N, values_N - train_N):
-        part = sp.csr_matrix((part_N, whole.indices.copy(), whole.indptr.copy()), whole.shape)
-        part.eliminate_zeros()
-        parts.append(part)
-    train, test = parts
+    whole.data = values_N
+    train, test = split_molecules(whole, keep, np.random.default_rng(seed), dtype=np.int64)
     if train.nnz == 0:
         raise DataError("no molecule is left in the training part: the counts are all zero")
     gene_kept_G = np.ones(whole.shape[1], dtype=bool)
@@ -192,25 +188,18 @@ def _dense(matrix: Matrix, start: int, rows: int = _ROWS) -> np.ndarray:
     return np.asarray(block.toarray() if sp.issparse(block) else block, dtype=np.float64)
 
 
-def log_scaled(count_CG: np.ndarray) -> np.ndarray:
-    """log(1 + 10,000 × share of the cell's counts); a cell without counts stays zero."""
-    total_C1 = count_CG.sum(axis=1, keepdims=True)
-    return np.log1p(_TARGET_SUM * count_CG / np.where(total_C1 > 0, total_C1, 1.0))
+def _log(count_CG: np.ndarray) -> np.ndarray:
+    return log_normalised(count_CG, dtype=np.float64)
 
 
 def _losses(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
     squared = poisson = deviance = 0.0
     for start in range(0, split.test.shape[0], _ROWS):
         test_CG, denoised_CG = _dense(split.test, start), _dense(matrix, start)
-        squared += float(((log_scaled(test_CG) - log_scaled(denoised_CG)) ** 2).sum())
+        squared += float(((_log(test_CG) - _log(denoised_CG)) ** 2).sum())
         rate_CG = denoised_CG * split.test_per_train
-        there = test_CG > 0
-        log_rate_N = np.log(rate_CG[there] + _TINY_RATE)
-        test_N = test_CG[there]
-        gain = float((test_N * log_rate_N).sum())
-        poisson += float(rate_CG.sum()) - gain
-        saturated = float((test_N * (np.log(test_N) - 1.0)).sum())
-        deviance += 2.0 * (float(rate_CG.sum()) - gain + saturated)
+        losses = poisson_losses(test_CG, rate_CG, floor=_TINY_RATE)
+        poisson, deviance = poisson + losses[0], deviance + losses[1]
     n = float(split.test.shape[0] * split.test.shape[1])
     return {"mse": squared / n, "poisson": poisson / n, "deviance": deviance / n}
 
@@ -288,14 +277,14 @@ def _correlations(matrix: Matrix, split: MolecularSplit) -> dict[str, float]:
 
 def _log_rows(matrix: Matrix, cells: np.ndarray) -> np.ndarray:
     """Log-scaled profiles of some cells, (cells, genes)."""
-    return log_scaled(_dense(matrix[cells], 0, len(cells))).astype(np.float32)
+    return _log(_dense(matrix[cells], 0, len(cells))).astype(np.float32)
 
 
 def _log_columns(matrix: Matrix, genes: np.ndarray) -> np.ndarray:
     """Log-scaled values of some genes in all cells, (genes, cells)."""
     value_GC = np.empty((len(genes), matrix.shape[0]), dtype=np.float32)
     for start in range(0, matrix.shape[0], _ROWS):
-        value_GC[:, start : start + _ROWS] = log_scaled(_dense(matrix, start))[:, genes].T
+        value_GC[:, start : start + _ROWS] = _log(_dense(matrix, start))[:, genes].T
     return value_GC
 
 
@@ -623,14 +612,15 @@ def score_against_expectation(
         ``truth_pearson_gene``, ``truth_spearman_gene``, ``truth_mse``, ``truth_genes`` (how many).
     """
     genes_G = expected_CG.mean(axis=0) >= min_share
-    truth_CG = np.log1p(_TARGET_SUM * expected_CG[:, genes_G].astype(np.float64))
+    share_CG = expected_CG[:, genes_G].astype(np.float64)
+    truth_CG = log_normalised(share_CG, np.ones(len(share_CG)), dtype=np.float64)
     truth_GC = np.ascontiguousarray(truth_CG.T)
     rows = {}
     for name, matrix in denoised.items():
         if matrix.shape != expected_CG.shape:
             raise DataError(f"denoised {name!r}: shape {matrix.shape}, truth {expected_CG.shape}")
         profile_CG = np.vstack(
-            [log_scaled(_dense(matrix, i))[:, genes_G] for i in range(0, matrix.shape[0], _ROWS)]
+            [_log(_dense(matrix, i))[:, genes_G] for i in range(0, matrix.shape[0], _ROWS)]
         )
         profile_GC = np.ascontiguousarray(profile_CG.T)
         rows[name] = {

@@ -16,15 +16,17 @@ import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from sklearn.metrics import (
     adjusted_rand_score,
     normalized_mutual_info_score,
     silhouette_samples,
 )
-from sklearn.neighbors import NearestNeighbors
 
 from genemodel.errors import ConfigError, DataError
+from genemodel.expression.components import principal_components
+from genemodel.expression.neighbours import nearest_elsewhere, nearest_others
+from genemodel.expression.normalise import log_normalised
+from genemodel.expression.variable_genes import variable_counts
 
 __all__ = [
     "batch_silhouette",
@@ -96,7 +98,7 @@ def _labelled(
 
 
 def neighbours(embedding_CD: np.ndarray, k: int = 15) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k nearest other cells of every cell, by exact Euclidean search.
+    """Return the k nearest other cells of every cell (`expression.neighbours`).
 
     Returns
     -------
@@ -104,16 +106,7 @@ def neighbours(embedding_CD: np.ndarray, k: int = 15) -> tuple[np.ndarray, np.nd
         Indices and distances, nearest first. A cell is never its own neighbour, also where cells
         coincide.
     """
-    values_CD = _embedding(embedding_CD)
-    n = len(values_CD)
-    k = min(k, n - 1)
-    distance, index = (
-        NearestNeighbors(n_neighbors=k + 1, algorithm="brute").fit(values_CD).kneighbors(values_CD)
-    )
-    itself = index == np.arange(n)[:, None]
-    # Where many cells coincide a cell may be missing from its own list: then the farthest one goes.
-    itself[~itself.any(axis=1), -1] = True
-    return index[~itself].reshape(n, k), distance[~itself].reshape(n, k).astype(np.float32)
+    return nearest_others(_embedding(embedding_CD), k)
 
 
 def cross_batch_neighbours(embedding_CD: np.ndarray, batch: Labels, k: int = 15) -> np.ndarray:
@@ -121,16 +114,9 @@ def cross_batch_neighbours(embedding_CD: np.ndarray, batch: Labels, k: int = 15)
     values_CD = _embedding(embedding_CD, ("batch", batch))
     batch_C, _ = _codes(batch)
     found = np.full((len(values_CD), k), -1, np.int64)
-    for b in np.unique(batch_C[batch_C >= 0]):
-        inside, outside = (
-            np.flatnonzero(batch_C == b),
-            np.flatnonzero((batch_C != b) & (batch_C >= 0)),
-        )
-        if len(outside) == 0:
-            continue
-        here = min(k, len(outside))
-        search = NearestNeighbors(n_neighbors=here, algorithm="brute").fit(values_CD[outside])
-        found[inside, :here] = outside[search.kneighbors(values_CD[inside], return_distance=False)]
+    known = np.flatnonzero(batch_C >= 0)
+    index_CK, _ = nearest_elsewhere(values_CD[known], batch_C[known], k)
+    found[known] = np.where(index_CK >= 0, known[index_CK], -1)
     return found
 
 
@@ -710,35 +696,6 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def highly_variable(counts_CG: sparse.csr_matrix, n_genes: int) -> np.ndarray:
-    """Return the indices (ascending) of the genes whose counts vary most beyond their mean.
-
-    The variance of counts is regressed on the mean (cubic in logarithms); genes are ranked by the
-    variance of counts standardised with the fitted deviation and clipped at sqrt(C), which is the
-    idea of Seurat v3 with a polynomial in place of loess.
-    """
-    counts_CG = sparse.csr_matrix(counts_CG)
-    n_cells, n_all = counts_CG.shape
-    mean_G = np.asarray(counts_CG.mean(axis=0)).ravel()
-    square_G = np.asarray(counts_CG.multiply(counts_CG).mean(axis=0)).ravel()
-    variance_G = np.clip(square_G - mean_G**2, 0, None) * n_cells / max(n_cells - 1, 1)
-    usable_G = (variance_G > 0) & (mean_G > 0)
-    if usable_G.sum() <= max(n_genes, 5):
-        return np.flatnonzero(usable_G)
-    x_G, y_G = np.log10(mean_G[usable_G]), np.log10(variance_G[usable_G])
-    fitted_G = np.zeros(n_all)
-    fitted_G[usable_G] = 10 ** (0.5 * np.polynomial.Polynomial.fit(x_G, y_G, 3)(x_G))
-    by_gene = counts_CG.tocsc().astype(np.float64)
-    gene_N = np.repeat(np.arange(n_all), np.diff(by_gene.indptr))
-    deviation_G = np.where(usable_G, fitted_G, 1.0)
-    z_N = np.minimum((by_gene.data - mean_G[gene_N]) / deviation_G[gene_N], np.sqrt(n_cells))
-    zeros_G = n_cells - np.diff(by_gene.indptr)
-    score_G = np.bincount(gene_N, z_N**2, minlength=n_all) + zeros_G * (mean_G / deviation_G) ** 2
-    score_G[~usable_G] = -1.0
-    # A stable sort keeps the choice the same where two genes tie.
-    return np.sort(np.argsort(-score_G, kind="stable")[:n_genes])
-
-
 def pca_of_lognorm(
     counts_CG: sparse.csr_matrix, *, n_comps: int = 50, n_hvg: int = 2000, seed: int = 0
 ) -> np.ndarray:
@@ -768,14 +725,12 @@ def pca_of_lognorm(
             f"{int((library_C <= 0).sum()):,} cells have no counts; drop them before computing a "
             "PCA."
         )
-    chosen = highly_variable(counts_CG, n_hvg)
+    chosen = variable_counts(counts_CG, n_hvg)
     if len(chosen) < 2 or counts_CG.shape[0] < 3:
         raise DataError(
             f"PCA of {counts_CG.shape[0]:,} cells and {len(chosen)} varying genes is not possible; "
             "pass more."
         )
-    values_CG = sparse.diags_array(1e4 / library_C) @ counts_CG[:, chosen]
-    values_CG = sparse.csr_matrix(values_CG).log1p().astype(np.float32)
-    n_comps = min(n_comps, len(chosen) - 1, counts_CG.shape[0] - 1)
-    decomposition = PCA(n_comps, svd_solver="arpack", random_state=seed)
-    return decomposition.fit_transform(values_CG).astype(np.float32)
+    values_CG = log_normalised(counts_CG[:, chosen], library_C, dtype=np.float64)
+    scores = principal_components(values_CG.astype(np.float32), n_comps, seed)
+    return scores.astype(np.float32, copy=False)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.evaluation import light_metrics
+from genemodel.expression.neighbours import nearest
 from genemodel.inference.collapse import effective_rank
 
 if TYPE_CHECKING:
@@ -232,11 +233,8 @@ def _neighbours(array_CD: np.ndarray, n_jobs: int) -> "NeighborsResults":
     n_neighbours = min(max(_NEIGHBOURS), len(array_CD) - 1)
     if len(array_CD) >= 512:
         return pynndescent(array_CD, n_neighbors=n_neighbours, random_state=0, n_jobs=n_jobs)
-    from sklearn.neighbors import NearestNeighbors
-
-    search = NearestNeighbors(n_neighbors=n_neighbours, algorithm="brute").fit(array_CD)
-    distance_CK, index_CK = search.kneighbors(array_CD)
-    return NeighborsResults(indices=index_CK, distances=distance_CK.astype(np.float32))
+    index_CK, distance_CK = nearest(array_CD, array_CD, n_neighbours)
+    return NeighborsResults(indices=index_CK, distances=distance_CK)
 
 
 def _nearest(neighbours: "NeighborsResults", n: int) -> "NeighborsResults":

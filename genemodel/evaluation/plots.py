@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
+from genemodel.expression.components import principal_components
+from genemodel.expression.neighbours import nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,8 +154,6 @@ def umap_of(
     (c, 2) float32, (c,) int64
         Coordinates, and the indices of the cells laid out, ascending.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.neighbors import NearestNeighbors
     from umap import umap_
 
     values_CD = np.asarray(embedding_CD, dtype=np.float32)
@@ -171,9 +171,8 @@ def umap_of(
     k = min(n_neighbors, len(at) - 1)
     # The exact graph: at this size it is quick, and it spares the compilation of the approximate
     # search.
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(values_CD)
-    distance_CK, index_CK = search.kneighbors(values_CD)
-    start_C2 = PCA(2, svd_solver="full").fit_transform(values_CD)
+    index_CK, distance_CK = nearest(values_CD, values_CD, k)
+    start_C2 = principal_components(values_CD, 2, seed)
     start_C2 *= 10 / max(float(np.abs(start_C2).max()), 1e-12)
     graph = _fuzzy_graph(index_CK, distance_CK)
     state = np.random.RandomState(seed)

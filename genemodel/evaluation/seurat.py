@@ -20,9 +20,9 @@ from genemodel.errors import DataError
 from genemodel.evaluation.baselines import (
     Conditions,
     counts_of,
-    principal_components,
     variable_log,
 )
+from genemodel.expression.components import principal_components
 
 if TYPE_CHECKING:
     from anndata import AnnData

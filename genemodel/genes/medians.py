@@ -19,6 +19,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
+from genemodel.expression.normalise import DEPTH
 
 EXACT_UP_TO = 65_535
 RELATIVE_ERROR = 1 / 256
@@ -155,7 +156,7 @@ class NonzeroMedians:
                 f"cell {at}: library {library[at]:g} is below the sum of its counts {own[at]:g} or "
                 "not a number; give the total over all genes, or none"
             )
-        return np.divide(1e4, library, out=np.zeros_like(library), where=library > 0)
+        return np.divide(DEPTH, library, out=np.zeros_like(library), where=library > 0)
 
     def _reserve(self, n: int) -> None:
         """Make room for at least `n` pages, doubling."""

@@ -16,6 +16,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError, GenemodelError
+from genemodel.expression.neighbours import nearest, without
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
@@ -349,26 +350,21 @@ class _Transfer:
 
         ``itself_C`` are rows of the reference that may not vote on themselves.
         """
-        winners, shares, distances = [], [], []
-        for start in range(0, len(unit_CD), BLOCK):
-            block = slice(start, start + BLOCK)
-            square_CR = np.maximum(2 - 2 * unit_CD[block] @ self.unit_RD.T, 0)
-            n = len(square_CR)
-            if itself_C is not None:
-                square_CR[np.arange(n), itself_C[block]] = np.inf
-            near_CK = np.argpartition(square_CR, self.k - 1, axis=1)[:, : self.k]
-            distance_CK = np.sqrt(np.take_along_axis(square_CR, near_CK, 1))
-            # The scale of a cell's own surroundings: near and far mean the same everywhere.
-            width_C1 = np.maximum(distance_CK.mean(1, keepdims=True), 1e-8)
-            weight_CK = np.exp(-distance_CK / width_C1)
-            votes_CL = np.zeros((n, self.n_labels))
-            np.add.at(votes_CL, (np.arange(n)[:, None], self.label_R[near_CK]), weight_CK)
-            winners.append(votes_CL.argmax(1))
-            shares.append(votes_CL.max(1) / votes_CL.sum(1))
-            distances.append(distance_CK.mean(1))
-        if not winners:
-            return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
-        return np.concatenate(winners), np.concatenate(shares), np.concatenate(distances)
+        found = nearest(unit_CD, self.unit_RD, self.k + (itself_C is not None))
+        near_CK, distance_CK = found if itself_C is None else without(found, itself_C)
+        n, distance_CK = len(near_CK), distance_CK.astype(np.float64)
+        # The scale of a cell's own surroundings: near and far mean the same everywhere.
+        width_C1 = np.maximum(distance_CK.mean(1, keepdims=True), 1e-8)
+        weight_CK = np.exp(-distance_CK / width_C1)
+        winner_C, share_C = np.zeros(n, np.int64), np.zeros(n)
+        for start in range(0, n, BLOCK):
+            rows = slice(start, start + BLOCK)
+            votes_CL = np.zeros((len(near_CK[rows]), self.n_labels))
+            at_C1 = np.arange(len(votes_CL))[:, None]
+            np.add.at(votes_CL, (at_C1, self.label_R[near_CK[rows]]), weight_CK[rows])
+            winner_C[rows] = votes_CL.argmax(1)
+            share_C[rows] = votes_CL.max(1) / votes_CL.sum(1)
+        return winner_C, share_C, distance_CK.mean(1)
 
     def held_out(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Rows of the reference, and how the other ones vote on them."""

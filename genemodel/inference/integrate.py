@@ -13,10 +13,12 @@ import numpy as np
 
 import genemodel
 from genemodel.adapt.integration import Integration, Progress, train_integration
-from genemodel.adapt.integration_net import TARGET, IntegrationSettings
+from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError, DataError
+from genemodel.expression.components import singular_vectors
+from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import GeneCounts, read_counts
@@ -254,8 +256,8 @@ def _evidence(trained: Integration, code_C: np.ndarray, batches: list[str]) -> d
     if trained.correction is None:
         return {}
     evidence_C = trained.correction.evidence_C
-    share_B = [float(evidence_C[code_C == code].mean()) for code in range(len(batches))]
-    return {"batches": list(batches), "shared_evidence": share_B}
+    share_B = np.bincount(code_C, evidence_C) / np.bincount(code_C)
+    return {"batches": list(batches), "shared_evidence": share_B.tolist()}
 
 
 def _guard(
@@ -296,12 +298,9 @@ def _guard(
 
 
 def _components(counts_CG: "sp.csr_matrix", seed: int) -> np.ndarray:
-    """Principal directions of the log-normalised counts, float32 (C, 20 or fewer)."""
-    import scipy.sparse as sp
-    from sklearn.decomposition import TruncatedSVD
-
-    depth_C = np.maximum(np.asarray(counts_CG.sum(1), dtype=np.float64).ravel(), 1.0)
-    value_CG = (sp.diags(TARGET / depth_C) @ counts_CG).log1p()
-    n_components = max(1, min(20, value_CG.shape[1] - 1))
-    found = TruncatedSVD(n_components, n_iter=3, random_state=seed).fit_transform(value_CG)
-    return np.asarray(found, dtype=np.float32)
+    """Leading directions of the log-normalised counts, float32 (C, 20 or fewer)."""
+    n_components = max(1, min(20, counts_CG.shape[1] - 1))
+    left_CK, size_K, _ = singular_vectors(
+        log_normalised(counts_CG, dtype=np.float64), n_components, passes=3, seed=seed
+    )
+    return np.asarray(left_CK * size_K, dtype=np.float32)

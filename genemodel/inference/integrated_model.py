@@ -26,6 +26,7 @@ from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import read_about, read_tensors, write_checked
 from genemodel.errors import DataError
+from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import batch_names
@@ -144,12 +145,14 @@ class IntegratedModel:
         out_CD = latent_CD.copy()
         empty_C = np.asarray(counts.counts_CG.sum(1)).ravel() == 0
         if self.correction is not None:
-            for name in sorted(set(name_C)):
-                rows = np.flatnonzero((name_C == name) & ~empty_C)
+            names, number_C = np.unique(name_C.astype(str), return_inverse=True)
+            place = {name: code for code, name in enumerate(self.batches)}
+            for number, own in rows_by_group(number_C):
+                rows, name = own[~empty_C[own]], str(names[number])
                 if not rows.size:
                     continue
-                if name in self.batches:
-                    code_C = np.full(rows.size, self.batches.index(name))
+                if name in place:
+                    code_C = np.full(rows.size, place[name])
                     out_CD[rows] = self.correction.map_known(latent_CD[rows], code_C)
                 else:
                     out_CD[rows] = self.correction.map_batch(latent_CD[rows])

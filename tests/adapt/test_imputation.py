@@ -10,7 +10,6 @@ import torch
 from genemodel.adapt.imputation import (
     Decoder,
     DecoderSettings,
-    MultinomialLoss,
     decode_fraction,
     train_decoder,
 )
@@ -20,26 +19,6 @@ from genemodel.errors import ConfigError, DataError
 @pytest.fixture
 def rng():
     return np.random.default_rng(3)
-
-
-def test_multinomial_gradient_matches_autograd(rng):
-    x = sp.csr_matrix(rng.poisson(0.5, (6, 9)).astype(np.float64)).tocoo()
-    torch.manual_seed(0)
-    z, e, b = (
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((6, 4), (9, 4), (9,))
-    )
-    row, col = (torch.as_tensor(a.astype(np.int64)) for a in (x.row, x.col))
-    val = torch.as_tensor(x.data)
-    library = torch.as_tensor(x.toarray().sum(1))
-    fused = MultinomialLoss.apply(z, e, b, row, col, val, library)
-    grads = torch.autograd.grad(fused, (z, e, b))
-    plain = (
-        -(torch.as_tensor(x.toarray()) * torch.log_softmax(z @ e.T + b, 1)).sum() / library.sum()
-    )
-    assert torch.allclose(fused, plain)
-    for ours, theirs in zip(grads, torch.autograd.grad(plain, (z, e, b)), strict=True):
-        assert torch.allclose(ours, theirs)
 
 
 def two_groups(rng, n=240, g=60):

@@ -11,13 +11,11 @@ import genemodel as gm
 from genemodel.adapt.posterior import (
     calibrate_dispersion,
     expected_log1p,
-    nb_log_likelihood,
     posterior_draws,
     posterior_gamma,
     randomised_pit,
     rate_quantiles,
     rubin_pool,
-    split_molecules,
     tally_coverage,
 )
 from genemodel.errors import DataError
@@ -26,20 +24,6 @@ from genemodel.errors import DataError
 @pytest.fixture
 def rng():
     return np.random.default_rng(3)
-
-
-def test_split_keeps_every_molecule(rng):
-    x = sp.csr_matrix(rng.poisson(1.0, (40, 30)))
-    kept, held = split_molecules(x, 0.7, rng)
-    assert ((kept + held) != x).nnz == 0
-    assert abs(kept.sum() / x.sum() - 0.7) < 0.05
-
-
-def test_nb_log_likelihood_matches_scipy(rng):
-    mean, shape = rng.gamma(1.0, 2.0, (20, 7)) + 0.01, rng.gamma(2.0, 1.0, 7)
-    x = rng.poisson(mean)
-    expected = stats.nbinom.logpmf(x, shape, shape / (shape + mean)).sum(0)
-    assert np.allclose(nb_log_likelihood(sp.csr_matrix(x), mean, shape), expected)
 
 
 def _moments(*given):

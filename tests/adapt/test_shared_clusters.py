@@ -1,17 +1,21 @@
 """The correction: what batches share comes together, what one batch has alone stays apart."""
 
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from genemodel.adapt import shared_clusters
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.adapt.shared_clusters import (
     SharedClusterCorrection,
-    mutual_pairs,
-    nearest_rows,
+    _paired_at_once,
+    _paired_by_batch,
     shared_evidence,
 )
+from genemodel.expression.groups import rows_by_group
+from genemodel.expression.neighbours import nearest
 
 
 def points(seed=0, n=90, private=True):
@@ -34,17 +38,6 @@ def gap(z, batch, kind):
     return float(np.mean([np.linalg.norm(part) for part in parts]))
 
 
-def test_nearest_rows_and_mutual_pairs_equal_the_slow_version():
-    rng = np.random.default_rng(0)
-    left, right = rng.normal(size=(30, 3)), rng.normal(size=(25, 3))
-    distance = np.linalg.norm(left[:, None] - right[None], axis=2)
-    forward, backward = np.argsort(distance, 1)[:, :4], np.argsort(distance, 0)[:4].T
-    np.testing.assert_array_equal(nearest_rows(left, right, 4), forward)
-    expected = {(i, j) for i in range(30) for j in forward[i] if i in backward[j]}
-    assert set(zip(*mutual_pairs(left, right, 4), strict=True)) == expected
-    assert nearest_rows(left, right[:2], 5).shape == (30, 2)
-
-
 def test_evidence_is_low_where_one_batch_is_alone():
     z, batch, kind = points()
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
@@ -57,7 +50,7 @@ def test_shared_blobs_meet_and_the_private_one_stays():
     correction = SharedClusterCorrection()
     moved = correction.fit_transform(z, batch)
     assert gap(moved, batch, kind) < 0.5 * gap(z, batch, kind)
-    near = nearest_rows(moved[kind == 3], moved, 15)
+    near, _ = nearest(moved[kind == 3], moved, 15)
     assert (kind[near] == 3).mean() > 0.95
     again = SharedClusterCorrection().fit_transform(z, batch)
     np.testing.assert_array_equal(moved, again)
@@ -120,6 +113,77 @@ def test_offsets_shrink_to_the_common_one_where_a_cluster_has_no_weight(n_batche
     z += batch[:, None]
     weight = np.zeros((60, 2))
     weight[:, 0] = 1.0
-    offset = SharedClusterCorrection()._offsets(z, weight, np.eye(n_batches)[batch])
+    offset = SharedClusterCorrection()._offsets(z, weight, np.ones(60), batch, n_batches)
     np.testing.assert_allclose(offset[1], offset[0], rtol=0.15, atol=0.15)
     assert np.abs(offset[0]).max() > 0.3
+
+
+def many_batches(n=3000, n_batches=12, seed=0):
+    """Six shared populations, and one that a far-off batch has alone; one batch is far from all."""
+    rng = np.random.default_rng(seed)
+    kind, batch = rng.integers(0, 6, n), rng.integers(0, n_batches, n)
+    kind[:150], batch[:150] = 6, 3
+    shift = 0.4 * rng.normal(size=(n_batches, 8))
+    shift[7] *= 4
+    z = 4.0 * np.eye(7, 8)[kind] + 0.6 * rng.normal(size=(n, 8)) + shift[batch]
+    return z, batch, kind
+
+
+def test_partners_sought_at_once_tell_shared_from_private_as_pairs_of_batches_do(monkeypatch):
+    """What is searched above 20,000 cells, on few enough for both."""
+    z, batch, kind = many_batches()
+    unit = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
+    cells = [rows for _, rows in rows_by_group(batch)]
+    every = _paired_by_batch(unit, batch, cells, 10)
+    once = _paired_at_once(unit, batch, cells, 10)
+    assert not (once & ~every).any()  # a pair that is found is one
+    pairwise = shared_evidence(unit, batch, 10)
+    few = np.isin(batch, (0, 1, 2))
+    of_few = shared_evidence(unit[few], batch[few], 10)
+    monkeypatch.setattr(shared_clusters, "EXACT_BELOW", 100)
+    at_once = shared_evidence(unit, batch, 10)
+    # private, shared, far and shared
+    for cells in (kind == 6, kind < 6, (kind < 6) & (batch == 7)):
+        assert at_once[cells].mean() == pytest.approx(pairwise[cells].mean(), abs=0.15)
+    assert at_once[kind == 6].mean() < 0.3 < 0.5 < at_once[(kind < 6) & (batch == 7)].mean()
+    # Few batches are compared two by two at any size.
+    np.testing.assert_array_equal(shared_evidence(unit[few], batch[few], 10), of_few)
+
+
+def test_offsets_solve_the_whole_regression():
+    """The arrow is solved by its intercept: the same as the dense system of every cluster."""
+    rng = np.random.default_rng(0)
+    n, n_batches, n_clusters = 80, 5, 3
+    z, batch = rng.normal(size=(n, 4)), rng.integers(0, n_batches - 1, n)  # the last has no cell
+    member, evidence = rng.dirichlet(np.ones(n_clusters), n), rng.random(n)
+    found = SharedClusterCorrection(ridge=0.7)._offsets(z, member, evidence, batch, n_batches)
+    onehot = np.eye(n_batches)[batch]
+    common = np.zeros((n_batches, 4))
+    for _ in range(2):
+        offset = []
+        for k in range(n_clusters):
+            weight = member[:, k] * evidence
+            design = np.column_stack([np.ones(n), onehot])
+            system = design.T @ (weight[:, None] * design)
+            system += np.diag([1e-6, *np.full(n_batches, 0.7)])
+            right = design.T @ (weight[:, None] * z)
+            right[1:] += 0.7 * common
+            offset.append(np.linalg.solve(system, right)[1:])
+        mass = (member * evidence[:, None]).T @ onehot
+        share = mass / np.maximum(mass.sum(0), 1e-9)
+        common = np.einsum("kb,kbd->bd", share, np.stack(offset))
+    np.testing.assert_allclose(found, offset, rtol=1e-8, atol=1e-10)
+
+
+def test_nothing_of_cells_times_batches_is_made():
+    """A thousand batches of ten: memory beyond the cells stays that of cells × clusters."""
+    rng = np.random.default_rng(0)
+    n, n_batches = 10_000, 1000
+    z, batch = rng.normal(size=(n, 3)), rng.permutation(n) % n_batches
+    correction = SharedClusterCorrection(rounds=1, max_clusters=4)
+    correction._evidence = lambda unit, code: np.ones(len(unit))  # what it costs is tested above
+    tracemalloc.start()
+    correction.fit_transform(z, batch)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * n * n_batches / 4  # one dense array of them would be 80 MB

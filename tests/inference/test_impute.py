@@ -15,13 +15,13 @@ from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.posterior import (
     posterior_gamma,
     randomised_pit,
-    split_molecules,
     tally_coverage,
 )
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
 from genemodel.errors import ConfigError, DataError
+from genemodel.expression.thinning import split_molecules
 from genemodel.inference import impute as module
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import encode

@@ -11,8 +11,8 @@ import scipy.sparse as sp
 
 import genemodel as gm
 from genemodel.adapt.integration_net import IntegrationSettings
-from genemodel.adapt.shared_clusters import nearest_rows
 from genemodel.errors import ConfigError, DataError
+from genemodel.expression.neighbours import nearest
 from genemodel.inference.integrated_model import IntegratedModel
 
 N_GENES = 300
@@ -60,7 +60,7 @@ def components(adata, n=15):
 
 
 def neighbours(embedding, k=15):
-    return nearest_rows(embedding, embedding, k + 1)[:, 1:]
+    return nearest(embedding, embedding, k + 1)[0][:, 1:]
 
 
 def same_share(embedding, codes, rows=None):
@@ -127,7 +127,7 @@ def test_a_batch_never_seen_lands_among_its_types(integrated):
     new = planted(200, seed=5, batches=("c",), private=False)
     assert model.embed(new) is None
     kind = adata.obs["cell_type"].to_numpy()
-    near = nearest_rows(new.obsm["X_genemodel"], adata.obsm["X_genemodel"], 1)[:, 0]
+    near = nearest(new.obsm["X_genemodel"], adata.obsm["X_genemodel"], 1)[0][:, 0]
     assert (kind[near] == new.obs["cell_type"].to_numpy()).mean() > 0.8
     blind = new.copy()
     del blind.obs["batch"]
