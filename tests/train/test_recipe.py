@@ -179,7 +179,9 @@ def test_the_saved_state_knows_the_look_at_its_step(tiny_corpus, tmp_path, caplo
 
 def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path):
     timed = settings(tiny_corpus, tmp_path / "run", max_steps=100_000, log_every=1)
-    timed = dataclasses.replace(timed, optim=dataclasses.replace(timed.optim, horizon_minutes=0.02))
+    timed = dataclasses.replace(
+        timed, optim=dataclasses.replace(timed.optim, warmup_steps=1, horizon_minutes=0.1)
+    )
     pretrain(timed)  # ends by itself, and its schedule with it
     last = rows(tmp_path / "run" / "metrics.csv")[-1]
     assert last["lr"] < 0.5 * timed.optim.lr
