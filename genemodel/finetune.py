@@ -180,6 +180,12 @@ class FinetuneSettings:
                 f"backbone={tune} adapts a pre-trained model: give model=BUNDLE, or train new "
                 "weights with backbone=scratch."
             )
+        if tune != "frozen" and not (self.integrates or self.imputation.gene_vectors):
+            raise ConfigError(
+                f"backbone={tune} would train a backbone that task=impute then never reads: set "
+                "imputation.gene_vectors=true, which starts the genes from its vectors, or leave "
+                "backbone out; task=both reads it for the embedding."
+            )
         if self.label_key and not self.integrates:
             raise ConfigError(
                 f"label_key={self.label_key} says nothing to task=impute: leave it out, or set "

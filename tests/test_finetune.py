@@ -94,6 +94,7 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
         (["label_key=batch"], "label_key=batch is a column of batch_key too"),
         (["batch_key=[batch,batch]"], "names a column twice"),
         (["task=impute", "label_key=cell_type"], "says nothing to task=impute"),
+        (["task=impute", "backbone=scratch"], "task=impute then never reads"),
         (["backbone=scratch", "size=gigantic"], "size=gigantic: there are base, large"),
         (["backbone=scratch", "holdout.by=donr"], "did you mean donor"),
         (["integration.gene_vectors=true"], "integration.gene_vectors=true needs"),
@@ -223,7 +224,13 @@ def test_from_scratch_has_the_shape_of_the_model_and_none_of_its_weights(
 ):
     out = tmp_path / "run"
     words = command(
-        mine, small_start, out, "backbone=scratch", "task=impute", "trainer.max_steps=1"
+        mine,
+        small_start,
+        out,
+        "backbone=scratch",
+        "task=impute",
+        "trainer.max_steps=1",
+        "imputation.gene_vectors=true",
     )
     assert main(words) == 0
     start, new = Bundle.load(small_start / "run" / "bundle"), Bundle.load(out / "backbone/bundle")

@@ -248,6 +248,7 @@ def evaluate(
         result = comparison.annotate(directions)
     else:
         result = comparison.impute(keep, tuple(mixture))
+    result.encoders = {name: m.encoder for name, m in chosen.items() if m.encoder}
     result.settings = {
         "data": where,
         **size,
@@ -382,11 +383,23 @@ def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") ->
         if name in found:
             raise ConfigError(f"models: {given} is named twice")
         if isinstance(model, IntegratedModel):
-            found[name] = Method(_encoder(model), kind="ours")
+            beside = (
+                "a network on counts, beside the cell vectors of a frozen transformer"
+                if model.bundle is not None
+                else "a network on counts; no transformer"
+            )
+            found[name] = Method(_encoder(model), kind="ours", encoder=beside)
             continue
         bundle = cast("Bundle", model)
-        found[name] = Method(_embedder(bundle), kind="ours")
-        found[f"{name} tuned"] = Method(_tuner(bundle), kind="ours", seeded=True)
+        shape = bundle.model.settings
+        transformer = f"the transformer ({shape.layers} × {shape.width})"
+        found[name] = Method(
+            _embedder(bundle), kind="ours", encoder=f"{transformer} as it is, not trained here"
+        )
+        found[f"{name} tuned"] = Method(
+            _tuner(bundle), kind="ours", seeded=True,
+            encoder=f"a network on counts, beside the cell vectors of {transformer}, frozen",
+        )  # fmt: skip
         found[f"{name} untrained"] = Method(_untrained(bundle), kind="control", seeded=True)
     return found
 

@@ -26,6 +26,8 @@ __all__ = ["METHODS", "Denoised", "Method", "Own", "Task", "choose"]
 type Task = Literal["integrate", "impute", "annotate"]
 type Own = Callable[..., Any]
 
+# What reads the counts in our methods where no model is given: the transformer takes no part.
+ON_COUNTS = "a network on the counts of these cells; no transformer"
 _BENCH = "pip install 'genemodel[bench]'"
 _DEBIAN = "on Debian: apt-get install r-cran-seurat r-bioc-sva"
 
@@ -46,6 +48,8 @@ class Method:
         Random: run once for every seed, not once.
     labels
         Learns from labels; left out where there are none.
+    encoder
+        Of one of our methods: what turned counts into what is scored, in words.
     """
 
     run: Callable[["AnnData", Conditions], Any]
@@ -54,6 +58,7 @@ class Method:
     r_packages: tuple[str, ...] = ()
     seeded: bool = False
     labels: bool = False
+    encoder: str = ""
 
     def missing(self) -> str | None:
         """Say what is absent from this environment and how to get it, or None."""
@@ -80,9 +85,9 @@ METHODS: dict[str, dict[str, Method]] = {
         "combat_r": Method(seurat.combat_r, r_packages=("sva",)),
         "random": Method(baselines.random, kind="control", seeded=True),
         "random_weights": Method(baselines.random_weights, kind="control", seeded=True),
-        "genemodel": Method(baselines.genemodel, kind="ours", seeded=True),
+        "genemodel": Method(baselines.genemodel, kind="ours", seeded=True, encoder=ON_COUNTS),
         "genemodel_labels": Method(
-            baselines.genemodel_labels, kind="ours", seeded=True, labels=True
+            baselines.genemodel_labels, kind="ours", seeded=True, labels=True, encoder=ON_COUNTS
         ),
     },
     "impute": {
@@ -95,10 +100,14 @@ METHODS: dict[str, dict[str, Method]] = {
         "alra": Method(imputation_baselines.alra, seeded=True),
         "mice": Method(imputation_baselines.mice, seeded=True),
         "scvi": Method(imputation_baselines.scvi, packages=("scvi",), seeded=True),
-        "genemodel": Method(imputation_baselines.genemodel, kind="ours", seeded=True),
-        "genemodel_log": Method(imputation_baselines.genemodel_log, kind="ours", seeded=True),
+        "genemodel": Method(
+            imputation_baselines.genemodel, kind="ours", seeded=True, encoder=ON_COUNTS
+        ),
+        "genemodel_log": Method(
+            imputation_baselines.genemodel_log, kind="ours", seeded=True, encoder=ON_COUNTS
+        ),
         "genemodel_log_half": Method(
-            imputation_baselines.genemodel_log_half, kind="ours", seeded=True
+            imputation_baselines.genemodel_log_half, kind="ours", seeded=True, encoder=ON_COUNTS
         ),
     },
     "annotate": {
@@ -107,8 +116,10 @@ METHODS: dict[str, dict[str, Method]] = {
         "logistic_regression_hvg": Method(annotation.logistic_regression_hvg),
         "pca_knn": Method(annotation.pca_knn),
         "scvi_knn": Method(annotation.scvi_knn, packages=("scvi",), seeded=True),
-        "genemodel_knn": Method(annotation.genemodel_knn, kind="ours", seeded=True),
-        "genemodel": Method(annotation.genemodel, kind="ours", seeded=True),
+        "genemodel_knn": Method(
+            annotation.genemodel_knn, kind="ours", seeded=True, encoder=ON_COUNTS
+        ),
+        "genemodel": Method(annotation.genemodel, kind="ours", seeded=True, encoder=ON_COUNTS),
     },
 }
 

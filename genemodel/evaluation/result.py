@@ -92,6 +92,8 @@ class EvaluationResult:
         Integration: method -> array, first seed.
     obs
         ``obs`` of the cells compared.
+    encoders
+        Ours: method -> what turned counts into what is scored.
     settings
         How it was done.
     """
@@ -106,6 +108,7 @@ class EvaluationResult:
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     obs: pd.DataFrame = field(default_factory=pd.DataFrame)
     gene_statistics: dict[str, pd.DataFrame] = field(default_factory=dict)
+    encoders: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> pd.DataFrame:
@@ -180,8 +183,18 @@ class EvaluationResult:
             f"compare them with each other, not with the rest.{advice}"
         )
 
+    def encoder_notes(self) -> list[str]:
+        """Say of our methods that ran what encoded the cells, those of one encoder together."""
+        names: dict[str, list[str]] = {}
+        ran = set(self.table["method"])
+        for name, encoder in self.encoders.items():
+            if name in ran:
+                names.setdefault(encoder, []).append(name)
+        return [f"{', '.join(those)}: by {encoder}." for encoder, those in names.items()]
+
     def _notes(self) -> list[str]:
         notes = [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        notes += self.encoder_notes()
         has = set(self.table["metric"])
         if self.task == "integrate":
             if "batch_unlabelled" in has:
@@ -308,6 +321,8 @@ def _opening(
         "s = wall seconds, MB = peak of memory above where the method started (a lower bound).",
         best=best,
     )
+    for note in result.encoder_notes():
+        report.text(note)
     ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
     report.figure(plots.metric_bars(result.summary()[bars], highlight=ours), caption)
     if result.skipped:

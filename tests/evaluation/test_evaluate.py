@@ -131,6 +131,10 @@ def test_terminal_text_fits_and_says_what_was_skipped(imputed):
     assert max(map(len, text.splitlines())) <= 100
     assert text.splitlines()[0].split()[:4] == ["impute", "MSE", "±", "Poisson"]
     assert "skipped: broken: failed: ZeroDivisionError" in text
+    # Whatever of ours ran says what encoded the cells.
+    ours = set(imputed[0].table.query("kind == 'ours'")["method"])
+    assert ours and ours <= set(imputed[0].encoders)
+    assert "by a network on the counts of these cells; no transformer." in " ".join(text.split())
 
 
 def test_terminal_text_fits_with_every_integration_column():
