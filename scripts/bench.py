@@ -564,7 +564,9 @@ def main() -> None:
     )
     parser.add_argument("benches", nargs="*", default=["tokens", "packing", "loader", "step"])
     parser.add_argument(
-        "--size", nargs="+", help="model sizes: one for step and embed (small), several for gpu (small base)"
+        "--size",
+        nargs="+",
+        help="model sizes: one for step, embed (small); several for gpu",
     )
     parser.add_argument(
         "--corpus", help="step, embed: take the cells' lengths from this corpus; gpu: train on it"
