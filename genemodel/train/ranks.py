@@ -122,7 +122,7 @@ class Ranks:
         silent = [r for r, state in before.items() if state and self._read(r) == state]
         if not silent:
             return None
-        names = ", ".join(f"rank {r} (last step {before[r].get('step', 0):,})" for r in silent)
+        names = ", ".join(f"rank {r} (last step {self._last_step(before[r]):,})" for r in silent)
         return PeerLost(
             f"The connection between the ranks broke at step {self.step + 1:,} ({said}), and "
             f"{names} gives no sign of life any more: it was killed, perhaps for memory, or its "
@@ -141,11 +141,13 @@ class Ranks:
                 )
         for r, state in states.items():
             if state.get("here") == _here() and not _lives(state["pid"]):
-                return (
-                    f"Rank {r} was killed after step {state['step']:,}, perhaps for memory. "
-                    f"{_GO_ON}"
-                )
+                step = self._last_step(state)
+                return f"Rank {r} was killed after step {step:,}, perhaps for memory. {_GO_ON}"
         return ""
+
+    def _last_step(self, state: dict[str, Any]) -> int:
+        """Last step of another rank: it has done those of this one, whatever its last heartbeat."""
+        return max(self.step, int(state.get("step", 0)))
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class Ranks:
         states[self.rank] = {"phase": self.phase, "step": self.step}
         if silent:
             who = ", ".join(f"rank {r}" for r in silent)
-            step = max(states[r].get("step", 0) for r in silent)
+            step = max(self._last_step(states[r]) for r in silent)
             return f"{who} gave no sign of life since step {step:,}: stopped, or its node hangs"
         stuck = [r for r, state in states.items() if state.get("phase") != EXCHANGE]
         return "; ".join(
