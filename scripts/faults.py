@@ -1334,6 +1334,52 @@ def worlds(table: Table, folder: Path, corpus: Path) -> None:
             else:
                 case.check(worst < 1e-6, f"losses differ by {worst:.1e}")
                 case.found.append(f"cells equal, losses to {worst:.1e}")
+    for name, words in (
+        ("adamw", ()), ("muon", ("optim=muon",)), ("accumulate=2", ("trainer.accumulate=2",)),
+    ):  # fmt: skip
+        if not table.wanted(f"worlds fsdp {name}"):
+            continue
+        with table.case(f"worlds: fsdp on 2 processes against ddp, {name}") as case:
+            slug = re.sub(r"\W+", "_", name)
+            runs = []
+            for strategy in ("auto", "fsdp"):
+                run = Run(
+                    folder / f"{slug}_{strategy}", corpus, (*words, f"trainer.strategy={strategy}")
+                )
+                trace = folder / f"{slug}_{strategy}"
+                ended = run.through(
+                    places=by_hand(2),
+                    hook=lambda rank, trace=trace: trace_world(Path(f"{trace}.cells{rank}")),
+                )
+                case.check([p.code for p in ended] == [0, 0], ended[0].said[-900:])
+                runs.append((run, traced([Path(f"{trace}.cells{rank}") for rank in range(2)])))
+            worst = 0.0
+            for step, (cells, losses) in runs[0][1].items():
+                got = runs[1][1][step]
+                case.check(got[0] == cells, f"step {step}: other cells")
+                pairs = zip(got[1][0], losses[0], strict=True)
+                worst = max(worst, *(abs(a - b) / abs(b) for a, b in pairs))
+            # Muon orthogonalises in bfloat16, which makes more of a rounding.
+            case.check(worst < (1e-3 if name == "muon" else 1e-5), f"losses differ by {worst:.1e}")
+            ddp, fsdp = (Bundle.load(run.out / "bundle", device="cpu") for run, _ in runs)
+            shapes = [
+                {k: v.shape for k, v in (*b.model.state_dict().items(), *b.heads.items())}
+                for b in (ddp, fsdp)
+            ]
+            case.check(shapes[0] == shapes[1], "other weights in the bundle")
+            expected = runs[1][0].result()
+            killed = Run(folder / f"{slug}_killed", corpus, runs[1][0].words)
+
+            def hook(rank: int) -> None:
+                if rank == 1:
+                    kill_in("forward", 21, 0.0)
+
+            ended = killed.through(places=by_hand(2), hook=hook, extra=("trainer.hang_minutes=1",))
+            case.check([p.code for p in ended] == [69, -9], f"{[p.code for p in ended]}")
+            ended = killed.through(places=by_hand(2))
+            wrong = differences(killed, expected)
+            case.check(not wrong, f"killed and resumed: {wrong} differ")
+            case.found.append(f"cells equal, losses to {worst:.1e}; resumed bit-equal")
     for before, after in ((2, 3), (4, 3)):
         if not table.wanted(f"worlds {before} to {after}"):
             continue
