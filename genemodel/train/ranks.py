@@ -214,11 +214,11 @@ class Ranks:
             who = ", ".join(f"rank {r}" for r in silent)
             step = max(self._last_step(states[r]) for r in silent)
             return f"{who} gave no sign of life since step {step:,}: stopped, or its node hangs"
-        stuck = [r for r, state in states.items() if state.get("phase") != EXCHANGE]
+        # A rank whose file is gone has left for the same reason.
+        known = {r: state for r, state in sorted(states.items()) if state}
+        stuck = [r for r, state in known.items() if state["phase"] != EXCHANGE] or list(known)
         return "; ".join(
-            f"rank {r} is in {states[r].get('phase', START)!r} after step "
-            f"{states[r].get('step', 0):,}"
-            for r in stuck or states
+            f"rank {r} is in {known[r]['phase']!r} after step {known[r]['step']:,}" for r in stuck
         )
 
     def _give_up(self, why: str) -> None:

@@ -181,7 +181,7 @@ def test_ranks_that_never_meet_are_not_judged_by_what_an_earlier_run_left(tmp_pa
         (DATA, True, "rank 1 is in 'data' after step 7"),
         (LOOK, True, "rank 1 is in 'look' after step 7"),
         # All wait for each other: all are named.
-        (EXCHANGE, True, "rank 1 is in 'exchange' after step 7; rank 0 is in 'exchange'"),
+        (EXCHANGE, True, "rank 0 is in 'exchange' after step 7; rank 1 is in 'exchange'"),
     ],
 )
 def test_no_step_for_too_long_ends_the_run_and_names_the_rank(
