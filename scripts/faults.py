@@ -578,9 +578,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 TORCHRUN = (
     "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
     "--rdzv-endpoint", "localhost:0",
+    # It hands on what is listed only; Slurm's and submitit's signals are not by default.
+    "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
 )  # fmt: skip
-# It hands on these only; Slurm's and submitit's signals must be added.
-HANDED_ON = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"}
 LONG = ("trainer.max_steps=1000000", "trainer.log_every=1", "trainer.checkpoint_every=1000000")
 # A look after every step: whoever waits for one when asked to stop is found out.
 LOOKING = (*LONG, "trainer.validate_every=1", "trainer.validation_batches=1")
@@ -648,7 +648,7 @@ def signals(table: Table, folder: Path, corpus: Path) -> None:
             if table.wanted(f"signals {name}"):
                 with table.case(f"signals: {name}") as case:
                     run = Run(folder / re.sub(r"\W+", "_", name), corpus, LOOKING)
-                    process = run.launch(TORCHRUN, **HANDED_ON)
+                    process = run.launch(TORCHRUN)
                     run.wait_for_step(3, [process])
                     os.kill(process.pid if "torchrun" in target else run.pid_of(1), number)
                     process.wait(60)
