@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,11 @@ EXCHANGE, LOOK, SAVE, FAILED = "exchange", "look", "save", "failed"
 _UNTIMED = (START, BUILD)
 # A rank that stands still for so many heartbeats looks whether the others do.
 _STILL = 3
+# What gloo, NCCL and torch's store say in when a connection breaks.
+_BETWEEN_RANKS = re.compile(
+    r"gloo|nccl|^Dist\w*Error|connection|socket|broken pipe|time[d-]? ?out|process ?group|tcpstore",
+    re.IGNORECASE,
+)
 _GO_ON = "The last checkpoint is intact: the same command goes on from it."
 
 
@@ -113,14 +119,16 @@ class Ranks:
                 f"Not all of the {self.world} ranks came to the start ({said}): the messages of "
                 "the others say why, or they cannot reach MASTER_ADDR and MASTER_PORT."
             )
-        deadline = time.monotonic() + _STILL * self.every_s + 1.0
+        between = _BETWEEN_RANKS.search(f"{type(error).__name__} {error}") is not None
+        # A mistake of this rank's own is told at once: the others wait for it.
+        deadline = time.monotonic() + 1.0 + (_STILL * self.every_s if between else 0.0)
         before = {r: self._read(r) for r in self._others()}
         while time.monotonic() < deadline:
             if gone := self._gone():
                 return PeerLost(gone)
             time.sleep(min(0.1, self.every_s))
         silent = [r for r, state in before.items() if state and self._read(r) == state]
-        if not silent:
+        if not silent or not between:
             return None
         names = ", ".join(f"rank {r} (last step {self._last_step(before[r]):,})" for r in silent)
         return PeerLost(
