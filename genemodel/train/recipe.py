@@ -125,7 +125,7 @@ class _Plan:
     def kind(self) -> Kind:
         """How gradients of processes meet."""
         trainer = self.settings.trainer
-        if trainer.strategy == "fsdp":
+        if trainer.strategy == "fsdp" and self.processes.world > 1:
             return "fsdp"
         if trainer.deterministic:
             return "ordered"
