@@ -236,7 +236,7 @@ def test_a_gpu_that_is_too_small_takes_micro_batches_in_pieces(
     monkeypatch.setattr(memory, "MARGIN", 0)
     settings = functools.partial(
         run_settings, device=gpu, precision="bf16-mixed", max_steps=2, validate_every=2,
-        model={"layers": 8, "width": 256, "heads": 4, "ffn": 1024},
+        model={"layers": 8, "width": 256, "heads": 4, "ffn": 1024, "components": 0},
         tokens={"context": 64, "budget": 131_072},
     )  # fmt: skip
     torch.cuda.empty_cache()
@@ -265,7 +265,7 @@ def test_activation_checkpointing_needs_less_memory(run_settings, gpu, tmp_path)
         pretrain(
             run_settings(
                 tmp_path / str(wanted), gpu, precision="bf16-mixed", max_steps=2,
-                model={"layers": 8, "width": 256, "heads": 4, "ffn": 1024},
+                model={"layers": 8, "width": 256, "heads": 4, "ffn": 1024, "components": 0},
                 tokens={"context": 64, "budget": 32_768}, activation_checkpointing=wanted,
             )
         )  # fmt: skip
