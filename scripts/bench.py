@@ -580,7 +580,7 @@ def main() -> None:
     )
     parser.add_argument("--build", type=int, nargs="*", default=[100_000, 1_000_000])
     gpu = parser.add_argument_group("gpu")
-    gpu.add_argument("--device", help="cuda, cuda:1 or cpu; by default a GPU where there is one")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), help="by default a GPU")
     gpu.add_argument("--budget", type=int, nargs="+", help="tokens of a micro-batch, a run each")
     gpu.add_argument("--context", type=int, help="most tokens of a cell")
     gpu.add_argument("--steps", type=int, help="steps to measure, after ten to warm up")
