@@ -58,8 +58,6 @@ def nearest(query_CD: np.ndarray, reference_RD: np.ndarray, k: int) -> Found:
         float32.
     """
     itself = query_CD is reference_RD
-    reference_RD = np.ascontiguousarray(reference_RD, dtype=np.float32)
-    query_CD = reference_RD if itself else np.ascontiguousarray(query_CD, dtype=np.float32)
     k = min(k, len(reference_RD))
     if not len(query_CD) or k < 1:
         return np.zeros((len(query_CD), k), np.int64), np.zeros((len(query_CD), k), np.float32)
@@ -67,6 +65,9 @@ def nearest(query_CD: np.ndarray, reference_RD: np.ndarray, k: int) -> Found:
         return _by_numpy(query_CD, reference_RD, k)
     if is_exact(len(query_CD), len(reference_RD)):
         return _by_scikit_learn(query_CD, reference_RD, k)
+    # float64 is worth its time where all distances are taken anyhow, and not above.
+    reference_RD = np.ascontiguousarray(reference_RD, dtype=np.float32)
+    query_CD = reference_RD if itself else np.ascontiguousarray(query_CD, dtype=np.float32)
     import torch
 
     if torch.cuda.is_available():
