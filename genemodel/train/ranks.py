@@ -193,9 +193,16 @@ class Ranks:
         return state
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._end.wait(self.every_s):
             self._write()
             now = time.monotonic()
+            if now - last > _STILL * self.every_s + 1.0:
+                # Not this thread alone, the whole process stood still (a scheduler suspends jobs, a
+                # lid was closed): that time counts for nobody.
+                self._changed = now
+                self._seen.clear()
+            last = now
             still_s = now - self._changed
             # While all is well nobody reads: n ranks that read n files would be felt by a server.
             calm_s = min(_STILL * self.every_s, self.limit_s / 4)

@@ -237,3 +237,23 @@ def test_a_slow_start_is_no_hang(tmp_path, given_up):
         Peer(tmp_path)
         ranks.at(BUILD)
         assert not given_up(2.0)
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path, given_up, monkeypatch):
+    late = [0.0]
+
+    class Clock:
+        sleep = staticmethod(time.sleep)
+
+        @staticmethod
+        def monotonic():
+            return time.monotonic() + late[0]
+
+    monkeypatch.setattr(module, "time", Clock)
+    with Ranks(tmp_path, 0, 2, 8 / 60) as ranks, Peer(tmp_path):
+        ranks.at(EXCHANGE, 7)
+        time.sleep(0.5)
+        late[0] = 1000.0  # every process slept
+        assert not given_up(1.5)
+        # Whoever stands still afterwards is found as ever.
+        assert given_up(20) == [69]
