@@ -21,7 +21,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
     "impute": ("genemodel.inference.impute", "impute"),
     "integrate": ("genemodel.inference.integrate", "integrate"),
-    "load": ("genemodel.bundle.bundle", "load"),
+    "load": ("genemodel.inference.models", "load"),
     "pl": ("genemodel.evaluation.pl", ""),
     "rubin_pool": ("genemodel.adapt.posterior", "rubin_pool"),
     "synthetic": ("genemodel.cells.synthetic", "synthetic"),

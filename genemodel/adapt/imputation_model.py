@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -38,10 +38,10 @@ from genemodel.adapt.posterior import (
     posterior_gamma,
     rate_quantiles,
 )
-from genemodel.bundle.directory import read_about, read_tensors, write_checked
+from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import depth_factor
-from genemodel.settings import nearest, parse, to_values
+from genemodel.settings import nearest, parse, some, to_values
 from genemodel.writing import found_again
 
 Kind = Literal["posterior", "decoder"]
@@ -51,7 +51,6 @@ Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | No
 
 FORMAT = 2  # from 2 on imputation.json holds a checksum of itself
 ABOUT, WEIGHTS, GENES = "imputation.json", "weights.safetensors", "genes.txt"
-KIND = "an imputation model"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
@@ -132,6 +131,8 @@ class ImputationModel:
     where
         Name of the data in messages.
     """
+
+    KIND: ClassVar[str] = "imputation model"
 
     def __init__(
         self,
@@ -281,6 +282,17 @@ class ImputationModel:
         return (
             f"ImputationModel({len(self):,} cells × {self.counts_CG.shape[1]:,} genes, "
             f"{self.trained.heldout_nats:.4f} nats a molecule set aside; {self.trained.coverage})"
+        )
+
+    def describe(self) -> str:
+        """Say in a few lines what this is."""
+        return "\n".join(
+            [
+                f"predicts {len(self.genes):,} genes ({some(self.genes, 3)})",
+                f"batches ({', '.join(self.batch_keys) or 'none named'}): {some(self.batches)}",
+                f"{self.trained.heldout_nats:.4f} nats a molecule set aside",
+                str(self.trained.coverage),
+            ]
         )
 
     def library_ratio(self, library: Library) -> NDArray[np.float64]:
@@ -456,7 +468,7 @@ class ImputationModel:
             },
         }
         needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, KIND, about, fill, needed=needed)
+        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -469,12 +481,9 @@ class ImputationModel:
         """
         path = found_again(Path(path))
         if not (path / ABOUT).is_file():
-            raise DataError(
-                f"{path} is not {KIND}: it has no {ABOUT}. `genemodel finetune task=impute` writes "
-                "one to <out>/imputation_model."
-            )
+            raise refusal(path, ABOUT)
         wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "history"}
-        about = read_about(path, ABOUT, KIND, newest=FORMAT, wanted=wanted | {"coverage"})
+        about = read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted | {"coverage"})
         settings = parse(DecoderSettings, about["settings"], where=f"{path / ABOUT}: settings")
         weights = read_tensors(path / WEIGHTS)
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]

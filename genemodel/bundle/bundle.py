@@ -17,14 +17,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genemodel.bundle.directory import read_about, read_tensors, write_checked
+from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -67,6 +67,8 @@ class Bundle:
     provenance
         How it was made: corpus fingerprint, steps, versions, validation losses.
     """
+
+    KIND: ClassVar[str] = "model"
 
     model: GeneModel
     vocabulary: GeneVocabulary
@@ -194,7 +196,7 @@ class Bundle:
             },
         }
         needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, "a model bundle", about, fill, needed=needed)
+        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -256,41 +258,11 @@ def fill_corner(larger: Tensor, smaller: Tensor) -> None:
     larger[tuple(slice(0, n) for n in smaller.shape)] = smaller
 
 
-def load(path: str | Path, *, device: str | torch.device = "auto") -> Bundle:
-    """Read a model bundle; see :meth:`Bundle.load`."""
-    return Bundle.load(path, device=device)
-
-
-# What a folder may be that is no bundle, by a file in it, and what to do then.
-_INSTEAD = {
-    f"bundle/{ABOUT}": " It is a training run: use its bundle/ directory.",
-    f"backbone/bundle/{ABOUT}": " It is a fine-tuning run: use its backbone/bundle/ directory.",
-    "finetune.json": " It is a fine-tuning run without a backbone of its own.",
-    "integrated.json": (
-        " It is what fine-tuning made to integrate: gm.IntegratedModel.load(path).embed(adata) "
-        "embeds, and `genemodel annotate` and `genemodel evaluate` take it."
-    ),
-    "imputation.json": (
-        " It is what fine-tuning made to impute: `genemodel impute model=...` takes it."
-    ),
-    "manifest.json": " It is a corpus: `genemodel pretrain corpus=...` makes a model of it.",
-}
-
-
 def _read_about(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise DataError(
-            f"No model at {path}: the directory does not exist. Pre-training writes one to "
-            "<run>/bundle."
-        )
     if not (path / ABOUT).is_file():
-        inside = next(
-            (said for name, said in _INSTEAD.items() if (path / name).is_file()),
-            "",
-        )
-        raise DataError(f"{path} is not a model bundle: it has no {ABOUT}.{inside}")
+        raise refusal(path, ABOUT)
     wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
-    return read_about(path, ABOUT, "a model bundle", newest=FORMAT, wanted=wanted)
+    return read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted)
 
 
 def _load_exactly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -17,12 +17,13 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
+from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
-from genemodel.inference.integrated_model import ABOUT, IntegratedModel
+from genemodel.inference.embed import writable_h5ad, write_whole
+from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.models import EMBED, model_for
 from genemodel.inference.obs_keys import check_key_added, label_codes
 from genemodel.settings import PathText, check_seed
-from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -47,7 +48,7 @@ TRANSFERS: tuple[Transfer, ...] = ("knn", "linear")
 def annotate(
     query: "AnnData",
     reference: "AnnData",
-    model: Bundle | IntegratedModel,
+    model: Bundle | IntegratedModel | str | Path,
     *,
     label_key: str,
     key_added: str = KEY,
@@ -71,7 +72,7 @@ def annotate(
     reference
         Raw counts with labels. It may be of another species that the model knows.
     model
-        From :func:`genemodel.load` or :func:`genemodel.integrate`.
+        From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
     label_key
         obs column of the reference; cells without a label are left out.
     key_added
@@ -115,6 +116,7 @@ def annotate(
     separates those and little else, and transfers worse.
     """
     _check(transfer, k, unknown, far_quantile, key_added, seed)
+    model = model_for("annotate", EMBED, model)
     label_R, labels = label_codes(reference.obs, label_key, where="reference")
     if query.n_obs == 0:
         raise DataError("query has no cells.")
@@ -198,11 +200,6 @@ def _embedded(
 ) -> np.ndarray:
     if isinstance(model, IntegratedModel):
         return model.encode(adata, layer=layer, species=species)
-    if not isinstance(model, Bundle):
-        raise ConfigError(
-            f"model is a {type(model).__name__}: give what genemodel.load or genemodel.integrate "
-            "returns."
-        )
     cells = VocabularyCells(adata, model, layer=layer, species=species)
     return embedding_of(cells, model)
 
@@ -453,15 +450,10 @@ def annotate_file(settings: AnnotateSettings) -> Path:
             raise DataError(f"{name}={path} is no file: name an h5ad file with raw counts.")
         with refuse_damage(str(path)):
             cells[name] = ad.read_h5ad(path)
-    model: Bundle | IntegratedModel
-    if (found_again(Path(settings.model)) / ABOUT).is_file():
-        model = IntegratedModel.load(settings.model, device=settings.device)
-    else:
-        model = Bundle.load(settings.model, device=settings.device)
     annotate(
         cells["query"],
         cells["reference"],
-        model,
+        model_for("annotate", EMBED, settings.model, device=settings.device),
         label_key=settings.label_key,
         key_added=settings.key_added,
         transfer=settings.transfer,

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
 from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.annotations import copy_annotations, read_annotations
+from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
-from genemodel.inference.counts import SHARD_CELLS, VocabularyCells, VocabularyChunk
+from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
-from genemodel.inference.forward import Compile, Forward, compiles
+from genemodel.inference.forward import Compile, compiles
 from genemodel.inference.obs_keys import check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank
@@ -40,7 +39,6 @@ from genemodel.inference.shards import (
 )
 from genemodel.inference.workers import Job, embed_on
 from genemodel.settings import PathText
-from genemodel.tasks.decode_counts import CellProjection
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -49,66 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "X_genemodel"
-
-
-def embedder(bundle: Bundle, *, batch_size: int | None = None, compile: bool = False) -> Forward:
-    """Make a forward pass whose result is the embedding, float32 (C, D).
-
-    Where the model has a count decoder, a cell is the vector that its counts are decoded from:
-    library, species and technical batch are terms of their own there, so it need not hold them.
-    Otherwise it is the hidden state of the cell token.
-    """
-    projection = cell_projection(bundle)
-
-    def read_out(cell_BD: Tensor, batch: CellBatch) -> Tensor:
-        vectors_BD: Tensor = projection(cell_BD)
-        return vectors_BD
-
-    return Forward(
-        bundle, read_out, bundle.model.settings.width, batch_size=batch_size, compile=compile
-    )
-
-
-def embed_chunks(
-    cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, embedding_CD float32) for consecutive cells of a source.
-
-    A cell without any known gene gets NaN.
-    """
-    for chunk, vectors_CD in embedder(bundle, batch_size=batch_size).over(cells.chunks()):
-        yield chunk.start, vectors_CD
-
-
-def embedding_of(
-    cells: VocabularyCells,
-    bundle: Bundle,
-    *,
-    batch_size: int | None = None,
-    compile: bool = False,
-) -> np.ndarray:
-    """Embed all cells of a source; float32 (C, D), in input order."""
-    forward = embedder(bundle, batch_size=batch_size, compile=compile)
-    out_CD = np.empty((len(cells), forward.columns), np.float32)
-    with Progress("embed", len(cells)) as progress:
-        for chunk, vectors_CD in forward.over(cells.chunks(), progress.add):
-            out_CD[chunk.start : chunk.start + len(vectors_CD)] = vectors_CD
-    return out_CD
-
-
-def encode(chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None) -> np.ndarray:
-    """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene."""
-    ((_, vectors_CD),) = embedder(bundle, batch_size=batch_size).over([chunk])
-    return vectors_CD
-
-
-def cell_projection(bundle: Bundle) -> nn.Module:
-    """Return the count decoder's view of a cell, or the identity for a model without one."""
-    if any(name.startswith("decode_counts.projection.") for name in bundle.heads):
-        return bundle.head(
-            "decode_counts.projection", CellProjection(bundle.model.settings.width)
-        ).eval()
-    return nn.Identity()
 
 
 def provenance_of(

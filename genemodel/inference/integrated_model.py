@@ -14,7 +14,7 @@ Axes: C cells, D latent, G genes read.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from genemodel.adapt.integration import encode
 from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import read_about, read_tensors, write_checked
+from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
 from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import batch_names
-from genemodel.settings import parse, to_values
+from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class IntegratedModel:
     history
         Losses of every step; not saved with the model.
     """
+
+    KIND: ClassVar[str] = "integration model"
 
     net: IntegrationNet
     correction: SharedClusterCorrection | None
@@ -196,6 +198,23 @@ class IntegratedModel:
             logger.info("%d batches are new: mapped onto the trained cells.", len(unknown))
         return name_C
 
+    def describe(self) -> str:
+        """Say in a few lines what this is."""
+        genes = "names of the training data" if self.vocabulary is None else "tokens"
+        species = "not asked" if self.vocabulary is None else some(self.vocabulary.species)
+        beneath = "none" if self.bundle is None else self.bundle.fingerprint[:12]
+        lines = [
+            f"embeds {len(self.genes):,} genes ({genes}) in {self.settings.latent} dimensions",
+            f"batches ({', '.join(self.batch_keys)}): {some(self.batches)}",
+            f"labels: {some(self.labels)}",
+            f"species: {species}",
+            f"pre-trained model beneath: {beneath}",
+        ]
+        told = ("genemodel", "cells", "seed", "seconds", "effective_rank", "mean_cosine")
+        lines += [f"{key}: {self.provenance[key]}" for key in told if key in self.provenance]
+        vanished = some(self.provenance.get("vanished", []))
+        return "\n".join([*lines, f"populations that may be over-corrected: {vanished}"])
+
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
@@ -234,7 +253,7 @@ class IntegratedModel:
             "provenance": self.provenance,
         }
         needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, "an integrated model", about, fill, needed=needed)
+        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -287,9 +306,6 @@ class IntegratedModel:
 
 def _read_about(path: Path) -> dict[str, Any]:
     if not (path / ABOUT).is_file():
-        raise DataError(
-            f"{path} is not an integrated model: it has no {ABOUT}. `genemodel finetune` writes "
-            "one to <out>/model."
-        )
+        raise refusal(path, ABOUT)
     wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle", "provenance"}
-    return read_about(path, ABOUT, "an integrated model", newest=FORMAT, wanted=wanted)
+    return read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted)

@@ -1,0 +1,106 @@
+"""Models of every kind from their folders: what it is, what it can do, and what it cannot."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+import genemodel as gm
+from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.imputation_model import ImputationModel
+from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import KINDS
+from genemodel.cells.manifest import MANIFEST
+from genemodel.errors import ConfigError, DataError
+from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.models import EMBED, IMPUTE, MODELS, load, model_for
+
+SHORT = IntegrationSettings(steps=6, passes=0, hidden=16, rank=8, latent=6, batch_cells=32)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return gm.synthetic(
+        90, species=("human",), n_batches=2, n_genes=400, genes_per_cell=80, seed=2
+    )["human"]
+
+
+@pytest.fixture(scope="module")
+def integrated(cells):
+    return gm.integrate(cells.copy(), batch_key="batch", settings=SHORT)
+
+
+@pytest.fixture(scope="module")
+def imputation(cells):
+    return gm.impute(
+        cells.copy(), batch_key="batch", settings=DecoderSettings(epochs=5, hidden=8, latent=4)
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(random_bundle, integrated, imputation, tmp_path_factory):
+    """The three kinds where a run puts them."""
+    run = tmp_path_factory.mktemp("models") / "run"
+    run.mkdir()
+    named = {"bundle": random_bundle, "model": integrated, "imputation_model": imputation}
+    for name, model in named.items():
+        model.save(run / name)
+    return run
+
+
+def test_a_folder_is_read_as_what_it_is(folders):
+    kinds = {"bundle": Bundle, "model": IntegratedModel, "imputation_model": ImputationModel}
+    for name, kind in kinds.items():
+        model = gm.load(folders / name, device="cpu")
+        assert type(model) is kind
+        assert type(gm.load(str(folders / name), device="cpu")) is kind
+    assert {*MODELS, MANIFEST} == set(KINDS)
+    assert set(MODELS.values()) == {*EMBED, *IMPUTE}
+
+
+def test_what_is_no_model_is_refused_with_the_way_out(folders, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        load(tmp_path / "none")
+    with pytest.raises(DataError, match="none of bundle.json, integrated.json, imputation.json"):
+        load(tmp_path)
+    with pytest.raises(DataError, match=r"run: name .*/bundle or .*/model or .*/imputation_model"):
+        load(folders)
+    with pytest.raises(DataError, match=r"folder of a run: name .*/run/model\.$"):
+        IntegratedModel.load(folders)
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(DataError, match="is a corpus, not a model: `genemodel pretrain"):
+        load(tmp_path)
+
+
+def test_a_model_that_cannot_do_it_is_refused_before_its_weights_are_read(
+    folders, integrated, imputation, monkeypatch
+):
+    monkeypatch.setattr(ImputationModel, "load", None)
+    with pytest.raises(ConfigError, match="imputation_model is an ImputationModel, which cannot"):
+        model_for("embed", EMBED, folders / "imputation_model")
+    with pytest.raises(ConfigError, match="cannot embed: give a Bundle or an IntegratedModel"):
+        model_for("embed", EMBED, imputation)
+    with pytest.raises(ConfigError, match="an IntegratedModel, which cannot impute: give an Imp"):
+        model_for("impute", IMPUTE, integrated)
+    with pytest.raises(ConfigError, match="is a dict, which cannot"):
+        model_for("impute", IMPUTE, {})
+
+
+def test_each_verb_refuses_what_cannot_do_it(cells, integrated, imputation):
+    adata = cells.copy()
+    before = set(adata.layers), set(adata.obsm)
+    with pytest.raises(ConfigError, match="IntegratedModel, which cannot impute"):
+        gm.impute(adata, integrated)
+    with pytest.raises(ConfigError, match="ImputationModel, which cannot annotate"):
+        gm.annotate(adata, cells, imputation, label_key="cell_type")
+    with pytest.raises(ConfigError, match="ImputationModel, which cannot embed"):
+        gm.evaluate(adata, batch_key="batch", models=[imputation])
+    assert (set(adata.layers), set(adata.obsm)) == before
+
+
+def test_imputing_by_a_path_is_imputing_by_the_model(cells, imputation, folders):
+    by_model, by_path = cells.copy(), cells.copy()
+    gm.impute(by_model, imputation)
+    gm.impute(by_path, folders / "imputation_model")
+    assert sp.issparse(cells.X) and np.isfinite(by_path.layers["imputed"]).all()
+    np.testing.assert_array_equal(by_model.layers["imputed"], by_path.layers["imputed"])
