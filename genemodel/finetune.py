@@ -45,8 +45,9 @@ from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
 from genemodel.inference.integrate import batches_of, integrate
-from genemodel.inference.integrated_model import KEY, IntegratedModel
+from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.obs_keys import (
+    INTEGRATED,
     batch_names,
     check_key_added,
     check_label_is_no_batch,
@@ -145,7 +146,7 @@ class FinetuneSettings:
     size: str = "tiny"
     layer: str = ""
     species: str = ""
-    key_added: str = KEY
+    key_added: str = INTEGRATED
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False

@@ -53,8 +53,8 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(out)
     embedded, data = ad.read_h5ad(out / "embedded.h5ad"), ad.read_h5ad(file)
     assert list(embedded.obs_names) == list(data.obs_names) and embedded.n_vars == 0
-    assert embedded.obsm["X_genemodel"].shape == (120, 5)
-    assert embedded.uns["X_genemodel"]["settings"]["steps"] == 6
+    assert embedded.obsm["X_integrated"].shape == (120, 5)
+    assert embedded.uns["X_integrated"]["settings"]["steps"] == 6
     model = IntegratedModel.load(out / "model")
     assert model.batch_keys == ("batch", "donor")
     assert np.isfinite(model.encode(data)).all()
@@ -207,7 +207,7 @@ def test_a_run_that_was_cut_off_goes_on_and_another_is_refused(
     assert main(command(mine, small_start, parts, "backbone=last")) == 0
     assert steps == [2, 3]
     expected, got = (ad.read_h5ad(out / "embedded.h5ad") for out in (whole, parts))
-    np.testing.assert_array_equal(expected.obsm["X_genemodel"], got.obsm["X_genemodel"])
+    np.testing.assert_array_equal(expected.obsm["X_integrated"], got.obsm["X_integrated"])
     # A head that is lost is made again, the backbone is not.
     (parts / "embedded.h5ad").unlink()
     assert main(command(mine, small_start, parts, "backbone=last")) == 0
@@ -249,7 +249,7 @@ def test_a_corpus_is_used_as_it_is(small_start, tmp_path, capsys):
     cells = cells_of(Corpus.open(corpus))
     embedded = ad.read_h5ad(out / "embedded.h5ad")
     assert embedded.n_obs == cells.n_obs == 240
-    assert np.isfinite(embedded.obsm["X_genemodel"]).all()
+    assert np.isfinite(embedded.obsm["X_integrated"]).all()
     assert main(command(corpus, small_start, tmp_path / "no", "layer=counts")) == 2
     assert "leave layer and species out" in capsys.readouterr().err
     words = command(corpus, small_start, tmp_path / "no", "backbone=full")

@@ -418,11 +418,12 @@ def _encoder(model: "IntegratedModel") -> Any:
 
 def _embedder(bundle: "Bundle") -> Any:
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        from genemodel.inference.embed import KEY, embed
+        from genemodel.inference.embed import embed
+        from genemodel.inference.obs_keys import EMBEDDED
 
         cells = adata.copy()
         embed(cells, bundle)
-        return np.asarray(cast(Any, cells.obsm[KEY]))
+        return np.asarray(cast(Any, cells.obsm[EMBEDDED]))
 
     return embed
 

@@ -29,7 +29,7 @@ from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
-from genemodel.inference.obs_keys import batch_names
+from genemodel.inference.obs_keys import INTEGRATED, batch_names
 from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # from 2 on integrated.json holds a checksum of itself
-KEY = "X_genemodel"
 ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
     "integrated.json",
     "weights.safetensors",
@@ -168,7 +167,7 @@ class IntegratedModel:
         new_batch: bool | None = None,
         layer: str | None = None,
         species: str | None = None,
-        key_added: str = KEY,
+        key_added: str = INTEGRATED,
     ) -> None:
         """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``."""
         adata.obsm[key_added] = self.encode(

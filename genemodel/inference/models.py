@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from genemodel.adapt.imputation_model import ABOUT as IMPUTATION
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import ABOUT as BUNDLE
@@ -26,7 +28,7 @@ EMBED = (Bundle, IntegratedModel)
 IMPUTE = (ImputationModel, Bundle)
 
 
-def load(path: str | Path, *, device: str = "auto") -> Model:
+def load(path: str | Path, *, device: str | torch.device = "auto") -> Model:
     """Read a model of whatever kind the folder holds.
 
     Parameters
@@ -56,7 +58,7 @@ def load(path: str | Path, *, device: str = "auto") -> Model:
 
 
 def model_for[M](
-    verb: str, kinds: tuple[type[M], ...], model: object, *, device: str = "auto"
+    verb: str, kinds: tuple[type[M], ...], model: object, *, device: str | torch.device = "auto"
 ) -> M:
     """Return a model that can do something, read from its folder where a path is given.
 

@@ -1,5 +1,6 @@
 """Models of every kind from their folders: what it is, what it can do, and what it cannot."""
 
+import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -12,6 +13,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS
 from genemodel.cells.manifest import MANIFEST
 from genemodel.errors import ConfigError, DataError
+from genemodel.inference.embed import EmbedSettings, embed_file
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.models import EMBED, IMPUTE, MODELS, load, model_for
 
@@ -104,3 +106,78 @@ def test_imputing_by_a_path_is_imputing_by_the_model(cells, imputation, folders)
     gm.impute(by_path, folders / "imputation_model")
     assert sp.issparse(cells.X) and np.isfinite(by_path.layers["imputed"]).all()
     np.testing.assert_array_equal(by_model.layers["imputed"], by_path.layers["imputed"])
+
+
+def test_embedding_by_a_network_on_counts_is_its_own_embedding(cells, integrated, folders):
+    expected = integrated.encode(cells)
+    adata = cells.copy()
+    assert gm.embed(adata, integrated) is None
+    np.testing.assert_array_equal(adata.obsm["X_integrated"], expected)
+    assert "X_genemodel" not in adata.obsm
+    gm.embed(adata, folders / "model", key_added="X_new", new_batch=True)
+    np.testing.assert_array_equal(adata.obsm["X_new"], integrated.encode(cells, new_batch=True))
+    assert np.abs(adata.obsm["X_new"] - expected).max() > 0
+
+
+def test_integrating_and_embedding_write_side_by_side(cells, random_bundle, folders):
+    adata = cells.copy()
+    gm.integrate(adata, batch_key="batch", settings=SHORT)
+    integrated = adata.obsm["X_integrated"].copy()
+    gm.embed(adata, random_bundle)
+    np.testing.assert_array_equal(adata.obsm["X_integrated"], integrated)
+    assert adata.obsm["X_genemodel"].shape == (90, random_bundle.model.settings.width)
+    by_path = cells.copy()
+    gm.embed(by_path, folders / "bundle", device="cpu")
+    np.testing.assert_array_equal(by_path.obsm["X_genemodel"], adata.obsm["X_genemodel"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 8}, "batch_size say how a transformer runs"),
+        ({"device": "cpu", "compile": True}, "device and compile say"),
+    ],
+)
+def test_what_only_a_transformer_can_use_is_refused(cells, integrated, options, said):
+    adata = cells.copy()
+    with pytest.raises(ConfigError, match=said):
+        gm.embed(adata, integrated, **options)
+    assert "X_integrated" not in adata.obsm
+
+
+def test_a_bundle_knows_of_no_batches(cells, random_bundle):
+    with pytest.raises(ConfigError, match="new_batch=True says nothing to a Bundle"):
+        gm.embed(cells.copy(), random_bundle, new_batch=True)
+
+
+def test_the_verb_embeds_a_file_with_a_network_on_counts(cells, integrated, folders, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    given = {
+        "model": str(folders / "model"),
+        "input": str(tmp_path / "cells.h5ad"),
+        "output": str(tmp_path / "out.h5ad"),
+        "device": "cpu",
+    }
+    for words, said in (
+        ({"batch_size": 4}, "batch_size say how"),
+        ({"device": ("cpu", "cpu")}, "device say how"),
+        ({"model": str(folders / "imputation_model")}, "ImputationModel, which cannot embed"),
+        ({"model": str(folders)}, "folder of a run: name .*bundle or .*model"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=said):
+            embed_file(EmbedSettings(**{**given, **words}))
+        assert not (tmp_path / "out.h5ad").exists()
+    written = ad.read_h5ad(embed_file(EmbedSettings(**given)))
+    np.testing.assert_allclose(
+        written.obsm["X_integrated"], integrated.encode(cells), rtol=1e-5, atol=1e-6
+    )
+    assert written.X is None and not written.layers
+    assert list(written.obs_names) == list(cells.obs_names)
+    assert set(written.obs) == set(cells.obs) and set(written.var) == set(cells.var)
+    # In Python the same from the path, with the counts left out of what is returned.
+    back = gm.embed(tmp_path / "cells.h5ad", folders / "model")
+    np.testing.assert_array_equal(back.obsm["X_integrated"], written.obsm["X_integrated"])
+    assert back.X is None
+    (tmp_path / "cells.csv").write_text("")
+    with pytest.raises(DataError, match="neither in .h5ad nor in .zarr"):
+        gm.embed(tmp_path / "cells.csv", folders / "model")
