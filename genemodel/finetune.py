@@ -33,6 +33,7 @@ from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import sha256
+from genemodel.bundle.history import STEP
 from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.manifest import MANIFEST
@@ -522,11 +523,7 @@ def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | No
         settings=settings.integration,
         seed=settings.seed,
     )
-    _add_curves(
-        out / CURVES,
-        "integrate",
-        [(step, name, x) for step, row in enumerate(result.history, 1) for name, x in row.items()],
-    )
+    _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
     embedded = ad.AnnData(obs=adata.obs)
     embedded.obsm[settings.key_added] = adata.obsm[settings.key_added]
@@ -549,13 +546,12 @@ def _impute(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None)
         output=out / IMPUTED,
         overwrite=True,
     )
-    rows = [(epoch, "nats_per_molecule", nats) for epoch, nats in result.trained.history]
-    _add_curves(out / CURVES, "impute", rows)
+    _add_curves(out / CURVES, "impute", result.history)
     result.save(out / IMPUTATION_MODEL)
     logger.info("%s: %s", out / IMPUTED, result.trained.coverage)
 
 
-def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> None:
+def _add_curves(path: Path, task: str, history: pd.DataFrame) -> None:
     """Write the losses of one head, one row a number; those of an earlier attempt go."""
     kept: list[list[str]] = []
     if path.exists():
@@ -565,7 +561,9 @@ def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> No
         writer = csv.writer(file)
         writer.writerow(["task", "step", "loss", "value"])
         writer.writerows(kept)
-        writer.writerows([task, step, name, f"{value:.6g}"] for step, name, value in rows)
+        for row in history.to_dict("records"):
+            step = int(row.pop(STEP))
+            writer.writerows([task, step, name, f"{value:.6g}"] for name, value in row.items())
 
 
 def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:

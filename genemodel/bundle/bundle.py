@@ -6,6 +6,7 @@
     weights.safetensors  backbone ("model.*") and heads ("heads.*")
     vocabulary.tsv.gz    genes and tokens
     statistics.tsv.gz    per-gene non-zero medians of the training corpus
+    history.tsv          losses on held-out cells, where pre-training made it
 
 No file holds code, and reading needs neither Lightning nor Hydra.
 """
@@ -20,18 +21,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
+from genemodel.bundle.history import no_history, read_history, write_history
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
 from genemodel.model.settings import ModelSettings
-from genemodel.settings import parse, to_values
+from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ ABOUT, WEIGHTS, VOCABULARY, STATISTICS = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Bundle:
     """A backbone with all that is needed to use it.
 
@@ -66,6 +69,9 @@ class Bundle:
         Settings of the objectives behind the heads, plain values by name.
     provenance
         How it was made: corpus fingerprint, steps, versions, validation losses.
+    history
+        Losses on held-out cells at every look of the training up to this model, a column ``step``
+        and one for each loss; no rows where none were kept.
     """
 
     KIND: ClassVar[str] = "model"
@@ -77,6 +83,16 @@ class Bundle:
     heads: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    history: pd.DataFrame = field(default_factory=no_history)
+
+    def __repr__(self) -> str:
+        shape = self.model.settings
+        n = sum(p.numel() for p in self.model.parameters())
+        heads = some(sorted({key.split(".")[0] for key in self.heads}))
+        return (
+            f"Bundle({shape.layers} layers × {shape.width}, {n:,} parameters, "
+            f"{len(self.vocabulary):,} tokens of {some(self.species)}; heads: {heads})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +197,7 @@ class Bundle:
             save_file(weights, folder / WEIGHTS)
             self.vocabulary.save(folder / VOCABULARY)
             write_medians(folder / STATISTICS, self.medians_V)
+            write_history(folder, self.history)
 
         about = {
             "format": FORMAT,
@@ -249,6 +266,7 @@ class Bundle:
             },
             settings=about["settings"],
             provenance=about["provenance"],
+            history=read_history(path),
         )
         return bundle.to(there)
 

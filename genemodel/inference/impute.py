@@ -219,6 +219,9 @@ def impute(
                         f"{settings.learning_rate:g}): its numbers are no longer finite. Set a "
                         f"lower one; the default is {DecoderSettings().learning_rate:g}."
                     )
+                trained.provenance["model"] = (
+                    bundle.fingerprint if bundle is not None and vectors else ""
+                )
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"

@@ -17,6 +17,7 @@ from genemodel.adapt.integration import Integration, Progress, train_integration
 from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.history import history_of
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
@@ -154,7 +155,7 @@ def integrate(
         labels=labels,
         bundle=bundle,
         vocabulary=vocabulary,
-        history=trained.history,
+        history=history_of(trained.history),
     )
     result.provenance = {
         "genemodel": genemodel.__version__,

@@ -4,6 +4,7 @@
 
     integrated.json      format, batches, labels, settings, provenance, checksums
     weights.safetensors  network ("net.*"), correction ("correction.*")
+    history.tsv          losses of the training
     genes.txt            the genes that are read, one a line
     vocabulary.tsv.gz    only where genes are tokens and there is no bundle
     bundle/              only where cell vectors of a pre-trained model are read
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 
@@ -25,6 +27,7 @@ from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
+from genemodel.bundle.history import no_history, read_history, write_history
 from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -49,7 +52,7 @@ ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
 FITTED = ("centre_KD", "mean_KD", "offset_KBD", "reference_CD")
 
 
-@dataclass
+@dataclass(repr=False)
 class IntegratedModel:
     """Result of :func:`genemodel.integrate`.
 
@@ -74,7 +77,8 @@ class IntegratedModel:
     provenance
         How it was made, plain values.
     history
-        Losses of every step; not saved with the model.
+        Losses of the training, a column ``step`` and one for each loss; of more than 2,000 steps
+        the means of stretches.
     """
 
     KIND: ClassVar[str] = "integration model"
@@ -89,7 +93,15 @@ class IntegratedModel:
     bundle: Bundle | None = None
     vocabulary: GeneVocabulary | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: pd.DataFrame = field(default_factory=no_history)
+
+    def __repr__(self) -> str:
+        beside = "counts" if self.bundle is None else "counts beside cell vectors of a Bundle"
+        return (
+            f"IntegratedModel({beside} → {self.settings.latent} dimensions; {len(self.genes):,} "
+            f"genes; {len(self.batches):,} batches of {', '.join(self.batch_keys)}; labels: "
+            f"{some(self.labels, 4)})"
+        )
 
     # -- embedding --------------------------------------------------------------------------
 
@@ -236,6 +248,7 @@ class IntegratedModel:
         def fill(folder: Path) -> None:
             save_file(weights, folder / WEIGHTS)
             (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
+            write_history(folder, self.history)
             if self.bundle is not None:
                 self.bundle.save(folder / BUNDLE)
             elif self.vocabulary is not None:
@@ -300,6 +313,7 @@ class IntegratedModel:
             bundle=bundle,
             vocabulary=vocabulary,
             provenance=about["provenance"],
+            history=read_history(path),
         )
 
 

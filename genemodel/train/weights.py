@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -146,6 +147,7 @@ def bundle_of(
     medians_V: np.ndarray,
     settings: PretrainSettings,
     provenance: dict[str, Any],
+    history: pd.DataFrame,
 ) -> Bundle:
     """Release what was trained, adapters merged.
 
@@ -155,7 +157,7 @@ def bundle_of(
         The backbone.
     weights
         Of model and objectives, as :class:`~genemodel.train.loop.Losses` names them.
-    vocabulary, medians_V, settings, provenance
+    vocabulary, medians_V, settings, provenance, history
         Kept with them.
     """
     prefix = "objectives.heads."
@@ -171,4 +173,5 @@ def bundle_of(
         },
         settings={"pretraining": to_values(settings.task)},
         provenance=provenance,
+        history=history,
     )

@@ -1,7 +1,10 @@
 """Models of every kind from their folders: what it is, what it can do, and what it cannot."""
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -9,8 +12,10 @@ import genemodel as gm
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS
+from genemodel.bundle.history import history_of
 from genemodel.cells.manifest import MANIFEST
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.embed import EmbedSettings, embed_file
@@ -181,3 +186,43 @@ def test_the_verb_embeds_a_file_with_a_network_on_counts(cells, integrated, fold
     (tmp_path / "cells.csv").write_text("")
     with pytest.raises(DataError, match="neither in .h5ad nor in .zarr"):
         gm.embed(tmp_path / "cells.csv", folders / "model")
+
+
+def test_history_and_provenance_go_with_every_model(random_bundle, integrated, imputation, folders):
+    frame = pd.DataFrame({"step": [5, 10], "val/total": [1 / 3, 0.1]})
+    replace(random_bundle, history=frame).save(folders.parent / "told")
+    pd.testing.assert_frame_equal(load(folders.parent / "told").history, frame)
+    assert list(load(folders / "bundle").history.columns) == ["step"]
+    assert len(load(folders / "bundle").history) == 0
+    for name, model, losses in (
+        ("model", integrated, ["counts", "kl"]),
+        ("imputation_model", imputation, ["nats_per_molecule"]),
+    ):
+        back = load(folders / name)
+        assert list(model.history.columns) == ["step", *losses]
+        pd.testing.assert_frame_equal(back.history, model.history)
+        assert back.provenance == model.provenance
+        assert back.provenance["cells"] == 90 and back.provenance["seed"] == 0
+    assert integrated.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert imputation.history["nats_per_molecule"].min() == imputation.trained.heldout_nats
+
+
+def test_a_long_history_is_kept_in_means_of_stretches():
+    losses = [{"a": float(step), "b": 1.0} for step in range(1, 5002)]
+    history = history_of(losses)
+    assert len(history) == 1667 and history["step"].tolist()[-2:] == [4998, 5001]
+    assert history["a"].tolist()[:2] == [2.0, 5.0] and (history["b"] == 1).all()
+    assert history_of([]).columns.tolist() == ["step"]
+
+
+def test_what_a_notebook_shows_of_a_model_is_a_line_or_two(random_bundle, integrated, imputation):
+    assert integrated.correction is not None
+    posterior = imputation.posterior()
+    models = (random_bundle, integrated, imputation)
+    said = ("tokens of human, mouse", "2 batches of batch; labels: none", "90 cells × 400 genes")
+    for model, words in zip(models, said, strict=True):
+        assert words in repr(model)
+    objects = (*models, integrated.correction, imputation.trained, posterior)
+    assert all(len(repr(one)) < 400 for one in objects), [repr(one) for one in objects]
+    assert "2 batches, 6 dimensions" in repr(integrated.correction)
+    assert repr(SharedClusterCorrection()) == "SharedClusterCorrection(not fitted)"
