@@ -1,6 +1,7 @@
 """Models of every kind from their folders, and what each kind is good for."""
 
 from pathlib import Path
+from typing import overload
 
 import torch
 
@@ -57,9 +58,17 @@ def load(path: str | Path, *, device: str | torch.device = "auto") -> Model:
     return kind.load(path, device=device)
 
 
-def model_for[M](
-    verb: str, kinds: tuple[type[M], ...], model: object, *, device: str | torch.device = "auto"
-) -> M:
+@overload
+def model_for[A](
+    verb: str, kinds: tuple[type[A]], model: object, *, device: str | torch.device = ...
+) -> A: ...
+@overload
+def model_for[A, B](
+    verb: str, kinds: tuple[type[A], type[B]], model: object, *, device: str | torch.device = ...
+) -> A | B: ...
+def model_for(
+    verb: str, kinds: tuple[type, ...], model: object, *, device: str | torch.device = "auto"
+) -> object:
     """Return a model that can do something, read from its folder where a path is given.
 
     Parameters
@@ -81,17 +90,16 @@ def model_for[M](
         There is no model in the folder, or it is damaged.
     """
     if isinstance(model, str | Path):
-        kind, said = _kind_of(model), f"model={model} is "
-        if issubclass(kind, kinds):
+        found: type = _kind_of(model)
+        said = f"model={model} is {_named(found)}"
+        if issubclass(found, kinds):
             model = load(model, device=device)
     else:
-        kind, said = type(model), "model is "
+        said = f"model is {_named(type(model))}"
     if isinstance(model, kinds):
         return model
     able = " or ".join(_named(kind) for kind in kinds)
-    raise ConfigError(
-        f"{said}{_named(kind)}, which cannot {verb}: give {able}, or the path of its folder."
-    )
+    raise ConfigError(f"{said}, which cannot {verb}: give {able}, or the path of its folder.")
 
 
 def _kind_of(path: str | Path) -> type[Model]:

@@ -17,7 +17,7 @@ from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
 from genemodel.errors import DataError
-from genemodel.finetune import FinetuneSettings, cells_of
+from genemodel.finetuning import FinetuneSettings, cells_of
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.settings import parse
 from genemodel.train.loop import Loop
@@ -32,7 +32,7 @@ def blank_report(monkeypatch):
     def blank(settings, values):
         (Path(settings.out) / "report.html").touch()
 
-    monkeypatch.setattr("genemodel.finetune._report", blank)
+    monkeypatch.setattr("genemodel.finetuning._report", blank)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_cells_of_a_corpus_are_its_counts(small_start, small_vocabulary):
 def test_a_corpus_too_large_or_of_two_species_is_refused(tiny_corpus, small_start, monkeypatch):
     with pytest.raises(DataError, match="holds human, mouse.*a corpus for each species"):
         cells_of(Corpus.open(tiny_corpus))
-    monkeypatch.setattr("genemodel.finetune.MOST_COUNTS", 100)
+    monkeypatch.setattr("genemodel.finetuning.MOST_COUNTS", 100)
     with pytest.raises(DataError, match="at most 100.*genemodel pretrain start=BUNDLE"):
         cells_of(Corpus.open(small_start / "corpus"))
 
