@@ -5,7 +5,38 @@ no training, plotting or configuration library.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# What an editor or a type checker sees; what runs is the same table again, tests compare them.
+if TYPE_CHECKING:
+    from genemodel.adapt.imputation import DecoderSettings as DecoderSettings
+    from genemodel.adapt.imputation_model import ImputationModel as ImputationModel
+    from genemodel.adapt.integration_net import IntegrationSettings as IntegrationSettings
+    from genemodel.adapt.posterior import rubin_pool as rubin_pool
+    from genemodel.bundle.bundle import Bundle as Bundle
+    from genemodel.cells.corpus import Corpus as Corpus
+    from genemodel.cells.synthetic import synthetic as synthetic
+    from genemodel.cells.tokens import TokenSettings as TokenSettings
+    from genemodel.evaluation import pl as pl
+    from genemodel.evaluation.evaluate import evaluate as evaluate
+    from genemodel.finetuning import FinetuneSettings as FinetuneSettings
+    from genemodel.finetuning import finetune as finetune
+    from genemodel.genes import GeneVocabulary as GeneVocabulary
+    from genemodel.inference.annotate import annotate as annotate
+    from genemodel.inference.embed import embed as embed
+    from genemodel.inference.impute import impute as impute
+    from genemodel.inference.integrate import integrate as integrate
+    from genemodel.inference.integrated_model import IntegratedModel as IntegratedModel
+    from genemodel.inference.models import load as load
+    from genemodel.model.settings import ModelSettings as ModelSettings
+    from genemodel.model.tuning import TuningSettings as TuningSettings
+    from genemodel.tasks.pretraining import PretrainingSettings as PretrainingSettings
+    from genemodel.train.recipe import pretrain as pretrain
+    from genemodel.train.settings import HoldoutSettings as HoldoutSettings
+    from genemodel.train.settings import LogSettings as LogSettings
+    from genemodel.train.settings import OptimSettings as OptimSettings
+    from genemodel.train.settings import PretrainSettings as PretrainSettings
+    from genemodel.train.settings import TrainerSettings as TrainerSettings
 
 __version__ = "0.1.0"
 
@@ -13,16 +44,30 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, tuple[str, str]] = {
     "Bundle": ("genemodel.bundle.bundle", "Bundle"),
     "Corpus": ("genemodel.cells.corpus", "Corpus"),
+    "DecoderSettings": ("genemodel.adapt.imputation", "DecoderSettings"),
+    "FinetuneSettings": ("genemodel.finetuning", "FinetuneSettings"),
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
+    "HoldoutSettings": ("genemodel.train.settings", "HoldoutSettings"),
     "ImputationModel": ("genemodel.adapt.imputation_model", "ImputationModel"),
     "IntegratedModel": ("genemodel.inference.integrated_model", "IntegratedModel"),
+    "IntegrationSettings": ("genemodel.adapt.integration_net", "IntegrationSettings"),
+    "LogSettings": ("genemodel.train.settings", "LogSettings"),
+    "ModelSettings": ("genemodel.model.settings", "ModelSettings"),
+    "OptimSettings": ("genemodel.train.settings", "OptimSettings"),
+    "PretrainSettings": ("genemodel.train.settings", "PretrainSettings"),
+    "PretrainingSettings": ("genemodel.tasks.pretraining", "PretrainingSettings"),
+    "TokenSettings": ("genemodel.cells.tokens", "TokenSettings"),
+    "TrainerSettings": ("genemodel.train.settings", "TrainerSettings"),
+    "TuningSettings": ("genemodel.model.tuning", "TuningSettings"),
     "annotate": ("genemodel.inference.annotate", "annotate"),
     "embed": ("genemodel.inference.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
+    "finetune": ("genemodel.finetuning", "finetune"),
     "impute": ("genemodel.inference.impute", "impute"),
     "integrate": ("genemodel.inference.integrate", "integrate"),
-    "load": ("genemodel.bundle.bundle", "load"),
+    "load": ("genemodel.inference.models", "load"),
     "pl": ("genemodel.evaluation.pl", ""),
+    "pretrain": ("genemodel.train.recipe", "pretrain"),
     "rubin_pool": ("genemodel.adapt.posterior", "rubin_pool"),
     "synthetic": ("genemodel.cells.synthetic", "synthetic"),
 }
@@ -30,17 +75,31 @@ _PUBLIC: dict[str, tuple[str, str]] = {
 __all__ = [
     "Bundle",
     "Corpus",
+    "DecoderSettings",
+    "FinetuneSettings",
     "GeneVocabulary",
+    "HoldoutSettings",
     "ImputationModel",
     "IntegratedModel",
+    "IntegrationSettings",
+    "LogSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "PretrainSettings",
+    "PretrainingSettings",
+    "TokenSettings",
+    "TrainerSettings",
+    "TuningSettings",
     "__version__",
     "annotate",
     "embed",
     "evaluate",
+    "finetune",
     "impute",
     "integrate",
     "load",
     "pl",
+    "pretrain",
     "rubin_pool",
     "synthetic",
 ]

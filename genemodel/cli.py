@@ -108,8 +108,8 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb(
         summary="adapt a model to a file: batch-robust embedding, imputed counts, or both",
         config="finetune",
-        settings="genemodel.finetune:FinetuneSettings",
-        function="genemodel.finetune:finetune",
+        settings="genemodel.finetuning:FinetuneSettings",
+        function="genemodel.finetuning:finetune",
         examples=(
             "finetune data=lung.h5ad batch_key=donor out=runs/lung",
             "finetune data=lung.h5ad 'batch_key=[donor,study]' label_key=cell_type task=both "

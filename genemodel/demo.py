@@ -250,8 +250,8 @@ def embed_corpus_cells(
     import torch
 
     from genemodel.evaluation.light_metrics import pca_of_lognorm
+    from genemodel.inference.cell_vectors import encode
     from genemodel.inference.counts import VocabularyChunk
-    from genemodel.inference.embed import encode
     from genemodel.model.gene_model import GeneModel
 
     runs = np.split(cells, np.flatnonzero(np.diff(cells) > 1) + 1)

@@ -14,7 +14,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
@@ -86,6 +86,12 @@ def check_out_folder(out: Path) -> None:
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(f"out={out}: {above} is no folder that you may write in.")
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Name the first of many, and say how many more there are; ``none`` where there are none."""
+    more = f", … {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -267,17 +267,17 @@ def describe(settings: DescribeSettings) -> str:
     DataError
         It is none of those, or it is damaged.
     """
-    path = found_again(settings.path)
-    if (path / "manifest.json").is_file():
-        return describe_corpus(CorpusDescribeSettings(path))
-    if (path / "bundle.json").is_file():
-        from genemodel.bundle.bundle import Bundle
+    from genemodel.bundle.directory import PLACES, known_by, refusal
+    from genemodel.cells.manifest import MANIFEST
 
-        return f"model {path}\n{Bundle.load(path, device='cpu').describe()}"
-    if (path / "integrated.json").is_file():
-        return _describe_integrated(path)
-    if (path / "imputation.json").is_file():
-        return _describe_imputation(path)
+    path = found_again(settings.path)
+    if known_by(path) == MANIFEST:
+        return describe_corpus(CorpusDescribeSettings(path))
+    if known_by(path) is not None:
+        from genemodel.inference.models import load
+
+        model = load(path, device="cpu")
+        return f"{model.KIND} {path}\n{model.describe()}"
     if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")):
         from genemodel.genes import GeneVocabulary
 
@@ -286,57 +286,10 @@ def describe(settings: DescribeSettings) -> str:
         return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
     if not path.exists():
         raise DataError(f"path={path} does not exist")
-    inside = [f"path={path / name}" for name in _MODELS if any((path / name).glob("*.json"))]
-    if inside:
-        raise DataError(f"path={path} is the folder of a run: describe {' or '.join(inside)}")
+    if any(known_by(path / place) for place in PLACES):
+        raise refusal(path)
     raise DataError(
         f"path={path} is no corpus (a folder with manifest.json), no model (a folder with "
         "bundle.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
         "OUT/imputation_model) and no vocabulary (.tsv.gz)"
     )
-
-
-# Where the verbs that train put their models, in the folder of a run.
-_MODELS = ("bundle", "model", "imputation_model", "backbone/bundle")
-
-
-def _describe_integrated(path: Path) -> str:
-    from genemodel.inference.integrated_model import IntegratedModel
-
-    model = IntegratedModel.load(path, device="cpu")
-    genes = "names of the training data" if model.vocabulary is None else "tokens of a vocabulary"
-    lines = [
-        f"integration model {path}",
-        f"embeds {len(model.genes):,} genes ({genes}) in {model.settings.latent} dimensions",
-        f"batches ({', '.join(model.batch_keys)}): {_some(model.batches)}",
-        f"labels: {_some(model.labels)}",
-        f"species: {'not asked' if model.vocabulary is None else _some(model.vocabulary.species)}",
-        f"pre-trained model beneath: {'none' if model.bundle is None else path / 'bundle'}",
-    ]
-    said = {key: model.provenance.get(key) for key in ("genemodel", "cells", "seed", "seconds")}
-    said |= {key: model.provenance.get(key) for key in ("effective_rank", "mean_cosine")}
-    lines += [f"{key}: {value}" for key, value in said.items() if value is not None]
-    lines.append(
-        f"populations that may be over-corrected: {_some(model.provenance.get('vanished', []))}"
-    )
-    return "\n".join(lines)
-
-
-def _describe_imputation(path: Path) -> str:
-    from genemodel.adapt.imputation_model import ImputationModel
-
-    model = ImputationModel.load(path)
-    return "\n".join(
-        [
-            f"imputation model {path}",
-            f"predicts {len(model.genes):,} genes ({_some(model.genes, 3)})",
-            f"batches ({', '.join(model.batch_keys) or 'none named'}): {_some(model.batches)}",
-            f"{model.trained.heldout_nats:.4f} nats a molecule set aside",
-            str(model.trained.coverage),
-        ]
-    )
-
-
-def _some(names: Sequence[str], n: int = 8) -> str:
-    more = f", … {len(names) - n:,} more" if len(names) > n else ""
-    return (", ".join(names[:n]) or "none") + more

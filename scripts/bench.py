@@ -395,8 +395,8 @@ def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
     from genemodel.cells.tokens import TokenSettings
     from genemodel.config_files import config_folder
     from genemodel.genes import GeneVocabulary
+    from genemodel.inference.cell_vectors import embedder
     from genemodel.inference.counts import VocabularyChunk, precision, window_of
-    from genemodel.inference.embed import embedder
     from genemodel.model.gene_model import GeneModel
     from genemodel.model.settings import ModelSettings
     from genemodel.settings import parse

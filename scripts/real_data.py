@@ -27,8 +27,8 @@ from genemodel.cells.corpus import Corpus
 from genemodel.evaluation.demo_report import embedding_scores, objective_table
 from genemodel.evaluation.light_metrics import pca_of_lognorm
 from genemodel.genes import GeneVocabulary, add_species
+from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import encode
 from genemodel.model.gene_model import GeneModel
 from genemodel.settings import parse
 from genemodel.train.recipe import pretrain

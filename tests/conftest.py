@@ -261,4 +261,4 @@ def blank_report(monkeypatch):
     def blank(settings, values):
         (Path(settings.out) / "report.html").touch()
 
-    monkeypatch.setattr("genemodel.finetune._report", blank)
+    monkeypatch.setattr("genemodel.finetuning._report", blank)

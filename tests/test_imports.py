@@ -1,8 +1,10 @@
+import ast
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,8 +48,12 @@ def test_help_answers_quickly_and_imports_nothing_heavy(words: str) -> None:
     assert seconds < 2
 
 
+# What trains brings the library that it trains with.
+TRAINING = {"pretrain", "finetune", "FinetuneSettings"}
+
+
 def test_every_public_name_is_there_and_brings_no_training_library() -> None:
-    names = [name for name in genemodel.__all__ if name != "__version__"]
+    names = [name for name in genemodel.__all__ if name not in {"__version__", *TRAINING}]
     loaded, _ = _loaded(
         "import genemodel\n"
         f"for name in {names!r}:\n"
@@ -55,6 +61,36 @@ def test_every_public_name_is_there_and_brings_no_training_library() -> None:
         "    assert name in dir(genemodel)\n"
     )
     assert not loaded & {"lightning", "scanpy", "hydra", "wandb", "scvi"}
+
+
+def test_what_trains_is_public_whichever_module_was_imported_before() -> None:
+    """A module of a public name's own name would take its place once it is imported."""
+    _fresh(
+        "import importlib, inspect, genemodel\n"
+        "for module, attribute in genemodel._PUBLIC.values(): importlib.import_module(module)\n"
+        "for name, (module, attribute) in genemodel._PUBLIC.items():\n"
+        "    found = getattr(genemodel, name)\n"
+        "    assert inspect.ismodule(found) == (not attribute), name\n"
+        "    assert found.__name__.endswith(attribute), name\n"
+    )
+
+
+def test_editors_see_what_is_reached_on_first_use() -> None:
+    """The imports for type checkers, the table and ``__all__`` are one list."""
+    tree = ast.parse(Path(genemodel.__file__).read_text(encoding="utf-8"))
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    table = {
+        name: f"{module}.{attribute}".rstrip(".")
+        for name, (module, attribute) in genemodel._PUBLIC.items()
+    }
+    assert seen == table
+    assert sorted(genemodel.__all__) == sorted([*table, "__version__"])
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -24,7 +24,7 @@ ORDER = (
     ("evaluation",),
     ("train",),
     ("config_files",),
-    ("verbs", "demo", "finetune"),
+    ("verbs", "demo", "finetuning"),
     ("cli",),
     ("__main__",),
 )

@@ -171,7 +171,7 @@ def test_describe_knows_what_fine_tuning_writes(typed: Typed, tmp_path: Path) ->
     assert status == 0 and out.startswith("imputation model run/imputation_model\n")
     assert "predicts 300 genes" in out and "90 % intervals hold" in out
     status, _, err = typed("describe", "path=run")
-    assert status == 2 and "path=run/model or path=run/imputation_model" in err
+    assert status == 2 and "the folder of a run: name run/model or run/imputation_model" in err
     weights = tmp_path / "run" / "model" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     status, _, err = typed("describe", "path=run/model")

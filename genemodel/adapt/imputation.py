@@ -342,7 +342,7 @@ def measure_coverage(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TrainedDecoder:
     """A decoder with its calibrated dispersion.
 
@@ -365,6 +365,12 @@ class TrainedDecoder:
     heldout_nats: float
     coverage: Coverage
     history: list[tuple[int, float]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"TrainedDecoder({len(self.dispersion_G):,} genes, {self.heldout_nats:.4f} nats a "
+            "molecule set aside)"
+        )
 
 
 def train_decoder(

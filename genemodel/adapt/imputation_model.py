@@ -15,14 +15,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+import genemodel
 from genemodel.adapt.imputation import (
     BLOCK_CELLS,
     Coverage,
@@ -38,10 +40,11 @@ from genemodel.adapt.posterior import (
     posterior_gamma,
     rate_quantiles,
 )
-from genemodel.bundle.directory import read_about, read_tensors, write_checked
+from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
+from genemodel.bundle.history import STEP
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import depth_factor
-from genemodel.settings import nearest, parse, to_values
+from genemodel.settings import nearest, parse, some, to_values
 from genemodel.writing import found_again
 
 Kind = Literal["posterior", "decoder"]
@@ -51,7 +54,6 @@ Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | No
 
 FORMAT = 2  # from 2 on imputation.json holds a checksum of itself
 ABOUT, WEIGHTS, GENES = "imputation.json", "weights.safetensors", "genes.txt"
-KIND = "an imputation model"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
@@ -63,7 +65,7 @@ _FEWEST = 20
 _UNSEEN = 0.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class GammaPosterior:
     """Gamma distributions of the rates of some cells and genes.
 
@@ -76,6 +78,9 @@ class GammaPosterior:
 
     shape_CG: NDArray[np.float64]
     rate_CG: NDArray[np.float64]
+
+    def __repr__(self) -> str:
+        return f"GammaPosterior({' cells × '.join(f'{n:,}' for n in self.shape_CG.shape)} genes)"
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -131,7 +136,14 @@ class ImputationModel:
         Columns of obs that told the batches apart.
     where
         Name of the data in messages.
+
+    Attributes
+    ----------
+    provenance
+        How it was made, plain values.
     """
+
+    KIND: ClassVar[str] = "imputation model"
 
     def __init__(
         self,
@@ -151,6 +163,7 @@ class ImputationModel:
         self.batches = batches
         self.batch_keys = batch_keys
         self.settings = settings
+        self.provenance: dict[str, Any] = {}
         self.genes = list(genes) or [str(gene) for gene in range(counts_CG.shape[1])]
         self._explain(counts_CG, batch_C, None, where)
         self.unseen_share = _UNSEEN / max(float(self.library_C.sum()), 1.0)
@@ -269,10 +282,26 @@ class ImputationModel:
             gene_vectors_GE=None if gene_vectors_GE is None else gene_vectors_GE[kept_G],
             seed=seed,
         )
-        return cls(
+        model = cls(
             trained, counts_CG, kept_G, codes_C, batches, settings,
             genes=genes, batch_keys=batch_keys, where=where,
         )  # fmt: skip
+        model.provenance = {
+            "genemodel": genemodel.__version__,
+            "task": "impute",
+            "batch_key": list(batch_keys),
+            "settings": to_values(settings),
+            "seed": seed,
+            "cells": len(kept_C),
+            "genes": len(kept_G),
+            "heldout_nats_per_molecule": trained.heldout_nats,
+        }
+        return model
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """Nats a molecule set aside at every check; a ``step`` is a pass over the cells."""
+        return pd.DataFrame(self.trained.history, columns=[STEP, "nats_per_molecule"])
 
     def __len__(self) -> int:
         return self.counts_CG.shape[0]
@@ -281,6 +310,19 @@ class ImputationModel:
         return (
             f"ImputationModel({len(self):,} cells × {self.counts_CG.shape[1]:,} genes, "
             f"{self.trained.heldout_nats:.4f} nats a molecule set aside; {self.trained.coverage})"
+        )
+
+    def describe(self) -> str:
+        """Say in a few lines what this is."""
+        told = ("genemodel", "cells", "seed", "model")
+        return "\n".join(
+            [
+                f"predicts {len(self.genes):,} genes ({some(self.genes, 3)})",
+                f"batches ({', '.join(self.batch_keys) or 'none named'}): {some(self.batches)}",
+                f"{self.trained.heldout_nats:.4f} nats a molecule set aside",
+                str(self.trained.coverage),
+                *(f"{key}: {self.provenance[key]}" for key in told if key in self.provenance),
+            ]
         )
 
     def library_ratio(self, library: Library) -> NDArray[np.float64]:
@@ -449,6 +491,7 @@ class ImputationModel:
             "unseen_share": self.unseen_share,
             "heldout_nats": trained.heldout_nats,
             "history": [list(row) for row in trained.history],
+            "provenance": self.provenance,
             "coverage": {
                 "overall": trained.coverage.overall,
                 "by_gene_decile": list(trained.coverage.by_gene_decile),
@@ -456,7 +499,7 @@ class ImputationModel:
             },
         }
         needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, KIND, about, fill, needed=needed)
+        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -469,12 +512,9 @@ class ImputationModel:
         """
         path = found_again(Path(path))
         if not (path / ABOUT).is_file():
-            raise DataError(
-                f"{path} is not {KIND}: it has no {ABOUT}. `genemodel finetune task=impute` writes "
-                "one to <out>/imputation_model."
-            )
+            raise refusal(path, ABOUT)
         wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "history"}
-        about = read_about(path, ABOUT, KIND, newest=FORMAT, wanted=wanted | {"coverage"})
+        about = read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted | {"coverage"})
         settings = parse(DecoderSettings, about["settings"], where=f"{path / ABOUT}: settings")
         weights = read_tensors(path / WEIGHTS)
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
@@ -505,6 +545,7 @@ class ImputationModel:
             batch_keys=tuple(about["batch_keys"]),
             where=str(path),
         )
+        model.provenance = about.get("provenance", {})  # earlier models have none
         model.unseen_share, model.dispersion_G = about["unseen_share"], dispersion_G
         return model
 

@@ -77,7 +77,7 @@ class _Rows:
         return self.dense(len(cell_C), row_N, gene_N, count_N), full
 
 
-@dataclass
+@dataclass(repr=False)
 class Integration:
     """A trained net with the genes it reads and the correction fitted on its training cells.
 
@@ -101,6 +101,14 @@ class Integration:
     latent_CD: np.ndarray
     embedding_CD: np.ndarray
     history: list[dict[str, float]]
+
+    def __repr__(self) -> str:
+        cells, latent = self.latent_CD.shape
+        corrected = "corrected" if self.correction is not None else "not corrected"
+        return (
+            f"Integration({cells:,} cells × {len(self.gene_G):,} genes → {latent} dimensions, "
+            f"{len(self.history):,} steps, {corrected})"
+        )
 
 
 def encode(

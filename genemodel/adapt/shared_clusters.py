@@ -77,7 +77,7 @@ def _paired_at_once(
     return paired_C
 
 
-@dataclass
+@dataclass(repr=False)
 class SharedClusterCorrection:
     """Offsets per soft cluster and batch that move shared populations onto each other.
 
@@ -129,6 +129,11 @@ class SharedClusterCorrection:
     mean_KD: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     reference_CD: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     evidence_C: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def __repr__(self) -> str:
+        clusters, batches, latent = self.offset_KBD.shape
+        fitted = f"{clusters} clusters, {batches:,} batches, {latent} dimensions"
+        return f"SharedClusterCorrection({fitted if clusters else 'not fitted'})"
 
     def fit_transform(self, z_CD: np.ndarray, batch_C: np.ndarray) -> np.ndarray:
         """Fit on all cells and return their corrected latent (float64, (C, D))."""

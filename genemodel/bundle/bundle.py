@@ -6,6 +6,7 @@
     weights.safetensors  backbone ("model.*") and heads ("heads.*")
     vocabulary.tsv.gz    genes and tokens
     statistics.tsv.gz    per-gene non-zero medians of the training corpus
+    history.tsv          losses on held-out cells, where pre-training made it
 
 No file holds code, and reading needs neither Lightning nor Hydra.
 """
@@ -17,21 +18,23 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genemodel.bundle.directory import read_about, read_tensors, write_checked
+from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
+from genemodel.bundle.history import no_history, read_history, write_history
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
 from genemodel.model.settings import ModelSettings
-from genemodel.settings import parse, to_values
+from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ ABOUT, WEIGHTS, VOCABULARY, STATISTICS = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Bundle:
     """A backbone with all that is needed to use it.
 
@@ -66,7 +69,12 @@ class Bundle:
         Settings of the objectives behind the heads, plain values by name.
     provenance
         How it was made: corpus fingerprint, steps, versions, validation losses.
+    history
+        Losses on held-out cells at every look of the training up to this model, a column ``step``
+        and one for each loss; no rows where none were kept.
     """
+
+    KIND: ClassVar[str] = "model"
 
     model: GeneModel
     vocabulary: GeneVocabulary
@@ -75,6 +83,16 @@ class Bundle:
     heads: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    history: pd.DataFrame = field(default_factory=no_history)
+
+    def __repr__(self) -> str:
+        shape = self.model.settings
+        n = sum(p.numel() for p in self.model.parameters())
+        heads = some(sorted({key.split(".")[0] for key in self.heads}))
+        return (
+            f"Bundle({shape.layers} layers × {shape.width}, {n:,} parameters, "
+            f"{len(self.vocabulary):,} tokens of {some(self.species)}; heads: {heads})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -179,6 +197,7 @@ class Bundle:
             save_file(weights, folder / WEIGHTS)
             self.vocabulary.save(folder / VOCABULARY)
             write_medians(folder / STATISTICS, self.medians_V)
+            write_history(folder, self.history)
 
         about = {
             "format": FORMAT,
@@ -194,7 +213,7 @@ class Bundle:
             },
         }
         needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, "a model bundle", about, fill, needed=needed)
+        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -247,6 +266,7 @@ class Bundle:
             },
             settings=about["settings"],
             provenance=about["provenance"],
+            history=read_history(path),
         )
         return bundle.to(there)
 
@@ -256,41 +276,11 @@ def fill_corner(larger: Tensor, smaller: Tensor) -> None:
     larger[tuple(slice(0, n) for n in smaller.shape)] = smaller
 
 
-def load(path: str | Path, *, device: str | torch.device = "auto") -> Bundle:
-    """Read a model bundle; see :meth:`Bundle.load`."""
-    return Bundle.load(path, device=device)
-
-
-# What a folder may be that is no bundle, by a file in it, and what to do then.
-_INSTEAD = {
-    f"bundle/{ABOUT}": " It is a training run: use its bundle/ directory.",
-    f"backbone/bundle/{ABOUT}": " It is a fine-tuning run: use its backbone/bundle/ directory.",
-    "finetune.json": " It is a fine-tuning run without a backbone of its own.",
-    "integrated.json": (
-        " It is what fine-tuning made to integrate: gm.IntegratedModel.load(path).embed(adata) "
-        "embeds, and `genemodel annotate` and `genemodel evaluate` take it."
-    ),
-    "imputation.json": (
-        " It is what fine-tuning made to impute: `genemodel impute model=...` takes it."
-    ),
-    "manifest.json": " It is a corpus: `genemodel pretrain corpus=...` makes a model of it.",
-}
-
-
 def _read_about(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise DataError(
-            f"No model at {path}: the directory does not exist. Pre-training writes one to "
-            "<run>/bundle."
-        )
     if not (path / ABOUT).is_file():
-        inside = next(
-            (said for name, said in _INSTEAD.items() if (path / name).is_file()),
-            "",
-        )
-        raise DataError(f"{path} is not a model bundle: it has no {ABOUT}.{inside}")
+        raise refusal(path, ABOUT)
     wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
-    return read_about(path, ABOUT, "a model bundle", newest=FORMAT, wanted=wanted)
+    return read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted)
 
 
 def _load_exactly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -14,9 +14,63 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genemodel.cells.manifest import MANIFEST
 from genemodel.errors import DataError
 from genemodel.settings import refuse_address
 from genemodel.writing import found_again, whole_directory
+
+# The file by which a folder is known, and what it then is.
+KINDS = {
+    "bundle.json": "a model bundle",
+    "integrated.json": "an integrated model",
+    "imputation.json": "an imputation model",
+    MANIFEST: "a corpus",
+}
+# Where the verbs that train put their models, in the folder of a run.
+PLACES = ("bundle", "model", "imputation_model", "backbone/bundle")
+
+
+def known_by(path: Path) -> str | None:
+    """Name the file that says what a folder is; None for one that no verb here has written."""
+    return next((name for name in KINDS if (path / name).is_file()), None)
+
+
+def refusal(path: Path, wanted: str = "") -> DataError:
+    """Say what a path is, which is not the model that is wanted, and what to do.
+
+    Parameters
+    ----------
+    path
+        Where it was looked for.
+    wanted
+        The file that the model is known by; empty for a model of any kind.
+    """
+    kind = KINDS.get(wanted, "a model")
+    if not path.exists():
+        return DataError(
+            f"No model at {path}: the directory does not exist. Pre-training writes one to "
+            "RUN/bundle, fine-tuning to RUN/model and RUN/imputation_model."
+        )
+    there = known_by(path)
+    if there is not None:
+        advice = "`genemodel pretrain corpus=...` makes a model of it"
+        if there != MANIFEST:
+            advice = "genemodel.load reads whatever a folder holds"
+        return DataError(f"{path} is {KINDS[there]}, not {kind}: {advice}.")
+    inside = {place: known_by(path / place) for place in PLACES}
+    places = [str(path / place) for place in PLACES if inside[place]]
+    fitting = [str(path / place) for place in PLACES if inside[place] == wanted]
+    if places and (fitting or not wanted):
+        return DataError(
+            f"{path} is not {kind} but the folder of a run: name {' or '.join(fitting or places)}."
+        )
+    if places:
+        return DataError(
+            f"{path} is not {kind} but the folder of a run that made none; it has "
+            f"{' and '.join(places)}."
+        )
+    lacking = wanted or f"none of {', '.join(name for name in KINDS if name != 'manifest.json')}"
+    return DataError(f"{path} is not {kind}: it has {'no ' if wanted else ''}{lacking}.")
 
 
 def sha256(path: Path) -> str:

@@ -37,7 +37,7 @@ _PLOTTED = 60
 _COLOURS = ("#3b6ea5", "#c8553d", "#588b5e", "#8c6bb1", "#b58900", "#5f6b6d", "#2aa198", "#a0527c")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CorpusReport:
     """What was found.
 
@@ -58,6 +58,9 @@ class CorpusReport:
     warnings: tuple[str, ...]
     facts: dict[str, str]
     samples: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"CorpusReport({self.title}; {len(self.warnings)} warnings)"
 
     @classmethod
     def of(cls, corpus: "Corpus") -> Self:

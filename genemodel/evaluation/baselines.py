@@ -326,7 +326,7 @@ def tuned(
 ) -> np.ndarray:
     """Embed with `genemodel.integrate`, from scratch or from a pre-trained model."""
     from genemodel.inference.integrate import integrate
-    from genemodel.inference.integrated_model import KEY
+    from genemodel.inference.obs_keys import INTEGRATED
 
     if conditions.batch_key is None:
         raise DataError("genemodel.integrate removes a batch effect and needs batch_key")
@@ -338,4 +338,4 @@ def tuned(
         model=model,
         seed=conditions.seed,
     )
-    return np.asarray(cast(Any, copy.obsm[KEY]))
+    return np.asarray(cast(Any, copy.obsm[INTEGRATED]))

@@ -30,7 +30,6 @@ from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult
 from genemodel.inference.obs_keys import check_label_is_no_batch
 from genemodel.settings import check_out_folder, check_seed, nearest
-from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -367,17 +366,15 @@ def _standing(key: str) -> Method:
 
 def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") -> dict[str, Method]:
     """Methods for trained models, loaded now: a wrong path is refused before anything runs."""
-    from genemodel.bundle.bundle import load
-    from genemodel.inference.integrated_model import ABOUT, IntegratedModel
+    from genemodel.inference.integrated_model import IntegratedModel
+    from genemodel.inference.models import EMBED, model_for
 
     found: dict[str, Method] = {}
     for number, given in enumerate(models):
         name = f"model {number}"
-        model = given
+        model = model_for("embed", EMBED, given)
         if isinstance(given, str | Path):
             name = f"model {_short_name(Path(given))}"
-            fine_tuned = (found_again(Path(given)) / ABOUT).exists()
-            model = IntegratedModel.load(Path(given)) if fine_tuned else load(given)
             if name in found:  # runs of one name: the folders above tell them apart
                 name = f"model {Path(given)}"
         if name in found:
@@ -390,7 +387,7 @@ def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") ->
             )
             found[name] = Method(_encoder(model), kind="ours", encoder=beside)
             continue
-        bundle = cast("Bundle", model)
+        bundle = model
         shape = bundle.model.settings
         transformer = f"the transformer ({shape.layers} × {shape.width})"
         found[name] = Method(
@@ -421,11 +418,12 @@ def _encoder(model: "IntegratedModel") -> Any:
 
 def _embedder(bundle: "Bundle") -> Any:
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        from genemodel.inference.embed import KEY, embed
+        from genemodel.inference.embed import embed
+        from genemodel.inference.obs_keys import EMBEDDED
 
         cells = adata.copy()
         embed(cells, bundle)
-        return np.asarray(cast(Any, cells.obsm[KEY]))
+        return np.asarray(cast(Any, cells.obsm[EMBEDDED]))
 
     return embed
 

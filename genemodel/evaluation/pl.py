@@ -14,6 +14,7 @@ import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import plots
+from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -42,7 +43,7 @@ _SCORES = {
 
 def embedding(
     adata: "ad.AnnData",
-    key: str = "X_genemodel",
+    key: str | None = None,
     *,
     color: str | Sequence[str] = ("cell_type", "batch", "species"),
     seed: int = 0,
@@ -54,8 +55,9 @@ def embedding(
     adata
         Cells.
     key
-        Embedding in ``adata.obsm``. One with two columns is drawn as it is; any other is laid out
-        by UMAP with a fixed seed (at most 5,000 cells, sampled).
+        Embedding in ``adata.obsm``; default ``X_integrated`` where there is one, else
+        ``X_genemodel``. One with two columns is drawn as it is; any other is laid out by UMAP with
+        a fixed seed (at most 5,000 cells, sampled).
     color
         Columns of ``adata.obs``. Of the default ones those that are missing are left out.
     seed
@@ -69,6 +71,7 @@ def embedding(
     columns = [color] if isinstance(color, str) else list(color)
     if tuple(columns) == ("cell_type", "batch", "species"):
         columns = [column for column in columns if column in adata.obs] or columns[:1]
+    key = _own(adata) if key is None else key
     layout = _layout(adata, key, seed)
     return plots.embedding_panels(layout, adata.obs, columns, title=key)
 
@@ -77,7 +80,7 @@ def integration(
     adata: "ad.AnnData",
     *,
     before: str = "X_pca",
-    after: str = "X_genemodel",
+    after: str | None = None,
     batch_key: str = "batch",
     label_key: str | None = "cell_type",
     seed: int = 0,
@@ -89,7 +92,7 @@ def integration(
     adata
         Cells.
     before, after
-        Embeddings in ``adata.obsm``.
+        Embeddings in ``adata.obsm``; the default of ``after`` is that of :func:`embedding`.
     batch_key, label_key
         Columns of ``adata.obs``; ``label_key=None`` leaves the cell types out.
     seed
@@ -101,6 +104,7 @@ def integration(
         Shape (columns, 2): left before, right after.
     """
     columns = [batch_key] if label_key is None else [label_key, batch_key]
+    after = _own(adata) if after is None else after
     layouts = {
         f"before ({before})": _layout(adata, before, seed),
         f"after ({after})": _layout(adata, after, seed),
@@ -108,12 +112,17 @@ def integration(
     return plots.embedding_grid(layouts, adata.obs, columns)
 
 
+def _own(adata: "ad.AnnData") -> str:
+    """Name the embedding that is ours."""
+    return INTEGRATED if INTEGRATED in adata.obsm else EMBEDDED
+
+
 def _layout(adata: "ad.AnnData", key: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if key not in adata.obsm:
         raise DataError(
             f"adata.obsm has no {key!r}; it has {', '.join(adata.obsm) or 'nothing'}. Compute it "
-            "first (genemodel.embed writes 'X_genemodel') or name another with key=, before= or "
-            "after=."
+            f"first (genemodel.embed writes {EMBEDDED!r}, genemodel.integrate {INTEGRATED!r}) or "
+            "name another with key=, before= or after=."
         )
     values_CD = np.asarray(adata.obsm[key])
     if values_CD.ndim == 2 and values_CD.shape[1] == 2:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.evaluation.report import Report
+from genemodel.settings import some
 
 # Metric -> heading in the terminal and the report, and which direction is better.
 COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
@@ -66,7 +67,7 @@ BOTH = "all"  # what a row of all directions together says for its direction
 _MOST_DIRECTIONS = 4  # that the terminal shows one by one
 
 
-@dataclass
+@dataclass(repr=False)
 class EvaluationResult:
     """The outcome of a comparison.
 
@@ -110,6 +111,10 @@ class EvaluationResult:
     gene_statistics: dict[str, pd.DataFrame] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        methods = some(list(dict.fromkeys(self.table["method"])), 6)
+        return f"EvaluationResult({self.task}: {methods}; skipped: {len(self.skipped)})"
 
     def summary(self) -> pd.DataFrame:
         """One row per method, best first: mean over seeds (and directions), and ``n_seeds``."""

@@ -17,13 +17,14 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
+from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
-from genemodel.inference.integrated_model import ABOUT, IntegratedModel
+from genemodel.inference.embed import writable_h5ad, write_whole
+from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.labels import label_names, probabilities_of
+from genemodel.inference.models import EMBED, model_for
 from genemodel.inference.obs_keys import check_key_added, label_codes
 from genemodel.settings import PathText, check_seed
-from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,7 +49,7 @@ TRANSFERS: tuple[Transfer, ...] = ("knn", "linear")
 def annotate(
     query: "AnnData",
     reference: "AnnData | None" = None,
-    model: Bundle | IntegratedModel | None = None,
+    model: Bundle | IntegratedModel | str | Path | None = None,
     *,
     label_key: str = "",
     key_added: str = KEY,
@@ -76,7 +77,7 @@ def annotate(
         columns ``uns[key_added]["labels"]`` names; ``transfer``, ``k`` and ``far_quantile`` say
         nothing then.
     model
-        From :func:`genemodel.load` or :func:`genemodel.integrate`.
+        From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
     label_key
         obs column of the reference; cells without a label are left out.
     key_added
@@ -122,6 +123,7 @@ def annotate(
     _check(transfer, k, unknown, far_quantile, key_added, seed)
     if model is None:
         raise ConfigError("model is missing: give what genemodel.load or integrate returns.")
+    model = model_for("annotate", EMBED, model)
     if reference is None:
         _classify(query, model, key_added, unknown, layer, species)
         return
@@ -259,11 +261,6 @@ def _embedded(
 ) -> np.ndarray:
     if isinstance(model, IntegratedModel):
         return model.encode(adata, layer=layer, species=species)
-    if not isinstance(model, Bundle):
-        raise ConfigError(
-            f"model is a {type(model).__name__}: give what genemodel.load or genemodel.integrate "
-            "returns."
-        )
     cells = VocabularyCells(adata, model, layer=layer, species=species)
     return embedding_of(cells, model)
 
@@ -516,15 +513,10 @@ def annotate_file(settings: AnnotateSettings) -> Path:
             raise DataError(f"{name}={path} is no file: name an h5ad file with raw counts.")
         with refuse_damage(str(path)):
             cells[name] = ad.read_h5ad(path)
-    model: Bundle | IntegratedModel
-    if (found_again(Path(settings.model)) / ABOUT).is_file():
-        model = IntegratedModel.load(settings.model, device=settings.device)
-    else:
-        model = Bundle.load(settings.model, device=settings.device)
     annotate(
         cells["query"],
         cells.get("reference"),
-        model,
+        model_for("annotate", EMBED, settings.model, device=settings.device),
         label_key=settings.label_key,
         key_added=settings.key_added,
         transfer=settings.transfer,

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
+from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.annotations import copy_annotations, read_annotations
+from genemodel.inference.annotations import KEPT, copy_annotations, read_annotations
+from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
-from genemodel.inference.counts import SHARD_CELLS, VocabularyCells, VocabularyChunk
+from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
-from genemodel.inference.forward import Compile, Forward, compiles
-from genemodel.inference.obs_keys import check_key_added
+from genemodel.inference.forward import Compile, compiles
+from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank
 from genemodel.inference.shards import (
@@ -40,75 +42,12 @@ from genemodel.inference.shards import (
 )
 from genemodel.inference.workers import Job, embed_on
 from genemodel.settings import PathText
-from genemodel.tasks.decode_counts import CellProjection
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
-
-KEY = "X_genemodel"
-
-
-def embedder(bundle: Bundle, *, batch_size: int | None = None, compile: bool = False) -> Forward:
-    """Make a forward pass whose result is the embedding, float32 (C, D).
-
-    Where the model has a count decoder, a cell is the vector that its counts are decoded from:
-    library, species and technical batch are terms of their own there, so it need not hold them.
-    Otherwise it is the hidden state of the cell token.
-    """
-    projection = cell_projection(bundle)
-
-    def read_out(cell_BD: Tensor, batch: CellBatch) -> Tensor:
-        vectors_BD: Tensor = projection(cell_BD)
-        return vectors_BD
-
-    return Forward(
-        bundle, read_out, bundle.model.settings.width, batch_size=batch_size, compile=compile
-    )
-
-
-def embed_chunks(
-    cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, embedding_CD float32) for consecutive cells of a source.
-
-    A cell without any known gene gets NaN.
-    """
-    for chunk, vectors_CD in embedder(bundle, batch_size=batch_size).over(cells.chunks()):
-        yield chunk.start, vectors_CD
-
-
-def embedding_of(
-    cells: VocabularyCells,
-    bundle: Bundle,
-    *,
-    batch_size: int | None = None,
-    compile: bool = False,
-) -> np.ndarray:
-    """Embed all cells of a source; float32 (C, D), in input order."""
-    forward = embedder(bundle, batch_size=batch_size, compile=compile)
-    out_CD = np.empty((len(cells), forward.columns), np.float32)
-    with Progress("embed", len(cells)) as progress:
-        for chunk, vectors_CD in forward.over(cells.chunks(), progress.add):
-            out_CD[chunk.start : chunk.start + len(vectors_CD)] = vectors_CD
-    return out_CD
-
-
-def encode(chunk: VocabularyChunk, bundle: Bundle, *, batch_size: int | None = None) -> np.ndarray:
-    """Embed the cells of one chunk; float32 (C, D), NaN for a cell without any known gene."""
-    ((_, vectors_CD),) = embedder(bundle, batch_size=batch_size).over([chunk])
-    return vectors_CD
-
-
-def cell_projection(bundle: Bundle) -> nn.Module:
-    """Return the count decoder's view of a cell, or the identity for a model without one."""
-    if any(name.startswith("decode_counts.projection.") for name in bundle.heads):
-        return bundle.head(
-            "decode_counts.projection", CellProjection(bundle.model.settings.width)
-        ).eval()
-    return nn.Identity()
 
 
 def provenance_of(
@@ -129,14 +68,15 @@ def provenance_of(
 
 def embed(
     adata: "AnnData | str | Path",
-    model: Bundle,
+    model: Bundle | IntegratedModel | str | Path,
     *,
     layer: str | None = None,
     species: str | None = None,
-    key_added: str = KEY,
+    key_added: str | None = None,
     batch_size: int | None = None,
     device: Devices | None = None,
     compile: Compile = "auto",
+    new_batch: bool | None = None,
 ) -> "AnnData | None":
     """Embed cells with a model.
 
@@ -144,15 +84,17 @@ def embed(
     ----------
     adata
         AnnData in memory or backed, whose ``obsm`` is written; or the path of anything
-        :func:`genemodel.cells.sources.open_source` reads, which is streamed.
+        :func:`genemodel.cells.sources.open_source` reads, which is streamed; for an
+        IntegratedModel of an h5ad or a zarr, which is read into memory.
     model
-        From :func:`genemodel.load`.
+        From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
     layer
         Where the raw counts are; default ``X``. Anything but raw counts is refused.
     species
         One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
     key_added
-        Key in ``obsm``; ``uns[key_added]`` gets the provenance.
+        Key in ``obsm``; ``uns[key_added]`` gets the provenance. Default ``X_genemodel``, and for an
+        IntegratedModel ``X_integrated``, as of :func:`genemodel.integrate`.
     batch_size
         Most cells at once, for small devices. Cannot change the result; where memory runs out, the
         batch is made smaller by itself.
@@ -161,6 +103,9 @@ def embed(
         each gets a process of its own and a share of the rows.
     compile
         Compile the model first; ``"auto"`` does on a GPU from 200,000 cells on.
+    new_batch
+        Of an IntegratedModel alone, as in :meth:`IntegratedModel.encode`; that in turn is a network
+        on counts and takes no ``batch_size``, ``device`` and ``compile``.
 
     Returns
     -------
@@ -176,17 +121,27 @@ def embed(
     """
     import anndata as ad
 
-    check_key_added(key_added)
-    if not isinstance(model, Bundle):
-        raise ConfigError(
-            f"model is a {type(model).__name__}: give what genemodel.load returns; a fine-tuned "
-            "model embeds with its own method, model.embed(adata)."
-        )
+    if key_added is not None:
+        check_key_added(key_added)
+    model = model_for("embed", EMBED, model, device=_first(device))
     if isinstance(adata, ad.AnnData) and adata.isbacked and adata.is_view:
         raise DataError(
             "adata is a view of a backed AnnData, which nothing can be written to: give the whole "
             "object, or adata.to_memory()."
         )
+    if isinstance(model, IntegratedModel):
+        _refuse_of_transformer(batch_size=batch_size, device=device, compile=compile)
+        given = isinstance(adata, ad.AnnData)
+        target = adata if isinstance(adata, ad.AnnData) else _read_whole(Path(adata))
+        key = key_added or INTEGRATED
+        model.embed(target, new_batch=new_batch, layer=layer, species=species, key_added=key)
+        return None if given else _without_counts(target)
+    if new_batch is not None:
+        raise ConfigError(
+            f"new_batch={new_batch} says nothing to a Bundle, which knows of no batches: leave it "
+            "out."
+        )
+    key_added = key_added or EMBEDDED
     devices = devices_of(model.device if device is None else device)
     cells = VocabularyCells(adata, model, layer=layer, species=species)
     # A file that we opened is closed; an AnnData is its owner's.
@@ -209,6 +164,48 @@ def embed(
     target.obsm[key_added] = embedding_CD
     target.uns[key_added] = provenance
     return None if target is adata else target
+
+
+def _first(device: Devices | None) -> "str | torch.device":
+    """Where to put a model that is read from its folder."""
+    if device is None:
+        return "auto"
+    devices = devices_of(device)
+    return devices[0] if len(devices) == 1 else "cpu"
+
+
+def _refuse_of_transformer(**given: Any) -> None:
+    """Refuse what an IntegratedModel has no use for."""
+    named = [name for name, value in given.items() if value not in (None, 0, "auto")]
+    if named:
+        raise ConfigError(
+            f"{' and '.join(named)} say how a transformer runs, and an IntegratedModel is a "
+            "network on counts: leave them out. What it reads of a transformer runs where "
+            "genemodel.load(path, device=...) put it."
+        )
+
+
+def _read_whole(path: Path) -> "AnnData":
+    """Read a file of cells with its counts into memory."""
+    import anndata as ad
+
+    if not path.exists():
+        raise DataError(f"{path} does not exist.")
+    read = {".h5ad": ad.read_h5ad, ".zarr": ad.read_zarr}.get(path.suffix)
+    if read is None:
+        raise DataError(
+            f"{path} ends neither in .h5ad nor in .zarr, which are what an IntegratedModel reads: "
+            "write it as one (anndata, scanpy)."
+        )
+    with refuse_damage(str(path)):
+        return read(path)
+
+
+def _without_counts(adata: "AnnData") -> "AnnData":
+    """Return all of an AnnData but X, layers and raw."""
+    import anndata as ad
+
+    return ad.AnnData(**{name: getattr(adata, name) for name in KEPT})
 
 
 def _there(model: Bundle, device: torch.device) -> Bundle:
@@ -268,12 +265,16 @@ def _empty(rows_CD: np.ndarray) -> int:
 
 
 def _report(empty: int, provenance: dict[str, Any], source: Source) -> None:
+    _warn_of_empty(empty, source.where, source.n_cells, "gene of the vocabulary")
+    warn_of_collapse(provenance, source.where)
+
+
+def _warn_of_empty(empty: int, where: str, n_cells: int, lacking: str) -> None:
     if empty:
         logger.warning(
-            "%s: %s of %s cells have no gene of the vocabulary and get NaN.",
-            source.where, f"{empty:,}", f"{source.n_cells:,}",
+            "%s: %s of %s cells have no %s and get NaN.",
+            where, f"{empty:,}", f"{n_cells:,}", lacking,
         )  # fmt: skip
-    warn_of_collapse(provenance, source.where)
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ class EmbedSettings:
     Attributes
     ----------
     model
-        Bundle directory.
+        Folder of a bundle, or of an IntegratedModel, which reads the input into memory.
     input
         File or folder with raw counts.
     output
@@ -293,7 +294,7 @@ class EmbedSettings:
     species
         One species for all cells or obs:COLUMN; empty for the obs column species.
     key_added
-        Key in obsm.
+        Key in obsm; null for X_genemodel, and of an IntegratedModel X_integrated.
     batch_size
         Most cells at once; 0 for as many as fit the token budget.
     device
@@ -310,7 +311,7 @@ class EmbedSettings:
     output: PathText
     layer: str = ""
     species: str = ""
-    key_added: str = KEY
+    key_added: str | None = None
     batch_size: int = 0
     device: str | int | tuple[str | int, ...] = "auto"
     compile: Compile = "auto"
@@ -364,7 +365,8 @@ def embed_file(settings: EmbedSettings) -> Path:
         logger.info("%s is there already: nothing is left to do.", settings.output)
         return Path(settings.output)
     output = writable_h5ad(settings.output, overwrite=settings.overwrite, inputs=[settings.input])
-    check_key_added(settings.key_added)
+    if settings.key_added is not None:
+        check_key_added(settings.key_added)
     devices = devices_of(settings.device)
     if rank is not None:
         if len(devices) > 1:
@@ -379,7 +381,9 @@ def embed_file(settings: EmbedSettings) -> Path:
     several = len(devices) > 1
     if settings.device == "auto":
         logger.info("Model on %s.", devices[0])
-    model = Bundle.load(settings.model, device="cpu" if several else devices[0])
+    model = model_for("embed", EMBED, settings.model, device="cpu" if several else devices[0])
+    if isinstance(model, IntegratedModel):
+        return _embed_in_memory(settings, model, rank, output)
     cells = VocabularyCells(
         settings.input, model, layer=settings.layer or None, species=settings.species or None
     )
@@ -406,6 +410,28 @@ def embed_file(settings: EmbedSettings) -> Path:
                     _embed_missing(settings, cells, model, shards, compiling, rank)
                 _assemble(settings, cells, model, shards, output)
                 shards.remove()
+    return output
+
+
+def _embed_in_memory(
+    settings: EmbedSettings, model: IntegratedModel, rank: Rank | None, output: Path
+) -> Path:
+    """Embed with a network on counts: one process, the input in memory."""
+    if rank is not None and rank.world > 1:
+        raise ConfigError(
+            f"This is one of {rank.world} processes that were started side by side, and an "
+            "IntegratedModel embeds in one: start it alone."
+        )
+    several = settings.device if isinstance(settings.device, tuple) else None
+    _refuse_of_transformer(batch_size=settings.batch_size, device=several, compile=settings.compile)
+    logger.info("%s is read into memory: an IntegratedModel does not stream.", settings.input)
+    adata = _read_whole(Path(settings.input))
+    key = settings.key_added or INTEGRATED
+    model.embed(
+        adata, layer=settings.layer or None, species=settings.species or None, key_added=key
+    )
+    _warn_of_empty(_empty(adata.obsm[key]), settings.input, adata.n_obs, "counts")
+    write_whole(_without_counts(adata), output)
     return output
 
 
@@ -501,19 +527,18 @@ def _assemble(
     import anndata as ad
     import h5py
 
+    key = settings.key_added or EMBEDDED
     provenance = provenance_of(cells, model, shards.blocks)
     _report(sum(map(_empty, shards.blocks())), provenance, cells.source)
 
     needed = 4 * shards.n_cells * shards.width
     with whole(output, needed=needed) as partial, h5py.File(partial, "w") as file:
         copy_annotations(Path(settings.input), cells.source, file)
-        if settings.key_added in file["obsm"]:
-            del file["obsm"][settings.key_added]
-        stored = file["obsm"].create_dataset(
-            settings.key_added, (shards.n_cells, shards.width), np.float32
-        )
+        if key in file["obsm"]:
+            del file["obsm"][key]
+        stored = file["obsm"].create_dataset(key, (shards.n_cells, shards.width), np.float32)
         stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         for number, block_CD in enumerate(shards.blocks()):
             start, stop = shards.span(number)
             stored[start:stop] = block_CD
-        ad.io.write_elem(file["uns"], settings.key_added, provenance)
+        ad.io.write_elem(file["uns"], key, provenance)

@@ -18,8 +18,8 @@ from genemodel.cells.sources import CHUNK_CELLS, open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import written_as_others
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import VocabularyCells, refuse_unknown_species
-from genemodel.inference.embed import embedder
 from genemodel.inference.progress import Progress
 
 if TYPE_CHECKING:

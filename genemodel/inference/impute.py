@@ -16,7 +16,6 @@ import scipy.sparse as sp
 import genemodel
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
 from genemodel.adapt.imputation_model import (
-    ABOUT,
     LARGEST_IN_MEMORY,
     GammaPosterior,
     ImputationModel,
@@ -38,10 +37,10 @@ from genemodel.inference.impute_genes import (
     columns_of_model,
 )
 from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
+from genemodel.inference.models import IMPUTE, model_for
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.settings import PathText, check_seed, to_values
-from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -54,7 +53,7 @@ Written = Literal["posterior", "decoder", "log"]
 
 def impute(
     adata: "AnnData | str | Path",
-    model: Bundle | ImputationModel | None = None,
+    model: Bundle | ImputationModel | str | Path | None = None,
     *,
     batch_key: str | Sequence[str] | None = None,
     layer: str | None = None,
@@ -89,7 +88,8 @@ def impute(
         trained, and its genes are predicted from those of them that these cells measured. Or a
         bundle (:func:`genemodel.load`): its count decoder predicts ``genes`` that the data did not
         measure, and its gene vectors are the start where ``settings.gene_vectors`` says so.
-        Measured genes are otherwise learned from the data itself.
+        Measured genes are otherwise learned from the data itself. Either may be the path of its
+        folder.
     batch_key
         obs column of the technical batch, or several nested ones; with a trained model by default
         its own. A batch that it was not trained on gets the mean of all offsets.
@@ -153,6 +153,8 @@ def impute(
     _check_kind(kind, layers)
     check_library(library)
     path = _checked_output(output, overwrite, adata)
+    if model is not None:
+        model = model_for("impute", IMPUTE, model)
     trained = model if isinstance(model, ImputationModel) else None
     bundle = model if isinstance(model, Bundle) else None
     if trained is not None and settings is not None:
@@ -217,6 +219,9 @@ def impute(
                         f"{settings.learning_rate:g}): its numbers are no longer finite. Set a "
                         f"lower one; the default is {DecoderSettings().learning_rate:g}."
                     )
+                trained.provenance["model"] = (
+                    bundle.fingerprint if bundle is not None and vectors else ""
+                )
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
@@ -564,18 +569,12 @@ def impute_file(settings: ImputeSettings) -> Path:
     -------
     The output path.
     """
-    model: Bundle | ImputationModel | None = None
     device_of(settings.device)
-    if settings.model:
-        trained = (found_again(Path(settings.model)) / ABOUT).is_file()
-        model = (
-            ImputationModel.load(settings.model)
-            if trained
-            else Bundle.load(settings.model, device=settings.device)
-        )
     impute(
         settings.input,
-        model,
+        model_for("impute", IMPUTE, settings.model, device=settings.device)
+        if settings.model
+        else None,
         batch_key=settings.batch_key,
         layer=settings.layer or None,
         species=settings.species or None,

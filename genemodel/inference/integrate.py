@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,14 +17,17 @@ from genemodel.adapt.integration import Integration, Progress, train_integration
 from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.history import history_of
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import GeneCounts, read_counts
-from genemodel.inference.integrated_model import KEY, IntegratedModel
+from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.models import model_for
 from genemodel.inference.obs_keys import (
+    INTEGRATED,
     batch_names,
     check_key_added,
     check_label_is_no_batch,
@@ -47,10 +51,10 @@ def integrate(
     *,
     batch_key: str | Sequence[str],
     label_key: str | None = None,
-    model: Bundle | None = None,
+    model: Bundle | str | Path | None = None,
     layer: str | None = None,
     species: str | None = None,
-    key_added: str = KEY,
+    key_added: str = INTEGRATED,
     settings: IntegrationSettings | None = None,
     seed: int = 0,
 ) -> IntegratedModel:
@@ -66,7 +70,8 @@ def integrate(
     label_key
         obs column of cell types, missing where unknown; they are learnt, and kept apart.
     model
-        A pre-trained model whose cell vectors are read besides the counts; default none.
+        A pre-trained model, or the path of its folder, whose cell vectors are read besides the
+        counts; default none.
     layer
         Where the raw counts are; default ``X``. Anything but raw counts is refused.
     species
@@ -100,6 +105,7 @@ def integrate(
     settings = settings or IntegrationSettings()
     check_key_added(key_added)
     check_seed(seed)
+    bundle = None if model is None else model_for("integrate", (Bundle,), model)
     keys = keys_of(batch_key)
     check_label_is_no_batch(keys, label_key)
     name_C, batches = batches_of(adata.obs, keys)
@@ -112,11 +118,11 @@ def integrate(
             f"adata has {adata.n_obs} cells: fewer than {MIN_CELLS} cannot be integrated."
         )
     vocabulary = None
-    if model is not None:
-        vocabulary = model.vocabulary
+    if bundle is not None:
+        vocabulary = bundle.vocabulary
     elif species is not None:
         vocabulary = GeneVocabulary.builtin()
-    counts = read_counts(adata, bundle=model, vocabulary=vocabulary, layer=layer, species=species)
+    counts = read_counts(adata, bundle=bundle, vocabulary=vocabulary, layer=layer, species=species)
     if vocabulary is not None:
         # Most of a vocabulary is in no single data set, and would only take the place of genes.
         counts = counts.only(counts.seen())
@@ -136,7 +142,7 @@ def integrate(
         )
     if label_C is not None:
         label_C = label_C[used_C]
-    trained = _train(counts, used_C, code_C, label_C, model, settings, seed)
+    trained = _train(counts, used_C, code_C, label_C, bundle, settings, seed)
     embedding_CD = np.full((adata.n_obs, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
@@ -147,16 +153,16 @@ def integrate(
         batch_keys=keys,
         batches=batches,
         labels=labels,
-        bundle=model,
+        bundle=bundle,
         vocabulary=vocabulary,
-        history=trained.history,
+        history=history_of(trained.history),
     )
     result.provenance = {
         "genemodel": genemodel.__version__,
         "task": "integrate",
         "batch_key": list(keys),
         "label_key": label_key or "",
-        "model": "" if model is None else model.fingerprint,
+        "model": "" if bundle is None else bundle.fingerprint,
         "settings": to_values(settings),
         "seed": seed,
         "cells": len(used_C),

@@ -4,6 +4,7 @@
 
     integrated.json      format, batches, labels, settings, provenance, checksums
     weights.safetensors  network ("net.*"), correction ("correction.*")
+    history.tsv          losses of the training
     genes.txt            the genes that are read, one a line
     vocabulary.tsv.gz    only where genes are tokens and there is no bundle
     bundle/              only where cell vectors of a pre-trained model are read
@@ -14,9 +15,10 @@ Axes: C cells, D latent, G genes read.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 
@@ -24,13 +26,14 @@ from genemodel.adapt.integration import encode
 from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import read_about, read_tensors, write_checked
+from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
+from genemodel.bundle.history import no_history, read_history, write_history
 from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
-from genemodel.inference.obs_keys import batch_names
-from genemodel.settings import parse, to_values
+from genemodel.inference.obs_keys import INTEGRATED, batch_names
+from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # from 2 on integrated.json holds a checksum of itself
-KEY = "X_genemodel"
 ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
     "integrated.json",
     "weights.safetensors",
@@ -50,7 +52,7 @@ ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
 FITTED = ("centre_KD", "mean_KD", "offset_KBD", "reference_CD")
 
 
-@dataclass
+@dataclass(repr=False)
 class IntegratedModel:
     """Result of :func:`genemodel.integrate`.
 
@@ -75,8 +77,11 @@ class IntegratedModel:
     provenance
         How it was made, plain values.
     history
-        Losses of every step; not saved with the model.
+        Losses of the training, a column ``step`` and one for each loss; of more than 2,000 steps
+        the means of stretches.
     """
+
+    KIND: ClassVar[str] = "integration model"
 
     net: IntegrationNet
     correction: SharedClusterCorrection | None
@@ -88,7 +93,15 @@ class IntegratedModel:
     bundle: Bundle | None = None
     vocabulary: GeneVocabulary | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: pd.DataFrame = field(default_factory=no_history)
+
+    def __repr__(self) -> str:
+        beside = "counts" if self.bundle is None else "counts beside cell vectors of a Bundle"
+        return (
+            f"IntegratedModel({beside} → {self.settings.latent} dimensions; {len(self.genes):,} "
+            f"genes; {len(self.batches):,} batches of {', '.join(self.batch_keys)}; labels: "
+            f"{some(self.labels, 4)})"
+        )
 
     # -- embedding --------------------------------------------------------------------------
 
@@ -166,7 +179,7 @@ class IntegratedModel:
         new_batch: bool | None = None,
         layer: str | None = None,
         species: str | None = None,
-        key_added: str = KEY,
+        key_added: str = INTEGRATED,
     ) -> None:
         """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``."""
         adata.obsm[key_added] = self.encode(
@@ -196,6 +209,23 @@ class IntegratedModel:
             logger.info("%d batches are new: mapped onto the trained cells.", len(unknown))
         return name_C
 
+    def describe(self) -> str:
+        """Say in a few lines what this is."""
+        genes = "names of the training data" if self.vocabulary is None else "tokens"
+        species = "not asked" if self.vocabulary is None else some(self.vocabulary.species)
+        beneath = "none" if self.bundle is None else self.bundle.fingerprint[:12]
+        lines = [
+            f"embeds {len(self.genes):,} genes ({genes}) in {self.settings.latent} dimensions",
+            f"batches ({', '.join(self.batch_keys)}): {some(self.batches)}",
+            f"labels: {some(self.labels)}",
+            f"species: {species}",
+            f"pre-trained model beneath: {beneath}",
+        ]
+        told = ("genemodel", "cells", "seed", "seconds", "effective_rank", "mean_cosine")
+        lines += [f"{key}: {self.provenance[key]}" for key in told if key in self.provenance]
+        vanished = some(self.provenance.get("vanished", []))
+        return "\n".join([*lines, f"populations that may be over-corrected: {vanished}"])
+
     # -- disk -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
@@ -218,6 +248,7 @@ class IntegratedModel:
         def fill(folder: Path) -> None:
             save_file(weights, folder / WEIGHTS)
             (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
+            write_history(folder, self.history)
             if self.bundle is not None:
                 self.bundle.save(folder / BUNDLE)
             elif self.vocabulary is not None:
@@ -234,7 +265,7 @@ class IntegratedModel:
             "provenance": self.provenance,
         }
         needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, "an integrated model", about, fill, needed=needed)
+        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -282,14 +313,12 @@ class IntegratedModel:
             bundle=bundle,
             vocabulary=vocabulary,
             provenance=about["provenance"],
+            history=read_history(path),
         )
 
 
 def _read_about(path: Path) -> dict[str, Any]:
     if not (path / ABOUT).is_file():
-        raise DataError(
-            f"{path} is not an integrated model: it has no {ABOUT}. `genemodel finetune` writes "
-            "one to <out>/model."
-        )
+        raise refusal(path, ABOUT)
     wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle", "provenance"}
-    return read_about(path, ABOUT, "an integrated model", newest=FORMAT, wanted=wanted)
+    return read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted)

@@ -9,6 +9,8 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
 
 JOIN = " | "
+# Where vectors go by default: those of a pre-trained model, and those free of the batch.
+EMBEDDED, INTEGRATED = "X_genemodel", "X_integrated"
 
 
 def keys_of(batch_key: str | Sequence[str]) -> tuple[str, ...]:

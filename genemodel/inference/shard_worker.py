@@ -17,8 +17,8 @@ import torch
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import GenemodelError
+from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import embedder
 from genemodel.inference.shards import Shards, embed_shards
 
 # Seconds between two words on how many cells are through.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 import genemodel
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.history import STEP, no_history
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.manifest import MANIFEST
@@ -297,8 +299,11 @@ def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
             plain.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             )
+        # The look that this release is for has been written down.
+        history = pd.read_csv(run / VALIDATION) if (run / VALIDATION).exists() else no_history()
+        history[STEP] = history[STEP].astype(int)
         bundle_of(
-            plain, weights, corpus.vocabulary, medians_V, settings, provenance,
+            plain, weights, corpus.vocabulary, medians_V, settings, provenance, history,
             plan.labels.names if plan.labels is not None else (), kept,
         ).save(run / "bundle")  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -172,6 +173,7 @@ def bundle_of(
     medians_V: np.ndarray,
     settings: PretrainSettings,
     provenance: dict[str, Any],
+    history: pd.DataFrame,
     label_names: tuple[str, ...] = (),
     kept: Mapping[str, Tensor] | None = None,
 ) -> Bundle:
@@ -183,7 +185,7 @@ def bundle_of(
         The backbone.
     weights
         Of model and objectives, as :class:`~genemodel.train.loop.Losses` names them.
-    vocabulary, medians_V, settings, provenance, label_names
+    vocabulary, medians_V, settings, provenance, history, label_names
         Kept with them.
     kept
         Weights of heads that were not trained and still hold.
@@ -202,4 +204,5 @@ def bundle_of(
         },
         settings={"pretraining": to_values(settings.task), "labels": list(label_names)},
         provenance=provenance,
+        history=history,
     )

@@ -108,7 +108,7 @@ def test_gene_vectors_are_the_start_where_there_are_any():
 def test_refusals(model, tmp_path):
     with pytest.raises(DataError, match="3 columns of counts, the model 50 genes"):
         model.of(sp.csr_matrix((2, 3)))
-    with pytest.raises(DataError, match="has no imputation.json.*finetune task=impute"):
+    with pytest.raises(DataError, match="is not an imputation model: it has no imputation.json"):
         ImputationModel.load(tmp_path)
     (tmp_path / "thesis").mkdir()
     with pytest.raises(DataError, match="is not an imputation model.*another directory"):

@@ -68,7 +68,7 @@ def test_refusals_say_what_where_and_what_to_do(random_bundle, saved, tmp_path):
         Bundle.load(tmp_path / "nowhere")
     (tmp_path / "run").mkdir()
     random_bundle.save(tmp_path / "run" / "bundle")
-    with pytest.raises(DataError, match="use its bundle/ directory"):
+    with pytest.raises(DataError, match=r"folder of a run: name .*/run/bundle\."):
         Bundle.load(tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
@@ -85,11 +85,13 @@ def test_refusals_say_what_where_and_what_to_do(random_bundle, saved, tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("bundle/bundle.json", "use its bundle/ directory"),
-        ("backbone/bundle/bundle.json", "use its backbone/bundle/ directory"),
-        ("integrated.json", "made to integrate: gm.IntegratedModel.load"),
-        ("imputation.json", "made to impute"),
-        ("manifest.json", "It is a corpus"),
+        ("bundle/bundle.json", r"the folder of a run: name .*/bundle\."),
+        ("backbone/bundle/bundle.json", r"the folder of a run: name .*/backbone/bundle\."),
+        ("model/integrated.json", "folder of a run that made none; it has .*/model"),
+        ("integrated.json", "is an integrated model, not a model bundle: genemodel.load reads"),
+        ("imputation.json", "is an imputation model, not"),
+        ("manifest.json", "is a corpus, not a model bundle: `genemodel pretrain corpus=...` makes"),
+        ("finetune.json", "is not a model bundle: it has no bundle.json"),
     ],
 )
 def test_what_is_no_bundle_is_called_by_its_name(tmp_path, name, said):

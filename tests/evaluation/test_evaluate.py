@@ -392,7 +392,7 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
 
     def integrate(adata, *, batch_key, label_key, model, seed):
         asked.append((batch_key, label_key, model, seed))
-        adata.obsm["X_genemodel"] = np.full((adata.n_obs, 2), seed, np.float32)
+        adata.obsm["X_integrated"] = np.full((adata.n_obs, 2), seed, np.float32)
 
     monkeypatch.setattr(genemodel.inference.integrate, "integrate", integrate)
     conditions = Conditions(batch_key="batch", label_key="cell_type", seed=5)
@@ -400,7 +400,7 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
         array = METHODS["integrate"][name].run(human_cells, conditions)
         assert array.tolist() == [[5.0, 5.0]] * human_cells.n_obs
     assert asked == [("batch", None, None, 5), ("batch", "cell_type", None, 5)]
-    assert "X_genemodel" not in human_cells.obsm
+    assert "X_integrated" not in human_cells.obsm
 
 
 def test_our_imputations_share_one_training(human_cells, monkeypatch):

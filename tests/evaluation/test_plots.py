@@ -218,6 +218,9 @@ def test_integration_puts_before_left_of_after(adata):
     assert axes.shape == (2, 2)
     assert axes[0, 0].get_title().startswith("before (X_pca)")
     assert axes[0, 1].get_title().startswith("after (X_genemodel)")
+    adata.obsm["X_integrated"] = RNG.normal(size=(30, 2))
+    axes = pl.integration(adata)
+    assert axes[0, 1].get_title().startswith("after (X_integrated)")
 
 
 def test_training_reads_a_run_and_refuses_another_folder(tmp_path):

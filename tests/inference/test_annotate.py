@@ -194,8 +194,10 @@ def test_neither_query_nor_reference_is_overwritten(cells, tmp_path):
 
 
 def test_what_is_no_model_is_refused(cells):
-    with pytest.raises(ConfigError, match="model is a str"):
-        gm.annotate(cells["mouse"], cells["human"], "bundle", label_key="cell_type")
+    with pytest.raises(ConfigError, match="model is a dict, which cannot annotate"):
+        gm.annotate(cells["mouse"], cells["human"], {}, label_key="cell_type")
+    with pytest.raises(DataError, match="No model at nowhere"):
+        gm.annotate(cells["mouse"], cells["human"], "nowhere", label_key="cell_type")
 
 
 def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):

@@ -152,8 +152,10 @@ def test_the_command_refuses_before_work(cells, random_bundle, tmp_path, words, 
 def test_what_nothing_can_be_written_to_and_what_is_no_bundle_are_refused(
     random_bundle, cells, tmp_path
 ):
-    with pytest.raises(ConfigError, match="model is a str: give what genemodel.load"):
+    with pytest.raises(DataError, match="No model at runs/a/bundle"):
         gm.embed(cells[0], "runs/a/bundle")
+    with pytest.raises(ConfigError, match="model is a dict, which cannot embed"):
+        gm.embed(cells[0], {})
     cells[0].write_h5ad(tmp_path / "cells.h5ad")
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     with pytest.raises(DataError, match=r"view of a backed AnnData.*to_memory"):

@@ -12,11 +12,10 @@ from genemodel.cells.statistics import GeneStatistics
 from genemodel.cells.synthetic import synthetic
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError
-from genemodel.inference import embed as embedding
 from genemodel.inference import forward as module
 from genemodel.inference.annotate import annotate
+from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
-from genemodel.inference.embed import embedder
 from genemodel.inference.forward import Forward, compiles, places
 from genemodel.inference.gene_counts import read_counts
 from genemodel.inference.impute_genes import Unmeasured
@@ -252,5 +251,5 @@ def test_the_embedding_is_the_slow_obvious_loop(random_bundle, human):
             for row in range(160)
         ]
     np.testing.assert_allclose(
-        embedding.embedding_of(cells, random_bundle), torch.stack(slow), rtol=1e-5, atol=1e-6
+        embedding_of(cells, random_bundle), torch.stack(slow), rtol=1e-5, atol=1e-6
     )

@@ -23,8 +23,8 @@ from genemodel.cli import main
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.inference import impute as module
+from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import encode
 from genemodel.tasks.decode_counts import CountDecoder
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)

@@ -91,7 +91,7 @@ def short():
 
 def test_a_planted_batch_effect_goes_and_types_stay(integrated):
     adata, _ = integrated
-    embedding, before = adata.obsm["X_genemodel"], components(adata)
+    embedding, before = adata.obsm["X_integrated"], components(adata)
     batch = adata.obs["batch"].astype("category").cat.codes.to_numpy().astype(int)
     kind = adata.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)
     shared = np.flatnonzero(kind < 4)
@@ -103,8 +103,8 @@ def test_a_planted_batch_effect_goes_and_types_stay(integrated):
 def test_a_type_of_one_batch_is_not_merged(integrated):
     adata, _ = integrated
     kind = adata.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)
-    assert same_share(adata.obsm["X_genemodel"], kind, np.flatnonzero(kind == 4)) > 0.85
-    uns = adata.uns["X_genemodel"]
+    assert same_share(adata.obsm["X_integrated"], kind, np.flatnonzero(kind == 4)) > 0.85
+    uns = adata.uns["X_integrated"]
     assert list(uns["vanished"]) == []
     share = dict(zip(uns["batches"], uns["shared_evidence"], strict=True))
     assert share["a"] < share["b"]  # only a holds cells that b has not
@@ -112,14 +112,14 @@ def test_a_type_of_one_batch_is_not_merged(integrated):
 
 def test_the_outcome_is_written_in_order_and_can_be_stored(integrated, tmp_path):
     adata, model = integrated
-    embedding = adata.obsm["X_genemodel"]
+    embedding = adata.obsm["X_integrated"]
     assert embedding.shape == (480, 12) and embedding.dtype == np.float32
     assert model.provenance["effective_rank"] > 3
     adata.write_h5ad(tmp_path / "out.h5ad")
     back = ad.read_h5ad(tmp_path / "out.h5ad")
-    np.testing.assert_array_equal(back.obsm["X_genemodel"], embedding)
-    assert back.uns["X_genemodel"]["seed"] == 0
-    assert back.uns["X_genemodel"]["settings"]["latent"] == 12
+    np.testing.assert_array_equal(back.obsm["X_integrated"], embedding)
+    assert back.uns["X_integrated"]["seed"] == 0
+    assert back.uns["X_integrated"]["settings"]["latent"] == 12
 
 
 def test_a_batch_never_seen_lands_among_its_types(integrated):
@@ -127,12 +127,12 @@ def test_a_batch_never_seen_lands_among_its_types(integrated):
     new = planted(200, seed=5, batches=("c",), private=False)
     assert model.embed(new) is None
     kind = adata.obs["cell_type"].to_numpy()
-    near = nearest(new.obsm["X_genemodel"], adata.obsm["X_genemodel"], 1)[0][:, 0]
+    near = nearest(new.obsm["X_integrated"], adata.obsm["X_integrated"], 1)[0][:, 0]
     assert (kind[near] == new.obs["cell_type"].to_numpy()).mean() > 0.8
     blind = new.copy()
     del blind.obs["batch"]
-    np.testing.assert_array_equal(model.encode(blind), new.obsm["X_genemodel"])
-    np.testing.assert_array_equal(model.encode(new, new_batch=True), new.obsm["X_genemodel"])
+    np.testing.assert_array_equal(model.encode(blind), new.obsm["X_integrated"])
+    np.testing.assert_array_equal(model.encode(new, new_batch=True), new.obsm["X_integrated"])
     with pytest.raises(DataError, match="'c' was not trained on"):
         model.encode(new, new_batch=False)
 
@@ -140,7 +140,7 @@ def test_a_batch_never_seen_lands_among_its_types(integrated):
 def test_cells_of_known_batches_land_near_their_own_rows(integrated):
     adata, model = integrated
     again = model.encode(adata, new_batch=False)
-    trained = adata.obsm["X_genemodel"]
+    trained = adata.obsm["X_integrated"]
     off = np.linalg.norm(again - trained, axis=1)
     spread = np.linalg.norm(trained - trained.mean(0), axis=1)
     assert np.median(off) < 0.5 * np.median(spread)
@@ -158,9 +158,9 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone(short):
     torch.manual_seed(7)
     gm.integrate(again, batch_key="batch", settings=SHORT, seed=1)
     assert torch.rand(1) == expected
-    np.testing.assert_array_equal(again.obsm["X_genemodel"], adata.obsm["X_genemodel"])
+    np.testing.assert_array_equal(again.obsm["X_integrated"], adata.obsm["X_integrated"])
     gm.integrate(other, batch_key="batch", settings=SHORT, seed=2)
-    assert np.abs(other.obsm["X_genemodel"] - adata.obsm["X_genemodel"]).max() > 0.01
+    assert np.abs(other.obsm["X_integrated"] - adata.obsm["X_integrated"]).max() > 0.01
 
 
 def test_a_saved_model_embeds_alike(short, tmp_path):
@@ -278,7 +278,7 @@ def test_refusals_come_before_work(change, options, words):
         adata.obs[name] = value
     with pytest.raises((DataError, ConfigError), match=words):
         gm.integrate(adata, **{"batch_key": "batch", **options})
-    assert "X_genemodel" not in adata.obsm
+    assert "X_integrated" not in adata.obsm
 
 
 def test_few_cells_and_normalised_counts_are_refused():
@@ -295,7 +295,7 @@ def test_a_training_that_goes_out_of_bounds_is_no_result():
     wild = dataclasses.replace(SHORT, peak_rate=1e30)
     with pytest.raises(ConfigError, match=r"out of bounds .peak_rate=1e\+30.*lower peak_rate"):
         gm.integrate(adata, batch_key="batch", settings=wild)
-    assert "X_genemodel" not in adata.obsm
+    assert "X_integrated" not in adata.obsm
 
 
 def test_settings_that_make_no_run_are_refused():
@@ -312,7 +312,7 @@ def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
     adata, model = integrated
     kind = adata.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)
     batch = adata.obs["batch"].astype("category").cat.codes.to_numpy().astype(int)
-    good = adata.obsm["X_genemodel"]
+    good = adata.obsm["X_integrated"]
     merged = good.copy()
     merged[kind == 4] += good[kind == 2].mean(0) - good[kind == 4].mean(0)
     genes = np.arange(N_GENES)

@@ -77,6 +77,8 @@ def test_it_learns_and_writes_what_was_promised(finished):
     assert json.loads((out / "settings.json").read_text())["model"]["width"] == 32
     loaded = Bundle.load(bundle)
     assert loaded.provenance["steps"] in (20, 40, 60)
+    looks = [row for row in validation if row["step"] <= loaded.provenance["steps"]]
+    assert loaded.history.to_dict("records") == looks
     assert {k.split(".")[0] for k in loaded.heads} == {
         "masked_gene", "masked_value", "decode_counts",
     }  # fmt: skip

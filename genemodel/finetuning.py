@@ -35,6 +35,7 @@ from genemodel.adapt.integration_net import IntegrationSettings
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import sha256
+from genemodel.bundle.history import STEP
 from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.manifest import MANIFEST
@@ -49,9 +50,10 @@ from genemodel.inference.annotate import annotate, write_labels
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
 from genemodel.inference.integrate import batches_of, integrate
-from genemodel.inference.integrated_model import KEY, IntegratedModel
+from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.labels import calibrate, corpus_chunks, probabilities_of
 from genemodel.inference.obs_keys import (
+    INTEGRATED,
     batch_names,
     check_key_added,
     check_label_is_no_batch,
@@ -154,7 +156,7 @@ class FinetuneSettings:
     size: str = "tiny"
     layer: str = ""
     species: str = ""
-    key_added: str = KEY
+    key_added: str = INTEGRATED
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False
@@ -585,11 +587,7 @@ def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | No
         settings=settings.integration,
         seed=settings.seed,
     )
-    _add_curves(
-        out / CURVES,
-        "integrate",
-        [(step, name, x) for step, row in enumerate(result.history, 1) for name, x in row.items()],
-    )
+    _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
     embedded = ad.AnnData(obs=adata.obs)
     embedded.obsm[settings.key_added] = adata.obsm[settings.key_added]
@@ -654,13 +652,12 @@ def _impute(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None)
         output=out / IMPUTED,
         overwrite=True,
     )
-    rows = [(epoch, "nats_per_molecule", nats) for epoch, nats in result.trained.history]
-    _add_curves(out / CURVES, "impute", rows)
+    _add_curves(out / CURVES, "impute", result.history)
     result.save(out / IMPUTATION_MODEL)
     logger.info("%s: %s", out / IMPUTED, result.trained.coverage)
 
 
-def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> None:
+def _add_curves(path: Path, task: str, history: pd.DataFrame) -> None:
     """Write the losses of one head, one row a number; those of an earlier attempt go."""
     kept: list[list[str]] = []
     if path.exists():
@@ -670,7 +667,9 @@ def _add_curves(path: Path, task: str, rows: list[tuple[int, str, float]]) -> No
         writer = csv.writer(file)
         writer.writerow(["task", "step", "loss", "value"])
         writer.writerows(kept)
-        writer.writerows([task, step, name, f"{value:.6g}"] for step, name, value in rows)
+        for row in history.to_dict("records"):
+            step = int(row.pop(STEP))
+            writer.writerows([task, step, name, f"{value:.6g}"] for name, value in row.items())
 
 
 def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:

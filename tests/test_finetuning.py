@@ -16,7 +16,7 @@ from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
 from genemodel.errors import DataError
-from genemodel.finetune import FinetuneSettings, cells_of
+from genemodel.finetuning import FinetuneSettings, cells_of
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.settings import parse
 from genemodel.train.loop import Loop
@@ -42,8 +42,8 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(out)
     embedded, data = ad.read_h5ad(out / "embedded.h5ad"), ad.read_h5ad(file)
     assert list(embedded.obs_names) == list(data.obs_names) and embedded.n_vars == 0
-    assert embedded.obsm["X_genemodel"].shape == (120, 5)
-    assert embedded.uns["X_genemodel"]["settings"]["steps"] == 6
+    assert embedded.obsm["X_integrated"].shape == (120, 5)
+    assert embedded.uns["X_integrated"]["settings"]["steps"] == 6
     model = IntegratedModel.load(out / "model")
     assert model.batch_keys == ("batch", "donor")
     assert np.isfinite(model.encode(data)).all()
@@ -196,7 +196,7 @@ def test_a_run_that_was_cut_off_goes_on_and_another_is_refused(
     assert main(command(mine, small_start, parts, "backbone=last")) == 0
     assert steps == [2, 3]
     expected, got = (ad.read_h5ad(out / "embedded.h5ad") for out in (whole, parts))
-    np.testing.assert_array_equal(expected.obsm["X_genemodel"], got.obsm["X_genemodel"])
+    np.testing.assert_array_equal(expected.obsm["X_integrated"], got.obsm["X_integrated"])
     # A head that is lost is made again, the backbone is not.
     (parts / "embedded.h5ad").unlink()
     assert main(command(mine, small_start, parts, "backbone=last")) == 0
@@ -238,7 +238,7 @@ def test_a_corpus_is_used_as_it_is(small_start, tmp_path, capsys):
     cells = cells_of(Corpus.open(corpus))
     embedded = ad.read_h5ad(out / "embedded.h5ad")
     assert embedded.n_obs == cells.n_obs == 240
-    assert np.isfinite(embedded.obsm["X_genemodel"]).all()
+    assert np.isfinite(embedded.obsm["X_integrated"]).all()
     assert main(command(corpus, small_start, tmp_path / "no", "layer=counts")) == 2
     assert "leave layer and species out" in capsys.readouterr().err
     words = command(corpus, small_start, tmp_path / "no", "backbone=full")
@@ -259,7 +259,7 @@ def test_cells_of_a_corpus_are_its_counts(small_start, small_vocabulary):
 def test_a_corpus_too_large_or_of_two_species_is_refused(tiny_corpus, small_start, monkeypatch):
     with pytest.raises(DataError, match="holds human, mouse.*a corpus for each species"):
         cells_of(Corpus.open(tiny_corpus))
-    monkeypatch.setattr("genemodel.finetune.MOST_COUNTS", 100)
+    monkeypatch.setattr("genemodel.finetuning.MOST_COUNTS", 100)
     with pytest.raises(DataError, match="at most 100.*genemodel pretrain start=BUNDLE"):
         cells_of(Corpus.open(small_start / "corpus"))
 

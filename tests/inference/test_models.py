@@ -1,0 +1,228 @@
+"""Models of every kind from their folders: what it is, what it can do, and what it cannot."""
+
+from dataclasses import replace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+import genemodel as gm
+from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.imputation_model import ImputationModel
+from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.shared_clusters import SharedClusterCorrection
+from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import KINDS
+from genemodel.bundle.history import history_of
+from genemodel.cells.manifest import MANIFEST
+from genemodel.errors import ConfigError, DataError
+from genemodel.inference.embed import EmbedSettings, embed_file
+from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.models import EMBED, IMPUTE, MODELS, load, model_for
+
+SHORT = IntegrationSettings(steps=6, passes=0, hidden=16, rank=8, latent=6, batch_cells=32)
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return gm.synthetic(
+        90, species=("human",), n_batches=2, n_genes=400, genes_per_cell=80, seed=2
+    )["human"]
+
+
+@pytest.fixture(scope="module")
+def integrated(cells):
+    return gm.integrate(cells.copy(), batch_key="batch", settings=SHORT)
+
+
+@pytest.fixture(scope="module")
+def imputation(cells):
+    return gm.impute(
+        cells.copy(), batch_key="batch", settings=DecoderSettings(epochs=5, hidden=8, latent=4)
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(random_bundle, integrated, imputation, tmp_path_factory):
+    """The three kinds where a run puts them."""
+    run = tmp_path_factory.mktemp("models") / "run"
+    run.mkdir()
+    named = {"bundle": random_bundle, "model": integrated, "imputation_model": imputation}
+    for name, model in named.items():
+        model.save(run / name)
+    return run
+
+
+def test_a_folder_is_read_as_what_it_is(folders):
+    kinds = {"bundle": Bundle, "model": IntegratedModel, "imputation_model": ImputationModel}
+    for name, kind in kinds.items():
+        model = gm.load(folders / name, device="cpu")
+        assert type(model) is kind
+        assert type(gm.load(str(folders / name), device="cpu")) is kind
+    assert {*MODELS, MANIFEST} == set(KINDS)
+    assert set(MODELS.values()) == {*EMBED, *IMPUTE}
+
+
+def test_what_is_no_model_is_refused_with_the_way_out(folders, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        load(tmp_path / "none")
+    with pytest.raises(DataError, match="none of bundle.json, integrated.json, imputation.json"):
+        load(tmp_path)
+    with pytest.raises(DataError, match=r"run: name .*/bundle or .*/model or .*/imputation_model"):
+        load(folders)
+    with pytest.raises(DataError, match=r"folder of a run: name .*/run/model\.$"):
+        IntegratedModel.load(folders)
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(DataError, match="is a corpus, not a model: `genemodel pretrain"):
+        load(tmp_path)
+
+
+def test_a_model_that_cannot_do_it_is_refused_before_its_weights_are_read(
+    folders, integrated, imputation, monkeypatch
+):
+    monkeypatch.setattr(ImputationModel, "load", None)
+    with pytest.raises(ConfigError, match="imputation_model is an ImputationModel, which cannot"):
+        model_for("embed", EMBED, folders / "imputation_model")
+    with pytest.raises(ConfigError, match="cannot embed: give a Bundle or an IntegratedModel"):
+        model_for("embed", EMBED, imputation)
+    with pytest.raises(ConfigError, match="an IntegratedModel, which cannot impute: give an Imp"):
+        model_for("impute", IMPUTE, integrated)
+    with pytest.raises(ConfigError, match="is a dict, which cannot"):
+        model_for("impute", IMPUTE, {})
+
+
+def test_each_verb_refuses_what_cannot_do_it(cells, integrated, imputation):
+    adata = cells.copy()
+    before = set(adata.layers), set(adata.obsm)
+    with pytest.raises(ConfigError, match="IntegratedModel, which cannot impute"):
+        gm.impute(adata, integrated)
+    with pytest.raises(ConfigError, match="ImputationModel, which cannot annotate"):
+        gm.annotate(adata, cells, imputation, label_key="cell_type")
+    with pytest.raises(ConfigError, match="ImputationModel, which cannot embed"):
+        gm.evaluate(adata, batch_key="batch", models=[imputation])
+    assert (set(adata.layers), set(adata.obsm)) == before
+
+
+def test_imputing_by_a_path_is_imputing_by_the_model(cells, imputation, folders):
+    by_model, by_path = cells.copy(), cells.copy()
+    gm.impute(by_model, imputation)
+    gm.impute(by_path, folders / "imputation_model")
+    assert sp.issparse(cells.X) and np.isfinite(by_path.layers["imputed"]).all()
+    np.testing.assert_array_equal(by_model.layers["imputed"], by_path.layers["imputed"])
+
+
+def test_embedding_by_a_network_on_counts_is_its_own_embedding(cells, integrated, folders):
+    expected = integrated.encode(cells)
+    adata = cells.copy()
+    assert gm.embed(adata, integrated) is None
+    np.testing.assert_array_equal(adata.obsm["X_integrated"], expected)
+    assert "X_genemodel" not in adata.obsm
+    gm.embed(adata, folders / "model", key_added="X_new", new_batch=True)
+    np.testing.assert_array_equal(adata.obsm["X_new"], integrated.encode(cells, new_batch=True))
+    assert np.abs(adata.obsm["X_new"] - expected).max() > 0
+
+
+def test_integrating_and_embedding_write_side_by_side(cells, random_bundle, folders):
+    adata = cells.copy()
+    gm.integrate(adata, batch_key="batch", settings=SHORT)
+    integrated = adata.obsm["X_integrated"].copy()
+    gm.embed(adata, random_bundle)
+    np.testing.assert_array_equal(adata.obsm["X_integrated"], integrated)
+    assert adata.obsm["X_genemodel"].shape == (90, random_bundle.model.settings.width)
+    by_path = cells.copy()
+    gm.embed(by_path, folders / "bundle", device="cpu")
+    np.testing.assert_array_equal(by_path.obsm["X_genemodel"], adata.obsm["X_genemodel"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 8}, "batch_size say how a transformer runs"),
+        ({"device": "cpu", "compile": True}, "device and compile say"),
+    ],
+)
+def test_what_only_a_transformer_can_use_is_refused(cells, integrated, options, said):
+    adata = cells.copy()
+    with pytest.raises(ConfigError, match=said):
+        gm.embed(adata, integrated, **options)
+    assert "X_integrated" not in adata.obsm
+
+
+def test_a_bundle_knows_of_no_batches(cells, random_bundle):
+    with pytest.raises(ConfigError, match="new_batch=True says nothing to a Bundle"):
+        gm.embed(cells.copy(), random_bundle, new_batch=True)
+
+
+def test_the_verb_embeds_a_file_with_a_network_on_counts(cells, integrated, folders, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    given = {
+        "model": str(folders / "model"),
+        "input": str(tmp_path / "cells.h5ad"),
+        "output": str(tmp_path / "out.h5ad"),
+        "device": "cpu",
+    }
+    for words, said in (
+        ({"batch_size": 4}, "batch_size say how"),
+        ({"device": ("cpu", "cpu")}, "device say how"),
+        ({"model": str(folders / "imputation_model")}, "ImputationModel, which cannot embed"),
+        ({"model": str(folders)}, "folder of a run: name .*bundle or .*model"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=said):
+            embed_file(EmbedSettings(**{**given, **words}))
+        assert not (tmp_path / "out.h5ad").exists()
+    written = ad.read_h5ad(embed_file(EmbedSettings(**given)))
+    np.testing.assert_allclose(
+        written.obsm["X_integrated"], integrated.encode(cells), rtol=1e-5, atol=1e-6
+    )
+    assert written.X is None and not written.layers
+    assert list(written.obs_names) == list(cells.obs_names)
+    assert set(written.obs) == set(cells.obs) and set(written.var) == set(cells.var)
+    # In Python the same from the path, with the counts left out of what is returned.
+    back = gm.embed(tmp_path / "cells.h5ad", folders / "model")
+    np.testing.assert_array_equal(back.obsm["X_integrated"], written.obsm["X_integrated"])
+    assert back.X is None
+    (tmp_path / "cells.csv").write_text("")
+    with pytest.raises(DataError, match="neither in .h5ad nor in .zarr"):
+        gm.embed(tmp_path / "cells.csv", folders / "model")
+
+
+def test_history_and_provenance_go_with_every_model(random_bundle, integrated, imputation, folders):
+    frame = pd.DataFrame({"step": [5, 10], "val/total": [1 / 3, 0.1]})
+    replace(random_bundle, history=frame).save(folders.parent / "told")
+    pd.testing.assert_frame_equal(load(folders.parent / "told").history, frame)
+    assert list(load(folders / "bundle").history.columns) == ["step"]
+    assert len(load(folders / "bundle").history) == 0
+    for name, model, losses in (
+        ("model", integrated, ["counts", "kl"]),
+        ("imputation_model", imputation, ["nats_per_molecule"]),
+    ):
+        back = load(folders / name)
+        assert list(model.history.columns) == ["step", *losses]
+        pd.testing.assert_frame_equal(back.history, model.history)
+        assert back.provenance == model.provenance
+        assert back.provenance["cells"] == 90 and back.provenance["seed"] == 0
+    assert integrated.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert imputation.history["nats_per_molecule"].min() == imputation.trained.heldout_nats
+
+
+def test_a_long_history_is_kept_in_means_of_stretches():
+    losses = [{"a": float(step), "b": 1.0} for step in range(1, 5002)]
+    history = history_of(losses)
+    assert len(history) == 1667 and history["step"].tolist()[-2:] == [4998, 5001]
+    assert history["a"].tolist()[:2] == [2.0, 5.0] and (history["b"] == 1).all()
+    assert history_of([]).columns.tolist() == ["step"]
+
+
+def test_what_a_notebook_shows_of_a_model_is_a_line_or_two(random_bundle, integrated, imputation):
+    assert integrated.correction is not None
+    posterior = imputation.posterior()
+    models = (random_bundle, integrated, imputation)
+    said = ("tokens of human, mouse", "2 batches of batch; labels: none", "90 cells × 400 genes")
+    for model, words in zip(models, said, strict=True):
+        assert words in repr(model)
+    objects = (*models, integrated.correction, imputation.trained, posterior)
+    assert all(len(repr(one)) < 400 for one in objects), [repr(one) for one in objects]
+    assert "2 batches, 6 dimensions" in repr(integrated.correction)
+    assert repr(SharedClusterCorrection()) == "SharedClusterCorrection(not fitted)"
