@@ -39,9 +39,12 @@ pretrain(parse(PretrainSettings, json.load(open(sys.argv[1]))))
 def test_ordered_sums_go_by_rank_within_micro_batch(monkeypatch):
     """Rounding tells the order: 1e8 + 1 - 1e8 is 0 in float32, 1e8 - 1e8 + 1 is 1."""
     shares = iter([[1e8, 1.0, -1e8], [4.0, 5.0, 6.0]])
-    monkeypatch.setattr(
-        dist, "all_gather", lambda parts, own: [p.fill_(x) for p, x in zip(parts, next(shares))]
-    )
+
+    def gathered(parts, own):
+        for part, share in zip(parts, next(shares), strict=True):
+            part.fill_(share)
+
+    monkeypatch.setattr(dist, "all_gather", gathered)
     exchange = Exchange.__new__(Exchange)
     exchange.kind, exchange.world, exchange.rank, exchange._totals = "ordered", 3, 1, None
     exchange.module = torch.nn.Linear(1, 1, bias=False)

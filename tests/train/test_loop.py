@@ -1,4 +1,4 @@
-"""A step against its definition: gradient, clipping, dropout's address, means, what a stop keeps."""
+"""A step against its definition: gradient, clip, dropout's address, means, what a stop keeps."""
 
 from dataclasses import asdict
 from types import SimpleNamespace
