@@ -507,6 +507,8 @@ def run_tests(folder: Path, tests: list[str], *, first_only: bool = True) -> tup
     environment = {
         "GENEMODEL_TEST_DATA": str(REPOSITORY.parent / "shared"), "OMP_NUM_THREADS": "1",
         **os.environ, "PYTHONPATH": str(folder),
+        # Plugins take longer to load than most of these tests; none is needed.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     try:

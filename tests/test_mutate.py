@@ -51,15 +51,27 @@ def test_a_mutant_is_killed_survives_or_does_not_apply(mutate, tmp_path, monkeyp
         made = [mutate.mutant(*row, "it breaks", "test_sums.py::test_add") for row in rows]
         monkeypatch.setattr(mutate, "MUTANTS", tuple(made))
 
-    table(("minus", "sums.py", "a + b", "a - b"))
-    assert mutate.main([]) == 0
-    assert capsys.readouterr().out.startswith("killed")
-    table(("times", "sums.py", "a + b", "a * b"), ("gone", "sums.py", "a / b", "a"))
+    table(
+        ("minus", "sums.py", "a + b", "a - b"), ("times", "sums.py", "a + b", "a * b"),
+        ("gone", "sums.py", "a / b", "a"),
+    )  # fmt: skip
     assert mutate.main(["--no-baseline"]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("survived") and "it breaks" in said[0]
-    assert said[1].startswith("does not apply") and "there 0 times" in said[1]
+    minus, times, gone, _ = capsys.readouterr().out.splitlines()
+    assert minus.startswith("killed") and times.startswith("survived") and "it breaks" in times
+    assert gone.startswith("does not apply") and "there 0 times" in gone
     assert (tmp_path / "genemodel" / "sums.py").read_text().count("a + b") == 1
     with pytest.raises(SystemExit):
         mutate.main(["--only", "nobody"])
     assert "nobody" in capsys.readouterr().err
+
+
+def test_only_failing_tests_kill_and_only_after_passing_ones(mutate, monkeypatch, capsys):
+    codes = iter([0, 1, 0, 1, 0, None, 0, 4, 1])
+    monkeypatch.setattr(mutate, "run_tests", lambda *_, **__: (next(codes), "said"))
+    monkeypatch.setattr(mutate, "COPIED", ("genemodel",))
+    only = ["--only", mutate.MUTANTS[0].name]
+    ended = []
+    for _ in range(4):
+        ended.append((mutate.main(only), capsys.readouterr().out.split("  ")[0]))
+    assert ended == [(0, "killed")] * 3 + [(1, "does not apply")]
+    assert mutate.main(only) == 1 and "fail without any mutant" in capsys.readouterr().out

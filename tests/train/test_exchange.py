@@ -37,8 +37,8 @@ pretrain(parse(PretrainSettings, json.load(open(sys.argv[1]))))
 
 
 def test_ordered_sums_go_by_rank_within_micro_batch(monkeypatch):
-    """Rounding tells the order: 1e8 + 1 - 1e8 is 0 in float32, 1e8 - 1e8 + 1 is 1."""
-    shares = iter([[1e8, 1.0, -1e8], [4.0, 5.0, 6.0]])
+    """Rounding tells the order: 1 + 1e8 - 1e8 is 0 in float32, and from behind it is 1."""
+    shares = iter([[1.0, 1e8, -1e8], [4.0, 5.0, 6.0]])
 
     def gathered(parts, own):
         for part, share in zip(parts, next(shares), strict=True):
