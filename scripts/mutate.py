@@ -478,7 +478,7 @@ MUTANTS = (
         "confidence-raw", "inference/annotate.py",
         "np.minimum(self.regression.predict(share_C), most)", "np.minimum(share_C, most)",
         "confidence is the share of votes, not calibrated",
-        "inference/test_annotate.py::test_confidence_is_as_often_right_as_it_says",
+        "inference/test_annotate.py::test_an_only_vote_is_no_certainty_where_labels_are_chance",
     ),
     mutant(
         "hidden-labels", "evaluation/evaluate.py",
