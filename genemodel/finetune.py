@@ -8,6 +8,8 @@
     out/model/             … the IntegratedModel
     out/imputed.h5ad       task impute: obs, var, layers with mean and standard deviation
     out/imputation_model/  … the ImputationModel
+    out/classifier/        task classify: a bundle that tells the labels apart, calibrated
+    out/labels.h5ad        … obs with labels and confidence of all cells
     out/curves.csv         losses of the heads
     out/report.html        all of these curves, with the losses on held-out cells
 
@@ -19,7 +21,7 @@ import csv
 import json
 import logging
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,10 +44,13 @@ from genemodel.cells.sources import Source, open_source
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.annotate import KEY as LABEL
+from genemodel.inference.annotate import annotate, write_labels
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
 from genemodel.inference.integrate import batches_of, integrate
 from genemodel.inference.integrated_model import KEY, IntegratedModel
+from genemodel.inference.labels import calibrate, corpus_chunks, probabilities_of
 from genemodel.inference.obs_keys import (
     batch_names,
     check_key_added,
@@ -66,7 +71,8 @@ from genemodel.settings import (
     to_values,
 )
 from genemodel.tasks.pretraining import PretrainingSettings
-from genemodel.train.recipe import FREE_ON_RESUME, choose_device, pretrain
+from genemodel.train.recipe import FREE_ON_RESUME, choose_device, pretrain, split
+from genemodel.train.record import METRICS
 from genemodel.train.settings import (
     HoldoutSettings,
     LogSettings,
@@ -74,6 +80,7 @@ from genemodel.train.settings import (
     PretrainSettings,
     TrainerSettings,
 )
+from genemodel.train.weights import labels_of
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -85,8 +92,9 @@ ABOUT, CURVES, REPORT = "finetune.json", "curves.csv", "report.html"
 BACKBONE = "backbone"
 EMBEDDED, MODEL = "embedded.h5ad", "model"
 IMPUTED, IMPUTATION_MODEL = "imputed.h5ad", "imputation_model"
+LABELLED, CLASSIFIER = "labels.h5ad", "classifier"
 RUN = "settings.json"
-RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, CURVES, REPORT)
+RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, LABELLED, CLASSIFIER, CURVES, REPORT)
 # Stored counts of a corpus that the heads take into memory: about 8 bytes each, several times over.
 MOST_COUNTS = 300_000_000
 # Settings that change no number: they may differ when a run goes on.
@@ -105,7 +113,8 @@ class FinetuneSettings:
         Folder of the results. If it holds an unfinished run with the same settings, that goes on.
     task
         ``integrate``: an embedding free of the technical batch. ``impute``: denoised counts.
-        ``both``: both on one backbone.
+        ``both``: both on one backbone. ``classify``: the labels of ``label_key``, whose loss
+        reaches whatever of the backbone learns.
     batch_key
         obs column of the technical batch; several for nested ones; only imputation can do without.
     label_key
@@ -138,7 +147,7 @@ class FinetuneSettings:
 
     data: PathText
     out: PathText
-    task: Literal["integrate", "impute", "both"] = "integrate"
+    task: Literal["integrate", "impute", "both", "classify"] = "integrate"
     batch_key: tuple[str, ...] = ()
     label_key: str = ""
     model: PathText = ""
@@ -180,13 +189,15 @@ class FinetuneSettings:
                 f"backbone={tune} adapts a pre-trained model: give model=BUNDLE, or train new "
                 "weights with backbone=scratch."
             )
-        if tune != "frozen" and not (self.integrates or self.imputation.gene_vectors):
+        if self.classifies:
+            self._check_classify()
+        elif tune != "frozen" and not (self.integrates or self.imputation.gene_vectors):
             raise ConfigError(
                 f"backbone={tune} would train a backbone that task=impute then never reads: set "
                 "imputation.gene_vectors=true, which starts the genes from its vectors, or leave "
                 "backbone out; task=both reads it for the embedding."
             )
-        if self.label_key and not self.integrates:
+        if self.label_key and not (self.integrates or self.classifies):
             raise ConfigError(
                 f"label_key={self.label_key} says nothing to task=impute: leave it out, or set "
                 "task=both."
@@ -218,6 +229,27 @@ class FinetuneSettings:
         """Whether counts are to be denoised."""
         return self.task in ("impute", "both")
 
+    @property
+    def classifies(self) -> bool:
+        """Whether labels are to be told apart."""
+        return self.task == "classify"
+
+    def _check_classify(self) -> None:
+        if not self.label_key:
+            raise ConfigError(
+                "task=classify needs label_key, the obs column of what is to be told apart."
+            )
+        if self.batch_key:
+            raise ConfigError(
+                f"batch_key={list(self.batch_key)} says nothing to task=classify: leave it out, or "
+                "set holdout.by to hold its groups out."
+            )
+        if self.backbone.tune == "frozen" and not self.model:
+            raise ConfigError(
+                "task=classify reads a backbone: give model=BUNDLE, or train new weights with "
+                "backbone=scratch."
+            )
+
 
 def finetune(settings: FinetuneSettings) -> Path:
     """Fine-tune on a file or a corpus of counts, or go on with the run that is in the folder.
@@ -239,7 +271,9 @@ def finetune(settings: FinetuneSettings) -> Path:
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
     corpus, adata, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
-    if settings.integrates:
+    if settings.classifies:
+        label_codes(adata.obs, settings.label_key)
+    elif settings.integrates:
         batches_of(adata.obs, keys_of(settings.batch_key))
         if settings.label_key:
             label_codes(adata.obs, settings.label_key)
@@ -247,7 +281,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         batch_names(adata.obs, keys_of(settings.batch_key))
     if corpus is None:
         find_counts(adata, layer=settings.layer or None, where=settings.data)
-    if settings.backbone.tune != "frozen":
+    if settings.backbone.tune != "frozen" or settings.classifies:
         _refuse_impossible_stage_1(settings, bundle, corpus, adata)
     values = to_values(settings)
     about = {
@@ -261,9 +295,11 @@ def finetune(settings: FinetuneSettings) -> Path:
         return out
     new = not out.exists()
     try:
-        if settings.backbone.tune != "frozen":
+        if settings.backbone.tune != "frozen" or settings.classifies:
             bundle = _adapt(settings, bundle, corpus, adata, about)
         _note(out, about)
+        if settings.classifies and bundle is not None:
+            _label(settings, adata, bundle)
         if settings.integrates and not (out / EMBEDDED).exists():
             _integrate(settings, adata, bundle)
         if settings.imputes and not (out / IMPUTATION_MODEL).exists():
@@ -297,6 +333,8 @@ def _refuse_impossible_stage_1(
 def _wanted(settings: FinetuneSettings) -> list[str]:
     """Results that a finished run has; in each pair the second is written last."""
     names = [MODEL, EMBEDDED] if settings.integrates else []
+    if settings.classifies:
+        names = [CLASSIFIER, LABELLED]
     return [*names, *([IMPUTED, IMPUTATION_MODEL] if settings.imputes else []), REPORT]
 
 
@@ -366,6 +404,10 @@ def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
                 f"data={data} is a corpus, whose layer and species were settled when it was built: "
                 "leave layer and species out."
             )
+        if settings.classifies:  # the corpus is streamed: what is said of its cells is enough
+            obs = corpus.obs()
+            obs.index = obs.index.astype(str)
+            return corpus, ad.AnnData(obs=obs), corpus.fingerprint
         return corpus, cells_of(corpus), corpus.fingerprint
     if not data.is_file():
         raise DataError(
@@ -438,7 +480,11 @@ def _adapt(
     task = PretrainingSettings()
     if bundle is not None and "pretraining" in bundle.settings:
         task = parse(PretrainingSettings, bundle.settings["pretraining"], where="model: objectives")
+    if task.labels.weight:  # a model that told other labels apart
+        task = PretrainingSettings()
     task = replace(task, decode_counts=replace(task.decode_counts, batch_key=batch_column))
+    if settings.classifies:
+        task = _only_labels(task, settings.label_key)
     fresh = settings.backbone.tune == "scratch"
     if bundle is None:
         shape = config_files.compose("pretrain", [f"model={settings.size}"])["model"]
@@ -447,7 +493,8 @@ def _adapt(
         context = bundle.tokens.context
         model = bundle.model.settings
         tokens = TokenSettings(context, max(settings.tokens.budget, context))
-    logger.info("Stage 1: the backbone on these cells (%s).", settings.backbone.tune)
+    what = "labels" if settings.classifies else "stage 1: the backbone on these cells"
+    logger.info("Training %s (backbone %s).", what, settings.backbone.tune)
     path = pretrain(
         PretrainSettings(
             corpus=str(corpus.path),
@@ -465,12 +512,23 @@ def _adapt(
         )
     )
     adapted = Bundle.load(path, device=settings.device)
-    if adapted.provenance["steps"] == 0:
+    if adapted.provenance["steps"] == 0 and not settings.classifies:
         logger.warning(
             "Stage 1 did not lower the loss on held-out cells: the backbone is used as it was. "
             "Try a lower optim.lr, or leave stage 1 out with backbone=frozen."
         )
     return adapted
+
+
+def _only_labels(task: PretrainingSettings, label_key: str) -> PretrainingSettings:
+    """Leave the labels as the one objective."""
+    return replace(
+        task,
+        masked_gene=replace(task.masked_gene, weight=0.0),
+        masked_value=replace(task.masked_value, weight=0.0),
+        decode_counts=replace(task.decode_counts, weight=0.0),
+        labels=replace(task.labels, weight=1.0, label_key=label_key),
+    )
 
 
 def _corpus(
@@ -481,7 +539,14 @@ def _corpus(
         return Corpus.open(path)
     vocabulary = bundle.vocabulary if bundle is not None else GeneVocabulary.builtin()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Corpus.build([_source(settings, vocabulary, adata)], path, vocabulary=vocabulary)
+    source = _source(settings, vocabulary, adata)
+    return Corpus.build([source], path, vocabulary=vocabulary, keep=_kept(settings))
+
+
+def _kept(settings: FinetuneSettings) -> tuple[str, ...]:
+    """Name the obs columns that the corpus has to hold beside the usual ones."""
+    by = (settings.holdout.by,) if settings.holdout.by not in ("", "auto") else ()
+    return (*by, settings.label_key) if settings.classifies else by
 
 
 def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnData") -> Source:
@@ -489,12 +554,11 @@ def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnD
     species = settings.species or None
     if species is None and len(vocabulary.species) == 1:
         species = vocabulary.species[0]
-    keep = (settings.holdout.by,) if settings.holdout.by not in ("", "auto") else ()
     source = open_source(
         adata,
         layer=settings.layer or None,
         species=species,
-        keep=keep,
+        keep=_kept(settings),
         name=Path(settings.data).stem,
     )
     if settings.batch_key:
@@ -532,6 +596,48 @@ def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | No
     embedded.uns[settings.key_added] = adata.uns[settings.key_added]
     write_whole(embedded, out / EMBEDDED)
     logger.info("%s: %d cells embedded without their batch.", out / EMBEDDED, embedded.n_obs)
+
+
+def _label(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle) -> None:
+    """Calibrate on held-out cells, and label all cells."""
+    import anndata as ad
+
+    out = Path(settings.out)
+    run = out / BACKBONE
+    made = parse(PretrainSettings, json.loads((run / RUN).read_text()))
+    corpus = Corpus.open(made.corpus)
+    train_cells, held_out = split(made, corpus)
+    labels = labels_of(corpus, settings.label_key, train_cells)
+    if held_out.size < len(corpus):
+        found = calibrate(bundle, corpus, held_out, labels.code_N)
+        bundle.provenance["labels"] = asdict(found)
+        logger.info(
+            "%s held-out cells: accuracy %.3f, macro-F1 %.3f, calibration error %.3f.",
+            f"{found.cells:,}", found.accuracy, found.macro_f1, found.calibration_error,
+        )  # fmt: skip
+    else:
+        logger.warning("Nothing is held out: the confidence of the labels is not calibrated.")
+    bundle.save(out / CLASSIFIER)
+    curve = pd.read_csv(run / METRICS)
+    rows = [
+        (int(step), "cross-entropy", float(loss))
+        for step, loss in zip(curve["step"], curve["train/labels"], strict=True)
+    ]
+    _add_curves(out / CURVES, "classify", rows)
+    labelled = ad.AnnData(obs=adata.obs)
+    if adata.n_vars:
+        annotate(
+            adata, model=bundle, layer=settings.layer or None, species=settings.species or None
+        )
+        labelled.uns[LABEL], labelled.obsm[f"{LABEL}_probability"] = (
+            adata.uns[LABEL], adata.obsm[f"{LABEL}_probability"],
+        )  # fmt: skip
+    else:
+        every = np.arange(len(corpus))
+        chunks = corpus_chunks(corpus, every, bundle)
+        write_labels(labelled, probabilities_of(chunks, bundle, every.size), bundle)
+    write_whole(labelled, out / LABELLED)
+    logger.info("%s: %s cells labelled.", out / LABELLED, f"{labelled.n_obs:,}")
 
 
 def _impute(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None) -> None:
@@ -580,10 +686,16 @@ def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
             f"{about['effective_rank']:.1f}, mean cosine {about['mean_cosine']:.3f}"
         )
         facts["populations that may be over-corrected"] = ", ".join(about["vanished"]) or "none"
+    if settings.classifies:
+        held = Bundle.load(out / CLASSIFIER, device="cpu").provenance.get("labels")
+        facts["labels on held-out cells"] = "not measured: nothing is held out" if not held else (
+            f"{held['cells']:,} cells, accuracy {held['accuracy']:.3f}, macro-F1 "
+            f"{held['macro_f1']:.3f}, calibration error {held['calibration_error']:.3f}"
+        )  # fmt: skip
     if settings.imputes:
         facts["imputed counts"] = str(ImputationModel.load(out / IMPUTATION_MODEL).trained.coverage)
     run = out / BACKBONE
-    adapted = settings.backbone.tune != "frozen" and (run / "metrics.csv").exists()
+    adapted = (run / METRICS).exists()
     write_finetune_report(
         out / REPORT,
         curves=pd.read_csv(out / CURVES),

@@ -418,6 +418,9 @@ def _parse_one(
         for choice in typing.get_args(kind):
             if type(choice) is type(value) and choice == value:
                 return value
+        others = [m for m in _members(hint) if m is not _NONE and typing.get_origin(m) != Literal]
+        if others:
+            raise ConfigError(f"{_named(where)} must be {_expected(hint)}, not {_shown(value)}")
         raise ConfigError(_no_choice(where, value, typing.get_args(kind)))
     if origin in (tuple, list):
         return _parse_sequence(kind, value, where, hint, missing, root)

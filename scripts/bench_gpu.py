@@ -54,7 +54,7 @@ class Plan:
         plan = cls(
             device=device,
             sizes=tuple(arguments.size or (("small", "base") if gpu else ("tiny",))),
-            budgets=tuple(arguments.budget or ((16_384, 32_768, 65_536) if gpu else (1024, 2048))),
+            budgets=tuple(arguments.budget or ((65_536, 32_768, 16_384) if gpu else (2048, 1024))),
             compile=not arguments.no_compile,
             recompute=arguments.activation_checkpointing,
             profile=arguments.profile,
@@ -162,10 +162,12 @@ def bench_gpu(plan: Plan) -> None:
             "cells", f"{len(corpus):,}",
             f"mean {length.mean():,.0f} tokens, vocabulary {len(corpus.vocabulary):,}",
         )  # fmt: skip
-        rows = []
+        rows: list[dict[str, Any]] = []
         for size in plan.sizes:
-            rows += _one_size(plan, size, path, folder, length, len(corpus.vocabulary))
-        (folder / "gpu.json").write_text(json.dumps({"device": name, "rows": rows}, indent=1))
+            for row in _one_size(plan, size, path, folder, length, len(corpus.vocabulary)):
+                rows.append(row)
+                found = {"device": name, "torch": torch.__version__, "rows": rows}
+                (folder / "gpu.json").write_text(json.dumps(found, indent=1))
         if plan.out:
             print(f"  all of it: {folder / 'gpu.json'}")
         if device.type == "cuda":
@@ -194,21 +196,22 @@ def shape_of(size: str) -> dict[str, Any]:
 
 def _one_size(
     plan: Plan, size: str, corpus: Path, folder: Path, length: np.ndarray, n_tokens: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     shape = shape_of(size)
     print(f"{size}: {shape['layers']} × {shape['width']}, {shape['heads']} heads")
-    rows = []
-    for budget in plan.budgets:
-        rows.append(_training(plan, size, shape, corpus, folder, budget, 1))
-    rows.append(_training(plan, size, shape, corpus, folder, plan.budgets[-1], plan.accumulate))
-    best = max(row["cells_per_s"] for row in rows)
-    rows.append(_embedding(plan, size, folder))
+    # The most important ones first, for whoever has the device for minutes only.
+    first, *others = plan.budgets
+    best = 0.0
+    for budget, n in ((first, plan.accumulate), *((budget, 1) for budget in (first, *others))):
+        row = _training(plan, size, shape, corpus, folder, budget, n)
+        best = max(best, row["cells_per_s"])
+        yield row
     if plan.opponent:
         for compiled in (False, True) if plan.compile else (False,):
             row = _padded(plan, size, shape, length, n_tokens, compiled=compiled)
-            rows.append(row)
             line("  genemodel ÷ this", f"{best / row['cells_per_s']:.1f}×")
-    return rows
+            yield row
+    yield _embedding(plan, size, folder)
 
 
 def _fresh(device: torch.device) -> None:
@@ -290,7 +293,7 @@ def _embedding(plan: Plan, size: str, folder: Path) -> dict[str, Any]:
     device = torch.device(plan.device)
     _fresh(device)
     bundle = gm.load(
-        folder / f"{size}-{plan.budgets[-1]}-{plan.accumulate}" / "bundle", device=plan.device
+        folder / f"{size}-{plan.budgets[0]}-{plan.accumulate}" / "bundle", device=plan.device
     )
     cells = synthetic(
         plan.cells, species=("human",), n_genes=max(2000, 8 * plan.genes),

@@ -252,3 +252,13 @@ def slurm(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     path = f"{REPOSITORY / 'tests' / 'slurm' / 'bin'}{os.pathsep}{clean['PATH']}"
     return clean | {"PATH": path, "FAKE_SLURM": str(folder)}
+
+
+@pytest.fixture
+def blank_report(monkeypatch):
+    """Spare the drawing in tests that do not look at the page."""
+
+    def blank(settings, values):
+        (Path(settings.out) / "report.html").touch()
+
+    monkeypatch.setattr("genemodel.finetune._report", blank)

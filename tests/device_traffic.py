@@ -210,7 +210,10 @@ def as_if_on_a_device() -> Iterator[None]:
     """Let CPU tensors take the ways of a device, on which nothing may be read."""
     from unittest.mock import patch
 
-    with patch("genemodel.tasks.masked_gene.is_host", lambda _: False):
+    with (
+        patch("genemodel.tasks.masked_gene.is_host", lambda _: False),
+        patch("genemodel.model.gene_model.is_host", lambda _: False),
+    ):
         yield
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -23,16 +22,6 @@ from genemodel.settings import parse
 from genemodel.train.loop import Loop
 
 TINY = [f"integration.{word}" for word in ("steps=6", "passes=0", "hidden=8", "rank=4", "latent=5")]
-
-
-@pytest.fixture
-def blank_report(monkeypatch):
-    """Spare the drawing in tests that do not look at the page."""
-
-    def blank(settings, values):
-        (Path(settings.out) / "report.html").touch()
-
-    monkeypatch.setattr("genemodel.finetune._report", blank)
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_values_round_trip_and_are_plain() -> None:
         ({"weights": {"a": "x"}}, "'weights.a' must be a number, not the text 'x'"),
         ({"weights": {3: 1.0}}, "'weights' has the key the whole number 3; keys must be text"),
         ({"weights": [1]}, "'weights' must be a group of settings, not the list [1]"),
-        ({"workers": "many"}, "must be one of auto, not the text 'many'"),
+        ({"workers": "many"}, "must be a whole number or one of auto, not the text 'many'"),
         ({"workers": 1.5}, "must be a whole number or one of auto, not the number 1.5"),
     ],
 )

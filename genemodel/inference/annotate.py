@@ -20,6 +20,7 @@ from genemodel.expression.neighbours import nearest, without
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import embedding_of, writable_h5ad, write_whole
 from genemodel.inference.integrated_model import ABOUT, IntegratedModel
+from genemodel.inference.labels import label_names, probabilities_of
 from genemodel.inference.obs_keys import check_key_added, label_codes
 from genemodel.settings import PathText, check_seed
 from genemodel.writing import found_again
@@ -46,10 +47,10 @@ TRANSFERS: tuple[Transfer, ...] = ("knn", "linear")
 
 def annotate(
     query: "AnnData",
-    reference: "AnnData",
-    model: Bundle | IntegratedModel,
+    reference: "AnnData | None" = None,
+    model: Bundle | IntegratedModel | None = None,
     *,
-    label_key: str,
+    label_key: str = "",
     key_added: str = KEY,
     transfer: Transfer = "knn",
     k: int = 15,
@@ -61,7 +62,7 @@ def annotate(
     reference_species: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Label cells by the labelled cells of a reference, in a model's embedding.
+    """Label cells by the labelled cells of a reference, or by a model that tells labels apart.
 
     Parameters
     ----------
@@ -69,7 +70,11 @@ def annotate(
         Raw counts; ``obs[key_added]`` (categorical), ``obs[key_added + "_confidence"]`` (float32)
         and ``uns[key_added]`` are written.
     reference
-        Raw counts with labels. It may be of another species that the model knows.
+        Raw counts with labels. It may be of another species that the model knows. None for a model
+        that was fine-tuned to classify (``genemodel finetune task=classify``): its own calibrated
+        probabilities are taken, and also written to ``obsm[key_added + "_probability"]``, whose
+        columns ``uns[key_added]["labels"]`` names; ``transfer``, ``k`` and ``far_quantile`` say
+        nothing then.
     model
         From :func:`genemodel.load` or :func:`genemodel.integrate`.
     label_key
@@ -115,6 +120,13 @@ def annotate(
     separates those and little else, and transfers worse.
     """
     _check(transfer, k, unknown, far_quantile, key_added, seed)
+    if model is None:
+        raise ConfigError("model is missing: give what genemodel.load or integrate returns.")
+    if reference is None:
+        _classify(query, model, key_added, unknown, layer, species)
+        return
+    if not label_key:
+        raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
     label_R, labels = label_codes(reference.obs, label_key, where="reference")
     if query.n_obs == 0:
         raise DataError("query has no cells.")
@@ -157,6 +169,55 @@ def annotate(
             "labels them all the same.",
             100 * found.far_C.mean(),
         )
+
+
+def _classify(
+    query: "AnnData",
+    model: Bundle | IntegratedModel,
+    key_added: str,
+    unknown: float,
+    layer: str | None,
+    species: str | None,
+) -> None:
+    """Label cells by what the model itself has learnt to tell apart."""
+    if not isinstance(model, Bundle):
+        raise ConfigError(
+            f"model is a {type(model).__name__}, which tells no labels apart by itself: give a "
+            "labelled reference, or a model made by `genemodel finetune task=classify`."
+        )
+    cells = VocabularyCells(query, model, layer=layer, species=species)
+    probability_CL = probabilities_of(cells.chunks(), model, len(cells))
+    write_labels(query, probability_CL, model, key_added=key_added, unknown=unknown)
+
+
+def write_labels(
+    adata: "AnnData",
+    probability_CL: np.ndarray,
+    model: Bundle,
+    *,
+    key_added: str = KEY,
+    unknown: float = UNKNOWN_BELOW,
+) -> None:
+    """Write labels, confidence and probabilities of a model that tells labels apart."""
+    labels = label_names(model)
+    seen_C = np.isfinite(probability_CL).all(1)
+    winner_C, confidence_C = np.full(len(seen_C), -1), np.zeros(len(seen_C))
+    winner_C[seen_C] = probability_CL[seen_C].argmax(1)
+    confidence_C[seen_C] = probability_CL[seen_C].max(1)
+    unknown_C = (confidence_C < unknown) | ~seen_C
+    names_C = np.array([*labels, UNKNOWN], dtype=object)[np.where(unknown_C, -1, winner_C)]
+    categories = list(dict.fromkeys([*labels, UNKNOWN]))
+    adata.obs[key_added] = pd.Categorical(names_C, categories=categories)
+    adata.obs[f"{key_added}_confidence"] = confidence_C.astype(np.float32)
+    adata.obsm[f"{key_added}_probability"] = probability_CL
+    adata.uns[key_added] = {
+        "genemodel": genemodel.__version__,
+        "model": model.fingerprint,
+        "labels": labels,
+        "unknown_below": float(unknown),
+        "share_unknown": float(unknown_C.mean()),
+        **{f"held_out_{k}": v for k, v in model.provenance.get("labels", {}).items()},
+    }
 
 
 def _check(
@@ -380,15 +441,15 @@ class AnnotateSettings:
     Attributes
     ----------
     model
-        Bundle directory, or what finetune wrote to <out>/model.
+        Bundle directory, or what finetune wrote to <out>/model or <out>/classifier.
     query
         h5ad with raw counts.
-    reference
-        h5ad with raw counts and labels.
-    label_key
-        obs column of the reference.
     output
         h5ad to write: obs with labels and confidence, without counts.
+    reference
+        h5ad with raw counts and labels; empty for a model that tells labels apart itself.
+    label_key
+        obs column of the reference.
     key_added
         obs column of the labels.
     transfer
@@ -413,9 +474,9 @@ class AnnotateSettings:
 
     model: PathText
     query: PathText
-    reference: PathText
-    label_key: str
     output: PathText
+    reference: PathText = ""
+    label_key: str = ""
     key_added: str = KEY
     transfer: Literal["knn", "linear"] = "knn"
     k: int = 15
@@ -442,12 +503,14 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     output = writable_h5ad(
         settings.output,
         overwrite=settings.overwrite,
-        inputs=[settings.query, settings.reference],
+        inputs=[path for path in (settings.query, settings.reference) if path],
     )
     check_key_added(settings.key_added, "obs")
     check_seed(settings.seed)
     cells = {}
-    for name in ("query", "reference"):
+    if settings.reference and not settings.label_key:
+        raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
+    for name in ("query", "reference") if settings.reference else ("query",):
         path = Path(getattr(settings, name))
         if not path.is_file():
             raise DataError(f"{name}={path} is no file: name an h5ad file with raw counts.")
@@ -460,7 +523,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         model = Bundle.load(settings.model, device=settings.device)
     annotate(
         cells["query"],
-        cells["reference"],
+        cells.get("reference"),
         model,
         label_key=settings.label_key,
         key_added=settings.key_added,
@@ -476,6 +539,9 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     )
     labelled = ad.AnnData(obs=cells["query"].obs)
     labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]
+    probability = f"{settings.key_added}_probability"
+    if not settings.reference:
+        labelled.obsm[probability] = cells["query"].obsm[probability]
     write_whole(labelled, output)
     logger.info(
         "%s: %d cells labelled, %.1f %% unknown.",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from genemodel.cells.batch import CellBatch
 from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.model.attention import attend
-from genemodel.model.devices import full_precision, half_of
+from genemodel.model.devices import full_precision, half_of, is_host
 from genemodel.model.settings import ModelSettings
 
 # value_T below this asks for the learned "value hidden" vector (see genemodel.tasks.masking).
@@ -68,6 +68,11 @@ class ExpressionComponents(nn.Module):
         """(T,) → (C, D)."""
         visible_T = torch.where(batch.gene_T >= N_SPECIAL, batch.value_T.clamp_min(0.0), 0.0)
         weighted_TK = self.loading(batch.gene_T) * visible_T[:, None]
+        if is_host(weighted_TK.device):
+            # One token after the other: to the bit the same whatever cells lie beside it.
+            start_CK = self.offset(batch.species_C)
+            score_CK = start_CK.index_add(0, batch.segment_T, weighted_TK.to(start_CK.dtype))
+            return self.project(score_CK)
         # A sum within cells as a product with their indicators: its backward is a product too,
         # where a scatter onto a dozen rows would have the tokens of a cell queue up on a GPU.
         place_C1 = torch.arange(batch.species_C.shape[0], device=batch.segment_T.device)[:, None]

@@ -17,6 +17,7 @@ from genemodel.errors import ConfigError
 from genemodel.model.flops import encoder_flops, gene_head_flops
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.tasks.decode_counts import CountDecoder, DecodeCountsSettings
+from genemodel.tasks.labels import LabelHead, Labels, LabelSettings
 from genemodel.tasks.masked_gene import MaskedGeneHead, MaskedGeneSettings
 from genemodel.tasks.masked_value import MaskedValueHead, MaskedValueSettings
 from genemodel.tasks.masking import Chosen, choose, eligible, hide, key_of, uniform_at
@@ -33,18 +34,19 @@ class PretrainingSettings:
 
     Attributes
     ----------
-    masked_gene, masked_value, decode_counts
+    masked_gene, masked_value, decode_counts, labels
         One group of settings an objective.
     """
 
     masked_gene: MaskedGeneSettings = field(default_factory=MaskedGeneSettings)
     masked_value: MaskedValueSettings = field(default_factory=MaskedValueSettings)
     decode_counts: DecodeCountsSettings = field(default_factory=DecodeCountsSettings)
+    labels: LabelSettings = field(default_factory=LabelSettings)
 
     def __post_init__(self) -> None:
         weights = {
             name: getattr(self, name).weight
-            for name in ("masked_gene", "masked_value", "decode_counts")
+            for name in ("masked_gene", "masked_value", "decode_counts", "labels")
         }
         if min(weights.values()) < 0 or max(weights.values()) == 0:
             raise ConfigError(
@@ -131,6 +133,8 @@ class PretrainingObjectives(nn.Module):
         Which genes every panel measured, bool.
     seed
         Address of the masks.
+    labels
+        Of the cells, where ``settings.labels`` is on.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class PretrainingObjectives(nn.Module):
         n_batches: int,
         measured_XV: Tensor,
         seed: int,
+        labels: Labels | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -153,6 +158,9 @@ class PretrainingObjectives(nn.Module):
             self.heads["masked_value"] = MaskedValueHead(width, statistics)
         if settings.decode_counts.weight > 0:
             self.heads["decode_counts"] = CountDecoder(width, statistics, n_batches, measured_XV)
+        if settings.labels.weight > 0:
+            assert labels is not None, "the run's labels"
+            self.heads["labels"] = LabelHead(width, labels, settings.labels)
         genes = values = None
         low = 0.0
         if settings.masked_gene.weight > 0:
@@ -166,9 +174,9 @@ class PretrainingObjectives(nn.Module):
     def start_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take up saved weights of heads, ``"decode_counts.log_theta_V"`` and the like.
 
-        The table of technical batches stays new, because the batches of other cells are others. A
-        weight that is smaller than its place, as after a vocabulary has grown, fills the beginning
-        of every axis; what it does not reach stays new.
+        The table of technical batches and the labels stay new, because those of other cells are
+        others. A weight that is smaller than its place, as after a vocabulary has grown, fills the
+        beginning of every axis; what it does not reach stays new.
 
         Returns
         -------
@@ -176,6 +184,8 @@ class PretrainingObjectives(nn.Module):
         """
         complete = []
         for name, head in self.heads.items():
+            if name == "labels":
+                continue
             own = head.state_dict()
             wanted = [key for key in own if f"{name}.{key}" != BATCH_TABLE]
             taken = 0
@@ -225,6 +235,9 @@ class PretrainingObjectives(nn.Module):
             # Per expressed gene: keeps the loss of the order of a cross-entropy whatever the panel.
             n_expressed = batch.full_gene_N.shape[0]
             items["decode_counts"] = torch.full((), n_expressed, device=batch.device)
+        labels = self.heads["labels"] if "labels" in self.heads else None
+        if isinstance(labels, LabelHead):
+            items["labels"] = (labels.codes(batch.cell_C) >= 0).sum()
         return Prepared(
             seen=replace(batch, gene_T=gene_T, value_T=value_T),
             truth=replace(batch, batch_C=batch_C),
@@ -275,6 +288,8 @@ class PretrainingObjectives(nn.Module):
                 found[name] = head(
                     hidden_MD, value_M, gene_M, species_M, prepared.values.real_M, trivial=trivial
                 )
+            elif isinstance(head, LabelHead):
+                found[name] = head(encoded.cell_CD, truth.cell_C, trivial=trivial)
             else:
                 found[name] = self._decode(encoded, truth, trivial=trivial)
         return {

@@ -357,30 +357,3 @@ def _bytes_of(state: Any) -> int:
 
     visit(state)
     return sum(sizes.values()) + _OVERHEAD_PER_TENSOR * len(sizes) + _OVERHEAD
-
-
-# -- Lightning's door, until the loop writes with CheckpointWriter ---------------------------------
-
-from lightning.pytorch.plugins.io import CheckpointIO  # noqa: E402
-
-
-class CheckpointDirectory(CheckpointIO):
-    """Lightning's door to checkpoints, writing and reading the directories described above."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write one checkpoint; ``checkpoint["about"]`` becomes ``about.json``."""
-        about = checkpoint.pop("about")
-        _make_room(Path(path), _bytes_of(checkpoint))
-        _write(Path(path), checkpoint, json.dumps(about, indent=1))
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read tensors and plain values; anything else in the file is refused by torch."""
-        return Checkpoint(Path(path), {}).state(map_location or "cpu")
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete one checkpoint."""
-        remove(Path(path))

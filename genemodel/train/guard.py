@@ -1,8 +1,11 @@
 """Steps that should not count: losses that are not finite, and losses that jump.
 
-The median and the spread of recent losses are robust to the jumps that they must find.
+Medians are robust to the jumps that they must find. A loss falls, so the usual level is that of the
+last few steps, and the spread is that of the differences from step to step: neither takes the way
+down for noise.
 """
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -11,7 +14,8 @@ from typing import Any
 
 # A value this large is as lost as an infinite one.
 LARGEST = 1e30
-# Losses that are remembered, and how many are needed before one can be called a jump.
+# Losses that are remembered for their spread, and those whose level is the usual one; so many are
+# needed before one can be called a jump.
 REMEMBERED, NEEDED = 200, 50
 # A normal distribution's standard deviation is 1.4826 median absolute deviations.
 MAD_TO_SD = 1.4826
@@ -49,8 +53,11 @@ class Guard:
     def _jump(self, total: float) -> str:
         if not self.deviations or len(self.recent) < NEEDED:
             return ""
-        middle = statistics.median(self.recent)
-        spread = MAD_TO_SD * statistics.median(abs(x - middle) for x in self.recent)
+        recent = list(self.recent)
+        middle = statistics.median(recent[-NEEDED:])
+        # The difference of two independent losses spreads √2 times as much as one.
+        steps = [abs(b - a) for a, b in itertools.pairwise(recent)]
+        spread = MAD_TO_SD * statistics.median(steps) / math.sqrt(2)
         spread = max(spread, SMALLEST_SPREAD * abs(middle))
         away = (total - middle) / spread
         if away <= self.deviations:

@@ -343,6 +343,7 @@ class Loop:
                 for name in losses.names
             ]
         ).double()
+        self._ranks.at(at.EXCHANGE)
         exchange.sum_(items_K)
         scale_K = (self._weight_K * exchange.factor / items_K.clamp_min(1)).float()
         totals: list[Tensor] = []
@@ -355,10 +356,11 @@ class Loop:
             for j, piece in enumerate(pieces):
                 whole = j + 1 == len(pieces)
                 last = whole and i + 1 == len(prepared)
+                self._ranks.at(at.EXCHANGE if exchange.kind == "fsdp" else at.COMPUTE)
                 with exchange.micro_batch(whole=whole, last=last):
                     with self.fabric.autocast():
                         total_K, without_K = exchange.forward(piece, trivial)
-                    if last:
+                    if last or (whole and exchange.kind == "ordered"):
                         self._ranks.at(at.EXCHANGE)
                     (total_K * scale_K).sum().backward()
                 totals.append(total_K.detach().double())
@@ -527,6 +529,7 @@ class Loop:
                 rows.append(torch.stack(parts).sum(0))
         losses.train()
         progress.validation = self._means(rows)
+        self._ranks.at(at.LOOK)
         self._judge_look()
 
     def _rounds(self, stream: Stream) -> Iterator[tuple[list[CellBatch], bool]]:
@@ -552,6 +555,7 @@ class Loop:
         mine = torch.stack(rows) if rows else torch.zeros(shape, dtype=torch.float64)
         mine = mine.to(self.fabric.device)
         count = torch.tensor([mine.shape[0]], device=mine.device)
+        self._ranks.at(at.EXCHANGE)
         longest = int(exchange.gather(count).max())
         padded = mine.new_zeros((longest, *shape[1:]))
         padded[: mine.shape[0]] = mine
@@ -607,6 +611,7 @@ class Loop:
             path = self._folder / f"step-{progress.step:08d}"
             self.writer.save(path, state, about, wait=wait)
         if wait and self.exchange.world > 1:
+            self._ranks.at(at.EXCHANGE)
             self.fabric.barrier()
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,11 @@ EXCHANGE, LOOK, SAVE, FAILED = "exchange", "look", "save", "failed"
 _UNTIMED = (START, BUILD)
 # A rank that stands still for so many heartbeats looks whether the others do.
 _STILL = 3
+# What gloo, NCCL and torch's store say in when a connection breaks.
+_BETWEEN_RANKS = re.compile(
+    r"gloo|nccl|^Dist\w*Error|connection|socket|broken pipe|time[d-]? ?out|process ?group|tcpstore",
+    re.IGNORECASE,
+)
 _GO_ON = "The last checkpoint is intact: the same command goes on from it."
 
 
@@ -113,16 +119,18 @@ class Ranks:
                 f"Not all of the {self.world} ranks came to the start ({said}): the messages of "
                 "the others say why, or they cannot reach MASTER_ADDR and MASTER_PORT."
             )
-        deadline = time.monotonic() + _STILL * self.every_s + 1.0
+        between = _BETWEEN_RANKS.search(f"{type(error).__name__} {error}") is not None
+        # A mistake of this rank's own is told at once: the others wait for it.
+        deadline = time.monotonic() + 1.0 + (_STILL * self.every_s if between else 0.0)
         before = {r: self._read(r) for r in self._others()}
         while time.monotonic() < deadline:
             if gone := self._gone():
                 return PeerLost(gone)
             time.sleep(min(0.1, self.every_s))
         silent = [r for r, state in before.items() if state and self._read(r) == state]
-        if not silent:
+        if not silent or not between:
             return None
-        names = ", ".join(f"rank {r} (last step {before[r].get('step', 0):,})" for r in silent)
+        names = ", ".join(f"rank {r} (last step {self._last_step(before[r]):,})" for r in silent)
         return PeerLost(
             f"The connection between the ranks broke at step {self.step + 1:,} ({said}), and "
             f"{names} gives no sign of life any more: it was killed, perhaps for memory, or its "
@@ -141,11 +149,13 @@ class Ranks:
                 )
         for r, state in states.items():
             if state.get("here") == _here() and not _lives(state["pid"]):
-                return (
-                    f"Rank {r} was killed after step {state['step']:,}, perhaps for memory. "
-                    f"{_GO_ON}"
-                )
+                step = self._last_step(state)
+                return f"Rank {r} was killed after step {step:,}, perhaps for memory. {_GO_ON}"
         return ""
+
+    def _last_step(self, state: dict[str, Any]) -> int:
+        """Last step of another rank: it has done those of this one, whatever its last heartbeat."""
+        return max(self.step, int(state.get("step", 0)))
 
     # -- the thread ------------------------------------------------------------------------------
 
@@ -210,13 +220,13 @@ class Ranks:
         states[self.rank] = {"phase": self.phase, "step": self.step}
         if silent:
             who = ", ".join(f"rank {r}" for r in silent)
-            step = max(states[r].get("step", 0) for r in silent)
+            step = max(self._last_step(states[r]) for r in silent)
             return f"{who} gave no sign of life since step {step:,}: stopped, or its node hangs"
-        stuck = [r for r, state in states.items() if state.get("phase") != EXCHANGE]
+        # A rank whose file is gone has left for the same reason.
+        known = {r: state for r, state in sorted(states.items()) if state}
+        stuck = [r for r, state in known.items() if state["phase"] != EXCHANGE] or list(known)
         return "; ".join(
-            f"rank {r} is in {states[r].get('phase', START)!r} after step "
-            f"{states[r].get('step', 0):,}"
-            for r in stuck or states
+            f"rank {r} is in {known[r]['phase']!r} after step {known[r]['step']:,}" for r in stuck
         )
 
     def _give_up(self, why: str) -> None:

@@ -33,6 +33,7 @@ from genemodel.model.devices import Ways, check_device
 from genemodel.model.flops import device_peak
 from genemodel.model.tuning import rate_shares
 from genemodel.settings import check_out_folder, difference, parse, to_values
+from genemodel.tasks.labels import Labels
 from genemodel.train.checkpoint import Checkpoint, newest_checkpoint
 from genemodel.train.data import RankStream
 from genemodel.train.exchange import Kind, make_fabric
@@ -52,6 +53,7 @@ from genemodel.train.settings import PretrainSettings, TrainerSettings
 from genemodel.train.weights import (
     build,
     bundle_of,
+    labels_of,
     medians_of,
     open_start,
     shaped_like,
@@ -109,6 +111,7 @@ class _Plan:
     ways: Ways
     train_cells: np.ndarray
     held_out: np.ndarray
+    labels: Labels | None
 
     @property
     def complete(self) -> bool:
@@ -122,7 +125,7 @@ class _Plan:
     def kind(self) -> Kind:
         """How gradients of processes meet."""
         trainer = self.settings.trainer
-        if trainer.strategy == "fsdp":
+        if trainer.strategy == "fsdp" and self.processes.world > 1:
             return "fsdp"
         if trainer.deterministic:
             return "ordered"
@@ -198,9 +201,12 @@ def _plan(settings: PretrainSettings) -> _Plan:
         }
         checkpoint = find_checkpoint(run, about)
         train_cells, held_out = split(settings, corpus)
+        labels = None
+        if settings.task.labels.weight > 0:
+            labels = labels_of(corpus, settings.task.labels.label_key, train_cells)
     return _Plan(
         settings, run, corpus, start, about, checkpoint, processes, accelerator, ways,
-        shared(train_cells), shared(held_out),
+        shared(train_cells), shared(held_out), labels,
     )  # fmt: skip
 
 
@@ -251,7 +257,7 @@ def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
         return RankStream(cell_stream, fabric.device)
 
     torch.manual_seed(settings.seed)
-    model, objectives = build(settings, corpus, plan.train_cells, n_batches, start)
+    model, objectives = build(settings, corpus, plan.train_cells, n_batches, start, plan.labels)
     model.recompute = trainer.activation_checkpointing
     plain = copy.deepcopy(model) if plan.kind == "fsdp" and rank == 0 else model
     model.to(fabric.device)
@@ -265,6 +271,13 @@ def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
         plan.accelerator, plan.ways.precision, world * trainer.accumulate,
     )  # fmt: skip
     begin = time.time()
+    # Heads that this run does not train still fit a backbone that it does not change.
+    frozen = start is not None and settings.backbone.tune == "frozen"
+    kept = {
+        name: weight
+        for name, weight in (start.heads if frozen and start is not None else {}).items()
+        if name.split(".")[0] not in objectives.heads
+    }
 
     def release(progress: Progress, weights: Mapping[str, Tensor]) -> None:
         provenance = {
@@ -284,9 +297,10 @@ def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
             plain.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             )
-        bundle_of(plain, weights, corpus.vocabulary, medians_V, settings, provenance).save(
-            run / "bundle"
-        )
+        bundle_of(
+            plain, weights, corpus.vocabulary, medians_V, settings, provenance,
+            plan.labels.names if plan.labels is not None else (), kept,
+        ).save(run / "bundle")  # fmt: skip
 
     run.mkdir(parents=True, exist_ok=True)
     if rank == 0:

@@ -20,6 +20,7 @@ from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import merged, tune
 from genemodel.settings import to_values
 from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.tasks.labels import Labels
 from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train.settings import PretrainSettings
 
@@ -85,12 +86,36 @@ def training_batches(corpus: Corpus, key: str, train_cells: np.ndarray) -> tuple
     return batch_C, int(names.size)
 
 
+def labels_of(corpus: Corpus, key: str, train_cells: np.ndarray) -> Labels:
+    """Labels of all cells, numbered over the training cells.
+
+    Raises
+    ------
+    DataError
+        Fewer than two labels among the training cells.
+    """
+    code_N, names = corpus.codes(key)
+    count_L = np.bincount(code_N[train_cells][code_N[train_cells] >= 0], minlength=len(names))
+    kept_L = np.flatnonzero(count_L)
+    if kept_L.size < 2:
+        raise DataError(
+            f"corpus {corpus.path}: the training cells have "
+            f"{'one label only' if kept_L.size else 'no labels'} in column {key!r} "
+            "(task.labels.label_key): there is nothing to tell apart. Name another column, or "
+            "hold other groups out (holdout.by, holdout.groups)."
+        )
+    new_L = np.full(len(names) + 1, -1, np.int32)  # the last place is where -1 points to
+    new_L[kept_L] = np.arange(kept_L.size)
+    return Labels(tuple(names[i] for i in kept_L), new_L[code_N], count_L[kept_L])
+
+
 def build(
     settings: PretrainSettings,
     corpus: Corpus,
     train_cells: np.ndarray,
     n_batches: int,
     start: Bundle | None = None,
+    labels: Labels | None = None,
 ) -> tuple[GeneModel, PretrainingObjectives]:
     """Build backbone and objectives with their starting points: a bundle, or the training cells."""
     model = new_model(settings, corpus) if start is None else start.model.train()
@@ -102,6 +127,7 @@ def build(
         n_batches=n_batches,
         measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
         seed=settings.seed,
+        labels=labels,
     )
     taken = objectives.start_from(start.heads) if start is not None else []
     new = {name: head for name, head in objectives.heads.items() if name not in taken}
@@ -146,6 +172,8 @@ def bundle_of(
     medians_V: np.ndarray,
     settings: PretrainSettings,
     provenance: dict[str, Any],
+    label_names: tuple[str, ...] = (),
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Bundle:
     """Release what was trained, adapters merged.
 
@@ -155,8 +183,10 @@ def bundle_of(
         The backbone.
     weights
         Of model and objectives, as :class:`~genemodel.train.loop.Losses` names them.
-    vocabulary, medians_V, settings, provenance
+    vocabulary, medians_V, settings, provenance, label_names
         Kept with them.
+    kept
+        Weights of heads that were not trained and still hold.
     """
     prefix = "objectives.heads."
     return Bundle(
@@ -164,11 +194,12 @@ def bundle_of(
         vocabulary=vocabulary,
         tokens=settings.tokens,
         medians_V=medians_V,
-        heads={
+        heads=dict(kept or {})
+        | {
             name.removeprefix(prefix): tensor.detach().cpu().clone()
             for name, tensor in weights.items()
             if name.startswith(prefix)
         },
-        settings={"pretraining": to_values(settings.task)},
+        settings={"pretraining": to_values(settings.task), "labels": list(label_names)},
         provenance=provenance,
     )

@@ -1,111 +1,193 @@
-"""Gradients of ranks: a sum, in the order of micro-batches, and not an average."""
+"""Gradients of several processes against one process that does all micro-batches itself.
 
-import dataclasses
+Run as a program this file is the processes: ``python test_exchange.py OUT`` forks those of every
+case and writes what they have learnt to OUT. SGD, because Adam would hide a wrong scale.
+"""
+
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch import nn
 
-from genemodel.settings import parse, to_values
-from genemodel.train import loop
-from genemodel.train.checkpoint import newest_checkpoint
-from genemodel.train.exchange import Exchange
-from genemodel.train.recipe import pretrain
-from genemodel.train.settings import PretrainSettings
+from genemodel.train.exchange import Exchange, make_fabric
+from genemodel.train.processes import Processes
 
-# Adam does not see how large a gradient is. So plain descent, without clipping.
-DESCENT = """
-import json, sys
-import torch
-from genemodel.settings import parse
-from genemodel.train import loop
-from genemodel.train.recipe import pretrain
-from genemodel.train.settings import PretrainSettings
+MICRO_BATCHES, STEPS, CLIP = 4, 3, 0.5
+CASES = [
+    *(("ordered", world) for world in (1, 2, 4)),
+    *(("ddp", world) for world in (2, 4)),
+    *(("fsdp", world) for world in (2, 4)),
+    ("alone", 1),
+]  # fmt: skip
 
-def descent(module, optim, shares):
+
+class Toy(nn.Module):
+    """Blocks in a model, as what is sharded; and a parameter that no loss reaches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.model.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 5)])
+        self.head = nn.Linear(5, 1)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x):
+        for block in self.model.blocks:
+            x = torch.tanh(block(x))
+        return self.head(x)
+
+
+def micro_batches(step):
+    """Of unequal sizes, as the numbers of masked genes are."""
+    rng = torch.Generator().manual_seed(step)
+    return [torch.randn(3 + 5 * i, 6, generator=rng) for i in range(MICRO_BATCHES)]
+
+
+def learn(exchange):
+    """Train as the loop does; returns the norm of every step."""
+    optimiser = torch.optim.SGD(exchange.learning(), lr=0.5, momentum=0.9)
+    norms = []
+    for step in range(STEPS):
+        optimiser.zero_grad(set_to_none=True)
+        mine = micro_batches(step)[exchange.rank :: exchange.world]
+        items = exchange.sum_(torch.tensor(float(sum(len(x) for x in mine))))
+        for i, x in enumerate(mine):
+            with exchange.micro_batch(last=i + 1 == len(mine)):
+                loss = (exchange.forward(x) - x.sum(1, keepdim=True)).square().sum()
+                (loss * exchange.factor / items).backward()
+        exchange.finish()
+        norms.append(float(exchange.clip_(CLIP)))
+        optimiser.step()
+    return norms
+
+
+def plain():
+    """Do without any of it."""
+    module = Toy()
     learning = [p for p in module.parameters() if p.requires_grad]
-    return [torch.optim.SGD([{"params": learning, "share": 1.0}], lr=optim.lr)]
-
-loop.build_optimisers = descent
-pretrain(parse(PretrainSettings, json.load(open(sys.argv[1]))))
-"""
-
-
-def test_ordered_sums_go_by_rank_within_micro_batch(monkeypatch):
-    """Rounding tells the order: 1 + 1e8 - 1e8 is 0 in float32, and from behind it is 1."""
-    shares = iter([[1.0, 1e8, -1e8], [4.0, 5.0, 6.0]])
-
-    def gathered(parts, own):
-        for part, share in zip(parts, next(shares), strict=True):
-            part.fill_(share)
-
-    monkeypatch.setattr(dist, "all_gather", gathered)
-    exchange = Exchange.__new__(Exchange)
-    exchange.kind, exchange.world, exchange.rank, exchange._totals = "ordered", 3, 1, None
-    exchange.module = torch.nn.Linear(1, 1, bias=False)
-    for last in (False, True):
-        with exchange.micro_batch(last=last):
-            exchange.module.weight.grad = torch.ones(1, 1)
-        assert exchange.module.weight.grad is None
-    exchange.finish()
-    assert exchange.module.weight.grad.item() == 15.0 and exchange.factor == 1.0
+    optimiser = torch.optim.SGD(learning, lr=0.5, momentum=0.9)
+    norms = []
+    for step in range(STEPS):
+        optimiser.zero_grad()
+        batches = micro_batches(step)
+        items = torch.tensor(float(sum(len(x) for x in batches)))
+        for x in batches:
+            loss = (module(x) - x.sum(1, keepdim=True)).square().sum()
+            (loss * 1.0 / items).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(learning, CLIP, foreach=True)))
+        optimiser.step()
+    return {"norms": norms, "weights": listed(module.state_dict())}
 
 
-def ranks(settings, folder, processes):
-    (folder / "run.py").write_text(DESCENT)
-    (folder / "settings.json").write_text(json.dumps(to_values(settings)))
+def listed(state):
+    return {name: tensor.flatten().tolist() for name, tensor in state.items()}
+
+
+def one_rank(kind, world, rank, port, out):
+    os.environ |= {
+        "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    processes = Processes(world, 1, rank, "us")
+    fabric = make_fabric(kind, processes, accelerator="cpu", precision="32-true", hang_minutes=1)
+    fabric.launch()
+    exchange = Exchange(fabric, Toy(), kind)
+    norms = learn(exchange)
+    # What is saved comes back, sharded or not.
+    state = exchange.state([])
+    again = exchange.gather_objects((rank, kind))
+    assert again == [(r, kind) for r in range(world)]
+    rows = exchange.gather(torch.full((2,), float(rank)))
+    assert rows.tolist() == [[float(r)] * 2 for r in range(world)]
+    if rank == 0:
+        with torch.no_grad():
+            saved = {name: tensor.clone() for name, tensor in state["module"].items()}
+    else:
+        saved = {}
+    saved = fabric.broadcast(saved)
+    weights = listed(saved)  # loading takes the values out of it
+    with torch.no_grad():
+        for p in exchange.learning():
+            p.zero_()
+    exchange.load({"module": saved, "optimisers": []}, [])
+    loaded = exchange.state([])["module"]
+    if rank == 0:
+        assert listed(loaded) == weights
+        result = {"norms": norms, "weights": weights}
+        (out / f"{kind}-{world}.json").write_text(json.dumps(result))
+
+
+def program(out):
+    torch.set_num_threads(1)
+    for kind, world in CASES:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children = []
+        for rank in range(world):
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    one_rank(kind, world, rank, port, out)
+                    code = 0
+                finally:
+                    sys.stderr.flush()
+                    if code:
+                        import traceback
+
+                        traceback.print_exc()
+                    os._exit(code)
+            children.append(pid)
+        for pid in children:
+            assert os.waitpid(pid, 0)[1] == 0, f"{kind} on {world}"
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    out = tmp_path_factory.mktemp("exchange")
     done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(folder / "run.py"),
-            str(folder / "settings.json"),
-        ],
-        env={
-            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-        },
-        capture_output=True, text=True, check=False, timeout=280,
+        [sys.executable, __file__, str(out)],
+        env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
+    return {
+        (kind, world): json.loads((out / f"{kind}-{world}.json").read_text())
+        for kind, world in CASES
+    }
 
 
 @pytest.mark.slow
-def test_two_ranks_descend_as_one_does_alone_dropout_included(tiny_corpus, tmp_path, monkeypatch):
-    values = {
-        "corpus": str(tiny_corpus), "out": str(tmp_path / "alone"),
-        "tokens": {"context": 64, "budget": 512},
-        "model": {
-            "layers": 1, "width": 16, "heads": 2, "ffn": 16, "components": 4, "dropout": 0.2,
-        },
-        "optim": {"lr": 0.01, "warmup_steps": 1, "clip": 0.0},
-        "trainer": {
-            "max_steps": 3, "accelerator": "cpu", "accumulate": 4, "validation_batches": 1,
-        },
-    }  # fmt: skip
-    alone = parse(PretrainSettings, values)
-    both = dataclasses.replace(
-        alone, out=str(tmp_path / "both"),
-        trainer=dataclasses.replace(alone.trainer, accumulate=2, devices=2),
-    )  # fmt: skip
-    start = {}
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ordered_is_one_process_to_the_bit(learnt, world):
+    assert learnt["ordered", world] == learnt["alone", 1]
 
-    def descent(module, optim, shares):
-        start.update({k: v.clone() for k, v in module.state_dict().items()})
-        learning = [p for p in module.parameters() if p.requires_grad]
-        return [torch.optim.SGD([{"params": learning, "share": 1.0}], lr=optim.lr)]
 
-    monkeypatch.setattr(loop, "build_optimisers", descent)
-    pretrain(alone)
-    ranks(both, tmp_path, 2)
-    wanted, found = (
-        newest_checkpoint(tmp_path / out / "checkpoints").state()["module"]
-        for out in ("alone", "both")
-    )
-    moved = sum(float((wanted[k] - start[k]).square().sum()) for k in wanted) ** 0.5
-    apart = sum(float((wanted[k] - found[k]).square().sum()) for k in wanted) ** 0.5
-    assert moved > 1e-3 and apart < 0.01 * moved
+@pytest.mark.slow
+def test_one_process_is_plain_torch_to_the_bit(learnt):
+    torch.set_num_threads(1)
+    assert learnt["alone", 1] == plain()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [case for case in CASES if case[0] in ("ddp", "fsdp")])
+def test_other_strategies_differ_by_rounding_only(learnt, kind, world):
+    got, expected = learnt[kind, world], learnt["alone", 1]
+    # A gradient averaged instead of summed would be a half or a quarter of it.
+    assert got["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert min(expected["norms"]) > CLIP  # clipping took part
+    assert got["weights"].keys() == expected["weights"].keys()
+    for name, values in expected["weights"].items():
+        assert got["weights"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))

@@ -107,10 +107,12 @@ def test_a_rank_says_where_it_is_until_it_leaves(tmp_path):
 
 
 def test_one_process_has_nobody_to_tell(tmp_path):
+    before = threading.active_count()
     with Ranks(tmp_path, 0, 1, FAST) as ranks:
+        assert threading.active_count() == before
         ranks.at(EXCHANGE, 1)
         assert ranks.explain(RuntimeError("x")) is None
-    assert not list(tmp_path.iterdir()) and threading.active_count() == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_is_left_for_the_others_and_a_stop_is_not(tmp_path):
@@ -137,12 +139,12 @@ def test_a_full_disk_does_not_keep_the_reason_secret(tmp_path, monkeypatch):
     assert read(tmp_path, 0)["why"] == "OSError: the disk is full"
 
 
-def explained(tmp_path, **state):
+def explained(tmp_path, text="Connection closed by peer\nmore", **state):
     with Ranks(tmp_path, 0, 2, FAST) as ranks:
         ranks.at(EXCHANGE, 7)
         peer = Peer(tmp_path, **state)
         begin = time.monotonic()
-        lost = ranks.explain(RuntimeError("Connection closed by peer\nmore"))
+        lost = ranks.explain(RuntimeError(text))
         peer.path.unlink()
     return str(lost) if lost else None, time.monotonic() - begin
 
@@ -162,7 +164,15 @@ def test_the_reason_of_a_broken_connection(tmp_path, dead_pid):
 def test_a_rank_that_lives_is_not_blamed(tmp_path):
     with Ranks(tmp_path, 0, 2, FAST) as ranks, Peer(tmp_path):
         ranks.at(EXCHANGE, 7)
-        assert ranks.explain(RuntimeError("a mistake of the program")) is None
+        assert ranks.explain(RuntimeError("[gloo] connection closed")) is None
+
+
+def test_a_mistake_of_its_own_is_told_at_once_unless_another_rank_is_known_to_be_gone(tmp_path):
+    # The peer's next heartbeat has not come yet.
+    said, _ = explained(tmp_path, "CUDA out of memory. Tried to allocate 2 GiB")
+    assert said is None
+    said, _ = explained(tmp_path, "whatever", phase=FAILED, why="MemoryError: no more")
+    assert "Rank 1 stopped" in said
 
 
 def test_ranks_that_never_meet_are_not_judged_by_what_an_earlier_run_left(tmp_path, dead_pid):
@@ -181,7 +191,7 @@ def test_ranks_that_never_meet_are_not_judged_by_what_an_earlier_run_left(tmp_pa
         (DATA, True, "rank 1 is in 'data' after step 7"),
         (LOOK, True, "rank 1 is in 'look' after step 7"),
         # All wait for each other: all are named.
-        (EXCHANGE, True, "rank 1 is in 'exchange' after step 7; rank 0 is in 'exchange'"),
+        (EXCHANGE, True, "rank 0 is in 'exchange' after step 7; rank 1 is in 'exchange'"),
     ],
 )
 def test_no_step_for_too_long_ends_the_run_and_names_the_rank(
