@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from genemodel.adapt import imputation as module
 from genemodel.adapt.imputation import (
     Decoder,
     DecoderSettings,
@@ -119,3 +120,60 @@ def test_empty_genes_and_foreign_codes_are_refused(rng):
         train_decoder(empty, settings=QUICK)
     with pytest.raises(DataError, match=r"expected \(30,\)"):
         train_decoder(counts, np.zeros(3, int), QUICK)
+
+
+def test_the_weights_that_are_used_are_a_running_mean(rng):
+    counts, _ = two_groups(rng, n=60, g=30)
+    one_step = replace(QUICK, epochs=1, batch_cells=60, dropout=0.0, learning_rate=1.0)
+
+    def weights(**change):
+        return train_decoder(counts, settings=replace(one_step, **change)).decoder.gene_GD.detach()
+
+    start = weights(learning_rate=1e-30)
+    last, mean = weights(average_decay=0.0), weights()
+    # After one step the decay is (1 + 1) ÷ (10 + 1), far below its largest.
+    torch.testing.assert_close(mean, start + (last - start) * 9 / 11, rtol=1e-4, atol=1e-7)
+    assert (last - start).abs().max() > 1e-4
+
+
+def test_training_predicts_the_molecules_that_were_not_shown(rng, monkeypatch):
+    """Shown and other molecules add up to those of the cell, in steps and in checks."""
+    counts, _ = two_groups(rng, n=60, g=30)
+    shown, scored = [], []
+    encode_itself, target_itself = Decoder.encode, module._target
+
+    def encode(decoder, count_CG):
+        if decoder.training:
+            shown.append(count_CG.toarray())
+        return encode_itself(decoder, count_CG)
+
+    def target(count_CG):
+        scored.append(count_CG.toarray())
+        return target_itself(count_CG)
+
+    monkeypatch.setattr(Decoder, "encode", encode)
+    monkeypatch.setattr(module, "_target", target)
+    settings = replace(QUICK, epochs=1, batch_cells=60, calibration_fraction=0.2)
+    train_decoder(counts, settings=settings)
+    assert len(shown) == 1 and len(scored) == 2
+    whole = counts.toarray()
+    assert (shown[0] + scored[0] <= whole).all()
+    np.testing.assert_array_equal(shown[0] + scored[0] + scored[1], whole)
+    share = shown[0].sum(1) / (shown[0] + scored[0]).sum(1)
+    assert share.min() > 0.1 and share.max() < 1 and share.std() > 0.1  # drawn per cell
+
+
+def test_the_best_check_is_kept_and_patience_counts_from_it(rng, monkeypatch):
+    counts, _ = two_groups(rng, n=60, g=30)
+    told, seen = [3.0, 1.0, 2.0, 1.5, 1.2, 0.5], []
+
+    def nats(decoder, *_):
+        seen.append(decoder.gene_GD.detach().clone())
+        return told[len(seen) - 1]
+
+    monkeypatch.setattr(module, "_heldout_nats", nats)
+    settings = replace(QUICK, epochs=6, check_every=1, patience=2)
+    trained = train_decoder(counts, settings=settings)
+    assert [found for _, found in trained.history] == told[:5] and trained.heldout_nats == 1.0
+    torch.testing.assert_close(trained.decoder.gene_GD.detach(), seen[1], rtol=0, atol=0)
+    assert not torch.equal(seen[1], seen[4])

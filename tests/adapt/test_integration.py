@@ -1,10 +1,13 @@
 """Rows and steps beneath an integration."""
 
 import numpy as np
+import pytest
+import torch
 from scipy import sparse
 
 from genemodel.adapt.integration import _Rows, train_integration
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
+from genemodel.expression.variable_genes import select_genes
 
 
 def random_counts(n=60, genes=30, seed=0):
@@ -48,3 +51,92 @@ def test_passes_raise_the_number_of_steps():
     assert len(trained.history) == 18
     assert trained.correction is None
     np.testing.assert_array_equal(trained.embedding_CD, trained.latent_CD)
+
+
+SMALL = {"passes": 0, "hidden": 16, "rank": 4, "latent": 4, "correct": False}
+
+
+def late(trained, name):
+    return float(np.mean([losses[name] for losses in trained.history[-10:]]))
+
+
+def test_the_weight_of_the_divergence_pulls_the_latent_to_the_prior():
+    counts, batch = random_counts(120), np.arange(120) % 2
+    free, held = (
+        train_integration(
+            counts, batch, settings=IntegrationSettings(steps=150, kl_weight=weight, **SMALL)
+        )
+        for weight in (0.0, 2.0)
+    )
+    assert late(held, "kl") < 0.2 * late(free, "kl")
+
+
+@pytest.mark.parametrize("keep_min", [1.0, 0.1])
+def test_the_whole_counts_are_explained_however_few_are_shown(keep_min):
+    """At its start the decoder says each gene's mean share, whatever the encoder was shown."""
+    counts, batch = random_counts(120), np.arange(120) % 2
+    settings = IntegrationSettings(
+        steps=3, batch_cells=120, peak_rate=1e-9, keep_min=keep_min, **SMALL
+    )
+    found = train_integration(counts, batch, settings=settings).history[0]["counts"]
+    whole = torch.from_numpy(counts.toarray())
+    share = (whole / whole.sum(1, keepdim=True)).mean(0)
+    size = torch.full((30,), 0.7).exp()
+    mean = share * whole.sum(1, keepdim=True)
+    exact = torch.distributions.NegativeBinomial(size, logits=(mean / size).log())
+    # What no parameter enters is left out of the loss.
+    nats = -(exact.log_prob(whole) + torch.lgamma(whole + 1)).sum(1).mean()
+    assert found == pytest.approx(float(nats), rel=0.02)
+
+
+def test_labels_are_learnt_from_the_vector_of_the_same_cell():
+    """Counts say nothing about the labels; each cell's own vector says all."""
+    rng = np.random.default_rng(0)
+    counts, batch, label = random_counts(120), np.arange(120) % 2, rng.integers(0, 3, 120)
+    vectors = np.eye(3, dtype=np.float32)[label]
+    settings = IntegrationSettings(
+        steps=150, batch_cells=60, dropout=0.0, feature_dropout=0.0, **SMALL
+    )
+    trained = train_integration(
+        counts, batch, labels_C=label, cell_features_CF=vectors, settings=settings
+    )
+    assert late(trained, "label") < 0.5
+    with torch.no_grad():
+        logits = trained.net.to_label(torch.from_numpy(trained.latent_CD))
+    assert (logits.argmax(1).numpy() == label).mean() > 0.95
+    without = train_integration(
+        counts, batch, labels_C=label, settings=settings, cell_features_CF=None
+    )
+    assert late(without, "label") > 0.7
+
+
+def test_vectors_are_hidden_from_the_share_of_cells_that_is_asked_for(monkeypatch):
+    counts, batch = random_counts(), np.arange(60) % 2
+    vectors = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    seen, encode_itself = [], IntegrationNet.encode
+
+    def encode(net, counts_CG, features_CF=None, measured_G=None):
+        if net.training:
+            seen.append((features_CF == 0).all(1).float().mean().item())
+        return encode_itself(net, counts_CG, features_CF, measured_G)
+
+    monkeypatch.setattr(IntegrationNet, "encode", encode)
+    for share in (0.0, 0.5):
+        seen.clear()
+        settings = IntegrationSettings(steps=20, feature_dropout=share, **SMALL)
+        train_integration(counts, batch, cell_features_CF=vectors, settings=settings)
+        assert np.mean(seen) == pytest.approx(share, abs=0.06 if share else 0.0)
+
+
+def test_the_decoder_is_told_the_batch_in_training():
+    """A gene that one batch alone has ends in that batch's offsets."""
+    counts = random_counts(120).toarray()
+    batch = np.arange(120) % 2
+    counts[:, 0] = 6 * batch
+    settings = IntegrationSettings(steps=80, batch_cells=60, **SMALL)
+    net = train_integration(sparse.csr_matrix(counts), batch, settings=settings).net
+    with torch.no_grad():
+        z, library = torch.zeros(1, 4), torch.tensor([24.0])
+        told = [net.decode(z, torch.tensor([b]), library)[0].exp() for b in (0, 1)]
+    at = int(np.flatnonzero(select_genes(sparse.csr_matrix(counts), batch, 30) == 0)[0])
+    assert told[1][at] > 3 * told[0][at]

@@ -10,6 +10,7 @@ from genemodel.adapt import shared_clusters
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.adapt.shared_clusters import (
     SharedClusterCorrection,
+    _mass,
     _paired_at_once,
     _paired_by_batch,
     shared_evidence,
@@ -187,3 +188,39 @@ def test_nothing_of_cells_times_batches_is_made():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * n * n_batches / 4  # one dense array of them would be 80 MB
+
+
+class Noting(SharedClusterCorrection):
+    """Note how unevenly batches share the clusters that offsets are estimated in."""
+
+    def _offsets(self, z_CD, member_CK, evidence_C, batch_C, n_batches):
+        mass = _mass(member_CK, evidence_C, batch_C, n_batches)
+        even = np.outer(mass.sum(1), mass.sum(0)) / mass.sum()
+        self.uneven = [*getattr(self, "uneven", []), np.abs(mass - even).sum() / mass.sum()]
+        return super()._offsets(z_CD, member_CK, evidence_C, batch_C, n_batches)
+
+
+def test_the_tilt_mixes_the_batches_in_the_clusters():
+    z, batch, _ = points()
+    plain, tilted = Noting(theta=0.0), Noting()
+    for correction in (plain, tilted):
+        correction.fit_transform(z, batch)
+    assert tilted.uneven[0] < 0.5 * plain.uneven[0]
+
+
+def test_cells_without_evidence_move_no_offset():
+    rng = np.random.default_rng(0)
+    z, batch = rng.normal(size=(60, 3)), np.arange(60) % 2
+    member, evidence = rng.dirichlet(np.ones(3), 60), (np.arange(60) < 40).astype(float)
+    correction = SharedClusterCorrection()
+    before = correction._offsets(z, member, evidence, batch, 2)
+    z[40:] += 100
+    np.testing.assert_allclose(correction._offsets(z, member, evidence, batch, 2), before)
+
+
+def test_evidence_begins_at_the_floor():
+    correction = SharedClusterCorrection(floor=0.4)
+    raw = np.array([0.0, 0.4, 0.7, 1.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_clusters, "shared_evidence", lambda *_: raw)
+        np.testing.assert_allclose(correction._evidence(None, None), [0, 0, 0.5, 1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import CellStream
+from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.order import EpochOrder, Layout, Position
 from genemodel.cells.packing import plan_bins
 from genemodel.cells.tokens import TokenSettings
@@ -258,3 +258,25 @@ def test_damage_met_while_reading_reaches_whoever_iterates(
     assert not [
         t for t in threading.enumerate() if t.name.startswith(("genemodel-pack", "genemodel-read"))
     ]
+
+
+def test_genes_are_ranked_by_their_counts_over_their_medians(corpus):
+    """Which genes a cell keeps within its context is decided by the medians."""
+    rng = np.random.default_rng(0)
+    medians_V = rng.uniform(0.2, 5.0, len(corpus.vocabulary))
+    medians_V[::7] = np.nan  # never seen: as if 1
+    stream = CellStream(
+        corpus, np.arange(40), TokenSettings(20, 512), seed=3, endless=False,
+        inverse_median_V=inverse_medians(medians_V),
+    )  # fmt: skip
+    cut = 0
+    for batch, _ in stream:
+        for place in range(batch.n_cells):
+            own = batch.full_cell_N == place
+            gene, count = batch.full_gene_N[own].numpy(), batch.full_count_N[own].numpy()
+            value = count / np.nan_to_num(medians_V, nan=1.0)[gene]
+            expected = gene[np.lexsort((gene, -value.astype(np.float32)))][:19]
+            a, b = int(batch.starts_C1[place]), int(batch.starts_C1[place + 1])
+            assert batch.gene_T[a + 1 : b].tolist() == expected.tolist()
+            cut += len(gene) > 19
+    assert cut > 10

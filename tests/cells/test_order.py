@@ -80,6 +80,24 @@ def test_a_window_mixes_sources_that_lie_apart():
     assert share.min() > 0.02 and share.max() < 0.25
 
 
+def test_windows_of_another_epoch_hold_other_cells():
+    first, second = (
+        set(EpochOrder(20_000, seed=0, epoch=epoch).cells(0)[0].tolist()) for epoch in (0, 1)
+    )
+    # 8,192 of 20,000 cells: chance alone leaves some 41 % of them together.
+    assert 0.1 < len(first & second) / len(first) < 0.8
+
+
+def test_windows_are_shuffled_each_in_its_own_way():
+    layout = Layout(block=64, window_blocks=1, part_blocks=1)
+    ways = {
+        tuple((EpochOrder(64 * 8, 0, epoch, layout=layout).cells(w)[0] % 64).tolist())
+        for epoch in (0, 1)
+        for w in range(8)
+    }
+    assert len(ways) == 16
+
+
 def test_without_shuffling_storage_order_is_kept():
     order = EpochOrder(1000, seed=5, epoch=2, shuffle=False)
     np.testing.assert_array_equal(sequence(order), np.arange(1000))

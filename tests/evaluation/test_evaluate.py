@@ -457,3 +457,15 @@ def test_labels_are_hidden_from_those_who_learn_from_them(cells):
     assert "learns learnt from the labels" in result.labels_note()
     result.settings = {"hidden_labels": 0.5}
     assert "50% of the labels" in result.labels_note()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_the_share_of_hidden_labels_is_the_one_asked_for(cells, share):
+    conditions = Conditions(batch_key="donor", label_key="kind")
+    comparison = _Comparison(cells, conditions, {}, (0,), {}, hidden_labels=share)
+    hidden, again, other = (
+        comparison._with_labels_hidden(seed).obs["kind"].isna() for seed in (0, 0, 1)
+    )
+    assert abs(hidden.mean() - share) < 0.07
+    assert (hidden == again).all() and (share == 0 or (hidden != other).any())
+    assert not cells.obs["kind"].isna().any()

@@ -66,6 +66,11 @@ def test_knn_accuracy_across_batches_ignores_own_batch_and_unshared_labels():
     batch = [1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert lm.knn_accuracy(values, label, k=1) == pytest.approx(8 / 9)
     assert lm.knn_accuracy(values, label, batch=batch, k=2) == 0.0
+    # Whoever nothing could vote for is no error, and alone nobody can be judged.
+    label[4:] = ["a", "a", "b", "b", "only here"]
+    assert lm.knn_accuracy(values, label, batch=batch, k=2) == 1.0
+    assert lm.knn_accuracy(values, label, batch=batch, k=2, average="label") == 1.0
+    assert np.isnan(lm.knn_accuracy(values, np.arange(9), batch=batch, k=2))
 
 
 def test_missing_labels_neither_vote_nor_count():

@@ -5,7 +5,13 @@ import pandas as pd
 import pytest
 
 from genemodel.errors import DataError
-from genemodel.evaluation.metrics import BATCH, BIO, score_cell_types, score_embeddings
+from genemodel.evaluation.metrics import (
+    BATCH,
+    BIO,
+    _with_totals,
+    score_cell_types,
+    score_embeddings,
+)
 
 
 def toy(n=60, n_types=3, n_batches=2, shift=0.0, spread=0.3, seed=0):
@@ -30,6 +36,14 @@ def scored():
         {"none": apart, "mixed": mixed, "noise": noise}, batch, label, extra=True
     )
     return table, {"none": apart, "mixed": mixed, "noise": noise}, batch, label
+
+
+def test_totals_are_weighted_as_in_the_scib_study():
+    rows = {name: [0.1 * i] for i, name in enumerate((*BIO, *BATCH))}
+    table = _with_totals(pd.DataFrame(rows, index=["a"]))
+    assert table.loc["a", "bio"] == pytest.approx(0.2)
+    assert table.loc["a", "batch"] == pytest.approx(0.7)
+    assert table.loc["a", "total"] == pytest.approx(0.6 * 0.2 + 0.4 * 0.7)
 
 
 @pytest.mark.slow

@@ -114,6 +114,14 @@ def test_confidence_is_as_often_right_as_it_says(transfer):
         assert abs(found.confidence_C[part].mean() - right[part].mean()) < 0.08
 
 
+def test_an_only_vote_is_no_certainty_where_labels_are_chance():
+    rng = np.random.default_rng(2)
+    reference, new = rng.normal(size=(900, 4)), rng.normal(size=(300, 4))
+    found = transfer_labels(reference, rng.integers(0, 3, 900), new, k=1)
+    assert found.held_out_accuracy == pytest.approx(1 / 3, abs=0.06)
+    np.testing.assert_allclose(found.confidence_C, found.held_out_accuracy, rtol=1e-6)
+
+
 def test_linear_transfer_is_logistic_regression_and_far_stays_the_neighbours():
     from sklearn.linear_model import LogisticRegression
 

@@ -115,6 +115,19 @@ def test_draws_have_the_mean_and_variance_of_the_posterior(done):
     np.testing.assert_array_equal(draws, model.draws(2000, rows, genes=genes, seed=4))
 
 
+def test_blocks_of_equal_cells_get_draws_of_their_own(cells, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_CELLS", 30)
+    half = small(cells, 30)
+    adata = ad.concat([half, half], index_unique="-")
+    gm.impute(adata, settings=QUICK, draws=2, key_added="drawn")
+    drawn = [np.asarray(adata.layers[f"drawn_draw{m}"]) for m in (0, 1)]
+    mean = np.asarray(adata.layers["drawn"])
+    np.testing.assert_allclose(mean[:30], mean[30:], rtol=1e-5)
+    for one, other in ((drawn[0][:30], drawn[0][30:]), (drawn[0], drawn[1])):
+        there = (one > 1e-3) | (other > 1e-3)
+        assert (one != other)[there].mean() > 0.99
+
+
 def test_any_cells_and_genes_in_any_order(done):
     _, _, model = done
     whole = model.posterior().mean

@@ -74,6 +74,20 @@ def test_every_input_matters(pack_random, field):
     torch.testing.assert_close(before[1:4], after[1:4], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("field", ["species_C", "library_C", "batch_C"])
+def test_the_cell_has_its_species_and_depth_from_vectors_of_their_own(pack_random, field):
+    """Without components, which know the species as well; the batch is not seen at all."""
+    batch, model = pack_random(), build(dataclasses.replace(SMALL, components=0))
+    changed = getattr(batch, field).clone()
+    changed[0] = {"species_C": 1 - changed[0], "library_C": 9e4, "batch_C": 1}[field]
+    with torch.no_grad():
+        before = model(batch).cell_CD
+        after = model(dataclasses.replace(batch, **{field: changed})).cell_CD
+    moved = (before[0] - after[0]).abs().max()
+    assert moved == 0 if field == "batch_C" else moved > 1e-3
+    torch.testing.assert_close(before[1:4], after[1:4], rtol=1e-5, atol=1e-6)
+
+
 def test_knowledge_enters_and_absent_genes_share_a_vector(pack_random):
     settings = dataclasses.replace(SMALL, knowledge=("family",))
     present = torch.zeros(203, dtype=torch.bool)

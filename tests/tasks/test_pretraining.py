@@ -232,6 +232,56 @@ def test_the_decoder_knows_the_batch_and_the_cell_vector_does_not(pack_random):
     assert losses[0] != losses[1]
 
 
+def test_the_batch_is_hidden_from_its_share_of_cells_in_training_only(pack_random):
+    n = 400
+    batch = pack_random(lengths=(3,) * n, budget=4 * n + 128, max_cells=n)
+    batch = dataclasses.replace(batch, batch_C=torch.where(batch.cell_C >= 0, 1, -1))
+    task = objectives()
+    share = task.settings.decode_counts.batch_dropout
+    assert 0.05 < share < 0.95
+
+    def hidden(batch, **options):
+        return task.prepare(batch, **options).truth.batch_C[:n] < 0
+
+    first = hidden(batch)
+    assert abs(float(first.float().mean()) - share) < 4 * (share * (1 - share) / n) ** 0.5
+    assert not torch.equal(hidden(dataclasses.replace(batch, epoch=1)), first)
+    assert not hidden(batch, validation=True).any()
+    task.eval()
+    assert not hidden(batch).any()
+
+
+def test_an_unknown_batch_has_no_part_in_the_rates(pack_random):
+    head = objectives().heads["decode_counts"]
+    torch.nn.init.normal_(head.batch.weight)
+    cell, species = torch.randn(1, 32), torch.zeros(1, dtype=torch.long)
+    measured = torch.ones(1, N_TOKENS, dtype=torch.bool)
+
+    def rate(code):
+        return head.log_rate(cell, species, torch.tensor([code]), torch.ones(1), measured)
+
+    unknown = rate(-1)
+    assert not torch.equal(unknown, rate(0)) and not torch.equal(rate(0), rate(1))
+    torch.nn.init.zeros_(head.batch.weight)
+    torch.testing.assert_close(rate(0), unknown)
+
+
+def test_places_that_are_padding_cost_nothing(pack_random):
+    """The same cells with more room beside them: every objective and trivial predictor the same."""
+    task, model = objectives(), backbone()
+    torch.nn.init.normal_(task.heads["masked_value"].out.weight)
+    found = []
+    for budget in (176, 400):
+        prepared = task.prepare(pack_random(budget=budget))
+        assert any((~chosen.real_M).any() for chosen in (prepared.genes, prepared.values))
+        found.append(task(model, model(prepared.seen), prepared))
+    for name, part in found[0].items():
+        other = found[1][name]
+        assert part.items == other.items
+        torch.testing.assert_close(part.total, other.total, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(part.trivial, other.trivial, rtol=1e-4, atol=1e-3)
+
+
 def test_unmeasured_genes_cost_nothing(pack_random):
     task, model, batch = objectives().eval(), backbone().eval(), pack_random()
     head = task.heads["decode_counts"]

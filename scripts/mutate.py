@@ -1,0 +1,582 @@
+#!/usr/bin/env python3
+"""Breaks the package on purpose, one line at a time, and says whether a test notices.
+
+    python scripts/mutate.py [--list] [--only NAME ...] [--no-baseline]
+
+Every mutant of ``MUTANTS`` replaces one snippet of one file of a copy of the package, in a
+temporary folder; only the tests that should notice are run there. Each is
+
+    killed          a test fails, or does not come to an end
+    survived        all pass: the line could be wrong, and nobody would know
+    does not apply  the snippet is not in the file exactly once, or the tests could not be run: mend
+                    the table
+
+First the named tests run once on the package as it is, because what fails anyway proves nothing
+(``--no-baseline`` leaves that out). Ends with 1 where a mutant survives or does not apply. About
+a quarter of an hour on two cores. Tests that pin numbers (`tests/expression/test_pins.py`) notice
+nearly everything and say nothing about what is right: they are not named here.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COPIED = ("genemodel", "configs", "tests", "scripts", "pyproject.toml")
+# A loop that does not end any more is noticed, too; the slowest test takes a fifth of it.
+LONGEST_S = 300.0
+# Of pytest: some tests failed. Others mean that it did not come to run them.
+PASSED, FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit.
+
+    Attributes
+    ----------
+    name
+        By which it is called.
+    file
+        Within the package.
+    old, new
+        Snippet that occurs once in the file, and what takes its place.
+    breaks
+        What is wrong then.
+    tests
+        Nodes of pytest that should notice.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...]
+
+    def applied_to(self, text: str) -> str | None:
+        """Return the text of the file with the edit; None where the snippet is not there once."""
+        return text.replace(self.old, self.new) if text.count(self.old) == 1 else None
+
+
+def mutant(name: str, file: str, old: str, new: str, breaks: str, *tests: str) -> Mutant:
+    return Mutant(name, file, old, new, breaks, tuple(f"tests/{test}" for test in tests))
+
+
+MUTANTS = (
+    # -- tokens, packing, order --------------------------------------------------------------------
+    mutant(
+        "medians-kernel", "cells/tokens.py",
+        "value[i] = np.float32(count[i]) * inverse_median_V[gene[i]]",
+        "value[i] = np.float32(count[i])",
+        "genes are ranked by counts alone, their medians ignored",
+        "cells/test_tokens.py::test_radix_ranking_equals_the_slow_oracle",
+    ),
+    mutant(
+        "medians-ones", "cells/loader.py",
+        "return (1.0 / medians_V).astype(np.float32)",
+        "return np.ones_like(medians_V, dtype=np.float32)",
+        "the ranking of a corpus ignores the medians",
+        "cells/test_loader.py::test_genes_are_ranked_by_their_counts_over_their_medians",
+    ),
+    mutant(
+        "value-depth", "cells/tokens.py",
+        "log_of[small] = np.log1p(np.float32(small) * scale)",
+        "log_of[small] = np.log1p(np.float32(small))",
+        "small counts become values without regard to the library",
+        "cells/test_tokens.py::test_packed_cells_keep_values_and_open_with_the_cell_token",
+    ),
+    mutant(
+        "bins-full", "cells/packing.py",
+        "length_C[node - 1] > room", "length_C[node - 1] > budget",
+        "micro-batches overflow their budget",
+        "cells/test_packing.py::test_every_cell_is_in_exactly_one_bin_within_budget",
+    ),
+    mutant(
+        "deal-unsorted", "cells/packing.py",
+        "longest_first[i::pieces]", "np.arange(len(length_C))[i::pieces]",
+        "pieces of a micro-batch differ in tokens",
+        "train/test_memory.py::test_pieces_are_alike_in_cells_and_in_tokens",
+    ),
+    mutant(
+        "epoch-blocks", "cells/order.py",
+        "_permuted_blocks(self.seed, self.epoch, self.n_blocks)",
+        "_permuted_blocks(self.seed, 0, self.n_blocks)",
+        "the same cells meet in a window in every epoch",
+        "cells/test_order.py::test_windows_of_another_epoch_hold_other_cells",
+    ),
+    mutant(
+        "epoch-within", "cells/order.py",
+        "_generator(self.seed, self.epoch, window + 1)", "_generator(self.seed, self.epoch, 1)",
+        "every window is shuffled alike",
+        "cells/test_order.py::test_windows_are_shuffled_each_in_its_own_way",
+    ),
+    mutant(
+        "lanes-from-zero", "cells/loader.py",
+        "lane = lanes[(begin + step) % ring]", "lane = lanes[step % ring]",
+        "a run goes on in another lane than the one whose turn it is",
+        "cells/test_loader.py::test_a_position_is_valid_for_any_world_size",
+    ),
+    mutant(
+        "ranks-alike", "cells/loader.py",
+        "if step % world == self.rank:", "if step % world == 0:",
+        "all ranks train on the same cells",
+        "cells/test_loader.py::test_the_global_sequence_does_not_depend_on_the_world_size",
+    ),
+    mutant(
+        "split-seed", "cells/split.py",
+        'f"{seed}\\0{name}".encode()', 'f"{name}".encode()',
+        "the seed of the hold-out does nothing",
+        "cells/test_split.py::test_another_seed_holds_out_other_groups",
+    ),
+    mutant(
+        "split-by-cell", "cells/split.py",
+        "out_C = np.isin(codes_C, sorted(held))",
+        "out_C = np.isin(codes_C, sorted(held)) & (np.arange(len(codes_C)) % 2 == 0)",
+        "half of the cells of held-out donors are trained on",
+        "cells/test_split.py::test_a_split_is_complete_and_no_group_straddles",
+    ),
+    # -- model and objectives ----------------------------------------------------------------------
+    mutant(
+        "species-vector", "model/gene_model.py",
+        "cell_CD = self.species(batch.species_C) +",
+        "cell_CD = 0.0 * self.species(batch.species_C) +",
+        "the model does not know the species",
+        "model/test_gene_model.py::test_the_cell_has_its_species_and_depth_from_vectors_of_their_own",
+    ),
+    mutant(
+        "depth-vector", "model/gene_model.py",
+        "self.depth(torch.log1p(batch.library_C))",
+        "self.depth(torch.log1p(0 * batch.library_C))",
+        "the model does not know the depth",
+        "model/test_gene_model.py::test_the_cell_has_its_species_and_depth_from_vectors_of_their_own",
+    ),
+    mutant(
+        "hidden-seen", "tasks/masking.py",
+        "torch.full_like(keep_M, HIDDEN_VALUE), keep_M", "keep_M + 0.0, keep_M",
+        "hidden values are seen",
+        "tasks/test_pretraining.py::test_a_hidden_value_and_a_hidden_gene_do_not_leak",
+    ),
+    mutant(
+        "mask-address", "tasks/pretraining.py",
+        "uniform_T = uniform_at(key, cell_T, batch.gene_T)",
+        "uniform_T = uniform_at(key, batch.segment_T, batch.gene_T)",
+        "what is hidden depends on the place in the micro-batch",
+        "tasks/test_pretraining.py::test_masks_do_not_depend_on_packing",
+    ),
+    mutant(
+        "mask-epoch", "tasks/pretraining.py",
+        "epoch = -1 if validation else batch.epoch", "epoch = -1",
+        "the same tokens are hidden in every epoch",
+        "tasks/test_pretraining.py::test_epochs_hide_other_tokens_and_validation_always_the_same",
+    ),
+    mutant(
+        "mask-validation", "tasks/pretraining.py",
+        "epoch = -1 if validation else batch.epoch", "epoch = batch.epoch",
+        "looks at held-out cells are not comparable",
+        "tasks/test_pretraining.py::test_epochs_hide_other_tokens_and_validation_always_the_same",
+    ),
+    mutant(
+        "batch-dropout", "tasks/pretraining.py",
+        "batch.cell_C) >= self.batch_dropout", "batch.cell_C) >= 0.0",
+        "the decoder is always told the batch",
+        "tasks/test_pretraining.py::test_the_batch_is_hidden_from_its_share_of_cells_in_training_only",
+    ),
+    mutant(
+        "unknown-batch", "tasks/decode_counts.py",
+        ".masked_fill((batch_C < 0)[:, None], 0.0)", "",
+        "cells of an unknown batch are decoded as those of the first",
+        "tasks/test_pretraining.py::test_an_unknown_batch_has_no_part_in_the_rates",
+    ),
+    mutant(
+        "value-padding", "tasks/masked_value.py",
+        "loss = (loss_M * real_M).sum()", "loss = loss_M.sum()",
+        "padding is part of the loss",
+        "tasks/test_pretraining.py::test_places_that_are_padding_cost_nothing",
+    ),
+    mutant(
+        "gene-padding", "tasks/masked_gene.py",
+        "torch.nonzero(real_M & (species_M == s))", "torch.nonzero(species_M == s)",
+        "padding is part of the loss of masked genes",
+        "tasks/test_pretraining.py::test_places_that_are_padding_cost_nothing",
+    ),
+    mutant(
+        "decode-panel", "tasks/decode_counts.py",
+        "measured_CV = self.measured_XV[panel_C] & real_C[:, None]",
+        "measured_CV = (self.measured_XV[panel_C] | True) & real_C[:, None]",
+        "genes that a panel did not measure count as zeros",
+        "tasks/test_pretraining.py::test_unmeasured_genes_cost_nothing",
+    ),
+    # -- the training loop -------------------------------------------------------------------------
+    mutant(
+        "objective-weights", "train/loop.py",
+        "scale_K = (self._weight_K * exchange.factor", "scale_K = (exchange.factor",
+        "weights of objectives do nothing to the gradient",
+        "train/test_loop.py::test_the_gradient_of_a_step_is_that_of_all_its_micro_batches",
+    ),
+    mutant(
+        "gradient-kept", "train/loop.py",
+        "optimiser.zero_grad(set_to_none=True)", "pass",
+        "gradients of earlier steps are added",
+        "train/test_loop.py::test_the_gradient_of_a_step_is_that_of_all_its_micro_batches",
+    ),
+    mutant(
+        "clip-off", "train/loop.py",
+        "exchange.clip_(self.optim.clip)", "exchange.clip_(0.0)",
+        "the gradient is not clipped",
+        "train/test_loop.py::test_the_gradient_is_clipped_and_its_norm_said_before",
+    ),
+    mutant(
+        "dropout-seed", "train/loop.py",
+        "hash((self.seed, number))", "hash((self.seed,))",
+        "the same dropout at every step and rank",
+        "train/test_loop.py::test_dropout_of_every_micro_batch_has_an_address_of_its_own",
+    ),
+    mutant(
+        "dropout-rank", "train/loop.py",
+        "number = first + i * exchange.world + exchange.rank",
+        "number = first + i * exchange.world",
+        "the same dropout on every rank",
+        "train/test_exchange_definitions.py::test_two_ranks_descend_as_one_does_alone_dropout_included",
+    ),
+    mutant(
+        "ddp-scale", "train/exchange.py",
+        'return float(self.world) if self.kind in ("ddp", "fsdp") else 1.0', "return 1.0",
+        "the gradient of ranks is averaged, not added",
+        "train/test_exchange_definitions.py::test_two_ranks_descend_as_one_does_alone_dropout_included",
+    ),
+    mutant(
+        "ordered-sum", "train/exchange.py",
+        "for part in parts:\n                    total += part", "total += sum(reversed(parts))",
+        "ordered sums depend on the number of ranks",
+        "train/test_exchange_definitions.py::test_ordered_sums_go_by_rank_within_micro_batch",
+    ),
+    mutant(
+        "finite-check", "train/guard.py",
+        "if not math.isfinite(x) or abs(x) >= LARGEST", "if False",
+        "a step that is not finite is applied",
+        "train/test_guard_definitions.py", "train/test_loop.py::test_a_step_that_is_not_finite_is_left_out",
+    ),
+    mutant(
+        "jump-mean", "train/guard.py",
+        "away <= self.deviations", "away <= 10 * self.deviations",
+        "jumps of the loss are let through",
+        "train/test_guard_definitions.py",
+    ),
+    mutant(
+        "skip-applies", "train/loop.py",
+        "return self._refuse(policy, wrong, cells, position)",
+        "self._refuse(policy, wrong, cells, position)",
+        "a step that was to be left out changes the weights",
+        "train/test_loop.py::test_a_step_that_is_not_finite_is_left_out",
+    ),
+    mutant(
+        "rate-shares", "train/loop.py",
+        'group["lr"] = self.lr * group.get("share", 1.0)', 'group["lr"] = self.lr',
+        "all layers learn at one rate",
+        "train/test_start.py::test_rates_follow_the_shares",
+    ),
+    mutant(
+        "look-last", "train/loop.py",
+        "for row in in_order:\n            total += row",
+        "for row in in_order:\n            total = row",
+        "held-out losses are those of the last micro-batch",
+        "train/test_loop.py::test_held_out_losses_are_sums_over_all_micro_batches_by_all_items",
+    ),
+    mutant(
+        "patience", "train/loop.py",
+        'progress.validation["val/total"], 0\n',
+        'progress.validation["val/total"], progress.since_best\n',
+        "early stopping counts looks since the beginning",
+        "train/test_loop.py::test_looks_without_improvement_are_counted_since_the_best",
+    ),
+    mutant(
+        "best-forgotten", "train/loop.py",
+        'saved = dict(state["progress"])',
+        'saved = {k: v for k, v in state["progress"].items() if k != "best"}',
+        "a resumed run takes any look for the best",
+        "train/test_loop.py::test_a_run_that_goes_on_knows_all_that_it_knew",
+    ),
+    mutant(
+        "guard-forgotten", "train/loop.py",
+        'self.guard.load(state["guard"])', "pass",
+        "a resumed run forgets which losses are usual",
+        "train/test_loop.py::test_a_run_that_goes_on_knows_all_that_it_knew",
+    ),
+    mutant(
+        "moments-forgotten", "train/exchange.py",
+        "optimiser.load_state_dict(saved)", "pass",
+        "a resumed run begins with new moments",
+        "train/test_loop.py::test_a_run_that_goes_on_knows_all_that_it_knew",
+    ),
+    mutant(
+        "checkpoint-alias", "train/checkpoint.py",
+        'source.to("cpu", copy=True)', "source",
+        "a checkpoint is changed by the training that goes on beside it",
+        "train/test_checkpoint.py::test_the_state_at_the_call_is_what_is_read_whatever_training_does_meanwhile",
+    ),
+    # -- embedding ---------------------------------------------------------------------------------
+    mutant(
+        "embed-rows", "inference/forward.py",
+        "self.job.part.result_CF[self.job.rows] =",
+        "self.job.part.result_CF[np.sort(self.job.rows)[::-1]] =",
+        "cell vectors come in reversed order",
+        "inference/test_forward.py::test_the_embedding_is_the_slow_obvious_loop",
+    ),
+    mutant(
+        "attention-padding", "model/gene_model.py",
+        "(batch.segment_T == place_C1)", "(batch.segment_T <= place_C1)",
+        "a cell's components hold those of the cells before it",
+        "model/test_gene_model.py::test_a_cell_does_not_depend_on_its_company_order_or_budget",
+    ),
+    # -- integration -------------------------------------------------------------------------------
+    mutant(
+        "kl-weight", "adapt/integration.py",
+        "loss = counts + weight * divergence", "loss = counts + 0.0 * divergence",
+        "nothing pulls the latent to the prior",
+        "adapt/test_integration.py::test_the_weight_of_the_divergence_pulls_the_latent_to_the_prior",
+    ),
+    mutant(
+        "thinned-target", "adapt/integration.py",
+        "        feature = None\n        if features is not None:",
+        "        at_N2 = view_CG.nonzero(as_tuple=True)\n"
+        "        stored = (*at_N2, view_CG[at_N2])\n"
+        "        feature = None\n        if features is not None:",
+        "the decoder is scored on the thinned view instead of the full counts",
+        "adapt/test_integration.py::test_the_whole_counts_are_explained_however_few_are_shown",
+    ),
+    mutant(
+        "label-loss", "adapt/integration.py",
+        "loss = loss + settings.label_weight * labelled", "loss = loss + 0.0 * labelled",
+        "labels are not learnt",
+        "adapt/test_integration.py::test_labels_are_learnt_from_the_vector_of_the_same_cell",
+    ),
+    mutant(
+        "vectors-reversed", "adapt/integration.py",
+        "torch.from_numpy(features[cell_C] *", "torch.from_numpy(features[cell_C[::-1]] *",
+        "cells are trained with the vectors of others",
+        "adapt/test_integration.py::test_labels_are_learnt_from_the_vector_of_the_same_cell",
+    ),
+    mutant(
+        "vectors-reversed-encoding", "adapt/integration.py",
+        "torch.from_numpy(features_CF[cell_C])",
+        "torch.from_numpy(features_CF[cell_C[::-1]].copy())",
+        "cells are encoded with the vectors of others",
+        "adapt/test_integration.py::test_labels_are_learnt_from_the_vector_of_the_same_cell",
+    ),
+    mutant(
+        "vector-dropout", "adapt/integration.py",
+        ">= settings.feature_dropout", ">= 0.0",
+        "cell vectors are never hidden",
+        "adapt/test_integration.py::test_vectors_are_hidden_from_the_share_of_cells_that_is_asked_for",
+    ),
+    mutant(
+        "decoder-batch", "adapt/integration.py",
+        "net.decode(z_CD, batch_t[pick], library_t[pick])",
+        "net.decode(z_CD, None, library_t[pick])",
+        "the decoder is not told the batch, so the latent must carry it",
+        "adapt/test_integration.py::test_the_decoder_is_told_the_batch_in_training",
+    ),
+    mutant(
+        "tilt", "adapt/shared_clusters.py",
+        "power_C = (self.theta * evidence_C[block])[:, None]",
+        "power_C = (0.0 * evidence_C[block])[:, None]",
+        "clusters are not mixed over the batches",
+        "adapt/test_shared_clusters.py::test_the_tilt_mixes_the_batches_in_the_clusters",
+    ),
+    mutant(
+        "offset-evidence", "adapt/shared_clusters.py",
+        "(member_CK[own] * evidence_C[own, None]).T @ z_CD[own]", "member_CK[own].T @ z_CD[own]",
+        "private populations move the offsets",
+        "adapt/test_shared_clusters.py::test_cells_without_evidence_move_no_offset",
+    ),
+    mutant(
+        "evidence-floor", "adapt/shared_clusters.py",
+        "np.clip((raw_C - self.floor) / (1 - self.floor), 0, 1)", "raw_C",
+        "weak evidence counts",
+        "adapt/test_shared_clusters.py::test_evidence_begins_at_the_floor",
+    ),
+    # -- imputation --------------------------------------------------------------------------------
+    mutant(
+        "average-off", "adapt/imputation.py",
+        "torch._foreach_lerp_(averaged, weights, 1.0 - decay)",
+        "torch._foreach_lerp_(averaged, weights, 1.0)",
+        "the last weights are used instead of their running mean",
+        "adapt/test_imputation.py::test_the_weights_that_are_used_are_a_running_mean",
+    ),
+    mutant(
+        "copying", "adapt/imputation.py",
+        "*_target(other_CG)", "*_target(shown_CG)",
+        "the decoder is scored on what it was shown",
+        "adapt/test_imputation.py::test_training_predicts_the_molecules_that_were_not_shown",
+    ),
+    mutant(
+        "last-check", "adapt/imputation.py",
+        "if nats < best_nats:\n", "if True:\n",
+        "the last check is kept and not the best",
+        "adapt/test_imputation.py::test_the_best_check_is_kept_and_patience_counts_from_it",
+    ),
+    mutant(
+        "same-draws", "inference/impute.py",
+        "np.random.default_rng((seed, start))", "np.random.default_rng(seed)",
+        "every block of cells gets the same posterior draws",
+        "inference/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
+    ),
+    mutant(
+        "posterior-evidence", "adapt/posterior.py",
+        "prior_shape_G + np.where(exposure_CG > 0, count_CG, 0.0)",
+        "prior_shape_G + 0.0 * count_CG",
+        "a cell's own counts say nothing about it",
+        "adapt/test_posterior.py::test_posterior_matches_grid_integration",
+    ),
+    mutant(
+        "calibration-exposure", "adapt/posterior.py",
+        "held_CG[cells], exposure_ratio * mean_CG, shape_CG", "held_CG[cells], mean_CG, shape_CG",
+        "molecules set aside are judged as if they were as many as those shown",
+        "adapt/test_posterior.py::test_calibration_recovers_dispersion_and_coverage",
+    ),
+    mutant(
+        "other-batch", "adapt/imputation_model.py",
+        "rate_CG *= own_CG / np.maximum(wanted_CG, 1e-30)", "pass",
+        "batch= does nothing to a posterior",
+        "adapt/test_imputation_model.py::test_an_unknown_batch_is_the_mean_of_all",
+        "inference/test_impute.py::test_another_batch_moves_the_prior_and_keeps_the_evidence",
+    ),
+    # -- counts, neighbours, labels, scores --------------------------------------------------------
+    mutant(
+        "split-molecules", "expression/thinning.py",
+        "for part_N in (kept_N, value_N - kept_N):", "for part_N in (kept_N, value_N):",
+        "molecules set aside are shown, too",
+        "expression/test_thinning.py::test_split_keeps_every_molecule",
+    ),
+    mutant(
+        "own-neighbour", "expression/neighbours.py",
+        "own_CK = index_CK == itself_C[:, None]", "own_CK = np.zeros(index_CK.shape, bool)",
+        "a cell is its own neighbour",
+        "expression/test_neighbours.py::test_a_cell_is_never_its_own_neighbour_among_duplicates",
+    ),
+    mutant(
+        "one-sided-pairs", "expression/neighbours.py",
+        "np.intersect1d(there_N, back_N, assume_unique=True)", "np.sort(there_N)",
+        "pairs of neighbours are not mutual",
+        "expression/test_neighbours.py::test_mutual_pairs_equal_the_slow_version",
+    ),
+    mutant(
+        "votes-unweighted", "inference/annotate.py",
+        "weight_CK = np.exp(-distance_CK / width_C1)", "weight_CK = np.ones_like(distance_CK)",
+        "far neighbours vote as near ones do",
+        "inference/test_annotate.py::test_votes_equal_the_slow_and_obvious_version",
+    ),
+    mutant(
+        "confidence-raw", "inference/annotate.py",
+        "np.minimum(self.regression.predict(share_C), most)", "np.minimum(share_C, most)",
+        "confidence is the share of votes, not calibrated",
+        "inference/test_annotate.py::test_an_only_vote_is_no_certainty_where_labels_are_chance",
+    ),
+    mutant(
+        "hidden-labels", "evaluation/evaluate.py",
+        "label.mask(hidden_C, None)", "label.where(hidden_C, None)",
+        "the complement of the labels is hidden",
+        "evaluation/test_evaluate.py::test_the_share_of_hidden_labels_is_the_one_asked_for",
+    ),
+    mutant(
+        "judged-everywhere", "evaluation/light_metrics.py",
+        "judged_C = _in_other_batches(label_C, batch_C)", "judged_C = np.ones(len(label_C), bool)",
+        "types that one batch alone has count as errors across batches",
+        "evaluation/test_light_metrics.py::"
+        "test_knn_accuracy_across_batches_ignores_own_batch_and_unshared_labels",
+    ),
+    mutant(
+        "total-weight", "evaluation/metrics.py",
+        "_BIO_WEIGHT = 0.6", "_BIO_WEIGHT = 0.5",
+        "totals are not those of scIB",
+        "evaluation/test_metrics.py::test_totals_are_weighted_as_in_the_scib_study",
+    ),
+)  # fmt: skip
+
+
+def run_tests(folder: Path, tests: list[str], *, first_only: bool = True) -> tuple[int | None, str]:
+    """Run tests in a copy; returns pytest's exit code (None: too long) and what it said."""
+    environment = {
+        "GENEMODEL_TEST_DATA": str(REPOSITORY.parent / "shared"), "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": str(folder),
+        # Plugins take longer to load than most of these tests; none is needed.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(
+            words + ["-x"] * first_only, cwd=folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=LONGEST_S if first_only else None,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout
+
+
+def judge(folder: Path, one: Mutant) -> tuple[str, str]:
+    """Apply one mutant to the copy, run its tests and undo it; returns the outcome and a reason."""
+    path = folder / "genemodel" / one.file
+    original = path.read_text("utf-8")
+    mutated = one.applied_to(original)
+    if mutated is None:
+        return "does not apply", f"the snippet is there {original.count(one.old)} times"
+    path.write_text(mutated, "utf-8")
+    try:
+        code, said = run_tests(folder, list(one.tests))
+    finally:
+        path.write_text(original, "utf-8")
+    if code == PASSED:
+        return "survived", one.breaks
+    if code in (FAILED, None):
+        return "killed", "" if code else "it did not come to an end"
+    return "does not apply", f"pytest ended with {code}: {said.strip().splitlines()[-1:]}"
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants")
+    parser.add_argument("--no-baseline", action="store_true", help="believe that the tests pass")
+    options = parser.parse_args(words)
+    if unknown := set(options.only or ()) - {one.name for one in MUTANTS}:
+        parser.error(f"no mutant is called {', '.join(sorted(unknown))}; see --list")
+    chosen = [one for one in MUTANTS if not options.only or one.name in options.only]
+    if options.list:
+        for one in chosen:
+            print(f"{one.name:26} {one.file:32} {one.breaks}")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="mutate-") as name:
+        folder = Path(name)
+        for part in COPIED:
+            source = REPOSITORY / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / part)
+        if not options.no_baseline:
+            tests = sorted({test for one in chosen for test in one.tests})
+            code, said = run_tests(folder, tests, first_only=False)
+            if code != PASSED:
+                print(said)
+                print("The tests fail without any mutant: mend that first.")
+                return 1
+        outcomes: Counter[str] = Counter()
+        for one in chosen:
+            begin = time.monotonic()
+            outcome, why = judge(folder, one)
+            outcomes[outcome] += 1
+            took = f"{time.monotonic() - begin:4.0f} s"
+            print(f"{outcome:14} {took}  {one.name:26} {why}", flush=True)
+    print(", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common()))
+    return int(set(outcomes) != {"killed"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
