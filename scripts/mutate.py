@@ -262,7 +262,8 @@ MUTANTS = (
         "finite-check", "train/guard.py",
         "if not math.isfinite(x) or abs(x) >= LARGEST", "if False",
         "a step that is not finite is applied",
-        "train/test_guard_definitions.py", "train/test_loop.py::test_a_step_that_is_not_finite_is_left_out",
+        "train/test_guard_definitions.py",
+        "train/test_loop.py::test_a_step_that_is_not_finite_is_left_out",
     ),
     mutant(
         "jump-mean", "train/guard.py",
