@@ -262,14 +262,14 @@ MUTANTS = (
         "finite-check", "train/guard.py",
         "if not math.isfinite(x) or abs(x) >= LARGEST", "if False",
         "a step that is not finite is applied",
-        "train/test_guard_definitions.py",
+        "train/test_guard_definitions.py", "train/test_guard.py",
         "train/test_loop.py::test_a_step_that_is_not_finite_is_left_out",
     ),
     mutant(
         "jump-mean", "train/guard.py",
         "away <= self.deviations", "away <= 10 * self.deviations",
         "jumps of the loss are let through",
-        "train/test_guard_definitions.py",
+        "train/test_guard_definitions.py", "train/test_guard.py",
     ),
     mutant(
         "skip-applies", "train/loop.py",
