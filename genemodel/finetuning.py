@@ -617,11 +617,8 @@ def _label(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle) -> None
         logger.warning("Nothing is held out: the confidence of the labels is not calibrated.")
     bundle.save(out / CLASSIFIER)
     curve = pd.read_csv(run / METRICS)
-    rows = [
-        (int(step), "cross-entropy", float(loss))
-        for step, loss in zip(curve["step"], curve["train/labels"], strict=True)
-    ]
-    _add_curves(out / CURVES, "classify", rows)
+    losses = {STEP: curve["step"], "cross-entropy": curve["train/labels"]}
+    _add_curves(out / CURVES, "classify", pd.DataFrame(losses))
     labelled = ad.AnnData(obs=adata.obs)
     if adata.n_vars:
         annotate(
