@@ -32,6 +32,8 @@ _CRC_BYTES = 4
 _ABSENT = np.uint64(2**64 - 1)
 # Marks the root as an annbatch collection.
 _COLLECTION_ATTRIBUTES = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
+# zarr's settings belong to the process: what one thread sets, another that ends first takes back.
+_zarr_settings = threading.Lock()
 
 
 def create_collection(folder: Path) -> None:
@@ -60,7 +62,7 @@ def write_group(
     entries: dict[str, Any] = {}
     # Everything but the counts is small: made in memory, it costs zarr a tenth of the time.
     # write_empty_chunks: a chunk may be all zeros, and a chunk that is not there is an error here.
-    with zarr.config.set({"array.write_empty_chunks": True}):
+    with _zarr_settings, zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(MemoryStore(store_dict=entries), mode="w", zarr_format=3)
         group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         ad.io.write_elem(group, "obs", _plain(obs))
