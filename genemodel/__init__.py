@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from genemodel.adapt.imputation import DecoderSettings as DecoderSettings
     from genemodel.adapt.imputation_model import ImputationModel as ImputationModel
-    from genemodel.adapt.integration_net import IntegrationSettings as IntegrationSettings
+    from genemodel.adapt.integration_head import IntegrationSettings as IntegrationSettings
     from genemodel.adapt.posterior import rubin_pool as rubin_pool
     from genemodel.bundle.bundle import Bundle as Bundle
     from genemodel.cells.corpus import Corpus as Corpus
@@ -50,7 +50,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "HoldoutSettings": ("genemodel.train.settings", "HoldoutSettings"),
     "ImputationModel": ("genemodel.adapt.imputation_model", "ImputationModel"),
     "IntegratedModel": ("genemodel.inference.integrated_model", "IntegratedModel"),
-    "IntegrationSettings": ("genemodel.adapt.integration_net", "IntegrationSettings"),
+    "IntegrationSettings": ("genemodel.adapt.integration_head", "IntegrationSettings"),
     "LogSettings": ("genemodel.train.settings", "LogSettings"),
     "ModelSettings": ("genemodel.model.settings", "ModelSettings"),
     "OptimSettings": ("genemodel.train.settings", "OptimSettings"),

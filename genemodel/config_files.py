@@ -22,7 +22,7 @@ GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
     "imputation": "genemodel.adapt.imputation:DecoderSettings",
-    "integration": "genemodel.adapt.integration_net:IntegrationSettings",
+    "integration": "genemodel.adapt.integration_head:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",
     "optim": "genemodel.train.settings:OptimSettings",

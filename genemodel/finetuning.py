@@ -31,7 +31,7 @@ import pandas as pd
 from genemodel import config_files
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import sha256

@@ -40,7 +40,7 @@ import torch
 
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.tokens import TokenSettings

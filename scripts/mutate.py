@@ -217,7 +217,7 @@ MUTANTS = (
     # -- the training loop -------------------------------------------------------------------------
     mutant(
         "objective-weights", "train/loop.py",
-        "scale_K = (self._weight_K * exchange.factor", "scale_K = (exchange.factor",
+        "scale_K = (self._weight_K() * exchange.factor", "scale_K = (exchange.factor",
         "weights of objectives do nothing to the gradient",
         "train/test_loop.py::test_the_gradient_of_a_step_is_that_of_all_its_micro_batches",
     ),

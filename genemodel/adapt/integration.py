@@ -1,80 +1,119 @@
-"""Training a batch-robust embedding on one data set, and embedding cells with it.
+"""Training a batch-robust embedding, and embedding cells with it.
 
 The encoder reads a binomially thinned copy of the counts and decodes the full profile, which makes
 the latent independent of sequencing depth. What batch effect is left is removed by a soft-cluster
 offset per batch, estimated only from populations with evidence that they exist in more than one.
 
-Axes: C cells of a step or a data set, G genes, D latent, F features of a cell vector, E width of
-pre-trained gene vectors, N stored counts.
+Axes: C cells of a step or a data set, G genes read, V genes of the cells, D latent, F features of a
+cell vector, E width of pre-trained gene vectors, S sampled cells.
 """
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from genemodel.adapt.integration_net import (
-    IntegrationNet,
+from genemodel.adapt.head_run import HeadRun, train_head
+from genemodel.adapt.integration_head import (
+    IntegrationHead,
     IntegrationSettings,
-    gaussian_kl,
-    label_loss,
+    start_at_vectors,
 )
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
+from genemodel.adapt.training_cells import TrainingCells
+from genemodel.cells.loader import CellStream
+from genemodel.cells.packing import tail_pieces
+from genemodel.cells.tokens import TokenSettings
+from genemodel.cells.transfer import on_device
+from genemodel.cells.views import View
 from genemodel.errors import ConfigError
-from genemodel.expression.likelihood import negative_binomial_loss
 from genemodel.expression.normalise import log_normalised, normalised
-from genemodel.expression.thinning import thin
 from genemodel.expression.variable_genes import select_genes
+from genemodel.model.count_encoder import CountEncoder, CountsBesideBackbone, CountsBesideVectors
+from genemodel.model.gene_model import GeneModel
+from genemodel.model.tuning import TuningSettings, merged, rate_shares, tune
+from genemodel.settings import to_values
+from genemodel.train.job import Built, Reading
+from genemodel.train.settings import OptimSettings
 
-# Counts above it are thinned by expectation.
-_MOST_TRIALS = 200
+# Cells encoded at a time after training, where no transformer takes part.
+_ENCODED = 1024
+# Cells whose vectors settle their mean and deviation before a transformer learns on.
+_STANDARDISED = 2048
 
-Progress = Callable[[int, int, dict[str, float]], None]
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pre-trained transformer beneath a head.
+
+    Attributes
+    ----------
+    model
+        It is copied, and stays as it is.
+    projection
+        What makes the embedding of its cell token.
+    tokens, inverse_median_V
+        How it reads cells.
+    tuning
+        What of it learns.
+    vectors_CF
+        Its vectors of all cells, where nothing of it learns; NaN for a cell without known genes.
+    """
+
+    model: GeneModel
+    projection: nn.Module
+    tokens: TokenSettings
+    inverse_median_V: np.ndarray
+    tuning: TuningSettings
+    vectors_CF: np.ndarray | None = None
 
 
-class _Rows:
-    """Rows of a CSR matrix as dense tensors, with binomial thinning."""
+class IntegrationNet(nn.Module):
+    """Encoder blind to the batch, and the head whose decoder is told about it."""
 
-    def __init__(self, counts_CG: sparse.csr_matrix, rng: np.random.Generator) -> None:
-        counts_CG = counts_CG.tocsr()
-        counts_CG.sort_indices()
-        self.indptr, self.indices = counts_CG.indptr, counts_CG.indices
-        self.data, self.shape, self.rng = counts_CG.data, counts_CG.shape, rng
+    def __init__(self, encoder: CountEncoder, head: IntegrationHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
 
-    def stored(self, cell_C: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row number within the request, gene and count of every stored entry."""
-        start_C = self.indptr[cell_C].astype(np.int64)
-        n_C = self.indptr[cell_C + 1].astype(np.int64) - start_C
-        row_N = np.repeat(np.arange(len(cell_C)), n_C)
-        first_C = np.cumsum(n_C) - n_C
-        at_N = np.arange(len(row_N)) - first_C[row_N] + start_C[row_N]
-        return row_N, self.indices[at_N].astype(np.int64), self.data[at_N]
+    @torch.no_grad()
+    def encode(
+        self,
+        counts_CG: sparse.csr_matrix,
+        features_CF: np.ndarray | None = None,
+        measured_G: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Latent mean of every cell, (C, D) float32.
 
-    def dense(
-        self, n_cells: int, row_N: np.ndarray, gene_N: np.ndarray, count_N: np.ndarray
-    ) -> Tensor:
-        out_CG = np.zeros((n_cells, self.shape[1]), dtype=np.float32)
-        out_CG[row_N, gene_N] = count_N
-        return torch.from_numpy(out_CG)
-
-    def full(self, cell_C: np.ndarray) -> Tensor:
-        return self.dense(len(cell_C), *self.stored(cell_C))
-
-    def pair(
-        self, cell_C: np.ndarray, keep_min: float
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Return a thinned view of cells, dense, and row, gene and value of all their counts."""
-        row_N, gene_N, count_N = self.stored(cell_C)
-        full = torch.from_numpy(row_N), torch.from_numpy(gene_N), torch.from_numpy(count_N)
-        if keep_min < 1.0:
-            keep_N = self.rng.uniform(keep_min, 1.0, len(cell_C))[row_N]
-            count_N = thin(count_N, keep_N, self.rng, most_trials=_MOST_TRIALS)
-        return self.dense(len(cell_C), row_N, gene_N, count_N), full
+        Parameters
+        ----------
+        counts_CG
+            Raw counts of the genes that it reads, in its order.
+        features_CF
+            Cell vectors as they came from their model, where the network was trained with them; a
+            row with NaN is treated as absent.
+        measured_G
+            Genes that this data set measured, bool; default all.
+        """
+        training = self.training
+        self.eval()
+        counts_CG = sparse.csr_matrix(counts_CG).astype(np.float32)
+        measured = None if measured_G is None else torch.from_numpy(measured_G.astype(np.float32))
+        out = []
+        for start in range(0, counts_CG.shape[0], _ENCODED):
+            rows = slice(start, start + _ENCODED)
+            beside = None
+            if features_CF is not None:
+                beside = torch.from_numpy(np.ascontiguousarray(features_CF[rows], np.float32))
+            block = torch.from_numpy(counts_CG[rows].toarray())
+            out.append(self.head.latent(self.encoder.read(block, beside, measured))[0])
+        self.train(training)
+        return torch.cat(out).numpy() if out else np.zeros((0, self.head.settings.latent), "f4")
 
 
 @dataclass(repr=False)
@@ -84,15 +123,19 @@ class Integration:
     Attributes
     ----------
     net
-        The network, in evaluation mode.
+        The network, in evaluation mode, on the CPU.
     gene_G
         Columns that it reads.
     correction
         What was fitted after training; None where it was turned off.
     latent_CD, embedding_CD
-        The training cells before and after the correction, float32.
+        The cells with counts before and after the correction, float32.
     history
-        Losses of every step.
+        Losses.
+    steps
+        Of the training.
+    backbone
+        The transformer beneath where it has learnt on, adapters merged.
     """
 
     net: IntegrationNet
@@ -100,236 +143,220 @@ class Integration:
     correction: SharedClusterCorrection | None
     latent_CD: np.ndarray
     embedding_CD: np.ndarray
-    history: list[dict[str, float]]
+    history: pd.DataFrame
+    steps: int
+    backbone: GeneModel | None = None
 
     def __repr__(self) -> str:
         cells, latent = self.latent_CD.shape
         corrected = "corrected" if self.correction is not None else "not corrected"
         return (
             f"Integration({cells:,} cells × {len(self.gene_G):,} genes → {latent} dimensions, "
-            f"{len(self.history):,} steps, {corrected})"
+            f"{self.steps:,} steps, {corrected})"
         )
-
-
-def encode(
-    net: IntegrationNet,
-    counts_CG: sparse.csr_matrix,
-    features_CF: np.ndarray | None = None,
-    measured_G: np.ndarray | None = None,
-) -> np.ndarray:
-    """Latent mean of every cell, (C, D) float32.
-
-    Parameters
-    ----------
-    net
-        A trained network.
-    counts_CG
-        Raw counts of the genes that it reads, in its order.
-    features_CF
-        Cell vectors as they came from their model, where the network was trained with them; a row
-        with NaN is treated as absent.
-    measured_G
-        Genes that this data set measured, bool; default all.
-    """
-    rows = _Rows(counts_CG.astype(np.float32), np.random.default_rng(0))
-    features = None if features_CF is None else _standardised_features(net, features_CF)
-    measured = None if measured_G is None else torch.from_numpy(measured_G.astype(np.float32))
-    return _encode_rows(net, rows, features, measured)
-
-
-def _standardised_features(net: IntegrationNet, features_CF: np.ndarray) -> np.ndarray:
-    centred_CF = features_CF - net.feature_mean_F.numpy()
-    return np.nan_to_num(centred_CF / (net.feature_sd_F.numpy() + 1e-6)).astype(np.float32)
-
-
-def _encode_rows(
-    net: IntegrationNet,
-    rows: _Rows,
-    features_CF: np.ndarray | None,
-    measured_G: Tensor | None = None,
-) -> np.ndarray:
-    training = net.training
-    net.eval()
-    out = []
-    with torch.no_grad():
-        for start in range(0, rows.shape[0], 1024):
-            cell_C = np.arange(start, min(start + 1024, rows.shape[0]))
-            feature = None if features_CF is None else torch.from_numpy(features_CF[cell_C])
-            out.append(net.encode(rows.full(cell_C), feature, measured_G)[0])
-    net.train(training)
-    return torch.cat(out).numpy()
 
 
 def train_integration(
-    counts_CG: sparse.csr_matrix,
-    batch_C: np.ndarray,
+    data: TrainingCells,
     *,
-    labels_C: np.ndarray | None = None,
-    cell_features_CF: np.ndarray | None = None,
-    gene_embeddings_GE: np.ndarray | None = None,
     settings: IntegrationSettings | None = None,
+    backbone: Backbone | None = None,
+    gene_vectors_VE: np.ndarray | None = None,
+    where: HeadRun | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Integration:
-    """Train the net on one data set and fit the correction on its latent.
+    """Train the net and fit the correction on its latent.
 
     Parameters
     ----------
-    counts_CG
-        Raw counts, CSR.
-    batch_C
-        Batch code per cell, 0 to B - 1.
-    labels_C
-        Cell-type code per cell, -1 where unknown.
-    cell_features_CF
-        Cached, frozen backbone vectors of the same cells.
-    gene_embeddings_GE
-        Pre-trained gene vectors of the same columns.
+    data
+        The cells.
     settings
         The recipe; the default is meant for every data set.
+    backbone
+        A transformer whose cell vectors are read beside the counts.
+    gene_vectors_VE
+        Pre-trained gene vectors, from which the genes start.
+    where
+        Folder and devices of the training.
     seed
-        Seed of initial weights, order, thinning and clustering.
-    progress
-        Called with (step, steps, losses) every 50 steps.
+        Of initial weights, order, thinning and clustering.
+
+    Raises
+    ------
+    ConfigError
+        The training went out of bounds.
     """
+    settings, where = settings or IntegrationSettings(), where or HeadRun()
+    plan = _Plan(data, settings, backbone, gene_vectors_VE, seed, where)
+    trained = train_head(
+        where,
+        values=to_values(settings) | _said_of(backbone),
+        reading=plan.reading,
+        optim=OptimSettings(
+            lr=settings.peak_rate, warmup_steps=round(settings.warm_up * plan.steps), final_lr=0.0,
+            weight_decay=settings.weight_decay, beta2=0.999, clip=settings.max_norm,
+        ),
+        steps=plan.steps,
+        build=plan.build,
+        seed=seed,
+        backbone=None if backbone is None else backbone.model.settings,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _train(
-            counts_CG,
-            batch_C,
-            labels_C,
-            cell_features_CF,
-            gene_embeddings_GE,
-            settings or IntegrationSettings(),
-            seed,
-            progress,
-        )
-
-
-def _train(
-    counts_CG: sparse.csr_matrix,
-    batch_C: np.ndarray,
-    labels_C: np.ndarray | None,
-    cell_features_CF: np.ndarray | None,
-    gene_embeddings_GE: np.ndarray | None,
-    settings: IntegrationSettings,
-    seed: int,
-    progress: Progress | None,
-) -> Integration:
-    rng = np.random.default_rng(seed)
-    gene_G = select_genes(counts_CG, batch_C, settings.n_genes)
-    chosen_CG = counts_CG.tocsr()[:, gene_G].astype(np.float32)
-    rows = _Rows(chosen_CG, rng)
-    n_cells, n_genes = rows.shape
-    library_C = np.maximum(np.asarray(chosen_CG.sum(1), dtype=np.float32).ravel(), 1.0)
-    share_CG = normalised(chosen_CG, depth=1.0)
-    vectors = None
-    if gene_embeddings_GE is not None:
-        vectors = torch.from_numpy(gene_embeddings_GE[gene_G].astype(np.float32))
-    net = IntegrationNet(
-        n_genes,
-        int(batch_C.max()) + 1,
-        settings,
-        n_features=0 if cell_features_CF is None else cell_features_CF.shape[1],
-        n_labels=0 if labels_C is None else int(labels_C.max()) + 1,
-        embedding_GE=vectors,
-        mean_share_G=torch.from_numpy(np.asarray(share_CG.mean(0), dtype=np.float32).ravel()),
-    )
-    _standardise(net, chosen_CG)
-    features = None
-    if cell_features_CF is not None:
-        net.feature_mean_F.copy_(torch.from_numpy(np.nanmean(cell_features_CF, axis=0)))
-        net.feature_sd_F.copy_(torch.from_numpy(np.nanstd(cell_features_CF, axis=0)))
-        features = _standardised_features(net, cell_features_CF)
-    history = _descend(net, rows, features, batch_C, labels_C, library_C, settings, rng, progress)
-    net.eval()
-    latent_CD = _encode_rows(net, rows, features)
+        built = plan.build()
+    built.model.load_state_dict(_below("model.", trained.weights))
+    built.objectives.load_state_dict(_below("objectives.", trained.weights))
+    latent_CD = plan.encode(built, where.target)
     if not np.isfinite(latent_CD).all():
         raise ConfigError(
             f"The training went out of bounds (peak_rate={settings.peak_rate:g}): its numbers are "
             "no longer finite. Set a lower peak_rate; the default is "
             f"{IntegrationSettings().peak_rate:g}."
         )
-    if not (settings.correct and net.batch_gene_BG.shape[0] > 1):
-        return Integration(net, gene_G, None, latent_CD, latent_CD, history)
-    correction = SharedClusterCorrection(seed=seed)
-    embedding_CD = correction.fit_transform(latent_CD, batch_C).astype(np.float32)
-    return Integration(net, gene_G, correction, latent_CD, embedding_CD, history)
-
-
-def _descend(
-    net: IntegrationNet,
-    rows: _Rows,
-    features: np.ndarray | None,
-    batch_C: np.ndarray,
-    labels_C: np.ndarray | None,
-    library_C: np.ndarray,
-    settings: IntegrationSettings,
-    rng: np.random.Generator,
-    progress: Progress | None,
-) -> list[dict[str, float]]:
-    """Run the optimiser; returns the losses of every step."""
-    n_cells = rows.shape[0]
-    plain = {"intercept_G", "log_theta_G"}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in net.named_parameters() if name not in plain]},
-        {"params": [net.intercept_G, net.log_theta_G], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(
-        groups,
-        lr=settings.peak_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
+    correction, embedding_CD = None, latent_CD
+    if settings.correct and data.n_batches > 1:
+        correction = SharedClusterCorrection(seed=seed)
+        code_C = data.batch_C[data.used]
+        embedding_CD = correction.fit_transform(latent_CD, code_C).astype(np.float32)
+    model = built.model
+    tuned = None
+    if isinstance(model, CountsBesideBackbone):
+        assert isinstance(model.backbone, GeneModel)
+        tuned = merged(model.backbone).cpu().eval()
+    counts = model if isinstance(model, CountEncoder) else model.counts
+    assert isinstance(counts, CountEncoder) and isinstance(built.objectives, IntegrationHead)
+    net = IntegrationNet(counts.cpu(), built.objectives.cpu()).eval()
+    return Integration(
+        net, plan.gene_G, correction, latent_CD, embedding_CD, trained.history, trained.steps, tuned
     )
-    size = min(settings.batch_cells, n_cells)
-    steps = max(settings.steps, math.ceil(settings.passes * n_cells / size))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.peak_rate, total_steps=steps + 1, pct_start=settings.warm_up
-    )
-    batch_t, library_t = torch.from_numpy(batch_C.astype(np.int64)), torch.from_numpy(library_C)
-    label_t = None if labels_C is None else torch.from_numpy(labels_C.astype(np.int64))
-    history: list[dict[str, float]] = []
-    order_C, at = rng.permutation(n_cells), 0
-    net.train()
-    for step in range(steps):
-        if at + size > n_cells:
-            order_C, at = rng.permutation(n_cells), 0
-        cell_C = order_C[at : at + size]
-        at += size
-        pick = torch.from_numpy(cell_C)
-        view_CG, stored = rows.pair(cell_C, settings.keep_min)
-        feature = None
-        if features is not None:
-            seen_C1 = rng.random((size, 1)) >= settings.feature_dropout
-            feature = torch.from_numpy(features[cell_C] * seen_C1.astype(np.float32))
-        mean_CD, log_var_CD = net.encode(view_CG, feature)
-        z_CD = mean_CD + torch.randn_like(mean_CD) * (0.5 * log_var_CD).exp()
-        log_mean_CG = net.decode(z_CD, batch_t[pick], library_t[pick])
-        counts = negative_binomial_loss(log_mean_CG, net.log_theta_G, *stored) / size
-        divergence = gaussian_kl(mean_CD, log_var_CD)
-        weight = settings.kl_weight * min(1.0, step / max(settings.kl_ramp * steps, 1e-9))
-        loss = counts + weight * divergence
-        parts = {"counts": counts.item(), "kl": divergence.item()}
-        if net.to_label is not None and label_t is not None:
-            labelled = label_loss(net.to_label(z_CD), label_t[pick])
-            loss = loss + settings.label_weight * labelled
-            parts["label"] = labelled.item()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), settings.max_norm)
-        optimiser.step()
-        schedule.step()
-        history.append(parts)
-        if progress is not None and step % 50 == 0:
-            progress(step, steps, parts)
-    return history
 
 
-def _standardise(net: IntegrationNet, counts_CG: sparse.csr_matrix) -> None:
-    """Mean and standard deviation of the input, from the stored entries only."""
-    value_CG = log_normalised(counts_CG)
-    mean_G = np.asarray(value_CG.mean(0)).ravel()
-    square_G = np.asarray(value_CG.multiply(value_CG).mean(0)).ravel()
-    sd_G = np.sqrt(np.maximum(square_G - mean_G**2, 0.0))
-    net.input_mean_G.copy_(torch.from_numpy(mean_G.astype(np.float32)))
-    net.input_sd_G.copy_(torch.from_numpy(np.maximum(sd_G, 0.1).astype(np.float32)))
+def _said_of(backbone: Backbone | None) -> dict[str, object]:
+    if backbone is None:
+        return {}
+    said: dict[str, object] = {"backbone": to_values(backbone.tuning)}
+    return said
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+class _Plan:
+    """What is settled before the training: genes, statistics, micro-batches, steps."""
+
+    def __init__(
+        self,
+        data: TrainingCells,
+        settings: IntegrationSettings,
+        backbone: Backbone | None,
+        gene_vectors_VE: np.ndarray | None,
+        seed: int,
+        where: HeadRun,
+    ) -> None:
+        self.data, self.settings, self.backbone, self.seed = data, settings, backbone, seed
+        code_S = data.batch_C[data.sample]
+        self.gene_G = select_genes(data.sample_SV, code_S, settings.n_genes)
+        self.sample_SG = data.sample_SV[:, self.gene_G]
+        self.vectors_GE = None if gene_vectors_VE is None else gene_vectors_VE[self.gene_G]
+        self.live = backbone is not None and backbone.vectors_CF is None
+        train = data.train
+        n_cells = len(train)
+        size = min(settings.batch_cells, n_cells)
+        # As even as can be: a step of few cells would be all noise.
+        size = math.ceil(n_cells / math.ceil(n_cells / size))
+        self.tokens = self._tokens(size)
+        self.inverse_median_V = (
+            np.ones(data.n_genes, np.float32) if backbone is None else backbone.inverse_median_V
+        )
+        self.reading = Reading(
+            data.cells, self.tokens, self.inverse_median_V, train,
+            data.held_out if data.held_out.size else None,
+            batch_codes=np.where(np.isin(np.arange(len(data.cells)), data.used), data.batch_C, -1),
+            layout=data.layout,
+            view=View(seed, settings.keep_min),
+        )  # fmt: skip
+        trainer = where.trainer
+        at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
+        self.steps = max(settings.steps, math.ceil(settings.passes * n_cells / at_once))
+
+    def _tokens(self, size: int) -> TokenSettings:
+        """Shape of a micro-batch of so many cells."""
+        if not self.live or self.backbone is None:
+            # No transformer reads tokens: every cell is as long as any other.
+            return TokenSettings(2, 2 * size, size + tail_pieces(2 * size, 2))
+        tokens = self.backbone.tokens
+        return replace(tokens, places=size + tail_pieces(tokens.budget, tokens.context))
+
+    def build(self) -> Built:
+        """Make encoder and head, with their starting points."""
+        data, settings, backbone = self.data, self.settings, self.backbone
+        n_features = 0
+        if backbone is not None:
+            n_features = backbone.model.settings.width
+        counts = CountEncoder(
+            self.gene_G, data.n_genes, hidden=settings.hidden, dropout=settings.dropout,
+            n_features=n_features, feature_dropout=settings.feature_dropout,
+        )  # fmt: skip
+        value_SG = log_normalised(self.sample_SG)
+        mean_G = np.asarray(value_SG.mean(0)).ravel()
+        square_G = np.asarray(value_SG.multiply(value_SG).mean(0)).ravel()
+        counts.standardise(mean_G, np.sqrt(np.maximum(square_G - mean_G**2, 0.0)))
+        share_SG = normalised(self.sample_SG, depth=1.0)
+        label_C = data.label_C
+        head = IntegrationHead(
+            len(self.gene_G), data.n_batches, settings,
+            place_V=counts.place_V.clone(),
+            label_N=label_C,
+            n_labels=0 if label_C is None else int(label_C.max()) + 1,
+            mean_share_G=np.asarray(share_SG.mean(0)).ravel(),
+        )  # fmt: skip
+        if self.vectors_GE is not None:
+            vectors_GE = torch.from_numpy(np.asarray(self.vectors_GE, np.float32))
+            start_at_vectors(counts, head, vectors_GE)
+        if backbone is None:
+            return Built(counts, head)
+        if backbone.vectors_CF is not None:
+            vectors_CF = torch.from_numpy(np.asarray(backbone.vectors_CF, np.float32))
+            counts.standardise_features(vectors_CF[torch.from_numpy(data.sample)])
+            return Built(CountsBesideVectors(counts, vectors_CF), head)
+        model = copy.deepcopy(backbone.model)
+        beside = CountsBesideBackbone(counts, model, copy.deepcopy(backbone.projection))
+        counts.standardise_features(self._first_vectors(beside))
+        tune(model, backbone.tuning)
+        shares = {f"backbone.{k}": v for k, v in rate_shares(model, backbone.tuning).items()}
+        return Built(beside, head, shares)
+
+    @torch.no_grad()
+    def _first_vectors(self, beside: CountsBesideBackbone) -> Tensor:
+        """Vectors of some training cells by the transformer as it comes."""
+        some = self.data.sample[:: max(1, self.data.sample.size // _STANDARDISED)]
+        beside.eval()
+        rows = [beside.vectors(batch) for batch, _ in self._in_order(some, self.tokens)]
+        beside.train()
+        return torch.cat(rows)
+
+    def _in_order(self, cells: np.ndarray, tokens: TokenSettings) -> CellStream:
+        """Read cells once, all their molecules shown."""
+        return CellStream(
+            self.data.cells, cells, tokens, seed=self.seed, endless=False, shuffle=False,
+            inverse_median_V=self.inverse_median_V,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, built: Built, device: torch.device) -> np.ndarray:
+        """Latent mean of all cells with counts, in their order, (C, D) float32."""
+        tokens = self.tokens
+        if not self.live:
+            tokens = TokenSettings(2, 2 * _ENCODED, _ENCODED + tail_pieces(2 * _ENCODED, 2))
+        model, head = built.model.to(device).eval(), built.objectives.to(device).eval()
+        assert isinstance(head, IntegrationHead)
+        number_C, mean_CD = [], []
+        for batch, _ in on_device(self._in_order(self.data.used, tokens), device):
+            mean_CD.append(head.latent(model(batch).cell_CD[: batch.n_cells])[0].float())
+            number_C.append(batch.cell_C[: batch.n_cells])
+        order_C = torch.argsort(torch.cat(number_C))
+        latent_CD: np.ndarray = torch.cat(mean_CD)[order_C].cpu().numpy()
+        return latent_CD
+

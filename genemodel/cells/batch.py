@@ -24,6 +24,7 @@ cell_C             int64    permanent cell number in its corpus, −1 dummy
 full_gene_N        int64    every expressed gene of the real cells, ascending within a cell
 full_count_N       float32  its count
 full_cell_N        int64    which place in C it belongs to
+shown_count_N      float32  the part of the count that the tokens are made of; None where it is all
 length_C           int64    tokens of the real cells, a numpy array: never on a device
 =================  =======  ==================================================================
 """
@@ -64,6 +65,7 @@ class CellBatch:
     n_tokens: int
     longest: int
     epoch: int = 0
+    shown_count_N: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy every tensor to ``device``."""
@@ -90,6 +92,11 @@ class CellBatch:
     def fill(self) -> float:
         """Share of the token budget that real cells use."""
         return self.n_tokens / self.gene_T.shape[0]
+
+    @property
+    def shown_N(self) -> Tensor:
+        """Counts that the tokens are made of, beside ``full_gene_N``."""
+        return self.full_count_N if self.shown_count_N is None else self.shown_count_N
 
     def lengths_C(self) -> np.ndarray:
         """Tokens of every real cell, its ``CELL`` token included; shape (n_cells,)."""

@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -27,12 +28,11 @@ import torch
 from genemodel.cells.batch import CellBatch
 from genemodel.cells.order import EpochOrder, Layout, Position
 from genemodel.cells.packing import deal, plan_bins, tail_pieces
+from genemodel.cells.reading import CountsBlock
 from genemodel.cells.tokens import TokenSettings, pack_cells
+from genemodel.cells.views import View, lay_out, shown_cells
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import CELL, PAD
-
-if TYPE_CHECKING:
-    from genemodel.cells.corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,12 @@ def pack(
     budget: int | None = None,
     max_cells: int | None = None,
     epoch: int = 0,
+    view: View | None = None,
 ) -> CellBatch:
-    """Make one micro-batch of the window's rows ``cells`` (they must fit; see ``plan_bins``)."""
+    """Make one micro-batch of the window's rows ``cells`` (they must fit; see ``plan_bins``).
+
+    With a view the tokens, and the library, are of the molecules that are shown.
+    """
     budget = settings.budget if budget is None else budget
     max_cells = settings.max_cells if max_cells is None else max_cells
     # The tail can take a place for every cell of full length, whatever the cells leave of it.
@@ -136,14 +140,20 @@ def pack(
     segment_T = np.empty(budget, np.int64)
     starts_C1 = np.empty(places + 1, np.int32)
     library = np.ascontiguousarray(window.library_C[cells], np.float32)
-    n_full = int((window.end_C[cells] - window.begin_C[cells]).sum())
+    begin_C, end_C = window.begin_C[cells], window.end_C[cells]
+    gene_N, count_N = window.gene_N, window.count_N
+    n_full = int((end_C - begin_C).sum())
     full_gene_N, full_cell_N = np.empty(n_full, np.int64), np.empty(n_full, np.int64)
     full_count_N = np.empty(n_full, np.float32)
+    there_N = shown_N = None
+    if view is not None:
+        there_N, shown_N = view.apply(begin_C, end_C, gene_N, count_N, window.cell_C[cells], epoch)
+        begin_C, end_C, gene_N, count_N, library = shown_cells(begin_C, end_C, gene_N, shown_N)
     n_tokens = pack_cells(
-        window.begin_C[cells],
-        window.end_C[cells],
-        window.gene_N,
-        window.count_N,
+        begin_C,
+        end_C,
+        gene_N,
+        count_N,
         inverse_median_V,
         library,
         settings.context - 1,
@@ -159,10 +169,15 @@ def pack(
         full_cell_N,
     )
     assert starts_C1[-1] == budget, f"{cells.size} cells and their tail in {places} places"
+    if there_N is not None:
+        # Of the cells as they are, not as they are shown.
+        begin_C, end_C = window.begin_C[cells], window.end_C[cells]
+        lay_out(begin_C, end_C, window.gene_N, full_gene_N, full_cell_N)
+        full_count_N = there_N
 
     def placed(values: np.ndarray, dtype: type, dummy: float) -> torch.Tensor:
         out: np.ndarray = np.full(places, dummy, dtype)
-        out[: cells.size] = values[cells]
+        out[: cells.size] = values
         return torch.from_numpy(out)
 
     return CellBatch(
@@ -171,11 +186,11 @@ def pack(
         rank_T=torch.from_numpy(rank_T),
         segment_T=torch.from_numpy(segment_T),
         starts_C1=torch.from_numpy(starts_C1),
-        species_C=placed(window.species_C, np.int64, 0),
-        library_C=placed(window.library_C, np.float32, 1.0),
-        batch_C=placed(window.batch_C, np.int64, -1),
-        panel_C=placed(window.panel_C, np.int64, -1),
-        cell_C=placed(window.cell_C, np.int64, -1),
+        species_C=placed(window.species_C[cells], np.int64, 0),
+        library_C=placed(library, np.float32, 1.0),
+        batch_C=placed(window.batch_C[cells], np.int64, -1),
+        panel_C=placed(window.panel_C[cells], np.int64, -1),
+        cell_C=placed(window.cell_C[cells], np.int64, -1),
         full_gene_N=torch.from_numpy(full_gene_N),
         full_count_N=torch.from_numpy(full_count_N),
         full_cell_N=torch.from_numpy(full_cell_N),
@@ -184,7 +199,25 @@ def pack(
         n_tokens=int(n_tokens),
         longest=min(settings.context, budget),
         epoch=epoch,
+        shown_count_N=None if shown_N is None else torch.from_numpy(shown_N),
     )
+
+
+class Cells(Protocol):
+    """What a stream reads: a corpus on disk, or cells in memory."""
+
+    @property
+    def path(self) -> Path | str:
+        """Where they are, for messages."""
+
+    def __len__(self) -> int:
+        """Number of cells."""
+
+    def label(self, name: Literal["library", "n_genes", "source", "species"]) -> Any:
+        """One number of every cell."""
+
+    def read_blocks(self, ranges: Sequence[tuple[int, int]]) -> CountsBlock:
+        """Counts of ranges of cells, one after the other."""
 
 
 class CellStream:
@@ -193,7 +226,8 @@ class CellStream:
     Parameters
     ----------
     corpus
-        An open :class:`~genemodel.cells.corpus.Corpus`.
+        An open :class:`~genemodel.cells.corpus.Corpus`, or
+        :class:`~genemodel.cells.held.HeldCells`.
     cells
         Sorted permanent numbers of the cells to use (a side of a hold-out split).
     settings
@@ -221,6 +255,8 @@ class CellStream:
     pieces
         Every micro-batch comes as so many smaller ones of a constant shape, one after another and
         each with the position after the last of them. A piece without a cell is possible.
+    view
+        Which molecules are shown; default all.
 
     Raises
     ------
@@ -235,7 +271,7 @@ class CellStream:
 
     def __init__(
         self,
-        corpus: "Corpus",
+        corpus: Cells,
         cells: np.ndarray,
         settings: TokenSettings,
         *,
@@ -250,6 +286,7 @@ class CellStream:
         limit: int | None = None,
         layout: Layout | None = None,
         pieces: int = 1,
+        view: View | None = None,
     ) -> None:
         if len(cells) == 0:
             raise DataError(
@@ -259,7 +296,7 @@ class CellStream:
         self.corpus = corpus
         self.cells = np.asarray(cells, np.int64)
         self.settings = settings.placed(_mean_length(corpus, settings.context))
-        self.pieces = pieces
+        self.pieces, self.view = pieces, view
         self.seed = seed
         self.inverse_median_V = inverse_median_V
         self.position = position or Position()
@@ -395,7 +432,7 @@ def _pieces_of(
         yield piece, after
 
 
-def _mean_length(corpus: "Corpus", context: int) -> float:
+def _mean_length(corpus: Cells, context: int) -> float:
     """Mean tokens over the whole corpus: training and held-out cells get micro-batches alike."""
     return float(np.minimum(corpus.label("n_genes"), context - 1).mean()) + 1
 
@@ -435,7 +472,10 @@ class _MicroBatch:
         size_C = window.end_C[rows] - window.begin_C[rows]
         dealt = deal(np.minimum(size_C, settings.context - 1) + 1, stream.pieces)
         return [
-            pack(window, rows[piece], stream.inverse_median_V, settings, epoch=self.epoch)
+            pack(
+                window, rows[piece], stream.inverse_median_V, settings,
+                epoch=self.epoch, view=stream.view,
+            )
             for piece in dealt
         ]
 
@@ -570,7 +610,7 @@ class _Share:
         return part, opened
 
 
-def read_cells(corpus: "Corpus", cells: np.ndarray, labels: Sequence[np.ndarray]) -> Window:
+def read_cells(corpus: Cells, cells: np.ndarray, labels: Sequence[np.ndarray]) -> Window:
     """Read cells into the rows of a window.
 
     Parameters

@@ -14,7 +14,7 @@ import numpy as np
 
 import genemodel
 from genemodel.adapt.integration import Integration, Progress, train_integration
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.history import history_of

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from genemodel.adapt.integration import encode
-from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationNet, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked

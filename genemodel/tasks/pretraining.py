@@ -205,6 +205,10 @@ class PretrainingObjectives(nn.Module):
         """Weight of every objective that is on."""
         return {name: getattr(self.settings, name).weight for name in self.heads}
 
+    def weights_at(self, share: float) -> dict[str, float]:
+        """As :attr:`weights`: they stay."""
+        return self.weights
+
     def forward_flops(self, model: GeneModel, lengths_C: np.ndarray) -> int:
         """Operations of one forward pass over cells of these lengths: encoder and heads."""
         shape = model.settings

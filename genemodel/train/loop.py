@@ -66,8 +66,7 @@ class Losses(nn.Module):
     model
         Encodes a micro-batch.
     objectives
-        ``prepare(batch) -> prepared`` (with ``.seen`` and ``.items``), ``forward(model, encoded,
-        prepared) -> {name: LossPart}``, ``weights`` and ``forward_flops(model, lengths_C)``.
+        See :class:`~genemodel.tasks.objective.Objective`.
     """
 
     def __init__(self, model: nn.Module, objectives: nn.Module) -> None:
@@ -150,7 +149,7 @@ class Loop:
         Of the run.
     train, validation
         Make this rank's streams, from a position and of the held-out cells, with every micro-batch
-        in so many pieces.
+        in so many pieces. Without held-out cells there are no looks.
     record, ranks
         What is said, and where this rank is.
     about
@@ -158,7 +157,8 @@ class Loop:
     rate_shares
         Learning rates of the model's parameters by name, as shares of the run's; 1 by default.
     on_improvement
-        Called on rank 0 after a look better than all before, with the weights.
+        Called on rank 0 after a look better than all before, with the weights; where there are no
+        looks, at the end.
     name_cells
         Says in words which cells these permanent numbers are.
     most_pieces
@@ -181,7 +181,7 @@ class Loop:
         trainer: TrainerSettings,
         seed: int,
         train: Callable[[Position, int], Stream],
-        validation: Callable[[int], Stream],
+        validation: Callable[[int], Stream] | None,
         record: Record,
         ranks: Ranks,
         about: Mapping[str, Any],
@@ -207,8 +207,23 @@ class Loop:
         self.lr = 0.0
         self._ranks = ranks
         self._session_minutes = 0.0
-        self._weight_K = torch.tensor(
-            [losses.objectives.weights[name] for name in losses.names], device=fabric.device
+        # The running mean of what learns, where one is wanted: what is looked at and released.
+        self._means_P: list[Tensor] | None = None
+        if optim.average_decay:
+            self._means_P = [p.detach().clone() for p in self.exchange.learning()]
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        """Weights of the objectives at this step."""
+        share = self.progress.step / self.settings.max_steps
+        weights: dict[str, float] = self.losses.objectives.weights_at(share)
+        return weights
+
+    def _weight_K(self) -> Tensor:
+        """Make them on the device: nothing is copied to it."""
+        weights, device = self._weights, self.fabric.device
+        return torch.stack(
+            [torch.full((), weights[name], device=device) for name in self.losses.names]
         )
 
     # -- the whole run ---------------------------------------------------------------------------
@@ -234,7 +249,7 @@ class Loop:
             prepared = losses.objectives.prepare(batch)
             with self.fabric.autocast():
                 total_K, _ = losses(prepared, True)
-            total = (total_K * self._weight_K).sum()
+            total = (total_K * self._weight_K()).sum()
             torch.autograd.grad(total, self.exchange.learning(), allow_unused=True)
             if gpus:
                 torch.cuda.synchronize(device)
@@ -318,8 +333,10 @@ class Loop:
             return
         due = last or progress.step % settings.checkpoint_every == 0
         looks = last or progress.step % settings.validate_every == 0
-        if looks:
+        if looks and self._validation is not None:
             self.look()
+        elif last and self._validation is None:
+            self.release()
         # What counts as the best belongs to the state, so it is saved after the look at its step.
         if due or progress.ended:
             self.save(wait=last or progress.ended != "")
@@ -345,7 +362,7 @@ class Loop:
         ).double()
         self._ranks.at(at.EXCHANGE)
         exchange.sum_(items_K)
-        scale_K = (self._weight_K * exchange.factor / items_K.clamp_min(1)).float()
+        scale_K = (self._weight_K() * exchange.factor / items_K.clamp_min(1)).float()
         totals: list[Tensor] = []
         trivial_K = torch.zeros_like(items_K)
         first = self.progress.position.taken
@@ -400,7 +417,7 @@ class Loop:
     ) -> bool | None:
         """Step, unless the numbers say otherwise; None where the run went back to a checkpoint."""
         progress = self.progress
-        weights = self.losses.objectives.weights
+        weights = self._weights
         wrong = self.guard.judge(report.losses, report.norm, report.total(weights))
         if wrong:
             finite = not wrong.endswith("not finite")
@@ -418,6 +435,12 @@ class Loop:
             for group in optimiser.param_groups:
                 group["lr"] = self.lr * group.get("share", 1.0)
             optimiser.step()
+        if self._means_P is not None:
+            # The first steps count less: a mean of few would remember the start for long.
+            decay = min(self.optim.average_decay, (2 + progress.step) / (11 + progress.step))
+            learning: list[Tensor] = list(self.exchange.learning())
+            with torch.no_grad():
+                torch._foreach_lerp_(self._means_P, learning, 1.0 - decay)
         progress.step += 1
         progress.position = position
         return True
@@ -509,13 +532,31 @@ class Loop:
 
     # -- looks at held-out data ------------------------------------------------------------------
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the running means in the place of the weights."""
+        if self._means_P is None:
+            yield
+            return
+        learning: list[Tensor] = [p.detach() for p in self.exchange.learning()]
+        kept = [p.clone() for p in learning]
+        torch._foreach_copy_(learning, self._means_P)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(learning, kept)
+
     def look(self) -> None:
         """Validate: the same micro-batches, and the same sums, for any number of ranks."""
+        with torch.no_grad(), self._averaged():
+            self._look()
+
+    def _look(self) -> None:
         progress = self.progress
         gc.collect()
         losses = self.losses.eval()
         rows: list[Tensor] = []
+        assert self._validation is not None, "something to look at"
         for batches, real in self._rounds(self._validation(self.pieces)):
             self._ranks.at(at.LOOK)
             parts: list[Tensor] = []
@@ -575,11 +616,11 @@ class Loop:
 
     def _judge_look(self) -> None:
         progress, patience = self.progress, self.settings.early_stopping
-        improved = progress.validation["val/total"] < progress.best
+        found, gain = progress.validation["val/total"], self.settings.early_stopping_gain
+        improved = found < progress.best
+        progress.since_best = 0 if found < progress.best - gain else progress.since_best + 1
         if improved:
-            progress.best, progress.since_best = progress.validation["val/total"], 0
-        else:
-            progress.since_best += 1
+            progress.best = found
         self.record.look(progress.step, progress.validation, self.losses.names)
         if improved:
             self.release()
@@ -589,9 +630,10 @@ class Loop:
 
     def release(self) -> None:
         """Hand out the model as it is now; under FSDP all ranks take part."""
-        weights = self.exchange.state([])["module"]
-        if self.exchange.rank == 0:
-            self.on_improvement(self.progress, weights)
+        with self._averaged():
+            weights = self.exchange.state([])["module"]
+            if self.exchange.rank == 0:
+                self.on_improvement(self.progress, weights)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -603,6 +645,8 @@ class Loop:
         state["progress"] = asdict(progress)
         state["guard"] = self.guard.state()
         state["record"] = self.record.state()
+        if self._means_P is not None:
+            state["means"] = self._means_P
         if self.exchange.rank == 0:
             about = {
                 **self.about, "step": progress.step, "position": asdict(progress.position),
@@ -618,6 +662,8 @@ class Loop:
         """Go on from a saved state."""
         state = checkpoint.state()
         self.exchange.load(state, self.optimisers)
+        if self._means_P is not None:
+            torch._foreach_copy_(self._means_P, [m.to(self.fabric.device) for m in state["means"]])
         saved = dict(state["progress"])
         position = Position.of(saved.pop("position"))
         self.progress = Progress(**saved, position=position)

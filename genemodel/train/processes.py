@@ -17,13 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from genemodel.errors import ConfigError
+from genemodel.settings import to_values
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +149,10 @@ def _in_slurm_step() -> bool:
 _SUPERVISED = "GENEMODEL_SUPERVISED"
 
 
-def supervise(values: Mapping[str, Any], processes: Processes) -> None:
-    """Start one worker a device with these settings, and wait for all of them.
+def supervise(settings: Any, verb: Callable[[Any], object], processes: Processes) -> None:
+    """Start one worker a device that calls a verb with these settings, and wait for all of them.
+
+    The settings are a frozen dataclass, the verb a function of a module.
 
     Signals go to every worker. When one of them fails, the others get a moment to save and end
     with it.
@@ -170,7 +173,13 @@ def supervise(values: Mapping[str, Any], processes: Processes) -> None:
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes.here)))
     with tempfile.TemporaryDirectory(prefix="genemodel-run-") as folder:
         file = Path(folder) / "settings.json"
-        file.write_text(json.dumps(values))
+        kind = type(settings)
+        asked = {
+            "verb": f"{verb.__module__}:{verb.__name__}",
+            "kind": f"{kind.__module__}:{kind.__name__}",
+            "settings": to_values(settings),
+        }
+        file.write_text(json.dumps(asked))
         workers: list[subprocess.Popen[bytes]] = []
         with _handing_on(workers) as handing:
             for local in range(processes.here):

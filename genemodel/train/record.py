@@ -87,6 +87,8 @@ class Record:
         This process, and how many there are.
     peak
         Operations per second that a device can do at most; None where it is not known.
+    quiet
+        Say ten lines in all, not one a row.
     """
 
     def __init__(
@@ -99,7 +101,9 @@ class Record:
         rank: int,
         world: int,
         peak: float | None,
+        quiet: bool = False,
     ) -> None:
+        self.quiet = quiet
         self.run, self.settings, self.log_settings = run, trainer, log
         self.values, self.peak = values, peak
         self.world, self.active = world, rank == 0
@@ -111,6 +115,7 @@ class Record:
         self._first = 0
         self._begin = self._row_begin = time.perf_counter()
         self._waited = 0.0
+        self._said = 0
 
     def start(self, step: int) -> None:
         """Open the logs for a session that begins after ``step``."""
@@ -223,6 +228,9 @@ class Record:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"{losses}  {row['cells_per_s']:.0f} cells/s")
             return
+        if self.quiet and 10 * step // self.settings.max_steps == self._said:
+            return
+        self._said = 10 * step // self.settings.max_steps
         logger.info(
             "step %s/%s  %s  lr %.2g  %.0f cells/s  fill %.3f  data wait %.0f %%  %s",
             f"{step:,}", f"{self.settings.max_steps:,}", losses, row["lr"], row["cells_per_s"],

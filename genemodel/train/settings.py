@@ -70,6 +70,9 @@ class OptimSettings:
         Of AdamW.
     clip
         Largest norm of the whole gradient; 0 switches clipping off.
+    average_decay
+        Decay a step of a running mean of the weights, which is what is validated and released; 0
+        for the weights themselves.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -84,6 +87,7 @@ class OptimSettings:
     beta2: float = 0.98
     eps: float = 1e-8
     clip: float = 1.0
+    average_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -95,7 +99,7 @@ class OptimSettings:
                 raise ConfigError(
                     f"optim.{name} is {getattr(self, name)}: it is a share between 0 and 1."
                 )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
                     f"optim.{name} is {getattr(self, name)}: it must be from 0 to below 1."
@@ -146,6 +150,8 @@ class TrainerSettings:
         Steps between checkpoints, and how many are kept.
     early_stopping
         Validations without improvement before the run ends; 0 never ends it early.
+    early_stopping_gain
+        What a validation has to gain on the best one to count as an improvement there.
     log_every
         Steps between rows of metrics.csv.
     hang_minutes
@@ -185,6 +191,7 @@ class TrainerSettings:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     early_stopping: int = 0
+    early_stopping_gain: float = 0.0
     log_every: int = 10
     hang_minutes: float = 10.0
     requeue: bool = False
@@ -208,7 +215,10 @@ class TrainerSettings:
                 raise ConfigError(
                     f"trainer.{name} is {getattr(self, name)}: it must be at least 1."
                 )
-        for name in ("max_minutes", "early_stopping", "spike_deviations", "max_skips", "profile"):
+        for name in (
+            "max_minutes", "early_stopping", "early_stopping_gain", "spike_deviations", "max_skips",
+            "profile",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"trainer.{name} is {getattr(self, name)}: it cannot be negative; 0 switches "
@@ -278,6 +288,12 @@ class PretrainSettings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.trainer.strategy == "fsdp" and self.optim.average_decay:
+            raise ConfigError(
+                f"optim.average_decay={self.optim.average_decay} keeps whole weights on every "
+                "process, which trainer.strategy=fsdp has not: set it to 0, or "
+                "trainer.strategy=auto."
+            )
         tune = self.backbone.tune
         if not self.start and tune not in ("full", "scratch"):
             raise ConfigError(

@@ -3,6 +3,7 @@
 python -m genemodel.train.worker SETTINGS.json
 """
 
+import importlib
 import json
 import logging
 import os
@@ -11,22 +12,22 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from genemodel.errors import GenemodelError
 from genemodel.settings import parse
 from genemodel.train.processes import REFUSED
-from genemodel.train.recipe import pretrain
-from genemodel.train.settings import PretrainSettings
 
 
 def main(file: str) -> int:
-    """Train as the settings say; messages go to standard error, as on the command line."""
+    """Do what is asked for as its settings say; messages go to standard error, as on the command line."""
     library = logging.getLogger("genemodel")
     library.addHandler(logging.StreamHandler(sys.stderr))
     library.setLevel(logging.INFO)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     try:
-        pretrain(parse(PretrainSettings, json.loads(Path(file).read_text())))
+        asked = json.loads(Path(file).read_text())
+        _found(asked["verb"])(parse(_found(asked["kind"]), asked["settings"]))
     except GenemodelError as error:
         library.error("genemodel: error: %s", error)
         return error.exit_code
@@ -37,6 +38,12 @@ def main(file: str) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _found(name: str) -> Any:
+    """Give what a module has under a name, ``module:name``."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _follow(parent: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from scipy import sparse
 
 from genemodel.adapt.integration import _Rows, train_integration
-from genemodel.adapt.integration_net import IntegrationNet, IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationNet, IntegrationSettings
 from genemodel.expression.variable_genes import select_genes
 
 

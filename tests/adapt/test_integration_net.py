@@ -2,7 +2,7 @@
 
 import torch
 
-from genemodel.adapt.integration_net import (
+from genemodel.adapt.integration_head import (
     IntegrationNet,
     IntegrationSettings,
     gaussian_kl,

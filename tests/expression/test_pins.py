@@ -17,7 +17,7 @@ from genemodel.adapt import overcorrection
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration import train_integration
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.evaluation import baselines, imputation_baselines, imputation_metrics, plots
 from genemodel.evaluation import light_metrics as lm

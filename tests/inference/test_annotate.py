@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import genemodel as gm
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import (

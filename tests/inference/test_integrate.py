@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.neighbours import nearest
 from genemodel.inference.integrated_model import IntegratedModel

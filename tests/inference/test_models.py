@@ -11,7 +11,7 @@ import scipy.sparse as sp
 import genemodel as gm
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration_net import IntegrationSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from genemodel.errors import ConfigError
+from genemodel.settings import parse
 from genemodel.train import processes as module
 from genemodel.train.processes import (
     OUT_OF_TIME,
@@ -23,6 +24,9 @@ from genemodel.train.processes import (
     requeue,
     supervise,
 )
+from genemodel.train.recipe import pretrain
+from genemodel.train.settings import HoldoutSettings, LogSettings
+from genemodel.train.worker import _found
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}
 # As srun sets them for task 5 of 8 on 4 nodes; sbatch's own are there too.
@@ -117,7 +121,7 @@ FOR_EVER = "while true; do sleep 0.05; done"
 
 def test_workers_are_told_their_places(played, tmp_path):
     played({})
-    supervise({"a": 1}, Processes(2, 3, 2, "alone"))
+    supervise(HoldoutSettings(), pretrain, Processes(2, 3, 2, "alone"))
     told = sorted(line.split() for line in (tmp_path / "env").read_text().splitlines())
     assert [line[:3] for line in told] == [["2", "0", "6"], ["3", "1", "6"]]
     assert told[0][3] == told[1][3]
@@ -139,7 +143,7 @@ def test_the_first_failure_decides_and_nobody_is_left(played, caplog, scripts, e
     played(scripts)
     begin = time.monotonic()
     with pytest.raises(error) as ended:
-        supervise({}, Processes(2, 1, 0, "alone"))
+        supervise(HoldoutSettings(), pretrain, Processes(2, 1, 0, "alone"))
     assert type(ended.value) is error and ended.value.code == code
     assert time.monotonic() - begin < 15
     assert ("Rank 1 was killed by SIGKILL" in caplog.text) == (error is RankLost)
@@ -161,7 +165,7 @@ def test_signals_are_handed_on(played, tmp_path, caplog, trap, error):
     thread = threading.Thread(target=send)
     thread.start()
     with pytest.raises(error) as ended:
-        supervise({}, Processes(2, 1, 0, "alone"))
+        supervise(HoldoutSettings(), pretrain, Processes(2, 1, 0, "alone"))
     thread.join()
     # Whether a worker notes the signal or, not yet able to, dies of it: it was stopped, not lost.
     assert ended.value.code == 128 + signal.SIGUSR1 and "killed" not in caplog.text
@@ -238,6 +242,8 @@ def test_requeue_that_fails_says_what_to_do(monkeypatch, tmp_path, caplog):
 
 def test_settings_reach_the_workers_whole(monkeypatch, tmp_path, played):
     played({0: f"cp $3 {tmp_path}/seen.json"})
-    values = {"corpus": "a b", "tags": ["x", "é"], "n": 1.5}
-    supervise(values, Processes(1, 1, 0, "alone"))
-    assert json.loads((tmp_path / "seen.json").read_text()) == values
+    settings = LogSettings(entity="a b", tags=("x", "é"))
+    supervise(settings, pretrain, Processes(1, 1, 0, "alone"))
+    asked = json.loads((tmp_path / "seen.json").read_text())
+    assert _found(asked["verb"]) is pretrain and _found(asked["kind"]) is LogSettings
+    assert parse(LogSettings, asked["settings"]) == settings
