@@ -154,7 +154,8 @@ def train_head(
         "micro_batches": processes.world * trainer.accumulate,
         "order": ORDER_VERSION,
     }
-    with _folder(where) as run:
+    # The caller's random numbers are the caller's.
+    with torch.random.fork_rng(), _folder(where) as run:
         checkpoint = checkpoint_of(run)
         if checkpoint is not None:
             _refuse_another(run, checkpoint.about, about, trainer.accumulate)

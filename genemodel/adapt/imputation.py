@@ -5,14 +5,15 @@ likelihood of the *other* part. Molecular cross-validation (Batson, Royer & Webb
 therefore the training loss, and the network cannot gain by copying its input. The library never
 enters the answer: a rate is a share of molecules times a library, whichever is asked for.
 
-Axes: C cells, G genes, D latent dimensions, H hidden units, B technical batches, N stored entries.
+Axes: C cells, G genes decoded, V genes of the cells, D latent dimensions, H hidden units, F width
+of a cell vector, B technical batches, N stored entries, S sampled cells.
 """
 
 import copy
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from genemodel.adapt.head_run import HeadRun, train_head
+from genemodel.adapt.integration import Backbone
 from genemodel.adapt.posterior import (
     Floats,
     calibrate_dispersion,
@@ -29,10 +32,25 @@ from genemodel.adapt.posterior import (
     tally_coverage,
 )
 from genemodel.adapt.setting_ranges import check_numbers
+from genemodel.adapt.training_cells import TrainingCells
+from genemodel.bundle.history import STEP
+from genemodel.cells.batch import CellBatch
+from genemodel.cells.loader import CellStream
+from genemodel.cells.packing import tail_pieces
+from genemodel.cells.tokens import TokenSettings
+from genemodel.cells.transfer import on_device
+from genemodel.cells.views import View
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.likelihood import MultinomialLoss
-from genemodel.expression.normalise import log_normalised
-from genemodel.expression.thinning import split_molecules
+from genemodel.expression.normalise import depth_factor
+from genemodel.model.count_encoder import CountsBesideBackbone
+from genemodel.model.flops import encoder_flops
+from genemodel.model.gene_model import Encoded, GeneModel
+from genemodel.model.tuning import merged, rate_shares, tune
+from genemodel.settings import to_values
+from genemodel.tasks.parts import LossPart
+from genemodel.train.job import Built, Reading
+from genemodel.train.settings import OptimSettings
 
 logger = logging.getLogger(__name__)
 
@@ -111,47 +129,39 @@ class DecoderSettings:
         return max(1, min(self.epochs, math.ceil(self.epochs * self.full_passes / n_cells)))
 
 
-def _encoder_input(count_CG: sp.csr_matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """Gene index, row offset and weight: log-normalised counts over sqrt(genes seen)."""
-    stored_C = np.diff(count_CG.indptr)
-    weight_N = log_normalised(count_CG).data
-    weight_N /= np.repeat(np.sqrt(np.maximum(stored_C, 1)), stored_C)
-    return (
-        torch.from_numpy(count_CG.indices.astype(np.int64)),
-        torch.from_numpy(count_CG.indptr[:-1].astype(np.int64)),
-        torch.from_numpy(weight_N.astype(np.float32)),
-    )
+class SparseCountEncoder(nn.Module):
+    """A sum of gene vectors, weighted with log-normalised counts, through a small network.
 
-
-def _target(count_CG: sp.csr_matrix) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, column and value of the stored entries, and the library of every cell."""
-    entries = count_CG.tocoo()
-    return (
-        torch.from_numpy(entries.row.astype(np.int64)),
-        torch.from_numpy(entries.col.astype(np.int64)),
-        torch.from_numpy(entries.data.astype(np.float32)),
-        torch.from_numpy(np.asarray(count_CG.sum(axis=1), dtype=np.float32).ravel()),
-    )
-
-
-class Decoder(nn.Module):
-    """Encoder of sparse counts and softmax decoder ``softmax(<z + offset_b, e_g> + bias_g)``.
+    It reads every gene of a data set, of which a cell has few: work goes with the genes seen. An
+    encoder like :class:`~genemodel.model.count_encoder.CountEncoder`, with the latent as its result.
 
     Parameters
     ----------
-    frequency_G
-        Share of all molecules per gene, positive; the decoder starts from it.
-    n_batches
-        Technical batches B; each has its own latent offset, zero when B is one.
+    gene_G
+        Genes that are read, by their place among the genes of the cells.
+    n_all
+        Number of genes of the cells (V).
     settings
         Widths and dropout.
+    n_features
+        Width of the vectors beside the counts (F), 0 without.
     """
 
-    def __init__(self, frequency_G: Floats, n_batches: int, settings: DecoderSettings) -> None:
+    place_V: Tensor
+
+    def __init__(
+        self,
+        gene_G: NDArray[np.integer],
+        n_all: int,
+        settings: "DecoderSettings",
+        n_features: int = 0,
+    ) -> None:
         super().__init__()
-        n_genes, hidden = len(frequency_G), settings.hidden
+        n_genes, hidden = len(gene_G), settings.hidden
+        self.n_genes = n_genes
         self.input_GH = nn.Parameter(torch.randn(n_genes, hidden) * 0.02)
         self.input_bias_H = nn.Parameter(torch.zeros(hidden))
+        self.features_in = nn.Linear(n_features, hidden, bias=False) if n_features else None
         self.trunk = nn.Sequential(
             nn.LayerNorm(hidden),
             nn.Dropout(settings.dropout),
@@ -160,53 +170,220 @@ class Decoder(nn.Module):
             nn.GELU(),
             nn.Linear(hidden, settings.latent),
         )
+        place_V = torch.full((n_all,), n_genes)
+        place_V[torch.from_numpy(np.asarray(gene_G, np.int64))] = torch.arange(n_genes)
+        self.register_buffer("place_V", place_V, persistent=False)
+        self.feature_mean_F = nn.Buffer(torch.zeros(n_features))
+        self.feature_sd_F = nn.Buffer(torch.ones(n_features))
+
+    @torch.no_grad()
+    def standardise_features(self, features_CF: Tensor) -> None:
+        """Take up mean and standard deviation of the vectors; rows with NaN are left out."""
+        whole_CF = features_CF[torch.isfinite(features_CF).all(1)]
+        self.feature_mean_F.copy_(whole_CF.mean(0))
+        self.feature_sd_F.copy_(whole_CF.std(0, unbiased=False))
+
+    def forward(self, batch: CellBatch, features_CF: Tensor | None = None) -> Encoded:
+        """Latent of every real cell from the molecules shown; there are no token states."""
+        place_N = self.place_V[batch.full_gene_N]
+        read_N = place_N < self.n_genes
+        count_N = torch.where(read_N, batch.shown_N, 0.0)
+        latent_CD = self.read(
+            torch.where(read_N, place_N, 0), batch.full_cell_N, count_N, batch.n_cells, features_CF
+        )
+        return Encoded(latent_CD.new_empty(0, latent_CD.shape[1]), latent_CD)
+
+    def read(
+        self,
+        gene_N: Tensor,
+        cell_N: Tensor,
+        count_N: Tensor,
+        n_cells: int,
+        features_CF: Tensor | None = None,
+    ) -> Tensor:
+        """Latent of cells whose stored counts lie one cell after the other, (C, D)."""
+
+        def summed(value_N: Tensor) -> Tensor:
+            return torch.zeros(n_cells, device=value_N.device).index_add(0, cell_N, value_N)
+
+        seen_N = (count_N > 0).float()
+        # Cells with more genes would have longer sums, whatever they are like.
+        scale_C = depth_factor(summed(count_N))
+        root_C = summed(seen_N).clamp_min(1.0).sqrt()
+        weight_N = (count_N * scale_C[cell_N]).log1p() / root_C[cell_N]
+        stored_C = summed(torch.ones_like(count_N)).long()
+        summed_CH = functional.embedding_bag(
+            gene_N, self.input_GH, stored_C.cumsum(0) - stored_C, mode="sum",
+            per_sample_weights=weight_N,
+        )  # fmt: skip
+        hidden_CH = summed_CH + self.input_bias_H
+        if self.features_in is not None and features_CF is not None:
+            centred_CF = (features_CF - self.feature_mean_F) / (self.feature_sd_F + 1e-6)
+            hidden_CH = hidden_CH + self.features_in(torch.nan_to_num(centred_CF))
+        return self.trunk(hidden_CH)
+
+
+class _Prepared:
+    """A micro-batch as the head takes it; ``molecules`` are those to be predicted."""
+
+    __slots__ = ("count_N", "gene_N", "items", "seen")
+
+    def __init__(
+        self, seen: CellBatch, items: dict[str, Tensor], gene_N: Tensor, count_N: Tensor
+    ) -> None:
+        self.seen, self.items, self.gene_N, self.count_N = seen, items, gene_N, count_N
+
+
+class ImputationHead(nn.Module):
+    """Shares of molecules ``softmax(<z + offset_b, e_g> + bias_g)``, and what they cost.
+
+    An objective (:class:`~genemodel.tasks.objective.Objective`) of one loss: nats a molecule that
+    was not shown.
+
+    Parameters
+    ----------
+    frequency_G
+        Share of all molecules per gene, positive; the decoder starts from it, and a predictor that
+        ignores the cell stays there.
+    n_batches
+        Technical batches B; each has its own latent offset, zero when B is one.
+    settings
+        Widths.
+    place_V
+        Where each gene of the cells is among those decoded, G for the others.
+    """
+
+    LOSS = "nats_per_molecule"
+
+    place_V: Tensor
+    trivial_G: Tensor
+
+    def __init__(
+        self,
+        frequency_G: Floats,
+        n_batches: int,
+        settings: "DecoderSettings",
+        place_V: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        n_genes = len(frequency_G)
+        self.latent = settings.latent
         self.gene_GD = nn.Parameter(torch.randn(n_genes, settings.latent) * 0.05)
         self.bias_G = nn.Parameter(torch.log(torch.as_tensor(frequency_G, dtype=torch.float32)))
         self.offset_BD = nn.Parameter(
             torch.zeros(n_batches, settings.latent), requires_grad=n_batches > 1
         )
+        place_V = torch.arange(n_genes) if place_V is None else place_V
+        self.register_buffer("place_V", place_V, persistent=False)
+        trivial_G = torch.log_softmax(self.bias_G.detach(), 0)
+        self.register_buffer("trivial_G", trivial_G, persistent=False)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """One loss of weight 1."""
+        return {self.LOSS: 1.0}
+
+    def weights_at(self, share: float) -> dict[str, float]:
+        """As :attr:`weights`: it stays."""
+        return self.weights
 
     @torch.no_grad()
-    def start_from(self, vectors_GE: Floats) -> None:
-        """Start genes at the principal components of pre-trained vectors, as large as otherwise.
+    def prepare(self, batch: CellBatch, *, validation: bool = False) -> _Prepared:
+        """Find the molecules that are there and not shown."""
+        place_N = self.place_V[batch.full_gene_N]
+        read_N = place_N < len(self.bias_G)
+        count_N = torch.where(read_N, batch.full_count_N - batch.shown_N, 0.0)
+        items = {self.LOSS: count_N.sum()}
+        return _Prepared(batch, items, torch.where(read_N, place_N, 0), count_N)
 
-        Genes whose row is NaN start at random, and so do columns beyond the components.
-        """
-        vectors = torch.as_tensor(vectors_GE, dtype=torch.float32)
-        known_G = torch.isfinite(vectors).all(1)
-        if int(known_G.sum()) < 2:
-            return
-        centred_GE = vectors[known_G] - vectors[known_G].mean(0)
-        left_GE, size_E, _ = torch.linalg.svd(centred_GE, full_matrices=False)
-        score_GE = left_GE * size_E
-        for target in (self.input_GH, self.gene_GD):
-            k = min(score_GE.shape[1], target.shape[1])
-            chosen_GE = score_GE[:, :k]
-            target[known_G, :k] = chosen_GE / chosen_GE.std().clamp_min(1e-12) * target.std()
-
-    def encode(self, count_CG: sp.csr_matrix) -> Tensor:
-        """Latent vector of every cell, (C, D)."""
-        gene_N, start_C, weight_N = _encoder_input(count_CG)
-        summed_CH = functional.embedding_bag(
-            gene_N, self.input_GH, start_C, mode="sum", per_sample_weights=weight_N
+    def forward(
+        self, model: nn.Module, encoded: Encoded, prepared: _Prepared, *, trivial: bool = True
+    ) -> dict[str, LossPart]:
+        """Cost of the molecules that were not shown."""
+        batch = prepared.seen
+        n_cells, cell_N, count_N = batch.n_cells, batch.full_cell_N, prepared.count_N
+        latent_CD = self.shifted(encoded.cell_CD[:n_cells], batch.batch_C[:n_cells])
+        library_C = torch.zeros(n_cells, device=batch.device).index_add(0, cell_N, count_N)
+        total = MultinomialLoss.apply(
+            latent_CD, self.gene_GD, self.bias_G, cell_N, prepared.gene_N, count_N, library_C
         )
-        return self.trunk(summed_CH + self.input_bias_H)
+        alone = -(count_N @ self.trivial_G[prepared.gene_N]) if trivial else None
+        return {self.LOSS: LossPart(total, prepared.items[self.LOSS], alone)}
+
+    def forward_flops(self, model: nn.Module, lengths_C: NDArray[np.integer]) -> int:
+        """Operations of one forward pass: the decoder's matrix, and a transformer beneath."""
+        backbone = getattr(model, "backbone", None)
+        beneath = 0 if backbone is None else encoder_flops(backbone.settings, lengths_C)
+        return 2 * len(lengths_C) * self.latent * len(self.bias_G) + beneath
+
+    def shifted(self, latent_CD: Tensor, batch_C: Tensor) -> Tensor:
+        """Add each cell's batch offset; batch -1 stands for the mean of all batches."""
+        own_CD = self.offset_BD[batch_C.clamp_min(0)]
+        return latent_CD + torch.where((batch_C >= 0)[:, None], own_CD, self.offset_BD.mean(0))
 
     def log_fraction(self, latent_CD: Tensor, batch_C: Tensor) -> Tensor:
-        """Log share of molecules per gene, (C, G); rows exponentiate to one.
+        """Log share of molecules per gene, (C, G); rows exponentiate to one."""
+        shifted_CD = self.shifted(latent_CD, batch_C)
+        return torch.log_softmax(torch.addmm(self.bias_G, shifted_CD, self.gene_GD.t()), 1)
 
-        Batch -1 stands for the mean offset of all batches.
-        """
-        offset_CD = torch.where(
-            (batch_C >= 0)[:, None], self.offset_BD[batch_C.clamp_min(0)], self.offset_BD.mean(0)
+
+class Decoder(nn.Module):
+    """Encoder of sparse counts, and the head that decodes them."""
+
+    def __init__(self, encoder: SparseCountEncoder, head: ImputationHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    @classmethod
+    def new(
+        cls, n_genes: int, n_batches: int, settings: "DecoderSettings", n_features: int = 0
+    ) -> "Decoder":
+        """Make one of new weights, to be given others."""
+        encoder = SparseCountEncoder(np.arange(n_genes), n_genes, settings, n_features)
+        return cls(encoder, ImputationHead(np.full(n_genes, 1 / n_genes), n_batches, settings))
+
+    def encode(self, count_CG: sp.csr_matrix, features_CF: Floats | None = None) -> Tensor:
+        """Latent vector of every cell, (C, D)."""
+        stored_C = np.diff(count_CG.indptr)
+        cell_N = torch.from_numpy(np.repeat(np.arange(len(stored_C)), stored_C))
+        beside = None
+        if features_CF is not None:
+            beside = torch.from_numpy(np.ascontiguousarray(features_CF, np.float32))
+        return self.encoder.read(
+            torch.from_numpy(count_CG.indices.astype(np.int64)),
+            cell_N,
+            torch.from_numpy(count_CG.data.astype(np.float32)),
+            len(stored_C),
+            beside,
         )
-        logit_CG = torch.addmm(self.bias_G, latent_CD + offset_CD, self.gene_GD.t())
-        return torch.log_softmax(logit_CG, 1)
+
+
+@torch.no_grad()
+def start_at_vectors(encoder: SparseCountEncoder, head: ImputationHead, vectors_GE: Floats) -> None:
+    """Start genes at the principal components of pre-trained vectors, as large as otherwise.
+
+    Genes whose row is NaN start at random, and so do columns beyond the components.
+    """
+    vectors = torch.as_tensor(vectors_GE, dtype=torch.float32)
+    known_G = torch.isfinite(vectors).all(1)
+    if int(known_G.sum()) < 2:
+        return
+    centred_GE = vectors[known_G] - vectors[known_G].mean(0)
+    left_GE, size_E, _ = torch.linalg.svd(centred_GE, full_matrices=False)
+    score_GE = left_GE * size_E
+    for target in (encoder.input_GH, head.gene_GD):
+        k = min(score_GE.shape[1], target.shape[1])
+        chosen_GE = score_GE[:, :k]
+        target[known_G, :k] = chosen_GE / chosen_GE.std().clamp_min(1e-12) * target.std()
 
 
 @torch.no_grad()
 def decode_fraction(
-    decoder: Decoder, count_CG: sp.csr_matrix, batch_C: NDArray[np.integer], block: int = 256
+    decoder: Decoder,
+    count_CG: sp.csr_matrix,
+    batch_C: NDArray[np.integer],
+    features_CF: Floats | None = None,
+    block: int = 256,
 ) -> NDArray[np.float32]:
     """Prior share of molecules per gene given all counts of a cell, (C, G) float32.
 
@@ -220,6 +397,8 @@ def decode_fraction(
         All counts of the cells, CSR (C, G).
     batch_C
         Batch whose offset is used, per cell; -1 for the mean over batches.
+    features_CF
+        Vectors of the cells, where the decoder was trained with them.
     block
         Cells at a time.
     """
@@ -227,31 +406,11 @@ def decode_fraction(
     fraction_CG = np.empty(count_CG.shape, dtype=np.float32)
     for start in range(0, count_CG.shape[0], block):
         cells = slice(start, start + block)
-        latent_CD = decoder.encode(count_CG[cells])
+        beside = None if features_CF is None else features_CF[cells]
+        latent_CD = decoder.encode(count_CG[cells], beside)
         codes_C = torch.from_numpy(np.asarray(batch_C[cells], dtype=np.int64))
-        fraction_CG[cells] = decoder.log_fraction(latent_CD, codes_C).exp_().numpy()
+        fraction_CG[cells] = decoder.head.log_fraction(latent_CD, codes_C).exp_().numpy()
     return fraction_CG
-
-
-@torch.no_grad()
-def _heldout_nats(
-    decoder: Decoder,
-    seen_CG: sp.csr_matrix,
-    held_CG: sp.csr_matrix,
-    batch_C: NDArray[np.int64],
-    block: int = 256,
-) -> float:
-    """Negative log-likelihood per held-out molecule."""
-    decoder.eval()
-    total = 0.0
-    for start in range(0, seen_CG.shape[0], block):
-        cells = slice(start, start + block)
-        row_N, column_N, count_N, _ = _target(held_CG[cells])
-        log_CG = decoder.log_fraction(
-            decoder.encode(seen_CG[cells]), torch.from_numpy(batch_C[cells])
-        )
-        total -= float(count_N @ log_CG[row_N, column_N])
-    return total / max(float(held_CG.sum()), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +517,8 @@ class TrainedDecoder:
         What the intervals hold of the molecules set aside.
     history
         ``(epoch, heldout_nats)`` of every check.
+    backbone
+        The transformer beneath where there is one, adapters merged.
     """
 
     decoder: Decoder
@@ -365,6 +526,7 @@ class TrainedDecoder:
     heldout_nats: float
     coverage: Coverage
     history: list[tuple[int, float]] = field(default_factory=list)
+    backbone: GeneModel | None = None
 
     def __repr__(self) -> str:
         return (
@@ -374,27 +536,37 @@ class TrainedDecoder:
 
 
 def train_decoder(
-    count_CG: sp.csr_matrix,
-    batch_C: NDArray[np.integer] | None = None,
+    data: TrainingCells,
     settings: DecoderSettings | None = None,
     *,
+    gene_G: NDArray[np.integer] | None = None,
     gene_vectors_GE: Floats | None = None,
+    backbone: Backbone | None = None,
+    n_tokens: int | None = None,
+    where: HeadRun | None = None,
     seed: int = 0,
 ) -> TrainedDecoder:
     """Train the decoder by thinning and calibrate its dispersion on molecules set aside.
 
     Parameters
     ----------
-    count_CG
-        Raw counts, CSR (C, G). Drop genes without counts first: they cost time and say nothing.
-    batch_C
-        Technical batch codes 0..B-1; one batch if omitted.
+    data
+        The cells.
     settings
         Default ``DecoderSettings()``.
+    gene_G
+        Genes that are read and decoded, by their place among those of the cells; default all. Leave
+        out genes without counts: they cost time and say nothing.
     gene_vectors_GE
-        Pre-trained vectors from which the genes start; NaN for a gene without one. There is no such
-        door for *cell* vectors: they are made from all molecules of a cell, and would show the
-        encoder those that it is to predict.
+        Pre-trained vectors from which the genes start; NaN for a gene without one.
+    backbone
+        A transformer whose cell vectors are read beside the counts. They are made anew of the
+        molecules that are shown, in every step: made once of all, they would show the encoder those
+        that it is to predict.
+    n_tokens
+        Genes of the cells at or above it are unknown to the transformer.
+    where
+        Folder and devices of the training.
     seed
         Fixes the split, the initial weights and the order of cells.
 
@@ -406,99 +578,217 @@ def train_decoder(
     Raises
     ------
     DataError
-        If a cell or a gene has no counts, or the codes do not match the cells.
+        If a gene has no counts in the cells that are looked at.
+    ConfigError
+        The training went out of bounds.
     """
-    settings = settings or DecoderSettings()
-    count_CG = sp.csr_matrix(count_CG)
-    n_cells = count_CG.shape[0]
-    total_G = np.asarray(count_CG.sum(axis=0), dtype=np.float64).ravel()
-    if not total_G.all() or not np.asarray(count_CG.sum(axis=1)).all():
-        raise DataError("counts have cells or genes without any count; remove them before training")
-    codes_C = np.zeros(n_cells, np.int64) if batch_C is None else np.asarray(batch_C, np.int64)
-    if codes_C.shape != (n_cells,) or codes_C.min() < 0:
-        raise DataError(f"batch codes have shape {codes_C.shape}; expected ({n_cells},), all >= 0")
-
-    generator = np.random.default_rng(seed)
-    seen_CG, held_CG = split_molecules(count_CG, 1.0 - settings.calibration_fraction, generator)
-    frequency_G = np.asarray(seen_CG.sum(axis=0)).ravel() + 0.1
+    settings, where = settings or DecoderSettings(), where or HeadRun()
+    plan = _Plan(data, settings, gene_G, gene_vectors_GE, backbone, n_tokens, seed, where)
+    trained = train_head(
+        where,
+        values=to_values(settings)
+        | ({} if backbone is None else {"backbone": to_values(backbone.tuning)}),
+        reading=plan.reading,
+        optim=OptimSettings(
+            lr=settings.learning_rate, warmup_steps=max(1, round(0.1 * plan.steps)),
+            # As low as torch's one-cycle schedule ends with its own factors, 25 and 20.
+            final_lr=0.002, weight_decay=0.0, beta2=0.99, clip=0.0,
+            average_decay=settings.average_decay,
+        ),
+        steps=plan.steps,
+        build=plan.build,
+        seed=seed,
+        looks={
+            "validate_every": settings.check_every * plan.steps_a_pass,
+            "validation_batches": 10**9,
+            "early_stopping": settings.patience + 1,
+            "early_stopping_gain": _GAIN,
+        },
+        backbone=None if backbone is None else backbone.model.settings,
+    )  # fmt: skip
+    history = [
+        (round(step / plan.steps_a_pass), float(nats))
+        for step, nats in zip(
+            trained.history[STEP], trained.history[ImputationHead.LOSS], strict=True
+        )
+    ]
+    nats = min(nats for _, nats in history)
+    if not math.isfinite(nats):
+        raise ConfigError(
+            f"The training went out of bounds (learning_rate={settings.learning_rate:g}): its "
+            "numbers are no longer finite. Set a lower one; the default is "
+            f"{DecoderSettings().learning_rate:g}."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = Decoder(frequency_G / frequency_G.sum(), int(codes_C.max()) + 1, settings)
-        if gene_vectors_GE is not None:
-            decoder.start_from(gene_vectors_GE)
-        averaged, nats, history = _fit(decoder, seen_CG, held_CG, codes_C, generator, settings)
+        built = plan.build()
+    built.model.load_state_dict(_below("model.", trained.weights))
+    built.objectives.load_state_dict(_below("objectives.", trained.weights))
+    head, model = built.objectives, built.model
+    assert isinstance(head, ImputationHead)
+    dispersion_G, coverage = _calibrated(plan, model, head, where.target)
+    tuned = None
+    if isinstance(model, CountsBesideBackbone):
+        assert isinstance(model.backbone, GeneModel)
+        tuned = merged(model.backbone).cpu().eval()
+        model = model.counts
+    assert isinstance(model, SparseCountEncoder)
+    decoder = Decoder(model, head).cpu().eval()
+    return TrainedDecoder(decoder, dispersion_G, nats, coverage, history, tuned)
 
-    chosen_C = np.arange(n_cells)
-    if n_cells > settings.calibration_cells:
-        chosen_C = np.sort(generator.choice(n_cells, settings.calibration_cells, replace=False))
-        seen_CG, held_CG, codes_C = seen_CG[chosen_C], held_CG[chosen_C], codes_C[chosen_C]
-    library_C = np.asarray(seen_CG.sum(axis=1), dtype=np.float32).ravel()
 
-    def prior_mean(cells: slice) -> Floats:
-        fraction_CG = decode_fraction(averaged, seen_CG[cells], codes_C[cells])
+# Less than this, in nats a molecule, is no gain: the differences between seeds are larger.
+_GAIN = 1e-4
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+class _Plan:
+    """What is settled before the training: genes, micro-batches, steps, molecules set aside."""
+
+    def __init__(
+        self,
+        data: TrainingCells,
+        settings: DecoderSettings,
+        gene_G: NDArray[np.integer] | None,
+        gene_vectors_GE: Floats | None,
+        backbone: Backbone | None,
+        n_tokens: int | None,
+        seed: int,
+        where: HeadRun,
+    ) -> None:
+        self.data, self.settings, self.seed = data, settings, seed
+        self.backbone, self.vectors_GE = backbone, gene_vectors_GE
+        self.gene_G = np.arange(data.n_genes) if gene_G is None else np.asarray(gene_G)
+        n_cells = len(data.train)
+        size = min(settings.batch_cells, n_cells)
+        # As even as can be: a step of few cells would be all noise.
+        size = math.ceil(n_cells / math.ceil(n_cells / size))
+        trainer = where.trainer
+        at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
+        self.steps_a_pass = math.ceil(n_cells / at_once)
+        self.steps = settings.passes(n_cells) * self.steps_a_pass
+        aside = settings.calibration_fraction
+        self.judged = View(seed, aside=aside, judged=True)
+        tokens = TokenSettings(2, 2 * size, size + tail_pieces(2 * size, 2))
+        inverse_median_V = np.ones(data.n_genes, np.float32)
+        if backbone is not None:
+            shape = backbone.tokens
+            tokens = replace(shape, places=size + tail_pieces(shape.budget, shape.context))
+            known_V = backbone.inverse_median_V
+            inverse_median_V[: len(known_V)] = known_V[: data.n_genes]
+        held_out = data.held_out if data.held_out.size else data.sample
+        self.reading = Reading(
+            data.cells, tokens, inverse_median_V, data.train, held_out,
+            batch_codes=data.batch_C, layout=data.layout,
+            view=View(seed, settings.thin_low, settings.thin_high, aside), held_view=self.judged,
+            n_tokens=n_tokens if backbone is not None else None,
+        )  # fmt: skip
+        # What the encoder is shown of the sample in a check, and what is set aside of it.
+        self.seen_SG, self.held_SG = self._shared_out(data.sample, data.sample_SV)
+        total_G = np.asarray(data.sample_SV[:, self.gene_G].sum(0)).ravel()
+        if not total_G.all():
+            raise DataError("counts have genes without any count; remove them before training")
+
+    def _shared_out(
+        self, cells: NDArray[np.integer], counts_SV: sp.csr_matrix
+    ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Split counts of some cells into molecules that are shown and set aside."""
+        counts_SV = sp.csr_matrix(counts_SV)
+        there_N, seen_N = self.judged.apply(
+            counts_SV.indptr[:-1], counts_SV.indptr[1:], counts_SV.indices, counts_SV.data, cells, 0
+        )
+        parts = []
+        for value_N in (seen_N, there_N - seen_N):
+            part = sp.csr_matrix(
+                (value_N, counts_SV.indices.copy(), counts_SV.indptr.copy()), counts_SV.shape
+            )
+            part.eliminate_zeros()
+            parts.append(part[:, self.gene_G])
+        return parts[0], parts[1]
+
+    def build(self) -> Built:
+        """Make encoder and head, with their starting points."""
+        data, settings, backbone = self.data, self.settings, self.backbone
+        width = 0 if backbone is None else backbone.model.settings.width
+        counts = SparseCountEncoder(self.gene_G, data.n_genes, settings, width)
+        frequency_G = np.asarray(self.seen_SG.sum(axis=0)).ravel() + 0.1
+        head = ImputationHead(
+            frequency_G / frequency_G.sum(), data.n_batches, settings, counts.place_V.clone()
+        )
+        if self.vectors_GE is not None:
+            start_at_vectors(counts, head, self.vectors_GE)
+        if backbone is None:
+            return Built(counts, head)
+        model = copy.deepcopy(backbone.model)
+        beside = CountsBesideBackbone(counts, model, copy.deepcopy(backbone.projection))
+        counts.standardise_features(self._first_vectors(beside))
+        tune(model, backbone.tuning)
+        shares = {f"backbone.{k}": v for k, v in rate_shares(model, backbone.tuning).items()}
+        return Built(beside, head, shares)
+
+    @torch.no_grad()
+    def _first_vectors(self, beside: CountsBesideBackbone) -> Tensor:
+        """Vectors of some training cells by the transformer as it comes."""
+        some = self.data.sample[:: max(1, self.data.sample.size // _STANDARDISED)]
+        beside.eval()
+        rows = [beside.vectors(batch) for batch in self.in_order(some)]
+        beside.train()
+        return torch.cat(rows)
+
+    def in_order(
+        self, cells: NDArray[np.integer], device: torch.device | str = "cpu"
+    ) -> Iterator[CellBatch]:
+        """Read cells once, without the molecules that are set aside."""
+        reading = self.reading
+        stream = CellStream(
+            self.data.cells, cells, reading.tokens, seed=self.seed, endless=False, shuffle=False,
+            inverse_median_V=reading.inverse_median_V, view=self.judged,
+            n_tokens=reading.n_tokens,
+        )  # fmt: skip
+        for batch, _ in on_device(stream, device):
+            yield batch
+
+
+# Cells whose vectors settle their mean and deviation before a transformer learns on.
+_STANDARDISED = 2048
+
+
+@torch.no_grad()
+def _calibrated(
+    plan: _Plan, model: nn.Module, head: ImputationHead, device: torch.device
+) -> tuple[NDArray[np.float64], Coverage]:
+    """Fit the dispersion of every gene on molecules set aside, and check the intervals on them."""
+    data, settings, seed = plan.data, plan.settings, plan.seed
+    model.to(device).eval()
+    cells, seen_SG, held_SG = data.sample, plan.seen_SG, plan.held_SG
+    if len(cells) > settings.calibration_cells:
+        generator = np.random.default_rng(seed)
+        chosen = generator.choice(len(cells), settings.calibration_cells, replace=False)
+        rows = np.sort(chosen)
+        cells, seen_SG, held_SG = cells[rows], seen_SG[rows], held_SG[rows]
+    latents, numbers = [], []
+    for batch in plan.in_order(cells, device):
+        encoded: Encoded = model(batch)
+        latents.append(encoded.cell_CD[: batch.n_cells].float().cpu())
+        numbers.append(batch.cell_C[: batch.n_cells].cpu())
+    latent_SD = torch.cat(latents)[torch.argsort(torch.cat(numbers))]
+    code_S = torch.from_numpy(np.asarray(data.batch_C[cells], np.int64))
+    library_S = np.asarray(seen_SG.sum(axis=1), dtype=np.float32).ravel()
+    head.cpu()
+
+    def prior_mean(rows: slice) -> Floats:
+        with torch.no_grad():
+            fraction_CG = head.log_fraction(latent_SD[rows], code_S[rows]).exp().numpy()
         # A cell whose every molecule was set aside has seen nothing and predicts nothing.
-        return np.maximum(fraction_CG * library_C[cells, None], 1e-12)
+        return np.maximum(fraction_CG * library_S[rows, None], 1e-12)
 
     ratio = settings.calibration_fraction / (1.0 - settings.calibration_fraction)
-    dispersion_G = calibrate_dispersion(prior_mean, seen_CG, held_CG, ratio)
+    dispersion_G = calibrate_dispersion(prior_mean, seen_SG, held_SG, ratio)
     coverage = measure_coverage(
-        prior_mean, dispersion_G, seen_CG, held_CG, ratio, np.random.default_rng(seed)
+        prior_mean, dispersion_G, seen_SG, held_SG, ratio, np.random.default_rng(seed)
     )
     logger.info("%s", coverage)
-    return TrainedDecoder(averaged, dispersion_G, nats, coverage, history)
-
-
-def _fit(
-    decoder: Decoder,
-    seen_CG: sp.csr_matrix,
-    held_CG: sp.csr_matrix,
-    codes_C: NDArray[np.int64],
-    generator: np.random.Generator,
-    settings: DecoderSettings,
-) -> tuple[Decoder, float, list[tuple[int, float]]]:
-    """Run the optimiser; return the best averaged weights, their score and the history."""
-    n_cells = seen_CG.shape[0]
-    weights: list[Tensor] = [p for p in decoder.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.99))
-    epochs = settings.passes(n_cells)
-    n_steps = epochs * math.ceil(n_cells / settings.batch_cells)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=n_steps, pct_start=0.1, final_div_factor=20
-    )
-    running = copy.deepcopy(decoder)
-    averaged: list[Tensor] = [p for p in running.parameters() if p.requires_grad]
-    best, best_nats, step, waited = copy.deepcopy(decoder), math.inf, 0, 0
-    history: list[tuple[int, float]] = []
-    for epoch in range(1, epochs + 1):
-        decoder.train()
-        order_C = generator.permutation(n_cells)
-        for start in range(0, n_cells, settings.batch_cells):
-            cells = np.sort(order_C[start : start + settings.batch_cells])
-            keep_C = generator.uniform(settings.thin_low, settings.thin_high, len(cells))
-            shown_CG, other_CG = split_molecules(seen_CG[cells], keep_C, generator)
-            latent_CD = decoder.encode(shown_CG)
-            if decoder.offset_BD.requires_grad:
-                latent_CD = latent_CD + decoder.offset_BD[torch.from_numpy(codes_C[cells])]
-            loss = MultinomialLoss.apply(
-                latent_CD, decoder.gene_GD, decoder.bias_G, *_target(other_CG)
-            )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            step += 1
-            decay = min(settings.average_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(averaged, weights, 1.0 - decay)
-        if epoch % settings.check_every == 0 or epoch == epochs:
-            nats = _heldout_nats(running, seen_CG, held_CG, codes_C)
-            history.append((epoch, nats))
-            logger.info(
-                "imputation: pass %d of %d, %.4f nats a molecule set aside", epoch, epochs, nats
-            )
-            waited = 0 if nats < best_nats - 1e-4 else waited + 1
-            if nats < best_nats:
-                best, best_nats = copy.deepcopy(running), nats
-            if waited > settings.patience:
-                break
-    return best, best_nats, history
+    return dispersion_G, coverage

@@ -6,6 +6,7 @@ On disk it has the decoder and not the counts, and is given further cells with
     imputation.json      format, settings, batches, calibration, checksums
     weights.safetensors  decoder ("decoder.*"), dispersion of every gene, which genes have counts
     genes.txt            names of the genes, one a line
+    bundle/              only where cell vectors of a pre-trained model are read
 
 Axes: C cells, G genes, M posterior draws, Q quantile levels.
 """
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 import genemodel
+from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import (
     BLOCK_CELLS,
     Coverage,
@@ -34,12 +36,15 @@ from genemodel.adapt.imputation import (
     decode_fraction,
     train_decoder,
 )
+from genemodel.adapt.integration import Backbone
 from genemodel.adapt.posterior import (
     expected_log1p,
     posterior_draws,
     posterior_gamma,
     rate_quantiles,
 )
+from genemodel.adapt.training_cells import TrainingCells
+from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
 from genemodel.bundle.history import STEP
 from genemodel.errors import ConfigError, DataError
@@ -52,8 +57,9 @@ Kind = Literal["posterior", "decoder"]
 Library = float | str | None
 Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None
 
-FORMAT = 2  # from 2 on imputation.json holds a checksum of itself
-ABOUT, WEIGHTS, GENES = "imputation.json", "weights.safetensors", "genes.txt"
+# From 2 on imputation.json holds a checksum of itself; from 3 on encoder and head have names.
+FORMAT = 3
+ABOUT, WEIGHTS, GENES, BUNDLE = "imputation.json", "weights.safetensors", "genes.txt", "bundle"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
@@ -113,6 +119,52 @@ class GammaPosterior:
         return posterior_draws(self.shape_CG, self.rate_CG, n, generator)
 
 
+@dataclass(frozen=True)
+class TokenBackbone:
+    """A transformer beneath a decoder of the data's own genes.
+
+    Attributes
+    ----------
+    backbone
+        The transformer, and what of it learns.
+    n_tokens
+        Size of its vocabulary (V).
+    token_G
+        Token of every gene of the data, -1 where it knows none.
+    species_C
+        Species code of every cell.
+    """
+
+    backbone: Backbone
+    n_tokens: int
+    token_G: NDArray[np.integer]
+    species_C: NDArray[np.integer]
+
+    def over_tokens(
+        self, counts_CK: sp.csr_matrix, kept_G: NDArray[np.integer]
+    ) -> tuple[sp.csr_matrix, NDArray[np.integer]]:
+        """Put some genes of the data in the places of their tokens, the others behind.
+
+        Of several genes of one token the first has its place.
+
+        Returns
+        -------
+        tuple
+            Counts (C, V + others), and the column of every kept gene.
+        """
+        token_K = np.asarray(self.token_G)[kept_G]
+        _, first = np.unique(token_K, return_index=True)
+        own_K = np.zeros(len(token_K), bool)
+        own_K[first] = True
+        own_K &= token_K >= 0
+        place_K = np.where(own_K, token_K, self.n_tokens + np.cumsum(~own_K) - 1)
+        entries = counts_CK.tocoo()
+        shape = (counts_CK.shape[0], self.n_tokens + int((~own_K).sum()))
+        placed = sp.csr_matrix((entries.data, (entries.row, place_K[entries.col])), shape)
+        placed.sort_indices()
+        return placed, place_K
+
+
 class ImputationModel:
     """What :func:`genemodel.impute` learned: decoder, dispersion and the counts they explain.
 
@@ -136,6 +188,10 @@ class ImputationModel:
         Columns of obs that told the batches apart.
     where
         Name of the data in messages.
+    features_CF
+        Vectors of the cells by ``bundle``.
+    bundle
+        Model whose cell vectors are read beside the counts; None without.
 
     Attributes
     ----------
@@ -157,7 +213,10 @@ class ImputationModel:
         genes: Sequence[str] = (),
         batch_keys: tuple[str, ...] = (),
         where: str = "AnnData",
+        features_CF: NDArray[np.floating] | None = None,
+        bundle: Bundle | None = None,
     ) -> None:
+        self.bundle = bundle
         self.trained = trained
         self.kept_G = kept_G
         self.batches = batches
@@ -165,7 +224,7 @@ class ImputationModel:
         self.settings = settings
         self.provenance: dict[str, Any] = {}
         self.genes = list(genes) or [str(gene) for gene in range(counts_CG.shape[1])]
-        self._explain(counts_CG, batch_C, None, where)
+        self._explain(counts_CG, batch_C, None, where, features_CF)
         self.unseen_share = _UNSEEN / max(float(self.library_C.sum()), 1.0)
         order_G = np.argsort(np.asarray(self._kept_CG.sum(axis=0)).ravel(), kind="stable")
         rarest_G = trained.dispersion_G[order_G[: max(1, len(order_G) // 10)]]
@@ -180,8 +239,10 @@ class ImputationModel:
         batch_C: NDArray[np.integer],
         measured_G: NDArray[np.bool_] | None,
         where: str,
+        features_CF: NDArray[np.floating] | None,
     ) -> None:
         """Take up the cells that are asked about; ``measured_G`` is None where all genes were."""
+        self.features_CF = features_CF
         self.counts_CG = counts_CG
         self.batch_C = batch_C
         self.measured_G = measured_G
@@ -196,6 +257,7 @@ class ImputationModel:
         measured_G: NDArray[np.bool_] | None = None,
         *,
         where: str = "AnnData",
+        features_CF: NDArray[np.floating] | None = None,
     ) -> Self:
         """Return the same model of other cells, without training.
 
@@ -211,6 +273,8 @@ class ImputationModel:
             those.
         where
             Name of the data in messages.
+        features_CF
+            Vectors of the cells by the model's ``bundle``, where it has one.
         """
         if counts_CG.shape[1] != len(self.genes):
             raise DataError(
@@ -220,7 +284,8 @@ class ImputationModel:
         other = copy.copy(self)
         codes_C = np.full(counts_CG.shape[0], -1) if batch_C is None else np.asarray(batch_C)
         complete = measured_G is None or bool(np.all(measured_G))
-        other._explain(sp.csr_matrix(counts_CG), codes_C, None if complete else measured_G, where)
+        measured_G = None if complete else measured_G
+        other._explain(sp.csr_matrix(counts_CG), codes_C, measured_G, where, features_CF)
         return other
 
     @classmethod
@@ -234,6 +299,8 @@ class ImputationModel:
         genes: Sequence[str] = (),
         batch_keys: tuple[str, ...] = (),
         gene_vectors_GE: NDArray[np.floating] | None = None,
+        backbone: TokenBackbone | None = None,
+        run: HeadRun | None = None,
         seed: int = 0,
         where: str = "AnnData",
     ) -> Self:
@@ -253,6 +320,11 @@ class ImputationModel:
             Columns of obs that told the batches apart.
         gene_vectors_GE
             Pre-trained vectors of the genes, NaN where there is none; see :func:`train_decoder`.
+        backbone
+            A transformer beneath, and how its tokens are found among the genes. The model then has
+            it as ``trained.backbone``, but no vectors of the cells yet: see :meth:`with_vectors`.
+        run
+            Folder and devices of the training.
         seed
             Of the split of molecules and the training.
         where
@@ -275,11 +347,23 @@ class ImputationModel:
                 f"learn what cells have in common takes {_FEWEST} of each, better thousands. "
                 "Impute it together with more cells."
             )
+        kept_CG = counts_CG[kept_C][:, kept_G].astype(np.float32)
+        own_G, species_C = None, None
+        if backbone is not None:
+            # The tokens are its vocabulary's, and genes that it does not know come behind.
+            kept_CG, own_G = backbone.over_tokens(kept_CG, kept_G)
+            species_C = backbone.species_C[kept_C]
+        data = TrainingCells.held(
+            kept_CG, codes_C[kept_C], species_C=species_C, where=where, seed=seed
+        )
         trained = train_decoder(
-            counts_CG[kept_C][:, kept_G].astype(np.float32),
-            codes_C[kept_C],
+            data,
             settings,
+            gene_G=own_G,
             gene_vectors_GE=None if gene_vectors_GE is None else gene_vectors_GE[kept_G],
+            backbone=None if backbone is None else backbone.backbone,
+            n_tokens=None if backbone is None else backbone.n_tokens,
+            where=run,
             seed=seed,
         )
         model = cls(
@@ -297,6 +381,12 @@ class ImputationModel:
             "heldout_nats_per_molecule": trained.heldout_nats,
         }
         return model
+
+    def with_vectors(self, bundle: Bundle, features_CF: NDArray[np.floating]) -> Self:
+        """Return the same model with the transformer beneath, and its vectors of the cells."""
+        other = copy.copy(self)
+        other.bundle, other.features_CF = bundle, features_CF
+        return other
 
     @property
     def history(self) -> pd.DataFrame:
@@ -453,8 +543,10 @@ class ImputationModel:
         seen_G = place_G[at_G] >= 0
         for start in range(0, len(at_C), BLOCK_CELLS):
             cells = slice(start, start + BLOCK_CELLS)
+            rows = at_C[cells]
+            beside = None if self.features_CF is None else self.features_CF[rows]
             all_CG = decode_fraction(
-                self.trained.decoder, self._kept_CG[at_C[cells]], code_C[cells]
+                self.trained.decoder, self._kept_CG[rows], code_C[cells], beside
             )
             if self.measured_G is not None:
                 # The library was counted on these genes: the others come on top of it.
@@ -482,6 +574,8 @@ class ImputationModel:
         def fill(folder: Path) -> None:
             save_file(weights, folder / WEIGHTS)
             (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
+            if self.bundle is not None:
+                self.bundle.save(folder / BUNDLE)
 
         about = {
             "format": FORMAT,
@@ -492,6 +586,7 @@ class ImputationModel:
             "heldout_nats": trained.heldout_nats,
             "history": [list(row) for row in trained.history],
             "provenance": self.provenance,
+            "bundle": None if self.bundle is None else self.bundle.fingerprint,
             "coverage": {
                 "overall": trained.coverage.overall,
                 "by_gene_decile": list(trained.coverage.by_gene_decile),
@@ -502,8 +597,10 @@ class ImputationModel:
         write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
         """Read what :meth:`save` wrote: a model of no cells, to be given some with :meth:`of`.
+
+        ``device`` is for the bundle, if there is one.
 
         Raises
         ------
@@ -520,11 +617,16 @@ class ImputationModel:
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
         kept_G = weights["kept_G"].numpy()
         dispersion_G = weights["dispersion_G"].numpy()
-        n_batches = weights["decoder.offset_BD"].shape[0]
-        decoder = Decoder(np.full(len(kept_G), 1 / len(kept_G)), n_batches, settings)
+        weights = _as_now(weights)
+        n_batches = weights["decoder.head.offset_BD"].shape[0]
+        n_features = weights["decoder.encoder.feature_mean_F"].shape[0]
+        decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
         decoder.load_state_dict(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
         )
+        bundle = None
+        if about.get("bundle") is not None:
+            bundle = Bundle.load(path / BUNDLE, device=device)
         coverage = Coverage(
             overall=about["coverage"]["overall"],
             by_gene_decile=tuple(about["coverage"]["by_gene_decile"]),
@@ -544,10 +646,27 @@ class ImputationModel:
             genes=genes,
             batch_keys=tuple(about["batch_keys"]),
             where=str(path),
+            bundle=bundle,
         )
         model.provenance = about.get("provenance", {})  # earlier models have none
         model.unseen_share, model.dispersion_G = about["unseen_share"], dispersion_G
         return model
+
+
+def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name weights as this version does: before format 3 encoder and head were one module."""
+    if any(name.startswith("decoder.encoder.") for name in weights):
+        return weights
+    head = ("gene_GD", "bias_G", "offset_BD")
+    named = {}
+    for name, tensor in weights.items():
+        own = name.removeprefix("decoder.")
+        if own != name:
+            name = f"decoder.head.{own}" if own in head else f"decoder.encoder.{own}"
+        named[name] = tensor
+    for name in ("feature_mean_F", "feature_sd_F"):
+        named[f"decoder.encoder.{name}"] = torch.zeros(0)
+    return named
 
 
 def check_kind(kind: str) -> None:

@@ -50,7 +50,7 @@ _STANDARDISED = 2048
 
 @dataclass(frozen=True)
 class Backbone:
-    """A pre-trained transformer beneath a head.
+    """A pre-trained transformer beneath a head, whose loss reaches what of it learns.
 
     Attributes
     ----------
@@ -62,8 +62,6 @@ class Backbone:
         How it reads cells.
     tuning
         What of it learns.
-    vectors_CF
-        Its vectors of all cells, where nothing of it learns; NaN for a cell without known genes.
     """
 
     model: GeneModel
@@ -71,7 +69,6 @@ class Backbone:
     tokens: TokenSettings
     inverse_median_V: np.ndarray
     tuning: TuningSettings
-    vectors_CF: np.ndarray | None = None
 
 
 class IntegrationNet(nn.Module):
@@ -160,6 +157,7 @@ def train_integration(
     data: TrainingCells,
     *,
     settings: IntegrationSettings | None = None,
+    vectors_NF: np.ndarray | None = None,
     backbone: Backbone | None = None,
     gene_vectors_VE: np.ndarray | None = None,
     where: HeadRun | None = None,
@@ -173,8 +171,11 @@ def train_integration(
         The cells.
     settings
         The recipe; the default is meant for every data set.
+    vectors_NF
+        Vectors of all cells by a transformer that stays as it is, read beside the counts; NaN for
+        a cell without known genes.
     backbone
-        A transformer whose cell vectors are read beside the counts.
+        Or a transformer that makes them on the way.
     gene_vectors_VE
         Pre-trained gene vectors, from which the genes start.
     where
@@ -188,7 +189,7 @@ def train_integration(
         The training went out of bounds.
     """
     settings, where = settings or IntegrationSettings(), where or HeadRun()
-    plan = _Plan(data, settings, backbone, gene_vectors_VE, seed, where)
+    plan = _Plan(data, settings, vectors_NF, backbone, gene_vectors_VE, seed, where)
     trained = train_head(
         where,
         values=to_values(settings) | _said_of(backbone),
@@ -250,17 +251,18 @@ class _Plan:
         self,
         data: TrainingCells,
         settings: IntegrationSettings,
+        vectors_NF: np.ndarray | None,
         backbone: Backbone | None,
         gene_vectors_VE: np.ndarray | None,
         seed: int,
         where: HeadRun,
     ) -> None:
-        self.data, self.settings, self.backbone, self.seed = data, settings, backbone, seed
+        self.data, self.settings, self.seed = data, settings, seed
+        self.vectors_NF, self.backbone = vectors_NF, backbone
         code_S = data.batch_C[data.sample]
         self.gene_G = select_genes(data.sample_SV, code_S, settings.n_genes)
         self.sample_SG = data.sample_SV[:, self.gene_G]
         self.vectors_GE = None if gene_vectors_VE is None else gene_vectors_VE[self.gene_G]
-        self.live = backbone is not None and backbone.vectors_CF is None
         train = data.train
         n_cells = len(train)
         size = min(settings.batch_cells, n_cells)
@@ -283,7 +285,7 @@ class _Plan:
 
     def _tokens(self, size: int) -> TokenSettings:
         """Shape of a micro-batch of so many cells."""
-        if not self.live or self.backbone is None:
+        if self.backbone is None:
             # No transformer reads tokens: every cell is as long as any other.
             return TokenSettings(2, 2 * size, size + tail_pieces(2 * size, 2))
         tokens = self.backbone.tokens
@@ -292,9 +294,9 @@ class _Plan:
     def build(self) -> Built:
         """Make encoder and head, with their starting points."""
         data, settings, backbone = self.data, self.settings, self.backbone
-        n_features = 0
-        if backbone is not None:
-            n_features = backbone.model.settings.width
+        n_features = 0 if backbone is None else backbone.model.settings.width
+        if self.vectors_NF is not None:
+            n_features = self.vectors_NF.shape[1]
         counts = CountEncoder(
             self.gene_G, data.n_genes, hidden=settings.hidden, dropout=settings.dropout,
             n_features=n_features, feature_dropout=settings.feature_dropout,
@@ -315,12 +317,12 @@ class _Plan:
         if self.vectors_GE is not None:
             vectors_GE = torch.from_numpy(np.asarray(self.vectors_GE, np.float32))
             start_at_vectors(counts, head, vectors_GE)
+        if self.vectors_NF is not None:
+            vectors_NF = torch.from_numpy(np.asarray(self.vectors_NF, np.float32))
+            counts.standardise_features(vectors_NF[torch.from_numpy(data.sample)])
+            return Built(CountsBesideVectors(counts, vectors_NF), head)
         if backbone is None:
             return Built(counts, head)
-        if backbone.vectors_CF is not None:
-            vectors_CF = torch.from_numpy(np.asarray(backbone.vectors_CF, np.float32))
-            counts.standardise_features(vectors_CF[torch.from_numpy(data.sample)])
-            return Built(CountsBesideVectors(counts, vectors_CF), head)
         model = copy.deepcopy(backbone.model)
         beside = CountsBesideBackbone(counts, model, copy.deepcopy(backbone.projection))
         counts.standardise_features(self._first_vectors(beside))
@@ -348,7 +350,7 @@ class _Plan:
     def encode(self, built: Built, device: torch.device) -> np.ndarray:
         """Latent mean of all cells with counts, in their order, (C, D) float32."""
         tokens = self.tokens
-        if not self.live:
+        if self.backbone is None:
             tokens = TokenSettings(2, 2 * _ENCODED, _ENCODED + tail_pieces(2 * _ENCODED, 2))
         model, head = built.model.to(device).eval(), built.objectives.to(device).eval()
         assert isinstance(head, IntegrationHead)

@@ -125,10 +125,12 @@ def pack(
     max_cells: int | None = None,
     epoch: int = 0,
     view: View | None = None,
+    n_tokens: int | None = None,
 ) -> CellBatch:
     """Make one micro-batch of the window's rows ``cells`` (they must fit; see ``plan_bins``).
 
-    With a view the tokens, and the library, are of the molecules that are shown.
+    With a view the tokens, and the library, are of the molecules that are shown. Genes at or above
+    ``n_tokens`` are no tokens; they are only among the ``full`` ones.
     """
     budget = settings.budget if budget is None else budget
     max_cells = settings.max_cells if max_cells is None else max_cells
@@ -146,9 +148,12 @@ def pack(
     full_gene_N, full_cell_N = np.empty(n_full, np.int64), np.empty(n_full, np.int64)
     full_count_N = np.empty(n_full, np.float32)
     there_N = shown_N = None
-    if view is not None:
+    if view is not None or n_tokens is not None:
+        view = view or View(0)
         there_N, shown_N = view.apply(begin_C, end_C, gene_N, count_N, window.cell_C[cells], epoch)
-        begin_C, end_C, gene_N, count_N, library = shown_cells(begin_C, end_C, gene_N, shown_N)
+        begin_C, end_C, gene_N, count_N, library = shown_cells(
+            begin_C, end_C, gene_N, shown_N, n_tokens
+        )
     n_tokens = pack_cells(
         begin_C,
         end_C,
@@ -257,6 +262,8 @@ class CellStream:
         each with the position after the last of them. A piece without a cell is possible.
     view
         Which molecules are shown; default all.
+    n_tokens
+        Genes at or above it are no tokens.
 
     Raises
     ------
@@ -287,6 +294,7 @@ class CellStream:
         layout: Layout | None = None,
         pieces: int = 1,
         view: View | None = None,
+        n_tokens: int | None = None,
     ) -> None:
         if len(cells) == 0:
             raise DataError(
@@ -296,7 +304,7 @@ class CellStream:
         self.corpus = corpus
         self.cells = np.asarray(cells, np.int64)
         self.settings = settings.placed(_mean_length(corpus, settings.context))
-        self.pieces, self.view = pieces, view
+        self.pieces, self.view, self.n_tokens = pieces, view, n_tokens
         self.seed = seed
         self.inverse_median_V = inverse_median_V
         self.position = position or Position()
@@ -474,7 +482,7 @@ class _MicroBatch:
         return [
             pack(
                 window, rows[piece], stream.inverse_median_V, settings,
-                epoch=self.epoch, view=stream.view,
+                epoch=self.epoch, view=stream.view, n_tokens=stream.n_tokens,
             )
             for piece in dealt
         ]

@@ -89,9 +89,13 @@ class View:
 
 
 def shown_cells(
-    begin_C: np.ndarray, end_C: np.ndarray, gene_N: np.ndarray, shown_N: np.ndarray
+    begin_C: np.ndarray,
+    end_C: np.ndarray,
+    gene_N: np.ndarray,
+    shown_N: np.ndarray,
+    n_tokens: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lay the genes with a shown molecule end to end.
+    """Lay the genes with a shown molecule end to end; none at or above ``n_tokens``.
 
     Returns
     -------
@@ -102,9 +106,11 @@ def shown_cells(
     genes_N = _joined(np.asarray(begin_C, np.int64), np.asarray(end_C, np.int64), gene_N,
                       shown_N.size)  # fmt: skip
     seen_N = shown_N > 0
+    if n_tokens is not None:
+        seen_N &= genes_N < n_tokens
     before_N1 = np.concatenate([[0], np.cumsum(seen_N)])
     ends_C = np.cumsum(n_C)
-    totals_N1 = np.concatenate([[0.0], np.cumsum(shown_N, dtype=np.float64)])
+    totals_N1 = np.concatenate([[0.0], np.cumsum(shown_N * seen_N, dtype=np.float64)])
     library_C = totals_N1[ends_C] - totals_N1[ends_C - n_C]
     return (
         before_N1[ends_C - n_C], before_N1[ends_C], genes_N[seen_N], shown_N[seen_N],

@@ -103,7 +103,7 @@ def negative_binomial_by_gene(
 
 
 class MultinomialLoss(torch.autograd.Function):
-    """Mean negative log-likelihood per molecule of sparse counts under a softmax over genes.
+    """Negative log-likelihood of sparse counts under a softmax over genes, summed over molecules.
 
     Dense work is one matrix product and one exponential; the gradient with respect to the logits
     is formed in the same buffer, so a batch needs a single (C, G) array.
@@ -121,13 +121,17 @@ class MultinomialLoss(torch.autograd.Function):
         library_C: Tensor,
     ) -> Tensor:
         """Score stored entries (row, column, count) under the softmax of the logits."""
-        logit_CG = torch.addmm(bias_G, latent_CD, gene_GD.t())
-        partition_C = torch.logsumexp(logit_CG, 1)
-        total = library_C.sum().clamp_min(1.0)
-        loss = (library_C @ partition_C - count_N @ logit_CG[row_N, column_N]) / total
-        grad_CG = logit_CG.sub_(partition_C[:, None]).exp_().mul_(library_C[:, None])
-        grad_CG[row_N, column_N] -= count_N
-        ctx.save_for_backward(grad_CG.div_(total), latent_CD, gene_GD)
+        # In half precision a sum over thousands of genes would lose the molecules.
+        with torch.autocast(latent_CD.device.type, enabled=False):
+            latent_CD, gene_GD = latent_CD.float(), gene_GD.float()
+            logit_CG = torch.addmm(bias_G, latent_CD, gene_GD.t())
+            partition_C = torch.logsumexp(logit_CG, 1)
+            at_N = row_N * logit_CG.shape[1] + column_N
+            loss = library_C @ partition_C - count_N @ logit_CG.view(-1)[at_N]
+            grad_CG = logit_CG.sub_(partition_C[:, None]).exp_().mul_(library_C[:, None])
+            # A stored entry may be there twice, once as nothing.
+            grad_CG.view(-1).index_add_(0, at_N, count_N, alpha=-1.0)
+        ctx.save_for_backward(grad_CG, latent_CD, gene_GD)
         return loss
 
     @staticmethod

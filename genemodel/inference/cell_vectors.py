@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.batch import CellBatch
-from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.cells.corpus import Corpus
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk, corpus_chunks
 from genemodel.inference.forward import Forward
 from genemodel.inference.progress import Progress
 from genemodel.tasks.decode_counts import CellProjection
@@ -57,6 +58,17 @@ def embedding_of(
     out_CD = np.empty((len(cells), forward.columns), np.float32)
     with Progress("embed", len(cells)) as progress:
         for chunk, vectors_CD in forward.over(cells.chunks(), progress.add):
+            out_CD[chunk.start : chunk.start + len(vectors_CD)] = vectors_CD
+    return out_CD
+
+
+def corpus_vectors(corpus: Corpus, bundle: Bundle) -> np.ndarray:
+    """Embed all cells of a corpus, read from its files; float32 (C, D), in the corpus's order."""
+    forward = embedder(bundle)
+    out_CD = np.empty((len(corpus), forward.columns), np.float32)
+    with Progress("embed", len(corpus)) as progress:
+        chunks = corpus_chunks(corpus, np.arange(len(corpus)), bundle)
+        for chunk, vectors_CD in forward.over(chunks, progress.add):
             out_CD[chunk.start : chunk.start + len(vectors_CD)] = vectors_CD
     return out_CD
 

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 import torch
 
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import Window
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import DataError
@@ -141,6 +142,24 @@ class VocabularyCells:
     def close(self) -> None:
         """Close the file."""
         self.source.close()
+
+
+def corpus_chunks(
+    corpus: Corpus, cells: np.ndarray, bundle: Bundle, chunk_cells: int = CHUNK_CELLS
+) -> Iterator[VocabularyChunk]:
+    """Yield cells of a corpus, ascending permanent numbers, as chunks of a source."""
+    code_N, names = corpus.codes("species")
+    position_S = np.array([bundle.species.index(name) for name in names])
+    for start in range(0, cells.size, chunk_cells):
+        here = cells[start : start + chunk_cells]
+        runs = np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)
+        parts = [
+            corpus.read(int(run[0]), int(run[-1]) + 1).to_csr(len(corpus.vocabulary))
+            for run in runs
+        ]
+        counts_CV = sp.vstack(parts, format="csr").astype(np.float32)
+        library_C = np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
+        yield VocabularyChunk(start, counts_CV, position_S[code_N[here]], library_C)
 
 
 def refuse_unknown_species(

@@ -108,12 +108,15 @@ class GeneCounts:
         Columns that the data set measured.
     features_CF
         Cell vectors of a bundle; NaN for a cell without any gene of its vocabulary.
+    species_C
+        Species code of every cell in the vocabulary; None for own gene names.
     """
 
     counts_CG: sp.csr_matrix
     genes: list[str]
     measured_G: np.ndarray
     features_CF: np.ndarray | None = None
+    species_C: np.ndarray | None = None
 
     def seen(self) -> np.ndarray:
         """Columns with at least one count, ascending."""
@@ -126,6 +129,7 @@ class GeneCounts:
             [self.genes[column] for column in column_G],
             self.measured_G[column_G],
             self.features_CF,
+            self.species_C,
         )
 
 
@@ -136,15 +140,16 @@ def read_counts(
     vocabulary: GeneVocabulary | None,
     layer: str | None,
     species: str | None,
+    features: bool = True,
 ) -> GeneCounts:
     """Read proven counts in the columns that an integration works on.
 
-    With a bundle the columns are its vocabulary and every cell gets its vector; with a vocabulary
-    alone they are that vocabulary, so that orthologs of two species share a column; with neither
+    With a bundle the columns are its vocabulary and every cell gets its vector, unless no
+    ``features`` are asked for; with a vocabulary alone they are that vocabulary, so that orthologs of two species share a column; with neither
     they are the genes of the data.
     """
     if bundle is not None:
-        return _with_bundle(adata, bundle, layer, species)
+        return _with_bundle(adata, bundle, layer, species, features=features)
     if vocabulary is not None:
         return _with_vocabulary(adata, vocabulary, layer, species)
     counts = find_counts(adata, layer=layer)
@@ -163,19 +168,23 @@ def read_counts(
 
 
 def _with_bundle(
-    adata: "AnnData", bundle: Bundle, layer: str | None, species: str | None
+    adata: "AnnData", bundle: Bundle, layer: str | None, species: str | None, *, features: bool
 ) -> GeneCounts:
     cells = VocabularyCells(adata, bundle, layer=layer, species=species)
-    blocks, features = [], []
-    with Progress("embed", len(cells)) as progress:
-        for chunk, vectors_CF in embedder(bundle).over(cells.chunks(), progress.add):
-            blocks.append(chunk.counts_CV)
-            features.append(vectors_CF)
+    blocks, vectors = [], []
+    if features:
+        with Progress("embed", len(cells)) as progress:
+            for chunk, vectors_CF in embedder(bundle).over(cells.chunks(), progress.add):
+                blocks.append(chunk.counts_CV)
+                vectors.append(vectors_CF)
+    else:
+        blocks = [chunk.counts_CV for chunk in cells.chunks()]
     return GeneCounts(
         sp.vstack(blocks, format="csr"),
         [str(token) for token in range(len(bundle.vocabulary))],
         cells.measured_SV.any(0),
-        np.concatenate(features),
+        np.concatenate(vectors) if features else None,
+        cells.species_C,
     )
 
 

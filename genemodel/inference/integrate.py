@@ -3,27 +3,34 @@
 Axes: C cells, D width, E width of gene vectors, G genes, V vocabulary.
 """
 
+import copy
 import logging
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 import genemodel
-from genemodel.adapt.integration import Integration, Progress, train_integration
+from genemodel.adapt.head_run import HeadRun
+from genemodel.adapt.integration import Backbone, Integration, train_integration
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
+from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.history import history_of
+from genemodel.bundle.history import STEP
+from genemodel.cells.corpus import Corpus
+from genemodel.cells.loader import inverse_medians
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.cell_vectors import cell_projection, corpus_vectors
 from genemodel.inference.collapse import collapse, warn_of_collapse
-from genemodel.inference.gene_counts import GeneCounts, read_counts
+from genemodel.inference.gene_counts import read_counts
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.models import model_for
 from genemodel.inference.obs_keys import (
@@ -34,6 +41,7 @@ from genemodel.inference.obs_keys import (
     keys_of,
     label_codes,
 )
+from genemodel.model.tuning import Tune, TuningSettings, check_fits
 from genemodel.settings import check_seed, to_values
 
 if TYPE_CHECKING:
@@ -52,10 +60,12 @@ def integrate(
     batch_key: str | Sequence[str],
     label_key: str | None = None,
     model: Bundle | str | Path | None = None,
+    backbone: Tune | TuningSettings = "frozen",
     layer: str | None = None,
     species: str | None = None,
     key_added: str = INTEGRATED,
     settings: IntegrationSettings | None = None,
+    device: str | torch.device = "auto",
     seed: int = 0,
 ) -> IntegratedModel:
     """Train an embedding that is free of the technical batch, and embed the cells with it.
@@ -72,6 +82,9 @@ def integrate(
     model
         A pre-trained model, or the path of its folder, whose cell vectors are read besides the
         counts; default none.
+    backbone
+        What of the model learns: ``"frozen"``, nothing, so that its vectors are made once; or
+        ``"lora"``, ``"last"`` or ``"full"``, which the loss of the embedding then reaches.
     layer
         Where the raw counts are; default ``X``. Anything but raw counts is refused.
     species
@@ -83,6 +96,8 @@ def integrate(
         Key in ``obsm`` and ``uns``.
     settings
         The recipe; the default is one for every data set.
+    device
+        Where to train: ``auto`` takes a GPU where there is one.
     seed
         Of initial weights, order, thinning and clustering.
 
@@ -95,67 +110,148 @@ def integrate(
     ------
     DataError
         No raw counts; a column that is not there or has gaps; a single batch; fewer than 50 cells.
+    ConfigError
+        A backbone that is to learn, and no model.
 
     Notes
     -----
     ``obsm[key_added]`` is float32 (n_obs, latent), in input order; NaN for cells without counts.
     A warning names populations of one batch that have moved onto others.
     """
-    start = time.perf_counter()
-    settings = settings or IntegrationSettings()
     check_key_added(key_added)
-    check_seed(seed)
     bundle = None if model is None else model_for("integrate", (Bundle,), model)
-    keys = keys_of(batch_key)
+    tuning = backbone if isinstance(backbone, TuningSettings) else TuningSettings(tune=backbone)
+    result, embedding_CD = integrate_cells(
+        adata, keys_of(batch_key), label_key, bundle, tuning,
+        layer=layer, species=species, settings=settings or IntegrationSettings(),
+        where=HeadRun(device=device), seed=seed,
+    )  # fmt: skip
+    adata.obsm[key_added] = embedding_CD
+    adata.uns[key_added] = dict(result.provenance)
+    return result
+
+
+def integrate_cells(
+    data: "AnnData | Corpus",
+    keys: tuple[str, ...],
+    label_key: str | None,
+    bundle: Bundle | None,
+    tuning: TuningSettings,
+    *,
+    layer: str | None = None,
+    species: str | None = None,
+    settings: IntegrationSettings,
+    where: HeadRun,
+    seed: int,
+    held_out: np.ndarray | None = None,
+) -> tuple[IntegratedModel, np.ndarray]:
+    """Train on cells in memory or on a corpus, which may be larger; see :func:`integrate`.
+
+    Parameters
+    ----------
+    data
+        The cells; ``layer`` and ``species`` are for those in memory.
+    keys, label_key
+        Columns of batches and labels.
+    bundle, tuning
+        Model beneath, and what of it learns.
+    settings, where, seed
+        Of the training.
+    held_out
+        Numbers of cells that are looked at and not trained on.
+
+    Returns
+    -------
+    tuple
+        The model, and the embedding of all cells, (C, D), NaN for cells without counts.
+    """
+    start = time.perf_counter()
+    check_seed(seed)
+    _check_tuning(bundle, tuning)
     check_label_is_no_batch(keys, label_key)
-    name_C, batches = batches_of(adata.obs, keys)
+    obs = data.obs if not isinstance(data, Corpus) else data.obs()
+    name_C, batches = batches_of(obs, keys)
     label_C: np.ndarray | None = None
     labels: list[str] = []
     if label_key is not None:
-        label_C, labels = label_codes(adata.obs, label_key)
-    if adata.n_obs < MIN_CELLS:
+        label_C, labels = label_codes(obs, label_key)
+    n_cells = len(name_C)
+    if n_cells < MIN_CELLS:
         raise DataError(
-            f"adata has {adata.n_obs} cells: fewer than {MIN_CELLS} cannot be integrated."
+            f"adata has {n_cells} cells: fewer than {MIN_CELLS} cannot be integrated."
         )
+    code_C = np.searchsorted(np.array(batches, dtype=object), name_C)
+    live = bundle is not None and tuning.tune != "frozen"
     vocabulary = None
-    if bundle is not None:
-        vocabulary = bundle.vocabulary
-    elif species is not None:
-        vocabulary = GeneVocabulary.builtin()
-    counts = read_counts(adata, bundle=bundle, vocabulary=vocabulary, layer=layer, species=species)
-    if vocabulary is not None:
-        # Most of a vocabulary is in no single data set, and would only take the place of genes.
-        counts = counts.only(counts.seen())
-    used_C = np.flatnonzero(np.asarray(counts.counts_CG.sum(1)).ravel() > 0)
-    if len(used_C) < adata.n_obs:
+    features_CF = None
+    if isinstance(data, Corpus):
+        vocabulary = data.vocabulary if bundle is None else bundle.vocabulary
+        genes = [str(token) for token in range(len(vocabulary))]
+        if bundle is not None and not live:
+            features_CF = corpus_vectors(data, bundle)
+        cells = TrainingCells.of_corpus(
+            data, code_C, label_C=label_C, held_out=held_out, seed=seed
+        )
+    else:
+        if bundle is not None:
+            vocabulary = bundle.vocabulary
+        elif species is not None:
+            vocabulary = GeneVocabulary.builtin()
+        counts = read_counts(
+            data, bundle=bundle, vocabulary=vocabulary, layer=layer, species=species,
+            features=not live,
+        )  # fmt: skip
+        if vocabulary is not None and not live:
+            # Most of a vocabulary is in no single data set, and would only take memory.
+            counts = counts.only(counts.seen())
+        genes, features_CF = counts.genes, counts.features_CF
+        cells = TrainingCells.held(
+            counts.counts_CG, code_C, label_C=label_C, held_out=held_out,
+            species_C=counts.species_C, seed=seed,
+        )  # fmt: skip
+    used_C = cells.used
+    if len(used_C) < n_cells:
         logger.warning(
             "%s of %s cells have no counts and get NaN.",
-            f"{adata.n_obs - len(used_C):,}", f"{adata.n_obs:,}",
+            f"{n_cells - len(used_C):,}", f"{n_cells:,}",
         )  # fmt: skip
-    code_C = np.searchsorted(np.array(batches, dtype=object), name_C)[used_C]
-    lost = sorted(set(range(len(batches))) - set(code_C.tolist()))
+    lost = sorted(set(range(len(batches))) - set(code_C[used_C].tolist()))
     if len(used_C) < MIN_CELLS or lost:
-        where = f"batch {batches[lost[0]]!r} has" if lost else "fewer than 50 cells have"
+        lacking = f"batch {batches[lost[0]]!r} has" if lost else "fewer than 50 cells have"
         raise DataError(
-            f"adata: {where} {'no cell with' if lost else ''} counts of known genes: leave it out, "
-            "or check layer and species."
+            f"adata: {lacking} {'no cell with' if lost else ''} counts of known genes: leave it "
+            "out, or check layer and species."
         )
-    if label_C is not None:
-        label_C = label_C[used_C]
-    trained = _train(counts, used_C, code_C, label_C, bundle, settings, seed)
-    embedding_CD = np.full((adata.n_obs, settings.latent), np.nan, np.float32)
+    vectors_VE = None
+    if settings.gene_vectors:
+        if bundle is None:
+            raise ConfigError("gene_vectors=true needs a pre-trained model: give model=.")
+        weight_VE = bundle.model.embedding.token.weight.detach().float().cpu().numpy()
+        vectors_VE = weight_VE[[int(token) for token in genes]]
+    trained = train_integration(
+        cells,
+        settings=settings,
+        vectors_NF=features_CF,
+        backbone=_backbone(bundle, tuning) if bundle is not None and live else None,
+        gene_vectors_VE=vectors_VE,
+        where=where,
+        seed=seed,
+    )
+    if trained.backbone is not None and bundle is not None:
+        bundle = _tuned(bundle, trained, tuning, len(used_C))
+    embedding_CD = np.full((n_cells, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
         net=trained.net,
         correction=trained.correction,
-        genes=[counts.genes[column] for column in trained.gene_G],
+        genes=[genes[column] for column in trained.gene_G],
         settings=settings,
         batch_keys=keys,
         batches=batches,
         labels=labels,
         bundle=bundle,
         vocabulary=vocabulary,
-        history=history_of(trained.history),
+        history=trained.history,
     )
     result.provenance = {
         "genemodel": genemodel.__version__,
@@ -163,23 +259,60 @@ def integrate(
         "batch_key": list(keys),
         "label_key": label_key or "",
         "model": "" if bundle is None else bundle.fingerprint,
+        "backbone": "" if bundle is None else tuning.tune,
         "settings": to_values(settings),
         "seed": seed,
         "cells": len(used_C),
         "genes": len(trained.gene_G),
-        "steps": len(trained.history),
+        "steps": trained.steps,
         "losses": _last_losses(trained.history),
         "seconds": round(time.perf_counter() - start, 2),
         **collapse(embedding_CD),
-        **_evidence(trained, code_C, batches),
+        **_evidence(trained, code_C[used_C], batches),
     }
-    result.provenance["vanished"] = _guard(
-        trained, counts.counts_CG[used_C], code_C, label_C, labels, seed
-    )
+    result.provenance["vanished"] = _guard(trained, cells, labels, seed)
     warn_of_collapse(result.provenance, "integrate")
-    adata.obsm[key_added] = embedding_CD
-    adata.uns[key_added] = dict(result.provenance)
-    return result
+    return result, embedding_CD
+
+
+def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:
+    """Refuse a backbone that is to learn where there is none, or not as asked for."""
+    if tuning.tune == "scratch":
+        raise ConfigError(
+            "backbone='scratch' means new weights, which pre-training makes: `genemodel finetune "
+            "backbone=scratch`, or gm.pretrain; then give the bundle with backbone='frozen'."
+        )
+    if bundle is None:
+        if tuning.tune != "frozen":
+            raise ConfigError(
+                f"backbone={tuning.tune!r} adapts a pre-trained model: give model=BUNDLE, or "
+                "leave backbone out."
+            )
+        return
+    check_fits(tuning, bundle.model.settings)
+
+
+def _backbone(bundle: Bundle, tuning: TuningSettings) -> Backbone:
+    return Backbone(
+        copy.deepcopy(bundle.model).cpu(), copy.deepcopy(cell_projection(bundle)).cpu(),
+        replace(bundle.tokens, places=0), inverse_medians(bundle.medians_V), tuning,
+    )  # fmt: skip
+
+
+def _tuned(bundle: Bundle, trained: Integration, tuning: TuningSettings, cells: int) -> Bundle:
+    """The model beneath as it is after the training: of its heads only what embeds still fits."""
+    assert trained.backbone is not None
+    kept = {k: v for k, v in bundle.heads.items() if k.startswith("decode_counts.projection.")}
+    provenance = {
+        "genemodel": genemodel.__version__,
+        "start": bundle.fingerprint,
+        "tuned": f"{tuning.tune}, beneath an integration of {cells:,} cells",
+        "steps": trained.steps,
+    }
+    tuned = replace(
+        bundle, model=trained.backbone, heads=kept, provenance=provenance, history=trained.history
+    )
+    return tuned.to(bundle.device)
 
 
 def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -201,60 +334,10 @@ def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, li
     return name_C, batches
 
 
-def _train(
-    counts: GeneCounts,
-    used_C: np.ndarray,
-    code_C: np.ndarray,
-    label_C: np.ndarray | None,
-    model: Bundle | None,
-    settings: IntegrationSettings,
-    seed: int,
-) -> Integration:
-    """Train with a bar where somebody looks on, and lines in the log elsewhere."""
-    vectors_GE = None
-    if settings.gene_vectors:
-        if model is None:
-            raise ConfigError("gene_vectors=true needs a pre-trained model: give model=.")
-        weight_VE = model.model.embedding.token.weight.detach().float().cpu().numpy()
-        vectors_GE = weight_VE[[int(token) for token in counts.genes]]
-    bar: Any = None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        bar = tqdm(desc="integrate", unit="step", leave=False)
-    last = -1
-
-    def show(step: int, steps: int, losses: dict[str, float]) -> None:
-        nonlocal last
-        if bar is not None:
-            bar.total, bar.n = steps, step
-            bar.set_postfix({name: f"{value:.1f}" for name, value in losses.items()})
-        elif 10 * step // steps > last:
-            last = 10 * step // steps
-            said = ", ".join(f"{name} {value:.2f}" for name, value in losses.items())
-            logger.info("step %d of %d: %s", step, steps, said)
-
-    progress: Progress = show
-    try:
-        return train_integration(
-            counts.counts_CG[used_C],
-            code_C,
-            labels_C=label_C,
-            cell_features_CF=None if counts.features_CF is None else counts.features_CF[used_C],
-            gene_embeddings_GE=vectors_GE,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _last_losses(history: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of the last fifty steps."""
-    last = history[-50:]
-    return {name: float(np.mean([row[name] for row in last])) for name in last[0]}
+def _last_losses(history: "pd.DataFrame") -> dict[str, float]:
+    """Mean of the last tenth of the training."""
+    last = history.tail(max(1, len(history) // 10)).drop(columns=STEP)
+    return {str(name): float(value) for name, value in last.mean().items()}
 
 
 def _evidence(trained: Integration, code_C: np.ndarray, batches: list[str]) -> dict[str, Any]:
@@ -267,32 +350,35 @@ def _evidence(trained: Integration, code_C: np.ndarray, batches: list[str]) -> d
 
 
 def _guard(
-    trained: Integration,
-    counts_CG: "sp.csr_matrix",
-    code_C: np.ndarray,
-    label_C: np.ndarray | None,
-    labels: list[str],
-    seed: int,
+    trained: Integration, cells: TrainingCells, labels: list[str], seed: int
 ) -> list[str]:
-    """Warn of populations of one batch that have moved onto others; returns their names."""
-    if trained.correction is None and label_C is None:
+    """Warn of populations of one batch that have moved onto others; returns their names.
+
+    Of many cells those sampled are looked at.
+    """
+    if trained.correction is None and cells.label_C is None:
         return []
-    n_cells = len(code_C)
-    evidence_C = np.ones(n_cells) if trained.correction is None else trained.correction.evidence_C
-    if label_C is None:
+    at_S = np.searchsorted(cells.used, cells.sample)
+    code_S, latent_SD = cells.batch_C[cells.sample], trained.latent_CD[at_S]
+    n_cells = len(code_S)
+    evidence_S = np.ones(n_cells)
+    if trained.correction is not None:
+        evidence_S = trained.correction.evidence_C[at_S]
+    if cells.label_C is None:
         from sklearn.cluster import KMeans
 
         n_clusters = min(30, max(2, n_cells // 50))
         fitted = KMeans(n_clusters, n_init=1, max_iter=25, random_state=seed)
-        population_C = fitted.fit_predict(trained.latent_CD).astype(np.int64)
+        population_S = fitted.fit_predict(latent_SD).astype(np.int64)
         names = [f"cluster {number}" for number in range(n_clusters)]
-        before_CD = trained.latent_CD
+        before_SD = latent_SD
     else:
         # Labels also tell what the network itself has merged: compare with the counts.
-        population_C, names = label_C, labels
-        before_CD = _components(counts_CG[:, trained.gene_G], seed)
-    private_P = private_populations(population_C, code_C, evidence_C, trusted=label_C is not None)
-    found = vanished(before_CD, trained.embedding_CD, population_C, private_P, seed=seed)
+        population_S, names = cells.label_C[cells.sample], labels
+        before_SD = _components(cells.sample_SV[:, trained.gene_G], seed)
+    trusted = cells.label_C is not None
+    private_P = private_populations(population_S, code_S, evidence_S, trusted=trusted)
+    found = vanished(before_SD, trained.embedding_CD[at_S], population_S, private_P, seed=seed)
     for one in found:
         logger.warning(
             "%s is found in one batch only, but now lies among %s (%.0f %% of its neighbours are "

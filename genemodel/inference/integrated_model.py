@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from genemodel.adapt.integration import encode
-from genemodel.adapt.integration_head import IntegrationNet, IntegrationSettings
+from genemodel.adapt.integration import IntegrationNet
+from genemodel.adapt.integration_head import IntegrationHead, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
@@ -33,6 +33,7 @@ from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import INTEGRATED, batch_names
+from genemodel.model.count_encoder import CountEncoder
 from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # from 2 on integrated.json holds a checksum of itself
+# From 2 on integrated.json holds a checksum of itself; from 3 on encoder and head have names.
+FORMAT = 3
 ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
     "integrated.json",
     "weights.safetensors",
@@ -152,8 +154,8 @@ class IntegratedModel:
             counts.counts_CG, counts.genes, self.genes, counts.measured_G, where="adata.var",
             remedy="Use the gene names of the training data.",
         )  # fmt: skip
-        latent_CD = encode(
-            self.net, chosen_CG, counts.features_CF, None if measured_G.all() else measured_G
+        latent_CD = self.net.encode(
+            chosen_CG, counts.features_CF, None if measured_G.all() else measured_G
         )
         out_CD = latent_CD.copy()
         empty_C = np.asarray(counts.counts_CG.sum(1)).ravel() == 0
@@ -280,20 +282,22 @@ class IntegratedModel:
         about = _read_about(path)
         settings = parse(IntegrationSettings, about["settings"], where=f"{path / ABOUT}: settings")
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
-        weights = read_tensors(path / WEIGHTS)
+        weights = _as_now(read_tensors(path / WEIGHTS))
         bundle = None
         if about["bundle"] is not None:
             bundle = Bundle.load(path / BUNDLE, device=device)
         vocabulary = bundle.vocabulary if bundle is not None else None
         if (path / VOCABULARY).is_file():
             vocabulary = GeneVocabulary.read(path / VOCABULARY)
-        net = IntegrationNet(
-            len(genes),
-            len(about["batches"]),
-            settings,
-            n_features=weights["net.feature_mean_F"].shape[0],
-            n_labels=len(about["labels"]),
+        encoder = CountEncoder(
+            np.arange(len(genes)), len(genes), hidden=settings.hidden, dropout=settings.dropout,
+            n_features=weights["net.encoder.feature_mean_F"].shape[0],
+            feature_dropout=settings.feature_dropout,
+        )  # fmt: skip
+        head = IntegrationHead(
+            len(genes), len(about["batches"]), settings, n_labels=len(about["labels"])
         )
+        net = IntegrationNet(encoder, head)
         net.load_state_dict(
             {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
         )
@@ -315,6 +319,21 @@ class IntegratedModel:
             provenance=about["provenance"],
             history=read_history(path),
         )
+
+
+def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name weights as this version does: before format 3 encoder and head were one module."""
+    if any(name.startswith("net.encoder.") for name in weights):
+        return weights
+    encoder = ("genes_in", "features_in", "norm_in", "norm_hidden", "hidden", "input_", "feature_")
+
+    def named(name: str) -> str:
+        own = name.removeprefix("net.")
+        if own == name:
+            return name
+        return f"net.encoder.{own}" if own.startswith(encoder) else f"net.head.{own}"
+
+    return {named(name): tensor for name, tensor in weights.items()}
 
 
 def _read_about(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.batch import CellBatch
 from genemodel.errors import DataError
-from genemodel.inference.counts import CHUNK_CELLS, VocabularyChunk
+from genemodel.inference.counts import VocabularyChunk, corpus_chunks
 from genemodel.inference.forward import Forward
 from genemodel.tasks.labels import LabelHead, Labels, LabelSettings, fitted_temperature
 
@@ -61,24 +61,6 @@ def labeller(bundle: Bundle, *, calibrated: bool = True) -> Forward:
         return logits_BL / head.temperature if calibrated else logits_BL
 
     return Forward(bundle, read_out, len(names))
-
-
-def corpus_chunks(
-    corpus: "Corpus", cells: np.ndarray, bundle: Bundle, chunk_cells: int = CHUNK_CELLS
-) -> Iterator[VocabularyChunk]:
-    """Yield cells of a corpus, ascending permanent numbers, as chunks of a source."""
-    code_N, names = corpus.codes("species")
-    position_S = np.array([bundle.species.index(name) for name in names])
-    for start in range(0, cells.size, chunk_cells):
-        here = cells[start : start + chunk_cells]
-        runs = np.split(here, np.flatnonzero(np.diff(here) > 1) + 1)
-        parts = [
-            corpus.read(int(run[0]), int(run[-1]) + 1).to_csr(len(corpus.vocabulary))
-            for run in runs
-        ]
-        counts_CV = sp.vstack(parts, format="csr").astype(np.float32)
-        library_C = np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
-        yield VocabularyChunk(start, counts_CV, position_S[code_N[here]], library_C)
 
 
 @dataclass(frozen=True)

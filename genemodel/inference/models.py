@@ -52,9 +52,7 @@ def load(path: str | Path, *, device: str | torch.device = "auto") -> Model:
         There is none in the folder, or it is damaged.
     """
     kind = _kind_of(path)
-    if issubclass(kind, ImputationModel):
-        device_of(device)
-        return kind.load(path)
+    device_of(device)
     return kind.load(path, device=device)
 
 

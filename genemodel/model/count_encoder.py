@@ -170,18 +170,18 @@ class CountsBesideVectors(nn.Module):
     ----------
     counts
         With as many features as the vectors are wide.
-    vectors_CF
-        Of every cell, by its permanent number; a row with NaN is absent.
+    vectors_NF
+        Of every cell (N), by its permanent number; a row with NaN is absent.
     """
 
-    vectors_CF: Tensor
+    vectors_NF: Tensor
 
-    def __init__(self, counts: CountEncoder, vectors_CF: Tensor) -> None:
+    def __init__(self, counts: CountEncoder, vectors_NF: Tensor) -> None:
         super().__init__()
         self.counts = counts
-        self.register_buffer("vectors_CF", vectors_CF, persistent=False)
+        self.register_buffer("vectors_NF", vectors_NF, persistent=False)
 
     def forward(self, batch: CellBatch) -> Encoded:
         """Encode the real cells."""
-        encoded: Encoded = self.counts(batch, self.vectors_CF[batch.cell_C[: batch.n_cells]])
+        encoded: Encoded = self.counts(batch, self.vectors_NF[batch.cell_C[: batch.n_cells]])
         return encoded

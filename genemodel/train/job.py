@@ -86,6 +86,8 @@ class Reading:
         How training cells are cut into windows; default as their number asks for.
     view, held_view
         Which molecules are shown in training, and in a look.
+    n_tokens
+        Genes at or above it are no tokens; default all are.
     """
 
     cells: Cells
@@ -97,12 +99,13 @@ class Reading:
     layout: Layout | None = None
     view: View | None = None
     held_view: View | None = None
+    n_tokens: int | None = None
 
     def stream(self, cells: np.ndarray, device: torch.device, **options: Any) -> RankStream:
         """Micro-batches of some of the cells."""
         stream = CellStream(
             self.cells, cells, self.tokens, inverse_median_V=self.inverse_median_V,
-            batch_codes=self.batch_codes, **options,
+            batch_codes=self.batch_codes, n_tokens=self.n_tokens, **options,
         )  # fmt: skip
         return RankStream(stream, device)
 

@@ -1,13 +1,16 @@
-"""Rows and steps beneath an integration."""
+"""What an integration learns, from what."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
-from genemodel.adapt.integration import _Rows, train_integration
-from genemodel.adapt.integration_head import IntegrationNet, IntegrationSettings
+from genemodel.adapt.head_run import HeadRun
+from genemodel.adapt.integration import train_integration
+from genemodel.adapt.integration_head import IntegrationHead, IntegrationSettings
+from genemodel.adapt.training_cells import TrainingCells
 from genemodel.expression.variable_genes import select_genes
+from genemodel.model.count_encoder import CountEncoder
 
 
 def random_counts(n=60, genes=30, seed=0):
@@ -15,19 +18,9 @@ def random_counts(n=60, genes=30, seed=0):
     return sparse.csr_matrix(rng.poisson(0.8, (n, genes)).astype(np.float32))
 
 
-def test_rows_are_those_of_the_matrix_and_thinning_only_takes_away():
-    counts = random_counts()
-    rows = _Rows(counts, np.random.default_rng(1))
-    cells = np.array([5, 0, 59, 5])
-    np.testing.assert_array_equal(rows.full(cells).numpy(), counts[cells].toarray())
-    view, (row, gene, count) = rows.pair(cells, 0.3)
-    full = counts[cells].toarray()
-    np.testing.assert_array_equal(
-        sparse.coo_matrix((count, (row, gene)), full.shape).toarray(), full
-    )
-    assert (view.numpy() <= full).all() and view.sum() < full.sum()
-    view, _ = rows.pair(cells, 1.0)
-    np.testing.assert_array_equal(view.numpy(), full)
+def train(counts, batch, *, labels=None, **options):
+    cells = TrainingCells.held(counts, batch, label_C=labels)
+    return train_integration(cells, where=HeadRun(device="cpu"), **options)
 
 
 def test_cell_vectors_are_standardised_and_missing_ones_are_neutral():
@@ -35,11 +28,11 @@ def test_cell_vectors_are_standardised_and_missing_ones_are_neutral():
     vectors = np.random.default_rng(0).normal(5, 3, (60, 4)).astype(np.float32)
     vectors[7] = np.nan
     settings = IntegrationSettings(steps=3, passes=0, hidden=8, rank=4, latent=3)
-    trained = train_integration(counts, batch, cell_features_CF=vectors, settings=settings)
+    trained = train(counts, batch, vectors_NF=vectors, settings=settings)
     known = np.delete(vectors, 7, 0)
-    np.testing.assert_allclose(trained.net.feature_mean_F, known.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(trained.net.encoder.feature_mean_F, known.mean(0), rtol=1e-5)
     assert np.isfinite(trained.embedding_CD).all()
-    assert len(trained.history) == 3 and set(trained.history[0]) == {"counts", "kl"}
+    assert len(trained.history) == 3 and list(trained.history) == ["step", "counts", "kl"]
 
 
 def test_passes_raise_the_number_of_steps():
@@ -47,8 +40,8 @@ def test_passes_raise_the_number_of_steps():
     settings = IntegrationSettings(
         steps=2, passes=3, batch_cells=10, hidden=8, rank=4, latent=3, correct=False
     )
-    trained = train_integration(counts, batch, settings=settings)
-    assert len(trained.history) == 18
+    trained = train(counts, batch, settings=settings)
+    assert trained.steps == 18 and trained.history["step"].iloc[-1] == 18
     assert trained.correction is None
     np.testing.assert_array_equal(trained.embedding_CD, trained.latent_CD)
 
@@ -57,13 +50,13 @@ SMALL = {"passes": 0, "hidden": 16, "rank": 4, "latent": 4, "correct": False}
 
 
 def late(trained, name):
-    return float(np.mean([losses[name] for losses in trained.history[-10:]]))
+    return float(trained.history[name].tail(10).mean())
 
 
 def test_the_weight_of_the_divergence_pulls_the_latent_to_the_prior():
     counts, batch = random_counts(120), np.arange(120) % 2
     free, held = (
-        train_integration(
+        train(
             counts, batch, settings=IntegrationSettings(steps=150, kl_weight=weight, **SMALL)
         )
         for weight in (0.0, 2.0)
@@ -78,7 +71,7 @@ def test_the_whole_counts_are_explained_however_few_are_shown(keep_min):
     settings = IntegrationSettings(
         steps=3, batch_cells=120, peak_rate=1e-9, keep_min=keep_min, **SMALL
     )
-    found = train_integration(counts, batch, settings=settings).history[0]["counts"]
+    found = train(counts, batch, settings=settings).history["counts"][0]
     whole = torch.from_numpy(counts.toarray())
     share = (whole / whole.sum(1, keepdim=True)).mean(0)
     size = torch.full((30,), 0.7).exp()
@@ -97,34 +90,30 @@ def test_labels_are_learnt_from_the_vector_of_the_same_cell():
     settings = IntegrationSettings(
         steps=150, batch_cells=60, dropout=0.0, feature_dropout=0.0, **SMALL
     )
-    trained = train_integration(
-        counts, batch, labels_C=label, cell_features_CF=vectors, settings=settings
-    )
+    trained = train(counts, batch, labels=label, vectors_NF=vectors, settings=settings)
     assert late(trained, "label") < 0.5
     with torch.no_grad():
-        logits = trained.net.to_label(torch.from_numpy(trained.latent_CD))
+        logits = trained.net.head.to_label(torch.from_numpy(trained.latent_CD))
     assert (logits.argmax(1).numpy() == label).mean() > 0.95
-    without = train_integration(
-        counts, batch, labels_C=label, settings=settings, cell_features_CF=None
-    )
+    without = train(counts, batch, labels=label, settings=settings)
     assert late(without, "label") > 0.7
 
 
 def test_vectors_are_hidden_from_the_share_of_cells_that_is_asked_for(monkeypatch):
     counts, batch = random_counts(), np.arange(60) % 2
     vectors = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-    seen, encode_itself = [], IntegrationNet.encode
+    seen, read_itself = [], CountEncoder.read
 
-    def encode(net, counts_CG, features_CF=None, measured_G=None):
+    def read(net, counts_CG, features_CF=None, measured_G=None):
         if net.training:
-            seen.append((features_CF == 0).all(1).float().mean().item())
-        return encode_itself(net, counts_CG, features_CF, measured_G)
+            seen.append(features_CF.isnan().all(1).float().mean().item())
+        return read_itself(net, counts_CG, features_CF, measured_G)
 
-    monkeypatch.setattr(IntegrationNet, "encode", encode)
+    monkeypatch.setattr(CountEncoder, "read", read)
     for share in (0.0, 0.5):
         seen.clear()
         settings = IntegrationSettings(steps=20, feature_dropout=share, **SMALL)
-        train_integration(counts, batch, cell_features_CF=vectors, settings=settings)
+        train(counts, batch, vectors_NF=vectors, settings=settings)
         assert np.mean(seen) == pytest.approx(share, abs=0.06 if share else 0.0)
 
 
@@ -134,9 +123,8 @@ def test_the_decoder_is_told_the_batch_in_training():
     batch = np.arange(120) % 2
     counts[:, 0] = 6 * batch
     settings = IntegrationSettings(steps=80, batch_cells=60, **SMALL)
-    net = train_integration(sparse.csr_matrix(counts), batch, settings=settings).net
+    head: IntegrationHead = train(sparse.csr_matrix(counts), batch, settings=settings).net.head
     with torch.no_grad():
-        z, library = torch.zeros(1, 4), torch.tensor([24.0])
-        told = [net.decode(z, torch.tensor([b]), library)[0].exp() for b in (0, 1)]
+        told = [head.log_share(torch.zeros(1, 4), torch.tensor([b]))[0].exp() for b in (0, 1)]
     at = int(np.flatnonzero(select_genes(sparse.csr_matrix(counts), batch, 30) == 0)[0])
     assert told[1][at] > 3 * told[0][at]

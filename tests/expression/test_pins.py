@@ -14,15 +14,17 @@ import pytest
 from scipy import sparse
 
 from genemodel.adapt import overcorrection
+from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration import train_integration
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
+from genemodel.adapt.training_cells import TrainingCells
 from genemodel.evaluation import baselines, imputation_baselines, imputation_metrics, plots
 from genemodel.evaluation import light_metrics as lm
 from genemodel.evaluation.baselines import Conditions
-from genemodel.expression.variable_genes import variable_counts
+from genemodel.expression.variable_genes import select_genes, variable_counts
 from genemodel.inference.annotate import transfer_labels
 
 PINS = Path(__file__).with_name("pins.json")
@@ -51,15 +53,15 @@ def points(seed=0, n=600, width=8):
 def integration():
     counts_CG, batch_C, type_C = cells()
     settings = IntegrationSettings(n_genes=100, steps=12, passes=0, hidden=16, latent=6, rank=8)
-    found = train_integration(counts_CG, batch_C, labels_C=type_C, settings=settings)
-    losses = [list(row.values()) for row in found.history]
+    cells = TrainingCells.held(counts_CG, batch_C, label_C=type_C)
+    found = train_integration(cells, settings=settings, where=HeadRun(device="cpu"))
+    losses = found.history[["counts", "kl", "label"]].to_numpy()
     return {"losses": losses, "latent": found.latent_CD, "embedding": found.embedding_CD}
 
 
 def genes_of_an_integration():
     counts_CG, batch_C, _ = cells(n_genes=400)
-    settings = IntegrationSettings(n_genes=80, steps=1, passes=0, hidden=4, latent=2, rank=2)
-    return {"genes": train_integration(counts_CG, batch_C, settings=settings).gene_G}
+    return {"genes": select_genes(counts_CG, batch_C, 80)}
 
 
 def correction():

@@ -226,7 +226,7 @@ def test_cell_vectors_of_a_bundle_are_read(random_bundle, tmp_path):
     vectors = gm.embed(human, random_bundle, key_added="X_bundle")
     assert vectors is None
     np.testing.assert_allclose(
-        model.net.feature_mean_F, human.obsm["X_bundle"].mean(0), rtol=1e-3, atol=1e-4
+        model.net.encoder.feature_mean_F, human.obsm["X_bundle"].mean(0), rtol=1e-3, atol=1e-4
     )
     model.save(tmp_path / "model")
     back = IntegratedModel.load(tmp_path / "model", device="cpu")
@@ -307,6 +307,7 @@ def test_settings_that_make_no_run_are_refused():
 def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
     """The guard, fed a result in which the private type was moved onto another one."""
     from genemodel.adapt.integration import Integration
+    from genemodel.adapt.training_cells import TrainingCells
     from genemodel.inference.integrate import _guard
 
     adata, model = integrated
@@ -317,10 +318,13 @@ def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
     merged[kind == 4] += good[kind == 2].mean(0) - good[kind == 4].mean(0)
     genes = np.arange(N_GENES)
     names = ["t0", "t1", "t2", "t3", "t4"]
+    cells = TrainingCells.held(adata.X, batch, label_C=kind)
     for outcome, expected in ((good, []), (merged, ["t4"])):
-        trained = Integration(model.net, genes, model.correction, good, outcome, [])
+        trained = Integration(
+            model.net, genes, model.correction, good, outcome, model.history, 1
+        )
         with caplog.at_level(logging.WARNING):
-            assert _guard(trained, adata.X, batch, kind, names, 0) == expected
+            assert _guard(trained, cells, names, 0) == expected
         assert ("t4 is found in one batch only, but now lies among t2" in caplog.text) == bool(
             expected
         )
