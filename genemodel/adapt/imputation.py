@@ -34,7 +34,7 @@ from genemodel.adapt.posterior import (
 from genemodel.adapt.setting_ranges import check_numbers
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.history import STEP
-from genemodel.cells.batch import CellBatch
+from genemodel.cells.batch import CellBatch, sums_within
 from genemodel.cells.loader import CellStream
 from genemodel.cells.packing import tail_pieces
 from genemodel.cells.tokens import TokenSettings
@@ -202,20 +202,14 @@ class SparseCountEncoder(nn.Module):
         features_CF: Tensor | None = None,
     ) -> Tensor:
         """Latent of cells whose stored counts lie one cell after the other, (C, D)."""
-
-        def summed(value_N: Tensor) -> Tensor:
-            return torch.zeros(n_cells, device=value_N.device).index_add(0, cell_N, value_N)
-
-        seen_N = (count_N > 0).float()
         # Cells with more genes would have longer sums, whatever they are like.
-        scale_C = depth_factor(summed(count_N))
-        root_C = summed(seen_N).clamp_min(1.0).sqrt()
+        root_C = sums_within(count_N > 0, cell_N, n_cells).clamp_min(1.0).sqrt()
+        scale_C = depth_factor(sums_within(count_N, cell_N, n_cells))
         weight_N = (count_N * scale_C[cell_N]).log1p() / root_C[cell_N]
-        stored_C = summed(torch.ones_like(count_N)).long()
+        starts_C = torch.searchsorted(cell_N, torch.arange(n_cells, device=cell_N.device))
         summed_CH = functional.embedding_bag(
-            gene_N, self.input_GH, stored_C.cumsum(0) - stored_C, mode="sum",
-            per_sample_weights=weight_N,
-        )  # fmt: skip
+            gene_N, self.input_GH, starts_C, mode="sum", per_sample_weights=weight_N
+        )
         hidden_CH = summed_CH + self.input_bias_H
         if self.features_in is not None and features_CF is not None:
             centred_CF = (features_CF - self.feature_mean_F) / (self.feature_sd_F + 1e-6)
@@ -303,7 +297,7 @@ class ImputationHead(nn.Module):
         batch = prepared.seen
         n_cells, cell_N, count_N = batch.n_cells, batch.full_cell_N, prepared.count_N
         latent_CD = self.shifted(encoded.cell_CD[:n_cells], batch.batch_C[:n_cells])
-        library_C = torch.zeros(n_cells, device=batch.device).index_add(0, cell_N, count_N)
+        library_C = batch.per_cell(count_N)
         total = MultinomialLoss.apply(
             latent_CD, self.gene_GD, self.bias_G, cell_N, prepared.gene_N, count_N, library_C
         )

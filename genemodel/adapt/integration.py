@@ -260,7 +260,12 @@ class _Plan:
         self.data, self.settings, self.seed = data, settings, seed
         self.vectors_NF, self.backbone = vectors_NF, backbone
         code_S = data.batch_C[data.sample]
-        self.gene_G = select_genes(data.sample_SV, code_S, settings.n_genes)
+        # Most genes of a vocabulary are in no single data set.
+        seen_G = np.flatnonzero(data.sample_SV.getnnz(0) > 0)
+        if data.n_genes <= settings.n_genes:
+            seen_G = np.arange(data.n_genes)
+        chosen = select_genes(data.sample_SV[:, seen_G], code_S, settings.n_genes)
+        self.gene_G = seen_G[chosen]
         self.sample_SG = data.sample_SV[:, self.gene_G]
         self.vectors_GE = None if gene_vectors_VE is None else gene_vectors_VE[self.gene_G]
         train = data.train

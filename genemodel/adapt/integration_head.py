@@ -200,8 +200,7 @@ class IntegrationHead(nn.Module):
         if self.training:
             z_CD = mean_CD + torch.randn_like(mean_CD) * (0.5 * log_var_CD).exp()
         row_N, gene_N, count_N = self._read(batch)
-        library_C = torch.zeros(n_cells, device=batch.device).index_add(0, row_N, count_N)
-        log_library_C1 = library_C.clamp_min(1.0).log()[:, None]
+        log_library_C1 = batch.per_cell(count_N).clamp_min(1.0).log()[:, None]
         stored = (row_N, gene_N, count_N)
         log_mean_CG = self.log_share(z_CD, batch.batch_C[:n_cells]) + log_library_C1
         counts = negative_binomial_loss(log_mean_CG, self.log_theta_G, *stored)

@@ -98,6 +98,23 @@ class CellBatch:
         """Counts that the tokens are made of, beside ``full_gene_N``."""
         return self.full_count_N if self.shown_count_N is None else self.shown_count_N
 
+    def per_cell(self, value_N: Tensor) -> Tensor:
+        """Sum values beside ``full_gene_N`` within every real cell, (n_cells,) float32."""
+        return sums_within(value_N, self.full_cell_N, self.n_cells)
+
     def lengths_C(self) -> np.ndarray:
         """Tokens of every real cell, its ``CELL`` token included; shape (n_cells,)."""
         return self.length_C
+
+
+def sums_within(value_N: Tensor, cell_N: Tensor, n_cells: int) -> Tensor:
+    """Sum values that lie one cell after the other, (C,) float32; no gradient goes through.
+
+    Differences of one running sum take a tenth of the time that scattered additions take on a CPU,
+    and always add in the same order.
+    """
+    with torch.no_grad():
+        running_N1 = torch.zeros(value_N.shape[0] + 1, dtype=torch.float64, device=value_N.device)
+        torch.cumsum(value_N.double(), 0, out=running_N1[1:])
+        edges_C1 = torch.searchsorted(cell_N, torch.arange(n_cells + 1, device=cell_N.device))
+        return running_N1[edges_C1].diff().float()

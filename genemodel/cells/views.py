@@ -102,20 +102,33 @@ def shown_cells(
     tuple
         Where each cell begins and ends, genes, counts, and molecules of every cell, at least 1.
     """
-    n_C = np.asarray(end_C - begin_C, np.int64)
-    genes_N = _joined(np.asarray(begin_C, np.int64), np.asarray(end_C, np.int64), gene_N,
-                      shown_N.size)  # fmt: skip
-    seen_N = shown_N > 0
-    if n_tokens is not None:
-        seen_N &= genes_N < n_tokens
-    before_N1 = np.concatenate([[0], np.cumsum(seen_N)])
-    ends_C = np.cumsum(n_C)
-    totals_N1 = np.concatenate([[0.0], np.cumsum(shown_N * seen_N, dtype=np.float64)])
-    library_C = totals_N1[ends_C] - totals_N1[ends_C - n_C]
-    return (
-        before_N1[ends_C - n_C], before_N1[ends_C], genes_N[seen_N], shown_N[seen_N],
-        np.maximum(library_C, 1.0).astype(np.float32),
-    )  # fmt: skip
+    below = np.iinfo(np.int64).max if n_tokens is None else n_tokens
+    ends_C = np.empty(begin_C.size, np.int64)
+    library_C = np.empty(begin_C.size, np.float32)
+    genes_N, counts_N = np.empty(shown_N.size, gene_N.dtype), np.empty(shown_N.size, np.float32)
+    n = _shown(begin_C, end_C, gene_N, shown_N, below, ends_C, library_C, genes_N, counts_N)
+    begins_C = np.concatenate([[0], ends_C[:-1]]) if ends_C.size else ends_C
+    return begins_C, ends_C, genes_N[:n], counts_N[:n], library_C
+
+
+@njit(nogil=True, cache=True)
+def _shown(  # type: ignore[no-untyped-def]
+    begin_C, end_C, gene_N, shown_N, below, ends_C, library_C, genes_N, counts_N
+):
+    at = 0
+    read = 0
+    for c in range(begin_C.shape[0]):
+        total = 0.0
+        for j in range(begin_C[c], end_C[c]):
+            if shown_N[read] > 0 and gene_N[j] < below:
+                genes_N[at] = gene_N[j]
+                counts_N[at] = shown_N[read]
+                total += shown_N[read]
+                at += 1
+            read += 1
+        ends_C[c] = at
+        library_C[c] = max(total, 1.0)
+    return at
 
 
 def lay_out(

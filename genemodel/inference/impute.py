@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 import genemodel
+from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
 from genemodel.adapt.imputation_model import (
     LARGEST_IN_MEMORY,
@@ -21,6 +23,7 @@ from genemodel.adapt.imputation_model import (
     ImputationModel,
     Kind,
     Library,
+    TokenBackbone,
     check_batch,
     check_library,
 )
@@ -28,6 +31,8 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
+from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.gene_counts import genes_in_order
 from genemodel.inference.impute_genes import (
@@ -40,6 +45,7 @@ from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, out
 from genemodel.inference.models import IMPUTE, model_for
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
+from genemodel.model.tuning import Tune, TuningSettings, check_fits
 from genemodel.settings import PathText, check_seed, to_values
 
 if TYPE_CHECKING:
@@ -70,6 +76,9 @@ def impute(
     output: str | Path | None = None,
     overwrite: bool = False,
     settings: DecoderSettings | None = None,
+    backbone: Tune | TuningSettings | None = None,
+    device: str | torch.device = "auto",
+    run: HeadRun | None = None,
 ) -> ImputationModel:
     """Denoise counts: the expected count of every gene in every cell, and how sure that is.
 
@@ -87,9 +96,9 @@ def impute(
         What an earlier call returned (:class:`ImputationModel`, which can be saved): nothing is
         trained, and its genes are predicted from those of them that these cells measured. Or a
         bundle (:func:`genemodel.load`): its count decoder predicts ``genes`` that the data did not
-        measure, and its gene vectors are the start where ``settings.gene_vectors`` says so.
-        Measured genes are otherwise learned from the data itself. Either may be the path of its
-        folder.
+        measure, its gene vectors are the start where ``settings.gene_vectors`` says so, and its
+        cell vectors are read where ``backbone`` says so. Measured genes are otherwise learned from
+        the data itself. Either may be the path of its folder.
     batch_key
         obs column of the technical batch, or several nested ones; with a trained model by default
         its own. A batch that it was not trained on gets the mean of all offsets.
@@ -126,6 +135,14 @@ def impute(
         Replace an existing output.
     settings
         Of the decoder.
+    backbone
+        Read the cell vectors of a bundle beside the counts, made in every step of the molecules
+        that are shown: ``"frozen"``, ``"lora"``, ``"last"`` or ``"full"`` say what of it learns.
+        None, the default, reads counts alone.
+    device
+        Where to train: ``auto`` takes a GPU where there is one.
+    run
+        Folder and devices of the training, instead of ``device``; what fine-tuning uses.
 
     Returns
     -------
@@ -164,10 +181,15 @@ def impute(
     vectors = trained is None and settings.gene_vectors
     if vectors and bundle is None:
         raise ConfigError("gene_vectors=true needs a pre-trained model: give model=BUNDLE.")
+    tuning = backbone if isinstance(backbone, TuningSettings | None) else TuningSettings(backbone)
+    if tuning is not None:
+        _check_backbone(bundle, trained, tuning)
+    beneath = bundle if trained is None else trained.bundle
     source = _open(
-        adata, bundle, layer, species, keys,
+        adata, beneath, layer, species, keys,
         keep=trained.batch_keys if trained is not None else (),
-        needs_species=genes is not None or vectors,
+        needs_species=genes is not None or vectors or tuning is not None
+        or (trained is not None and trained.bundle is not None),
     )  # fmt: skip
     try:
         cells: VocabularyCells | None = None
@@ -202,6 +224,10 @@ def impute(
         # Opened before the training, so that what cannot be written is refused at once.
         with sink.open(), np.errstate(invalid="ignore"):
             if trained is None:
+                over = None
+                if tuning is not None and bundle is not None:
+                    cells = cells or VocabularyCells(source, bundle)
+                    over = _over_tokens(cells, tuning)
                 trained = ImputationModel.train(
                     counts_CG,
                     codes_C,
@@ -210,18 +236,23 @@ def impute(
                     genes=[str(name) for name in source.genes.index],
                     batch_keys=keys,
                     gene_vectors_GE=gene_vectors_GE,
+                    backbone=over,
+                    run=run or HeadRun(device=device),
                     seed=seed,
                     where=source.where,
                 )
-                if not np.isfinite(trained.trained.heldout_nats):
-                    raise ConfigError(
-                        "The training went out of bounds (learning_rate="
-                        f"{settings.learning_rate:g}): its numbers are no longer finite. Set a "
-                        f"lower one; the default is {DecoderSettings().learning_rate:g}."
-                    )
                 trained.provenance["model"] = (
-                    bundle.fingerprint if bundle is not None and vectors else ""
+                    bundle.fingerprint if bundle is not None and (vectors or tuning) else ""
                 )
+                trained.provenance["backbone"] = "" if tuning is None else tuning.tune
+                if over is not None and bundle is not None and cells is not None:
+                    model_beneath = trained.trained.backbone
+                    assert model_beneath is not None
+                    beneath = beneath_of(
+                        bundle, model_beneath, f"{tuning.tune}, beneath an imputation",
+                        trained.history,
+                    ) if tuning is not None and tuning.tune != "frozen" else bundle
+                    trained = trained.with_vectors(beneath, _vectors(source, beneath))
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
@@ -317,6 +348,42 @@ def _batch_names(source: Source, keys: tuple[str, ...]) -> np.ndarray:
     return batch_names(source.obs, keys, source.where).astype(str)
 
 
+def _check_backbone(
+    bundle: Bundle | None, trained: ImputationModel | None, tuning: TuningSettings
+) -> None:
+    if trained is not None:
+        raise ConfigError("backbone is of a training, and this model is trained: give one.")
+    if tuning.tune == "scratch":
+        raise ConfigError(
+            "backbone='scratch' means new weights, which pre-training makes: `genemodel finetune "
+            "backbone=scratch`, or gm.pretrain; then give the bundle with backbone='frozen'."
+        )
+    if bundle is None:
+        raise ConfigError(
+            f"backbone={tuning.tune!r} reads a pre-trained model: give model=BUNDLE, or leave "
+            "backbone out."
+        )
+    check_fits(tuning, bundle.model.settings)
+
+
+def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbone:
+    """Find the tokens of the data's own genes, for a transformer beneath."""
+    if len(cells.matches) > 1:
+        raise ConfigError(
+            f"{cells.source.where}: holds several species, whose genes are other tokens in each: "
+            "impute one species at a time, or leave backbone out."
+        )
+    bundle = cells.bundle
+    ((_, match),) = cells.matches.items()
+    return TokenBackbone(
+        backbone_of(bundle, tuning), len(bundle.vocabulary), match.token_G, cells.species_C
+    )
+
+
+def _vectors(source: Source, bundle: Bundle) -> np.ndarray:
+    return embedding_of(VocabularyCells(source, bundle), bundle)
+
+
 def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
     """Pre-trained vector of every gene of the data, NaN for a gene outside the vocabulary, (G, E).
 
@@ -389,7 +456,12 @@ def _other_cells(
             "%s: %s cells are of no batch of the training: they get the mean of all.",
             source.where, f"{int((code_C < 0).sum()):,}",
         )  # fmt: skip
-    return trained.of(counts_CG, code_C, measured_G, where=source.where)
+    features_CF = None
+    if trained.bundle is not None:
+        features_CF = _vectors(source, trained.bundle)
+    return trained.of(
+        counts_CG, code_C, measured_G, where=source.where, features_CF=features_CF
+    )
 
 
 # -- the work ------------------------------------------------------------------------------------
@@ -538,7 +610,7 @@ class ImputeSettings:
     seed
         Of the split of molecules, the training and the draws.
     device
-        Where the model is: auto, cpu, cuda, cuda:1 …
+        Where to train, and where the model is: auto, cpu, cuda, cuda:1 …
     overwrite
         Replace an existing output.
     """
@@ -589,5 +661,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         seed=settings.seed,
         output=settings.output,
         overwrite=settings.overwrite,
+        device=settings.device,
     )
     return Path(settings.output)

@@ -3,11 +3,9 @@
 Axes: C cells, D width, E width of gene vectors, G genes, V vocabulary.
 """
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +14,19 @@ import torch
 
 import genemodel
 from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.integration import Backbone, Integration, train_integration
+from genemodel.adapt.integration import Integration, train_integration
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.history import STEP
 from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import inverse_medians
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.cell_vectors import cell_projection, corpus_vectors
+from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.cell_vectors import corpus_vectors
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import read_counts
 from genemodel.inference.integrated_model import IntegratedModel
@@ -232,13 +230,14 @@ def integrate_cells(
         cells,
         settings=settings,
         vectors_NF=features_CF,
-        backbone=_backbone(bundle, tuning) if bundle is not None and live else None,
+        backbone=backbone_of(bundle, tuning) if bundle is not None and live else None,
         gene_vectors_VE=vectors_VE,
         where=where,
         seed=seed,
     )
     if trained.backbone is not None and bundle is not None:
-        bundle = _tuned(bundle, trained, tuning, len(used_C))
+        how = f"{tuning.tune}, beneath an integration of {len(used_C):,} cells"
+        bundle = beneath_of(bundle, trained.backbone, how, trained.history)
     embedding_CD = np.full((n_cells, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
@@ -290,29 +289,6 @@ def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:
             )
         return
     check_fits(tuning, bundle.model.settings)
-
-
-def _backbone(bundle: Bundle, tuning: TuningSettings) -> Backbone:
-    return Backbone(
-        copy.deepcopy(bundle.model).cpu(), copy.deepcopy(cell_projection(bundle)).cpu(),
-        replace(bundle.tokens, places=0), inverse_medians(bundle.medians_V), tuning,
-    )  # fmt: skip
-
-
-def _tuned(bundle: Bundle, trained: Integration, tuning: TuningSettings, cells: int) -> Bundle:
-    """The model beneath as it is after the training: of its heads only what embeds still fits."""
-    assert trained.backbone is not None
-    kept = {k: v for k, v in bundle.heads.items() if k.startswith("decode_counts.projection.")}
-    provenance = {
-        "genemodel": genemodel.__version__,
-        "start": bundle.fingerprint,
-        "tuned": f"{tuning.tune}, beneath an integration of {cells:,} cells",
-        "steps": trained.steps,
-    }
-    tuned = replace(
-        bundle, model=trained.backbone, heads=kept, provenance=provenance, history=trained.history
-    )
-    return tuned.to(bundle.device)
 
 
 def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:

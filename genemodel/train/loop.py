@@ -260,8 +260,10 @@ class Loop:
         ``stopped_by`` then holds the signal's number or ``"max_minutes"``, None at the end.
         """
         collecting = gc.isenabled()
-        # A collection in the middle of a step holds the device up; one at every look does not.
+        # A collection in the middle of a step holds the device up; one at every look does not, and
+        # does not look at what was there before either.
         gc.disable()
+        gc.freeze()
         try:
             self._fit(signals)
         except RuntimeError as error:
@@ -269,6 +271,7 @@ class Loop:
                 raise self._memory_is_full(error) from error
             raise
         finally:
+            gc.unfreeze()
             if collecting:
                 gc.enable()
             try:

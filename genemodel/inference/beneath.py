@@ -1,0 +1,33 @@
+"""A bundle beneath a head: as the head's training takes it, and as it is afterwards."""
+
+import copy
+from dataclasses import replace
+
+import pandas as pd
+
+import genemodel
+from genemodel.adapt.integration import Backbone
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.loader import inverse_medians
+from genemodel.inference.cell_vectors import cell_projection
+from genemodel.model.gene_model import GeneModel
+from genemodel.model.tuning import TuningSettings
+
+
+def backbone_of(bundle: Bundle, tuning: TuningSettings) -> Backbone:
+    """Copy what a training reads of a bundle, and may change."""
+    return Backbone(
+        copy.deepcopy(bundle.model).cpu(), copy.deepcopy(cell_projection(bundle)).cpu(),
+        replace(bundle.tokens, places=0), inverse_medians(bundle.medians_V), tuning,
+    )  # fmt: skip
+
+
+def beneath_of(bundle: Bundle, model: GeneModel, how: str, history: pd.DataFrame) -> Bundle:
+    """Make the bundle of a backbone that has learnt; of the heads what embeds cells still fits."""
+    kept = {k: v for k, v in bundle.heads.items() if k.startswith("decode_counts.projection.")}
+    provenance = {
+        "genemodel": genemodel.__version__, "start": bundle.fingerprint, "tuned": how,
+    }  # fmt: skip
+    device = bundle.device
+    tuned = replace(bundle, model=model, heads=kept, provenance=provenance, history=history)
+    return tuned.to(device)
