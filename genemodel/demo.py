@@ -104,7 +104,7 @@ def demo(settings: DemoSettings) -> str:
 
     logger.info("3/4 embedding held-out cells")
     bundle = Bundle.load(bundle_path)
-    _, cells = split(recipe, corpus)
+    _, cells = split(recipe.holdout, corpus, recipe.corpus)
     rng = np.random.default_rng(settings.seed)
     if cells.size > SHOWN_CELLS:
         cells = np.sort(rng.choice(cells, SHOWN_CELLS, replace=False))

@@ -3,7 +3,9 @@
 ::
 
     out/finetune.json      settings, and what data and model were
-    out/backbone/          stage 1, a training run: corpus/, metrics.csv, checkpoints/, bundle/
+    out/backbone/          a training run of the backbone alone: corpus/, metrics.csv, checkpoints/,
+                           bundle/
+    out/heads/integrate/   a training run of a head: metrics.csv, checkpoints/, …
     out/embedded.h5ad      task integrate: obs, embedding
     out/model/             … the IntegratedModel
     out/imputed.h5ad       task impute: obs, var, layers with mean and standard deviation
@@ -13,8 +15,9 @@
     out/curves.csv         losses of the heads
     out/report.html        all of these curves, with the losses on held-out cells
 
-Stage 1 goes on with the pre-training objectives on the user's cells, by the recipe of pre-training;
-stage 2 trains the heads on what the backbone then says. Axes: C cells, V vocabulary, G genes.
+Every training is a run of the one loop: on any device, over ranks, and resumed exactly. A head's
+loss reaches what of the backbone learns. Where a warm-up is asked for, or the backbone is new, it
+is first trained alone, with the objectives of pre-training. Axes: C cells, V vocabulary, G genes.
 """
 
 import csv
@@ -29,15 +32,17 @@ import numpy as np
 import pandas as pd
 
 from genemodel import config_files
+from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
-from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import sha256
 from genemodel.bundle.history import STEP
 from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.grouped import GroupedCells
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.obs_columns import COLUMNS
@@ -47,11 +52,13 @@ from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import KEY as LABEL
 from genemodel.inference.annotate import annotate, write_labels
+from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
-from genemodel.inference.integrate import batches_of, integrate
+from genemodel.inference.impute_corpus import impute_corpus, one_species
+from genemodel.inference.integrate import batches_of, integrate_cells
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.labels import calibrate, corpus_chunks, probabilities_of
+from genemodel.inference.labels import calibrate, probabilities_of
 from genemodel.inference.obs_keys import (
     INTEGRATED,
     batch_names,
@@ -73,7 +80,8 @@ from genemodel.settings import (
     to_values,
 )
 from genemodel.tasks.pretraining import PretrainingSettings
-from genemodel.train.recipe import FREE_ON_RESUME, choose_device, pretrain, split
+from genemodel.train.job import choose_device
+from genemodel.train.recipe import FREE_ON_RESUME, pretrain, split
 from genemodel.train.record import METRICS
 from genemodel.train.settings import (
     HoldoutSettings,
@@ -91,14 +99,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ABOUT, CURVES, REPORT = "finetune.json", "curves.csv", "report.html"
-BACKBONE = "backbone"
+BACKBONE, HEADS = "backbone", "heads"
 EMBEDDED, MODEL = "embedded.h5ad", "model"
 IMPUTED, IMPUTATION_MODEL = "imputed.h5ad", "imputation_model"
 LABELLED, CLASSIFIER = "labels.h5ad", "classifier"
 RUN = "settings.json"
 RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, LABELLED, CLASSIFIER, CURVES, REPORT)
-# Stored counts of a corpus that the heads take into memory: about 8 bytes each, several times over.
-MOST_COUNTS = 300_000_000
 # Settings that change no number: they may differ when a run goes on.
 _FREE = ("out", "overwrite", "device", "data", "model", *FREE_ON_RESUME)
 
@@ -134,15 +140,25 @@ class FinetuneSettings:
     key_added
         Key in obsm.
     device
-        Where the backbone runs in stage 2: auto, cpu, cuda, cuda:1 … (stage 1: ``trainer``).
+        Where cells are embedded and decoded after a training: auto, cpu, cuda, cuda:1 … (trainings:
+        ``trainer``).
     seed
         Of everything random.
     overwrite
         Throw away what is in the folder and start anew.
     backbone
-        What of the backbone is adapted to the cells first; ``frozen`` is no stage 1.
-    tokens, optim, trainer, holdout, log
-        Of stage 1, as in pre-training; ``tokens.context`` is the model's where there is one.
+        What of the backbone learns from the loss of the head. ``scratch``: new weights, which are
+        trained alone first and then stay.
+    warm_up
+        Go on with the objectives of pre-training on these cells first.
+    hold_out
+        Hold groups of cells out of the embedding's training (``holdout``), look at them every
+        ``trainer.validate_every`` steps, keep the best and stop early.
+    tokens, optim, holdout
+        Of a training of the backbone alone and of ``task=classify``, as in pre-training;
+        ``tokens.context`` is the model's where there is one.
+    trainer, log
+        Of all trainings; the steps of a head are those of its recipe.
     integration, imputation
         Recipes of the heads.
     """
@@ -160,6 +176,8 @@ class FinetuneSettings:
     device: str = "auto"
     seed: int = 0
     overwrite: bool = False
+    warm_up: bool = False
+    hold_out: bool = False
     backbone: TuningSettings = field(default_factory=lambda: TuningSettings(tune="frozen"))
     tokens: TokenSettings = field(default_factory=lambda: TokenSettings(512, 8192))
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, warmup_steps=20))
@@ -193,11 +211,20 @@ class FinetuneSettings:
             )
         if self.classifies:
             self._check_classify()
-        elif tune != "frozen" and not (self.integrates or self.imputation.gene_vectors):
+        if self.warm_up and tune == "frozen":
             raise ConfigError(
-                f"backbone={tune} would train a backbone that task=impute then never reads: set "
-                "imputation.gene_vectors=true, which starts the genes from its vectors, or leave "
-                "backbone out; task=both reads it for the embedding."
+                "warm_up=true trains what of the backbone learns, and with backbone=frozen nothing "
+                "does: set backbone=lora, last or full."
+            )
+        if self.warm_up and self.classifies:
+            raise ConfigError(
+                "warm_up=true says nothing to task=classify, whose one training is of the labels: "
+                "leave it out."
+            )
+        if self.hold_out and not self.integrates:
+            raise ConfigError(
+                f"hold_out=true says nothing to task={self.task}: imputation looks at molecules "
+                "set aside, and classify holds out as holdout says. Leave it out."
             )
         if self.label_key and not (self.integrates or self.classifies):
             raise ConfigError(
@@ -220,6 +247,11 @@ class FinetuneSettings:
                 raise ConfigError(
                     f"{head}.gene_vectors=true needs a pre-trained model: give model=BUNDLE."
                 )
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether the backbone is trained before, or without, a head."""
+        return self.warm_up or self.classifies or self.backbone.tune == "scratch"
 
     @property
     def integrates(self) -> bool:
@@ -283,8 +315,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         batch_names(adata.obs, keys_of(settings.batch_key))
     if corpus is None:
         find_counts(adata, layer=settings.layer or None, where=settings.data)
-    if settings.backbone.tune != "frozen" or settings.classifies:
-        _refuse_impossible_stage_1(settings, bundle, corpus, adata)
+    _refuse_impossible(settings, bundle, corpus, adata)
     values = to_values(settings)
     about = {
         "settings": values,
@@ -297,15 +328,15 @@ def finetune(settings: FinetuneSettings) -> Path:
         return out
     new = not out.exists()
     try:
-        if settings.backbone.tune != "frozen" or settings.classifies:
+        if settings.trains_alone:
             bundle = _adapt(settings, bundle, corpus, adata, about)
         _note(out, about)
         if settings.classifies and bundle is not None:
             _label(settings, adata, bundle)
         if settings.integrates and not (out / EMBEDDED).exists():
-            _integrate(settings, adata, bundle)
+            _integrate(settings, corpus, adata, bundle, about)
         if settings.imputes and not (out / IMPUTATION_MODEL).exists():
-            _impute(settings, adata, bundle)
+            _impute(settings, corpus, adata, bundle, about)
     except GenemodelError:
         # A refusal that only the genes or the counts deep in the file could give.
         if new and out.is_dir() and [path.name for path in out.iterdir()] == [ABOUT]:
@@ -315,11 +346,22 @@ def finetune(settings: FinetuneSettings) -> Path:
     return out
 
 
-def _refuse_impossible_stage_1(
+def _refuse_impossible(
     settings: FinetuneSettings, bundle: Bundle | None, corpus: Corpus | None, adata: "AnnData"
 ) -> None:
-    """Refuse what training would refuse after the corpus has been built."""
+    """Refuse what training would refuse after other work has been done."""
     choose_device(settings.trainer)
+    if corpus is not None and settings.imputes:
+        one_species(corpus)
+    if corpus is not None and bundle is not None and not settings.trains_alone:
+        mine, theirs = corpus.vocabulary, bundle.vocabulary
+        if mine.fingerprint != theirs.fingerprint:
+            raise DataError(
+                f"data={settings.data} was built with vocabulary {mine.fingerprint[:12]}, and "
+                f"model={settings.model} reads {theirs.fingerprint[:12]}: build the corpus with "
+                f"vocabulary={Path(settings.model) / VOCABULARY}, or set warm_up=true, which lets "
+                "the model grow where it can."
+            )
     if bundle is not None:
         check_fits(settings.backbone, bundle.model.settings)
     by = settings.holdout.by
@@ -353,16 +395,17 @@ def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) ->
         if (out / name).is_file():
             raise ConfigError(f"out={out} is {what} (it holds {name}): choose another folder.")
     there = [name for name in RESULTS if (out / name).exists()]
-    if overwrite and (there or (out / BACKBONE).exists()) and not (out / ABOUT).is_file():
+    parts = [name for name in (BACKBONE, HEADS) if (out / name).exists()]
+    if overwrite and (there or parts) and not (out / ABOUT).is_file():
         raise ConfigError(
-            f"out={out} holds {', '.join(there) or BACKBONE}, and no {ABOUT} that says that they "
+            f"out={out} holds {', '.join(there + parts)}, and no {ABOUT} that says that they "
             "are of fine-tuning: overwrite=true replaces nothing else. Choose another folder."
         )
-    begun = bool(there) or (out / BACKBONE / "checkpoints").exists()
+    begun = bool(there) or (out / BACKBONE / "checkpoints").exists() or (out / HEADS).exists()
     # A folder that is not ours is not cleared, whatever it is called.
-    begun = begun or ((out / BACKBONE).exists() and not (out / ABOUT).exists())
+    begun = begun or (bool(parts) and not (out / ABOUT).exists())
     if overwrite or not begun:
-        for name in (*there, BACKBONE):
+        for name in (*there, *parts):
             if (out / name).is_dir():
                 shutil.rmtree(out / name)
             else:
@@ -373,7 +416,7 @@ def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) ->
         before = to_values(parse(FinetuneSettings, earlier["settings"]))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"out={out} holds {', '.join(there) or BACKBONE}, and no {ABOUT} that says how it was "
+            f"out={out} holds {', '.join(there + parts)}, and no {ABOUT} that says how it was "
             "made: choose another folder."
         ) from error
     changed = [line for line in difference(before, about["settings"]) if not line.startswith(_FREE)]
@@ -406,11 +449,10 @@ def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
                 f"data={data} is a corpus, whose layer and species were settled when it was built: "
                 "leave layer and species out."
             )
-        if settings.classifies:  # the corpus is streamed: what is said of its cells is enough
-            obs = corpus.obs()
-            obs.index = obs.index.astype(str)
-            return corpus, ad.AnnData(obs=obs), corpus.fingerprint
-        return corpus, cells_of(corpus), corpus.fingerprint
+        # The corpus is streamed: what is said of its cells is enough.
+        obs = corpus.obs()
+        obs.index = obs.index.astype(str)
+        return corpus, ad.AnnData(obs=obs), corpus.fingerprint
     if not data.is_file():
         raise DataError(
             f"data={data} is no file: name an h5ad file with raw counts, or the folder of a corpus."
@@ -419,44 +461,7 @@ def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
         return None, ad.read_h5ad(data), sha256(data)
 
 
-def cells_of(corpus: Corpus) -> "AnnData":
-    """Read all cells of a corpus of one species into memory, with the genes that it measured.
-
-    Raises
-    ------
-    DataError
-        Several species, or more counts than fit into memory with all that is made of them.
-    """
-    import anndata as ad
-
-    n_counts = int(corpus.n_genes_C.sum())
-    if n_counts > MOST_COUNTS:
-        raise DataError(
-            f"data={corpus.path} holds {n_counts:,} counts that are not zero; the heads train in "
-            f"memory on at most {MOST_COUNTS:,}. Adapt the backbone to it with `genemodel pretrain "
-            f"start=BUNDLE corpus={corpus.path}`, and fine-tune on a part of its cells."
-        )
-    species = list(corpus.statistics)
-    if len(species) != 1:
-        raise DataError(
-            f"data={corpus.path} holds {', '.join(species)}: the heads name genes by one species. "
-            "Give the h5ad files of the cells, or a corpus for each species."
-        )
-    rows = corpus.vocabulary.species_rows(species[0])
-    token_G, first_G = np.unique(np.asarray(rows["token"]), return_index=True)
-    measured_G = corpus.measured_SV.any(0)[token_G]
-    token_G, first_G = token_G[measured_G], first_G[measured_G]
-    counts_CV = corpus.read(0, len(corpus)).to_csr(len(corpus.vocabulary))
-    var = pd.DataFrame(
-        {"symbol": np.asarray(rows["symbol"], dtype=object)[first_G].astype(str)},
-        index=pd.Index(np.asarray(rows["ensembl_id"], dtype=object)[first_G].astype(str)),
-    )
-    obs = corpus.obs()
-    obs.index = obs.index.astype(str)
-    return ad.AnnData(X=counts_CV[:, token_G].astype(np.float32), obs=obs, var=var)
-
-
-# -- stage 1 ---------------------------------------------------------------------------------------
+# -- the backbone alone ----------------------------------------------------------------------------
 
 
 def _adapt(
@@ -495,7 +500,7 @@ def _adapt(
         context = bundle.tokens.context
         model = bundle.model.settings
         tokens = TokenSettings(context, max(settings.tokens.budget, context))
-    what = "labels" if settings.classifies else "stage 1: the backbone on these cells"
+    what = "labels" if settings.classifies else "the backbone alone on these cells"
     logger.info("Training %s (backbone %s).", what, settings.backbone.tune)
     path = pretrain(
         PretrainSettings(
@@ -516,8 +521,8 @@ def _adapt(
     adapted = Bundle.load(path, device=settings.device)
     if adapted.provenance["steps"] == 0 and not settings.classifies:
         logger.warning(
-            "Stage 1 did not lower the loss on held-out cells: the backbone is used as it was. "
-            "Try a lower optim.lr, or leave stage 1 out with backbone=frozen."
+            "The warm-up did not lower the loss on held-out cells: the backbone is used as it was. "
+            "Try a lower optim.lr, or leave warm_up out."
         )
     return adapted
 
@@ -536,7 +541,7 @@ def _only_labels(task: PretrainingSettings, label_key: str) -> PretrainingSettin
 def _corpus(
     settings: FinetuneSettings, bundle: Bundle | None, adata: "AnnData", path: Path
 ) -> Corpus:
-    """Build the corpus of stage 1 from the cells, or open the one that is there."""
+    """Build a corpus of the cells, or open the one that is there."""
     if path.exists():
         return Corpus.open(path)
     vocabulary = bundle.vocabulary if bundle is not None else GeneVocabulary.builtin()
@@ -569,29 +574,66 @@ def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnD
     return source
 
 
-# -- stage 2 ---------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
-def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None) -> None:
+def _head_run(settings: FinetuneSettings, name: str, about: dict[str, Any]) -> HeadRun:
+    """Where a head is trained."""
+    return HeadRun(
+        folder=Path(settings.out) / HEADS / name,
+        trainer=settings.trainer,
+        log=settings.log,
+        device=settings.device,
+        content={"data": about["data"], "model": about["model"]},
+        again=(settings, finetune),
+    )
+
+
+def _tuning(settings: FinetuneSettings) -> TuningSettings:
+    """Say what the loss of a head reaches; new weights have been trained, and stay."""
+    if settings.backbone.tune == "scratch":
+        return TuningSettings(tune="frozen")
+    return settings.backbone
+
+
+def _held_out(
+    settings: FinetuneSettings, corpus: Corpus | None, adata: "AnnData"
+) -> np.ndarray | None:
+    if not settings.hold_out:
+        return None
+    groups = corpus if corpus is not None else GroupedCells(adata.obs, settings.data)
+    train, held_out = split(settings.holdout, groups, settings.data)
+    return held_out if held_out.size < train.size + held_out.size and held_out.size else None
+
+
+def _integrate(
+    settings: FinetuneSettings,
+    corpus: Corpus | None,
+    adata: "AnnData",
+    bundle: Bundle | None,
+    about: dict[str, Any],
+) -> None:
     import anndata as ad
 
     out = Path(settings.out)
-    result = integrate(
-        adata,
-        batch_key=settings.batch_key,
-        label_key=settings.label_key or None,
-        model=bundle,
+    result, embedding_CD = integrate_cells(
+        adata if corpus is None else corpus,
+        keys_of(settings.batch_key),
+        settings.label_key or None,
+        bundle,
+        _tuning(settings),
         layer=settings.layer or None,
         species=settings.species or None,
-        key_added=settings.key_added,
         settings=settings.integration,
+        where=_head_run(settings, "integrate", about),
         seed=settings.seed,
+        held_out=_held_out(settings, corpus, adata),
     )
     _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
     embedded = ad.AnnData(obs=adata.obs)
-    embedded.obsm[settings.key_added] = adata.obsm[settings.key_added]
-    embedded.uns[settings.key_added] = adata.uns[settings.key_added]
+    embedded.obsm[settings.key_added] = embedding_CD
+    embedded.uns[settings.key_added] = dict(result.provenance)
     write_whole(embedded, out / EMBEDDED)
     logger.info("%s: %d cells embedded without their batch.", out / EMBEDDED, embedded.n_obs)
 
@@ -604,7 +646,7 @@ def _label(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle) -> None
     run = out / BACKBONE
     made = parse(PretrainSettings, json.loads((run / RUN).read_text()))
     corpus = Corpus.open(made.corpus)
-    train_cells, held_out = split(made, corpus)
+    train_cells, held_out = split(made.holdout, corpus, made.corpus)
     labels = labels_of(corpus, settings.label_key, train_cells)
     if held_out.size < len(corpus):
         found = calibrate(bundle, corpus, held_out, labels.code_N)
@@ -635,20 +677,36 @@ def _label(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle) -> None
     logger.info("%s: %s cells labelled.", out / LABELLED, f"{labelled.n_obs:,}")
 
 
-def _impute(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None) -> None:
+def _impute(
+    settings: FinetuneSettings,
+    corpus: Corpus | None,
+    adata: "AnnData",
+    bundle: Bundle | None,
+    about: dict[str, Any],
+) -> None:
     out = Path(settings.out)
-    result = impute(
-        adata,
-        bundle,
-        batch_key=settings.batch_key,
-        layer=settings.layer or None,
-        species=settings.species or None,
-        uncertainty=True,
-        settings=settings.imputation,
-        seed=settings.seed,
-        output=out / IMPUTED,
-        overwrite=True,
-    )
+    run = _head_run(settings, "impute", about)
+    tuning = None if bundle is None else _tuning(settings)
+    if corpus is not None:
+        result = impute_corpus(
+            corpus, out / IMPUTED, keys_of(settings.batch_key), bundle, tuning,
+            settings=settings.imputation, run=run, seed=settings.seed,
+        )  # fmt: skip
+    else:
+        result = impute(
+            adata,
+            bundle,
+            batch_key=settings.batch_key,
+            layer=settings.layer or None,
+            species=settings.species or None,
+            uncertainty=True,
+            settings=settings.imputation,
+            seed=settings.seed,
+            output=out / IMPUTED,
+            overwrite=True,
+            backbone=tuning,
+            run=run,
+        )
     _add_curves(out / CURVES, "impute", result.history)
     result.save(out / IMPUTATION_MODEL)
     logger.info("%s: %s", out / IMPUTED, result.trained.coverage)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -85,6 +84,16 @@ class Trained:
     weights: dict[str, Tensor]
     history: pd.DataFrame
     steps: int
+
+    def loaded(self, build: Callable[[], Built], seed: int) -> Built:
+        """Build again what was trained, with its weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            built = build()
+        for module, prefix in ((built.model, "model."), (built.objectives, "objectives.")):
+            own = {k: v for k, v in self.weights.items() if k.startswith(prefix)}
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in own.items()})
+        return built
 
 
 def train_head(
@@ -231,8 +240,3 @@ def _history(run: Path) -> pd.DataFrame:
     history = table[["step", *names]].rename(columns={c: c.removeprefix(kind) for c in names})
     history = history.rename(columns={"step": STEP})
     return history.astype({STEP: "int64"})
-
-
-def plain(values: object) -> Any:
-    """Give values as JSON gives them back, so that they compare."""
-    return json.loads(json.dumps(values))

@@ -9,11 +9,10 @@ Axes: C cells, G genes decoded, V genes of the cells, D latent dimensions, H hid
 of a cell vector, B technical batches, N stored entries, S sampled cells.
 """
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,8 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from genemodel.adapt.backbone import (
+    STANDARDISED,
+    Backbone,
+    even_size,
+    micro_batches,
+    tuned,
+)
 from genemodel.adapt.head_run import HeadRun, train_head
-from genemodel.adapt.integration import Backbone
 from genemodel.adapt.posterior import (
     Floats,
     calibrate_dispersion,
@@ -36,17 +41,13 @@ from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.history import STEP
 from genemodel.cells.batch import CellBatch, sums_within
 from genemodel.cells.loader import CellStream
-from genemodel.cells.packing import tail_pieces
-from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.transfer import on_device
 from genemodel.cells.views import View
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.likelihood import MultinomialLoss
 from genemodel.expression.normalise import depth_factor
-from genemodel.model.count_encoder import CountsBesideBackbone
 from genemodel.model.flops import encoder_flops
 from genemodel.model.gene_model import Encoded, GeneModel
-from genemodel.model.tuning import merged, rate_shares, tune
 from genemodel.settings import to_values
 from genemodel.tasks.parts import LossPart
 from genemodel.train.job import Built, Reading
@@ -133,7 +134,7 @@ class SparseCountEncoder(nn.Module):
     """A sum of gene vectors, weighted with log-normalised counts, through a small network.
 
     It reads every gene of a data set, of which a cell has few: work goes with the genes seen. An
-    encoder like :class:`~genemodel.model.count_encoder.CountEncoder`, with the latent as its result.
+    encoder like :class:`~genemodel.model.count_encoder.CountEncoder`; its result is the latent.
 
     Parameters
     ----------
@@ -613,30 +614,19 @@ def train_decoder(
             "numbers are no longer finite. Set a lower one; the default is "
             f"{DecoderSettings().learning_rate:g}."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = plan.build()
-    built.model.load_state_dict(_below("model.", trained.weights))
-    built.objectives.load_state_dict(_below("objectives.", trained.weights))
+    built = trained.loaded(plan.build, seed)
     head, model = built.objectives, built.model
     assert isinstance(head, ImputationHead)
     dispersion_G, coverage = _calibrated(plan, model, head, where.target)
-    tuned = None
-    if isinstance(model, CountsBesideBackbone):
-        assert isinstance(model.backbone, GeneModel)
-        tuned = merged(model.backbone).cpu().eval()
-        model = model.counts
-    assert isinstance(model, SparseCountEncoder)
-    decoder = Decoder(model, head).cpu().eval()
-    return TrainedDecoder(decoder, dispersion_G, nats, coverage, history, tuned)
+    beneath = tuned(model)
+    counts = model if isinstance(model, SparseCountEncoder) else model.counts
+    assert isinstance(counts, SparseCountEncoder)
+    decoder = Decoder(counts, head).cpu().eval()
+    return TrainedDecoder(decoder, dispersion_G, nats, coverage, history, beneath)
 
 
 # Less than this, in nats a molecule, is no gain: the differences between seeds are larger.
 _GAIN = 1e-4
-
-
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 class _Plan:
@@ -657,20 +647,16 @@ class _Plan:
         self.backbone, self.vectors_GE = backbone, gene_vectors_GE
         self.gene_G = np.arange(data.n_genes) if gene_G is None else np.asarray(gene_G)
         n_cells = len(data.train)
-        size = min(settings.batch_cells, n_cells)
-        # As even as can be: a step of few cells would be all noise.
-        size = math.ceil(n_cells / math.ceil(n_cells / size))
+        size = even_size(n_cells, settings.batch_cells)
         trainer = where.trainer
         at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
         self.steps_a_pass = math.ceil(n_cells / at_once)
         self.steps = settings.passes(n_cells) * self.steps_a_pass
         aside = settings.calibration_fraction
         self.judged = View(seed, aside=aside, judged=True)
-        tokens = TokenSettings(2, 2 * size, size + tail_pieces(2 * size, 2))
+        tokens = micro_batches(size, backbone)
         inverse_median_V = np.ones(data.n_genes, np.float32)
         if backbone is not None:
-            shape = backbone.tokens
-            tokens = replace(shape, places=size + tail_pieces(shape.budget, shape.context))
             known_V = backbone.inverse_median_V
             inverse_median_V[: len(known_V)] = known_V[: data.n_genes]
         held_out = data.held_out if data.held_out.size else data.sample
@@ -706,7 +692,7 @@ class _Plan:
     def build(self) -> Built:
         """Make encoder and head, with their starting points."""
         data, settings, backbone = self.data, self.settings, self.backbone
-        width = 0 if backbone is None else backbone.model.settings.width
+        width = 0 if backbone is None else backbone.width
         counts = SparseCountEncoder(self.gene_G, data.n_genes, settings, width)
         frequency_G = np.asarray(self.seen_SG.sum(axis=0)).ravel() + 0.1
         head = ImputationHead(
@@ -716,21 +702,8 @@ class _Plan:
             start_at_vectors(counts, head, self.vectors_GE)
         if backbone is None:
             return Built(counts, head)
-        model = copy.deepcopy(backbone.model)
-        beside = CountsBesideBackbone(counts, model, copy.deepcopy(backbone.projection))
-        counts.standardise_features(self._first_vectors(beside))
-        tune(model, backbone.tuning)
-        shares = {f"backbone.{k}": v for k, v in rate_shares(model, backbone.tuning).items()}
-        return Built(beside, head, shares)
-
-    @torch.no_grad()
-    def _first_vectors(self, beside: CountsBesideBackbone) -> Tensor:
-        """Vectors of some training cells by the transformer as it comes."""
-        some = self.data.sample[:: max(1, self.data.sample.size // _STANDARDISED)]
-        beside.eval()
-        rows = [beside.vectors(batch) for batch in self.in_order(some)]
-        beside.train()
-        return torch.cat(rows)
+        some = data.sample[:: max(1, data.sample.size // STANDARDISED)]
+        return backbone.beneath(counts, head, self.in_order(some))
 
     def in_order(
         self, cells: NDArray[np.integer], device: torch.device | str = "cpu"
@@ -744,10 +717,6 @@ class _Plan:
         )  # fmt: skip
         for batch, _ in on_device(stream, device):
             yield batch
-
-
-# Cells whose vectors settle their mean and deviation before a transformer learns on.
-_STANDARDISED = 2048
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 import genemodel
+from genemodel.adapt.backbone import Backbone
 from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import (
     BLOCK_CELLS,
@@ -36,7 +37,6 @@ from genemodel.adapt.imputation import (
     decode_fraction,
     train_decoder,
 )
-from genemodel.adapt.integration import Backbone
 from genemodel.adapt.posterior import (
     expected_log1p,
     posterior_draws,

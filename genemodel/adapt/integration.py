@@ -8,17 +8,22 @@ Axes: C cells of a step or a data set, G genes read, V genes of the cells, D lat
 cell vector, E width of pre-trained gene vectors, S sampled cells.
 """
 
-import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
-from torch import Tensor, nn
+from torch import nn
 
+from genemodel.adapt.backbone import (
+    STANDARDISED,
+    Backbone,
+    even_size,
+    micro_batches,
+    tuned,
+)
 from genemodel.adapt.head_run import HeadRun, train_head
 from genemodel.adapt.integration_head import (
     IntegrationHead,
@@ -28,47 +33,20 @@ from genemodel.adapt.integration_head import (
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.cells.loader import CellStream
-from genemodel.cells.packing import tail_pieces
 from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.transfer import on_device
 from genemodel.cells.views import View
 from genemodel.errors import ConfigError
 from genemodel.expression.normalise import log_normalised, normalised
 from genemodel.expression.variable_genes import select_genes
-from genemodel.model.count_encoder import CountEncoder, CountsBesideBackbone, CountsBesideVectors
+from genemodel.model.count_encoder import CountEncoder, CountsBesideVectors
 from genemodel.model.gene_model import GeneModel
-from genemodel.model.tuning import TuningSettings, merged, rate_shares, tune
 from genemodel.settings import to_values
 from genemodel.train.job import Built, Reading
 from genemodel.train.settings import OptimSettings
 
 # Cells encoded at a time after training, where no transformer takes part.
 _ENCODED = 1024
-# Cells whose vectors settle their mean and deviation before a transformer learns on.
-_STANDARDISED = 2048
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A pre-trained transformer beneath a head, whose loss reaches what of it learns.
-
-    Attributes
-    ----------
-    model
-        It is copied, and stays as it is.
-    projection
-        What makes the embedding of its cell token.
-    tokens, inverse_median_V
-        How it reads cells.
-    tuning
-        What of it learns.
-    """
-
-    model: GeneModel
-    projection: nn.Module
-    tokens: TokenSettings
-    inverse_median_V: np.ndarray
-    tuning: TuningSettings
 
 
 class IntegrationNet(nn.Module):
@@ -203,11 +181,7 @@ def train_integration(
         seed=seed,
         backbone=None if backbone is None else backbone.model.settings,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = plan.build()
-    built.model.load_state_dict(_below("model.", trained.weights))
-    built.objectives.load_state_dict(_below("objectives.", trained.weights))
+    built = trained.loaded(plan.build, seed)
     latent_CD = plan.encode(built, where.target)
     if not np.isfinite(latent_CD).all():
         raise ConfigError(
@@ -220,16 +194,19 @@ def train_integration(
         correction = SharedClusterCorrection(seed=seed)
         code_C = data.batch_C[data.used]
         embedding_CD = correction.fit_transform(latent_CD, code_C).astype(np.float32)
-    model = built.model
-    tuned = None
-    if isinstance(model, CountsBesideBackbone):
-        assert isinstance(model.backbone, GeneModel)
-        tuned = merged(model.backbone).cpu().eval()
-    counts = model if isinstance(model, CountEncoder) else model.counts
+    beneath = tuned(built.model)
+    counts = built.model if isinstance(built.model, CountEncoder) else built.model.counts
     assert isinstance(counts, CountEncoder) and isinstance(built.objectives, IntegrationHead)
     net = IntegrationNet(counts.cpu(), built.objectives.cpu()).eval()
     return Integration(
-        net, plan.gene_G, correction, latent_CD, embedding_CD, trained.history, trained.steps, tuned
+        net,
+        plan.gene_G,
+        correction,
+        latent_CD,
+        embedding_CD,
+        trained.history,
+        trained.steps,
+        beneath,
     )
 
 
@@ -238,10 +215,6 @@ def _said_of(backbone: Backbone | None) -> dict[str, object]:
         return {}
     said: dict[str, object] = {"backbone": to_values(backbone.tuning)}
     return said
-
-
-def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 class _Plan:
@@ -270,10 +243,8 @@ class _Plan:
         self.vectors_GE = None if gene_vectors_VE is None else gene_vectors_VE[self.gene_G]
         train = data.train
         n_cells = len(train)
-        size = min(settings.batch_cells, n_cells)
-        # As even as can be: a step of few cells would be all noise.
-        size = math.ceil(n_cells / math.ceil(n_cells / size))
-        self.tokens = self._tokens(size)
+        size = even_size(n_cells, settings.batch_cells)
+        self.tokens = micro_batches(size, backbone)
         self.inverse_median_V = (
             np.ones(data.n_genes, np.float32) if backbone is None else backbone.inverse_median_V
         )
@@ -288,18 +259,10 @@ class _Plan:
         at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
         self.steps = max(settings.steps, math.ceil(settings.passes * n_cells / at_once))
 
-    def _tokens(self, size: int) -> TokenSettings:
-        """Shape of a micro-batch of so many cells."""
-        if self.backbone is None:
-            # No transformer reads tokens: every cell is as long as any other.
-            return TokenSettings(2, 2 * size, size + tail_pieces(2 * size, 2))
-        tokens = self.backbone.tokens
-        return replace(tokens, places=size + tail_pieces(tokens.budget, tokens.context))
-
     def build(self) -> Built:
         """Make encoder and head, with their starting points."""
         data, settings, backbone = self.data, self.settings, self.backbone
-        n_features = 0 if backbone is None else backbone.model.settings.width
+        n_features = 0 if backbone is None else backbone.width
         if self.vectors_NF is not None:
             n_features = self.vectors_NF.shape[1]
         counts = CountEncoder(
@@ -328,21 +291,9 @@ class _Plan:
             return Built(CountsBesideVectors(counts, vectors_NF), head)
         if backbone is None:
             return Built(counts, head)
-        model = copy.deepcopy(backbone.model)
-        beside = CountsBesideBackbone(counts, model, copy.deepcopy(backbone.projection))
-        counts.standardise_features(self._first_vectors(beside))
-        tune(model, backbone.tuning)
-        shares = {f"backbone.{k}": v for k, v in rate_shares(model, backbone.tuning).items()}
-        return Built(beside, head, shares)
-
-    @torch.no_grad()
-    def _first_vectors(self, beside: CountsBesideBackbone) -> Tensor:
-        """Vectors of some training cells by the transformer as it comes."""
-        some = self.data.sample[:: max(1, self.data.sample.size // _STANDARDISED)]
-        beside.eval()
-        rows = [beside.vectors(batch) for batch, _ in self._in_order(some, self.tokens)]
-        beside.train()
-        return torch.cat(rows)
+        some = data.sample[:: max(1, data.sample.size // STANDARDISED)]
+        batches = (batch for batch, _ in self._in_order(some, self.tokens))
+        return backbone.beneath(counts, head, batches)
 
     def _in_order(self, cells: np.ndarray, tokens: TokenSettings) -> CellStream:
         """Read cells once, all their molecules shown."""
@@ -356,7 +307,7 @@ class _Plan:
         """Latent mean of all cells with counts, in their order, (C, D) float32."""
         tokens = self.tokens
         if self.backbone is None:
-            tokens = TokenSettings(2, 2 * _ENCODED, _ENCODED + tail_pieces(2 * _ENCODED, 2))
+            tokens = micro_batches(_ENCODED, None)
         model, head = built.model.to(device).eval(), built.objectives.to(device).eval()
         assert isinstance(head, IntegrationHead)
         number_C, mean_CD = [], []
@@ -366,4 +317,3 @@ class _Plan:
         order_C = torch.argsort(torch.cat(number_C))
         latent_CD: np.ndarray = torch.cat(mean_CD)[order_C].cpu().numpy()
         return latent_CD
-

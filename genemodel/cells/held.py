@@ -60,7 +60,7 @@ class HeldCells:
         return self._labels[name]
 
     def read_blocks(self, ranges: Sequence[tuple[int, int]]) -> CountsBlock:
-        """Counts of ranges of cells, end to end in the order given."""
+        """Read ranges of cells, end to end in the order given."""
         starts_C1 = self._starts_C1
         rows = np.concatenate([np.arange(a, b) for a, b in ranges]) if ranges else np.arange(0)
         size_C = starts_C1[rows + 1] - starts_C1[rows]

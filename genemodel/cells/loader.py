@@ -216,13 +216,13 @@ class Cells(Protocol):
         """Where they are, for messages."""
 
     def __len__(self) -> int:
-        """Number of cells."""
+        """Count the cells."""
 
     def label(self, name: Literal["library", "n_genes", "source", "species"]) -> Any:
-        """One number of every cell."""
+        """Give one number of every cell."""
 
     def read_blocks(self, ranges: Sequence[tuple[int, int]]) -> CountsBlock:
-        """Counts of ranges of cells, one after the other."""
+        """Read ranges of cells, one after the other."""
 
 
 class CellStream:
@@ -481,8 +481,13 @@ class _MicroBatch:
         dealt = deal(np.minimum(size_C, settings.context - 1) + 1, stream.pieces)
         return [
             pack(
-                window, rows[piece], stream.inverse_median_V, settings,
-                epoch=self.epoch, view=stream.view, n_tokens=stream.n_tokens,
+                window,
+                rows[piece],
+                stream.inverse_median_V,
+                settings,
+                epoch=self.epoch,
+                view=stream.view,
+                n_tokens=stream.n_tokens,
             )
             for piece in dealt
         ]

@@ -10,11 +10,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from genemodel.cells.corpus import JOINT, Corpus
+from genemodel.cells.corpus import JOINT
 from genemodel.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,24 @@ _WITHIN_DATASET = ("donor", "batch")
 _SHOWN = 12
 # A larger hold-out is more often an accident of few or uneven groups than a wish.
 _LARGE = 0.3
+
+
+class Grouped(Protocol):
+    """Cells with columns of names: a corpus, or the table of cells in memory."""
+
+    @property
+    def path(self) -> Path | str:
+        """Where they are, for messages."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that can be asked for."""
+
+    def __len__(self) -> int:
+        """Count the cells."""
+
+    def codes(self, *columns: str) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Give the number of every cell's name, -1 where it has none, and the names."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class Split:
 
 
 def hold_out(
-    corpus: Corpus,
+    corpus: Grouped,
     *,
     by: str = "donor",
     groups: Sequence[str] = (),
@@ -116,7 +136,7 @@ def hold_out(
 
 
 def split_cells(
-    corpus: Corpus,
+    corpus: Grouped,
     *,
     by: str = "donor",
     holdout: Sequence[str] | float = 0.1,
@@ -132,7 +152,7 @@ def split_cells(
     return split.train, split.held_out
 
 
-def _cells_of(corpus: Corpus, codes_C: npt.NDArray[np.integer], n: int) -> npt.NDArray[np.int64]:
+def _cells_of(corpus: Grouped, codes_C: npt.NDArray[np.integer], n: int) -> npt.NDArray[np.int64]:
     """Count the cells of every species in every group; cells of no known group are left out."""
     species_C, species = corpus.codes("species")
     known_C = codes_C >= 0
@@ -141,7 +161,7 @@ def _cells_of(corpus: Corpus, codes_C: npt.NDArray[np.integer], n: int) -> npt.N
 
 
 def _drawn(
-    corpus: Corpus, cells_SG: npt.NDArray[np.int64], rank_G: list[int], fraction: float
+    corpus: Grouped, cells_SG: npt.NDArray[np.int64], rank_G: list[int], fraction: float
 ) -> set[int]:
     """Draw groups until about a share of the cells of every species is held out.
 
@@ -172,7 +192,7 @@ def _drawn(
     return held
 
 
-def _name_species_not_held(corpus: Corpus, held_SG: npt.NDArray[np.int64]) -> None:
+def _name_species_not_held(corpus: Grouped, held_SG: npt.NDArray[np.int64]) -> None:
     species_C, species = corpus.codes("species")
     n_S = np.bincount(species_C, minlength=len(species))
     for s in np.flatnonzero((n_S > 0) & ~held_SG.any(1)):
@@ -199,7 +219,7 @@ def _warn_if_large(
     )  # fmt: skip
 
 
-def usual_groups(corpus: Corpus) -> str:
+def usual_groups(corpus: Grouped) -> str:
     """Find the column to hold out by: the first of donor, dataset and batch that can be divided.
 
     Returns
@@ -214,7 +234,7 @@ def usual_groups(corpus: Corpus) -> str:
     return ""
 
 
-def _groups(corpus: Corpus, by: str) -> tuple[npt.NDArray[np.int32], list[str]]:
+def _groups(corpus: Grouped, by: str) -> tuple[npt.NDArray[np.int32], list[str]]:
     if by in _WITHIN_DATASET:
         return corpus.codes("dataset", by)
     return corpus.codes(by)
@@ -238,7 +258,7 @@ def _hash(name: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
 
-def _too_few(corpus: Corpus, by: str, groups: list[str]) -> str:
+def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
     """Say what the column holds and which other columns would do."""
     others = []
     for column in corpus.columns:

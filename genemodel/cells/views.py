@@ -170,7 +170,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _uniform(x):  # type: ignore[no-untyped-def]
-    """Number in (0, 1) of 53 bits, never an end."""
+    """Make a number in (0, 1) of 53 bits, never an end."""
     return (np.float64(x >> np.uint64(11)) + 0.5) * 2.0**-53
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 
 import genemodel
-from genemodel.adapt.integration import Backbone
+from genemodel.adapt.backbone import Backbone
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.loader import inverse_medians
 from genemodel.inference.cell_vectors import cell_projection

@@ -145,8 +145,8 @@ def read_counts(
     """Read proven counts in the columns that an integration works on.
 
     With a bundle the columns are its vocabulary and every cell gets its vector, unless no
-    ``features`` are asked for; with a vocabulary alone they are that vocabulary, so that orthologs of two species share a column; with neither
-    they are the genes of the data.
+    ``features`` are asked for; with a vocabulary alone they are that vocabulary, so that orthologs
+    of two species share a column; with neither they are the genes of the data.
     """
     if bundle is not None:
         return _with_bundle(adata, bundle, layer, species, features=features)

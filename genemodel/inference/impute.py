@@ -248,10 +248,16 @@ def impute(
                 if over is not None and bundle is not None and cells is not None:
                     model_beneath = trained.trained.backbone
                     assert model_beneath is not None
-                    beneath = beneath_of(
-                        bundle, model_beneath, f"{tuning.tune}, beneath an imputation",
-                        trained.history,
-                    ) if tuning is not None and tuning.tune != "frozen" else bundle
+                    beneath = (
+                        beneath_of(
+                            bundle,
+                            model_beneath,
+                            f"{tuning.tune}, beneath an imputation",
+                            trained.history,
+                        )
+                        if tuning is not None and tuning.tune != "frozen"
+                        else bundle
+                    )
                     trained = trained.with_vectors(beneath, _vectors(source, beneath))
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
@@ -459,9 +465,7 @@ def _other_cells(
     features_CF = None
     if trained.bundle is not None:
         features_CF = _vectors(source, trained.bundle)
-    return trained.of(
-        counts_CG, code_C, measured_G, where=source.where, features_CF=features_CF
-    )
+    return trained.of(counts_CG, code_C, measured_G, where=source.where, features_CF=features_CF)
 
 
 # -- the work ------------------------------------------------------------------------------------

@@ -175,9 +175,7 @@ def integrate_cells(
         label_C, labels = label_codes(obs, label_key)
     n_cells = len(name_C)
     if n_cells < MIN_CELLS:
-        raise DataError(
-            f"adata has {n_cells} cells: fewer than {MIN_CELLS} cannot be integrated."
-        )
+        raise DataError(f"adata has {n_cells} cells: fewer than {MIN_CELLS} cannot be integrated.")
     code_C = np.searchsorted(np.array(batches, dtype=object), name_C)
     live = bundle is not None and tuning.tune != "frozen"
     vocabulary = None
@@ -187,9 +185,7 @@ def integrate_cells(
         genes = [str(token) for token in range(len(vocabulary))]
         if bundle is not None and not live:
             features_CF = corpus_vectors(data, bundle)
-        cells = TrainingCells.of_corpus(
-            data, code_C, label_C=label_C, held_out=held_out, seed=seed
-        )
+        cells = TrainingCells.of_corpus(data, code_C, label_C=label_C, held_out=held_out, seed=seed)
     else:
         if bundle is not None:
             vocabulary = bundle.vocabulary
@@ -325,9 +321,7 @@ def _evidence(trained: Integration, code_C: np.ndarray, batches: list[str]) -> d
     return {"batches": list(batches), "shared_evidence": share_B.tolist()}
 
 
-def _guard(
-    trained: Integration, cells: TrainingCells, labels: list[str], seed: int
-) -> list[str]:
+def _guard(trained: Integration, cells: TrainingCells, labels: list[str], seed: int) -> list[str]:
     """Warn of populations of one batch that have moved onto others; returns their names.
 
     Of many cells those sampled are looked at.

@@ -6,6 +6,8 @@ it knows them by their place only. Vectors of a pre-trained model may lie beside
 Axes: C cells, G genes read, V genes of the cells, F width of a cell vector, H hidden units.
 """
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ _LARGEST = 6.0
 
 
 def dense_counts(batch: CellBatch, place_V: Tensor, n_genes: int, count_N: Tensor) -> Tensor:
-    """Counts of the real cells as a table of the genes read, (C, G) float32.
+    """Lay the counts of the real cells out as a table of the genes read, (C, G) float32.
 
     ``place_V`` has G for genes that are not read: a column that is thrown away, because to leave
     them out one by one would make the host wait for a GPU.
@@ -128,9 +130,17 @@ class CountEncoder(nn.Module):
             centred_CF = (features_CF - self.feature_mean_F) / (self.feature_sd_F + 1e-6)
             hidden_CH = hidden_CH + self.features_in(torch.nan_to_num(centred_CF))
         hidden_CH = self.dropout(functional.gelu(self.norm_in(hidden_CH)))
-        return self.dropout(
-            functional.gelu(self.norm_hidden(self.hidden(hidden_CH) + hidden_CH))
-        )
+        return self.dropout(functional.gelu(self.norm_hidden(self.hidden(hidden_CH) + hidden_CH)))
+
+
+class ReadsCounts(Protocol):
+    """An encoder of counts that can read a cell vector beside them."""
+
+    def __call__(self, batch: CellBatch, features_CF: Tensor | None = None) -> Encoded:
+        """Encode the real cells."""
+
+    def standardise_features(self, features_CF: Tensor) -> None:
+        """Take up mean and standard deviation of the vectors."""
 
 
 class CountsBesideBackbone(nn.Module):
@@ -148,9 +158,10 @@ class CountsBesideBackbone(nn.Module):
         What makes the embedding of its cell token; it does not learn.
     """
 
-    def __init__(self, counts: CountEncoder, backbone: nn.Module, projection: nn.Module) -> None:
+    def __init__(self, counts: ReadsCounts, backbone: nn.Module, projection: nn.Module) -> None:
         super().__init__()
-        self.counts, self.backbone = counts, backbone
+        self.counts: Any = counts
+        self.backbone = backbone
         self.projection = projection.requires_grad_(False)
 
     def vectors(self, batch: CellBatch) -> Tensor:

@@ -156,7 +156,7 @@ class Job:
     precision: str
     kind: Kind
     release: Callable[[Built, Progress, Mapping[str, Tensor]], None] | None = None
-    compile: Callable[[Any, Any], None] | None = None
+    compile: Callable[[Any, Any], object] | None = None
     checkpoint: Checkpoint | None = None
     look_first: bool = False
     name_cells: Callable[[np.ndarray], str] = lambda cells: f"{cells.size} cells"
@@ -174,7 +174,9 @@ class Job:
         processes = self.processes
         with quiet_but_first(processes.rank):
             with (
-                Ranks(self.run, processes.rank, processes.world, self.trainer.hang_minutes) as ranks,
+                Ranks(
+                    self.run, processes.rank, processes.world, self.trainer.hang_minutes
+                ) as ranks,
                 StopSignals(logger.info) as signals,
             ):
                 try:

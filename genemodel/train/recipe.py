@@ -24,7 +24,7 @@ from genemodel.cells.loader import inverse_medians
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.mapped import shared
 from genemodel.cells.order import ORDER_VERSION
-from genemodel.cells.split import hold_out, usual_groups
+from genemodel.cells.split import Grouped, hold_out, usual_groups
 from genemodel.errors import ConfigError
 from genemodel.model.compiling import compile_for_training
 from genemodel.model.devices import Ways, check_device
@@ -47,7 +47,7 @@ from genemodel.train.job import (
 from genemodel.train.loop import Progress
 from genemodel.train.processes import Processes, find_processes, supervise
 from genemodel.train.record import VALIDATION
-from genemodel.train.settings import PretrainSettings, TrainerSettings
+from genemodel.train.settings import HoldoutSettings, PretrainSettings
 from genemodel.train.weights import (
     build,
     bundle_of,
@@ -84,6 +84,7 @@ FREE_ON_RESUME = (
     "trainer.spike_deviations",
     "trainer.max_skips",
 )
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -172,7 +173,7 @@ def _plan(settings: PretrainSettings) -> _Plan:
             "order": ORDER_VERSION,
         }
         checkpoint = find_checkpoint(run, about)
-        train_cells, held_out = split(settings, corpus)
+        train_cells, held_out = split(settings.holdout, corpus, settings.corpus)
         labels = None
         if settings.task.labels.weight > 0:
             labels = labels_of(corpus, settings.task.labels.label_key, train_cells)
@@ -315,27 +316,23 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
-def split(settings: PretrainSettings, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+def split(holdout: HoldoutSettings, cells: Grouped, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return cells to train on and cells to validate on; the same where nothing is held out."""
-    by = settings.holdout.by
+    by = holdout.by
     if by == "auto":
-        by = usual_groups(corpus)
+        by = usual_groups(cells)
     if not by:
-        every = np.arange(len(corpus))
+        every = np.arange(len(cells))
         logger.warning(
             "Nothing is held out (holdout.by is %s): validation losses are on training cells "
             "and say nothing about new ones.",
-            "auto, and there are no groups" if settings.holdout.by else "empty",
+            "auto, and there are no groups" if holdout.by else "empty",
         )
         return every, every
     held = hold_out(
-        corpus,
-        by=by,
-        groups=settings.holdout.groups,
-        fraction=settings.holdout.fraction,
-        seed=settings.holdout.seed,
+        cells, by=by, groups=holdout.groups, fraction=holdout.fraction, seed=holdout.seed
     )
-    logger.info("Corpus %s, by %s: %s.", settings.corpus, by, held.describe())
+    logger.info("Cells of %s, by %s: %s.", where, by, held.describe())
     return held.train, held.held_out
 
 

@@ -20,7 +20,7 @@ from genemodel.train.processes import REFUSED
 
 
 def main(file: str) -> int:
-    """Do what is asked for as its settings say; messages go to standard error, as on the command line."""
+    """Do what is asked for as its settings say; messages go to standard error."""
     library = logging.getLogger("genemodel")
     library.addHandler(logging.StreamHandler(sys.stderr))
     library.setLevel(logging.INFO)

@@ -56,9 +56,7 @@ def late(trained, name):
 def test_the_weight_of_the_divergence_pulls_the_latent_to_the_prior():
     counts, batch = random_counts(120), np.arange(120) % 2
     free, held = (
-        train(
-            counts, batch, settings=IntegrationSettings(steps=150, kl_weight=weight, **SMALL)
-        )
+        train(counts, batch, settings=IntegrationSettings(steps=150, kl_weight=weight, **SMALL))
         for weight in (0.0, 2.0)
     )
     assert late(held, "kl") < 0.2 * late(free, "kl")

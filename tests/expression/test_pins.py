@@ -53,8 +53,8 @@ def points(seed=0, n=600, width=8):
 def integration():
     counts_CG, batch_C, type_C = cells()
     settings = IntegrationSettings(n_genes=100, steps=12, passes=0, hidden=16, latent=6, rank=8)
-    cells = TrainingCells.held(counts_CG, batch_C, label_C=type_C)
-    found = train_integration(cells, settings=settings, where=HeadRun(device="cpu"))
+    held = TrainingCells.held(counts_CG, batch_C, label_C=type_C)
+    found = train_integration(held, settings=settings, where=HeadRun(device="cpu"))
     losses = found.history[["counts", "kl", "label"]].to_numpy()
     return {"losses": losses, "latent": found.latent_CD, "embedding": found.embedding_CD}
 

@@ -320,9 +320,7 @@ def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
     names = ["t0", "t1", "t2", "t3", "t4"]
     cells = TrainingCells.held(adata.X, batch, label_C=kind)
     for outcome, expected in ((good, []), (merged, ["t4"])):
-        trained = Integration(
-            model.net, genes, model.correction, good, outcome, model.history, 1
-        )
+        trained = Integration(model.net, genes, model.correction, good, outcome, model.history, 1)
         with caplog.at_level(logging.WARNING):
             assert _guard(trained, cells, names, 0) == expected
         assert ("t4 is found in one batch only, but now lies among t2" in caplog.text) == bool(

@@ -1,0 +1,87 @@
+"""A pre-trained transformer beneath a head, and micro-batches with and without one.
+
+Axes: C cells, F width of a cell vector, V genes of the cells.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from genemodel.cells.batch import CellBatch
+from genemodel.cells.packing import tail_pieces
+from genemodel.cells.tokens import TokenSettings
+from genemodel.model.count_encoder import CountsBesideBackbone, ReadsCounts
+from genemodel.model.gene_model import GeneModel
+from genemodel.model.tuning import TuningSettings, merged, rate_shares, tune
+from genemodel.train.job import Built
+
+# Cells whose vectors settle their mean and deviation before a transformer learns on.
+STANDARDISED = 2048
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pre-trained transformer, whose vectors are made in every step.
+
+    Attributes
+    ----------
+    model
+        It is copied, and stays as it is.
+    projection
+        What makes the embedding of its cell token.
+    tokens, inverse_median_V
+        How it reads cells.
+    tuning
+        What of it learns from the loss of the head.
+    """
+
+    model: GeneModel
+    projection: nn.Module
+    tokens: TokenSettings
+    inverse_median_V: np.ndarray
+    tuning: TuningSettings
+
+    @property
+    def width(self) -> int:
+        """Width of its cell vectors (F)."""
+        return self.model.settings.width
+
+    def beneath(self, counts: ReadsCounts, head: nn.Module, some: Iterable[CellBatch]) -> Built:
+        """Put a copy beneath an encoder of counts.
+
+        ``some`` training cells settle mean and deviation of the vectors, as the transformer comes.
+        """
+        model = copy.deepcopy(self.model)
+        beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection)).eval()
+        with torch.no_grad():
+            counts.standardise_features(torch.cat([beside.vectors(batch) for batch in some]))
+        tune(model, self.tuning)
+        shares = {f"backbone.{k}": v for k, v in rate_shares(model, self.tuning).items()}
+        return Built(beside.train(), head, shares)
+
+
+def tuned(model: nn.Module) -> GeneModel | None:
+    """Take the transformer from beneath an encoder, adapters merged; None without one."""
+    if not isinstance(model, CountsBesideBackbone):
+        return None
+    assert isinstance(model.backbone, GeneModel)
+    return merged(model.backbone).cpu().eval()
+
+
+def even_size(n_cells: int, wanted: int) -> int:
+    """Cells of a micro-batch, as even as can be: a step of few cells would be all noise."""
+    return math.ceil(n_cells / math.ceil(n_cells / min(wanted, n_cells)))
+
+
+def micro_batches(size: int, backbone: Backbone | None) -> TokenSettings:
+    """Shape of micro-batches of at most so many cells."""
+    if backbone is None:
+        # No transformer reads tokens: every cell is as long as any other.
+        return TokenSettings(2, 2 * size, size + tail_pieces(2 * size, 2))
+    tokens = backbone.tokens
+    return replace(tokens, places=size + tail_pieces(tokens.budget, tokens.context))
