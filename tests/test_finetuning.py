@@ -320,3 +320,40 @@ def test_python_has_the_defaults_of_the_command_line():
     composed = parse(FinetuneSettings, {**values, "data": "d", "out": "o"})
     assert composed == FinetuneSettings(data="d", out="o", batch_key=("b",))
     assert json.dumps(dataclasses.asdict(composed))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("blank_report")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("task=integrate", "backbone=lora"),
+        ("task=impute", "backbone=last", "imputation.check_every=1"),
+        ("task=classify", "label_key=cell_type", "backbone=lora"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_two_processes_are_one_with_two_micro_batches(mine, small_start, tmp_path, words):
+    """Losses, looks and outcome; what follows the training is made once."""
+    runs = {"devices": tmp_path / "two", "accumulate": tmp_path / "one"}
+    size = ["integration.batch_cells=20", "imputation.batch_cells=20"]
+    for name, out in runs.items():
+        given = command(mine, small_start, out, *words, *size, f"trainer.{name}=2")
+        if words[0] == "task=classify":
+            given.remove("batch_key=batch")
+        assert main(given) == 0
+    two, one = runs.values()
+    where = {"task=classify": "backbone"}.get(words[0], f"heads/{words[0].partition('=')[2]}")
+    losses = [pd.read_csv(out / where / "metrics.csv").filter(like="train/") for out in (two, one)]
+    np.testing.assert_allclose(*losses, rtol=1e-6, atol=1e-6)
+    if words[0] != "task=integrate":
+        looks = [
+            pd.read_csv(out / where / "validation.csv").filter(like="val") for out in (two, one)
+        ]
+        np.testing.assert_allclose(*looks, rtol=1e-6)
+    result = {"task=integrate": "embedded", "task=impute": "imputed"}.get(words[0], "labels")
+    made = [ad.read_h5ad(out / f"{result}.h5ad") for out in (two, one)]
+    for key in made[0].obsm:
+        np.testing.assert_allclose(*(np.asarray(a.obsm[key]) for a in made), atol=1e-4)
+    for key in made[0].layers:
+        np.testing.assert_allclose(*(a.layers[key] for a in made), rtol=1e-4)

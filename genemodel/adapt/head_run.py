@@ -31,6 +31,7 @@ from genemodel.train.job import (
     read_weights,
     refuse_other_micro_batches,
 )
+from genemodel.train.loop import TrainingStopped
 from genemodel.train.processes import Processes, Unfinished, find_processes, supervise
 from genemodel.train.record import METRICS, VALIDATION
 from genemodel.train.settings import LogSettings, OptimSettings, TrainerSettings
@@ -105,6 +106,7 @@ def train_head(
     steps: int,
     build: Callable[[], Built],
     seed: int,
+    rate: str,
     looks: Mapping[str, Any] | None = None,
     backbone: ModelSettings | None = None,
 ) -> Trained:
@@ -118,6 +120,8 @@ def train_head(
         The head's settings as plain values.
     reading, optim, steps, build, seed
         Of the training.
+    rate
+        What the head's settings call the learning rate.
     looks
         Fields of :class:`TrainerSettings` that say when it looks at held-out molecules or cells.
     backbone
@@ -127,6 +131,8 @@ def train_head(
     ------
     ConfigError
         The folder holds a run with other settings, data or model.
+    ConfigError
+        The numbers went out of bounds.
     KeyboardInterrupt
         Where there is no folder to go on from.
     OtherProcess
@@ -178,19 +184,31 @@ def train_head(
                     accelerator=accelerator, precision=precision, kind=kind_of(trainer, processes),
                     checkpoint=checkpoint, quiet=where.folder is None,
                 )  # fmt: skip
-                _train(job, where)
+                _train(job, where, rate)
         if _is_one_of_many(processes):
             raise OtherProcess
         return Trained(read_weights(run), _history(run), steps)
 
 
-def _train(job: Job, where: HeadRun) -> None:
+def _train(job: Job, where: HeadRun, rate: str) -> None:
     try:
         job.train()
     except Unfinished as stopped:
         if where.folder is None:  # nothing to go on from: as any other interrupted call
             raise KeyboardInterrupt from stopped
         raise
+    except TrainingStopped as stopped:
+        if where.folder is None and "not finite" in str(stopped):
+            raise out_of_bounds(rate, job.optim.lr) from stopped
+        raise
+
+
+def out_of_bounds(rate: str, value: float) -> ConfigError:
+    """Make the error of a training whose numbers are no numbers any more."""
+    return ConfigError(
+        f"The training went out of bounds ({rate}={value:g}): its numbers are no longer finite. "
+        f"Set a lower {rate}, such as a tenth of it."
+    )
 
 
 def _is_one_of_many(processes: Processes) -> bool:

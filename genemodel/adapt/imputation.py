@@ -28,7 +28,7 @@ from genemodel.adapt.backbone import (
     micro_batches,
     tuned,
 )
-from genemodel.adapt.head_run import HeadRun, train_head
+from genemodel.adapt.head_run import HeadRun, out_of_bounds, train_head
 from genemodel.adapt.posterior import (
     Floats,
     calibrate_dispersion,
@@ -593,6 +593,7 @@ def train_decoder(
         steps=plan.steps,
         build=plan.build,
         seed=seed,
+        rate="learning_rate",
         looks={
             "validate_every": settings.check_every * plan.steps_a_pass,
             "validation_batches": 10**9,
@@ -609,11 +610,7 @@ def train_decoder(
     ]
     nats = min(nats for _, nats in history)
     if not math.isfinite(nats):
-        raise ConfigError(
-            f"The training went out of bounds (learning_rate={settings.learning_rate:g}): its "
-            "numbers are no longer finite. Set a lower one; the default is "
-            f"{DecoderSettings().learning_rate:g}."
-        )
+        raise out_of_bounds("learning_rate", settings.learning_rate)
     built = trained.loaded(plan.build, seed)
     head, model = built.objectives, built.model
     assert isinstance(head, ImputationHead)

@@ -24,7 +24,7 @@ from genemodel.adapt.backbone import (
     micro_batches,
     tuned,
 )
-from genemodel.adapt.head_run import HeadRun, train_head
+from genemodel.adapt.head_run import HeadRun, out_of_bounds, train_head
 from genemodel.adapt.integration_head import (
     IntegrationHead,
     IntegrationSettings,
@@ -36,7 +36,6 @@ from genemodel.cells.loader import CellStream
 from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.transfer import on_device
 from genemodel.cells.views import View
-from genemodel.errors import ConfigError
 from genemodel.expression.normalise import log_normalised, normalised
 from genemodel.expression.variable_genes import select_genes
 from genemodel.model.count_encoder import CountEncoder, CountsBesideVectors
@@ -179,16 +178,13 @@ def train_integration(
         steps=plan.steps,
         build=plan.build,
         seed=seed,
+        rate="peak_rate",
         backbone=None if backbone is None else backbone.model.settings,
     )  # fmt: skip
     built = trained.loaded(plan.build, seed)
     latent_CD = plan.encode(built, where.target)
     if not np.isfinite(latent_CD).all():
-        raise ConfigError(
-            f"The training went out of bounds (peak_rate={settings.peak_rate:g}): its numbers are "
-            "no longer finite. Set a lower peak_rate; the default is "
-            f"{IntegrationSettings().peak_rate:g}."
-        )
+        raise out_of_bounds("peak_rate", settings.peak_rate)
     correction, embedding_CD = None, latent_CD
     if settings.correct and data.n_batches > 1:
         correction = SharedClusterCorrection(seed=seed)

@@ -123,7 +123,8 @@ class MultinomialLoss(torch.autograd.Function):
         """Score stored entries (row, column, count) under the softmax of the logits."""
         # In half precision a sum over thousands of genes would lose the molecules.
         with torch.autocast(latent_CD.device.type, enabled=False):
-            latent_CD, gene_GD = latent_CD.float(), gene_GD.float()
+            if latent_CD.dtype != gene_GD.dtype:
+                latent_CD = latent_CD.to(gene_GD.dtype)
             logit_CG = torch.addmm(bias_G, latent_CD, gene_GD.t())
             partition_C = torch.logsumexp(logit_CG, 1)
             at_N = row_N * logit_CG.shape[1] + column_N

@@ -6,6 +6,7 @@ Axes: C cells, G genes, P output columns (genes asked for), V vocabulary.
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -221,8 +222,11 @@ def impute(
             )
             sink = ToFile(path, overwrite, tables, layers)
         counts_CG = _read(source) if trained is None else None
-        # Opened before the training, so that what cannot be written is refused at once.
-        with sink.open(), np.errstate(invalid="ignore"):
+        with ExitStack() as opened, np.errstate(invalid="ignore"):
+            # Before the training, so that what cannot be written is refused at once; a training in
+            # a folder is not lost, and may be of several processes, of which one writes.
+            if run is None:
+                opened.enter_context(sink.open())
             if trained is None:
                 over = None
                 if tuning is not None and bundle is not None:
@@ -259,6 +263,8 @@ def impute(
                         else bundle
                     )
                     trained = trained.with_vectors(beneath, _vectors(source, beneath))
+            if run is not None:
+                opened.enter_context(sink.open())
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"

@@ -529,7 +529,10 @@ class Loop:
         if not broken_C.any() and self.exchange.kind != "fsdp":
             with self.fabric.autocast():
                 encoded = self.losses.model(batch)
-            broken_C[batch.segment_T[~torch.isfinite(encoded.hidden_TD).all(1)]] = True
+            bad_C = ~torch.isfinite(encoded.cell_CD).all(1)
+            broken_C[: bad_C.shape[0]] |= bad_C
+            if encoded.hidden_TD.shape[0]:  # an encoder of counts has no tokens
+                broken_C[batch.segment_T[~torch.isfinite(encoded.hidden_TD).all(1)]] = True
         chosen = cells[broken_C[: batch.n_cells]]
         return list((chosen if chosen.numel() else cells).tolist())
 

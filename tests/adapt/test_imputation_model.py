@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from genemodel.adapt.imputation import Decoder, DecoderSettings
+from genemodel.adapt.imputation import (
+    Decoder,
+    DecoderSettings,
+    SparseCountEncoder,
+    start_at_vectors,
+)
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.errors import DataError
 
@@ -88,9 +93,10 @@ def test_unmeasured_genes_are_predicted_from_the_others(model):
 def test_gene_vectors_are_the_start_where_there_are_any():
     vectors = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
     vectors[2] = np.nan
-    random, started = (Decoder(np.full(7, 1 / 7), 1, QUICK) for _ in range(2))
+    random, started = (Decoder.new(7, 1, QUICK).head for _ in range(2))
+    encoder = SparseCountEncoder(np.arange(7), 7, QUICK)
     before = started.gene_GD.detach().clone()
-    started.start_from(vectors)
+    start_at_vectors(encoder, started, vectors)
     known = np.flatnonzero(np.arange(7) != 2)
     assert np.array_equal(started.gene_GD.detach()[2], before[2])
     start = started.gene_GD.detach().numpy()[known]
@@ -101,7 +107,7 @@ def test_gene_vectors_are_the_start_where_there_are_any():
     assert 0.3 < start.std() / random.gene_GD.detach().numpy().std() < 3
     first = np.linalg.svd(centred, full_matrices=False)[0][:, 0]
     assert abs(np.corrcoef(first, start[:, 0])[0, 1]) == pytest.approx(1, abs=1e-4)
-    started.start_from(np.full((7, 6), np.nan))
+    start_at_vectors(encoder, started, np.full((7, 6), np.nan))
     assert np.isfinite(started.gene_GD.detach().numpy()).all()
 
 
@@ -128,6 +134,6 @@ def test_refusals(model, tmp_path):
     about.write_text(whole.replace("unseen_share", "unseen_sharf"))
     with pytest.raises(DataError, match="checksum of itself does not fit"):
         ImputationModel.load(tmp_path / "model")
-    about.write_text(whole.replace('"format": 2', '"format": 3'))
-    with pytest.raises(DataError, match="of format 3; this version reads up to 2. Upgrade"):
+    about.write_text(whole.replace('"format": 3', '"format": 4'))
+    with pytest.raises(DataError, match="of format 4; this version reads up to 3. Upgrade"):
         ImputationModel.load(tmp_path / "model")

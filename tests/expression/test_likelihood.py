@@ -77,7 +77,7 @@ def test_multinomial_gradient_matches_autograd(rng):
     library = torch.as_tensor(x.sum(1))
     fused = MultinomialLoss.apply(z, e, b, *stored(x), library)
     grads = torch.autograd.grad(fused, (z, e, b))
-    plain = -(torch.as_tensor(x) * torch.log_softmax(z @ e.T + b, 1)).sum() / library.sum()
+    plain = -(torch.as_tensor(x) * torch.log_softmax(z @ e.T + b, 1)).sum()
     assert torch.allclose(fused, plain)
     for ours, theirs in zip(grads, torch.autograd.grad(plain, (z, e, b)), strict=True):
         assert torch.allclose(ours, theirs)

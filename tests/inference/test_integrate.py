@@ -222,7 +222,7 @@ def test_cell_vectors_of_a_bundle_are_read(random_bundle, tmp_path):
         160, species=("human",), n_batches=2, n_genes=600, genes_per_cell=80, seed=4
     )["human"]
     model = gm.integrate(human, batch_key="batch", model=random_bundle, settings=SHORT)
-    assert model.net.features_in is not None
+    assert model.net.encoder.features_in is not None
     vectors = gm.embed(human, random_bundle, key_added="X_bundle")
     assert vectors is None
     np.testing.assert_allclose(
