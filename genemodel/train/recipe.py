@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import genemodel
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.history import STEP, no_history
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import CellStream, inverse_medians
 from genemodel.cells.manifest import MANIFEST
@@ -281,6 +283,12 @@ def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
         if name.split(".")[0] not in objectives.heads
     }
 
+    # The same at every release but one before the first step, which has learnt from no cell.
+    before = start.training if start is not None else TrainingManifest()
+    trained = functools.cache(
+        lambda: TrainingManifest.after(before, TrainingManifest.of(corpus, plan.train_cells))
+    )
+
     def release(progress: Progress, weights: Mapping[str, Tensor]) -> None:
         provenance = {
             "genemodel": genemodel.__version__,
@@ -305,6 +313,7 @@ def _loop(plan: _Plan, ranks: Ranks, signals: StopSignals) -> Loop:
         bundle_of(
             plain, weights, corpus.vocabulary, medians_V, settings, provenance, history,
             plan.labels.names if plan.labels is not None else (), kept,
+            trained() if progress.step else before,
         ).save(run / "bundle")  # fmt: skip
 
     run.mkdir(parents=True, exist_ok=True)
