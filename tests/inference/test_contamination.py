@@ -92,6 +92,30 @@ def test_more_genes_leave_most_cells_known(cells, random_bundle, tmp_path):
     assert not found.found_C[200:].any()
 
 
+@pytest.mark.parametrize("lost", ["here", "there"])
+def test_parts_of_half_the_size_are_looked_up_too(random_bundle, tmp_path, lost):
+    """Cells of 12 × 16 genes and a few: with a few less their parts would be twice as large."""
+    rng = np.random.default_rng(0)
+    rows = random_bundle.vocabulary.species_rows("human")
+    names = list(dict.fromkeys(rows["ensembl_id"]))[:2000]
+    whole_CG = np.zeros((100, 2000), np.float32)
+    for cell_G in whole_CG:
+        cell_G[rng.choice(2000, 195, replace=False)] = rng.geometric(0.3, 195)
+    fewer_CG = whole_CG.copy()
+    for cell_G in fewer_CG:
+        cell_G[rng.choice(np.flatnonzero(cell_G), 5, replace=False)] = 0
+    obs = pd.DataFrame({"species": "human"}, index=[f"c{i}" for i in range(100)])
+    whole, fewer = (
+        ad.AnnData(sp.csr_matrix(counts_CG), obs=obs, var=pd.DataFrame(index=names))
+        for counts_CG in (whole_CG, fewer_CG)
+    )
+    first, second = (whole, fewer) if lost == "here" else (fewer, whole)
+    corpus = Corpus.build([first], tmp_path / "c", vocabulary=random_bundle.vocabulary)
+    bundle = replace(random_bundle, training=TrainingManifest.of(corpus, np.arange(50)))
+    found = gm.contamination(second, bundle)
+    assert found.found_C[:50].mean() > 0.85 and not found.found_C[50:].any()
+
+
 def test_thinned_and_changed_cells_are_others(cells, bundle):
     counts = sp.csr_matrix(cells.X, copy=True).astype(np.int64)
     counts.data = np.random.default_rng(0).binomial(counts.data, 0.5)
