@@ -213,7 +213,8 @@ class TrainingManifest:
 
     def describe(self) -> str:
         """Say in some lines what was trained on."""
-        head = f"trained on: {self.n_trained:,} cells of {len(self.sources)} sources"
+        several = "" if len(self.sources) == 1 else "s"
+        head = f"trained on: {self.n_trained:,} cells of {len(self.sources)} source{several}"
         if not self.complete:
             head += ", and on what the model it started from was trained on, which is unknown"
         lines = [f"  {source.describe()}" for source in self.sources[:_MOST_NAMED]]

@@ -136,7 +136,7 @@ def note_contamination(
     """Add to ``uns[key]`` how many cells were in the model's training, and say so."""
     found = contamination(adata, model, layer=layer, species=species)
     adata.uns[key]["training"] = found.values()
-    logger.info("%s.", found.text())
+    logger.info("The model: %s.", found.text())
 
 
 def found_in(cells: VocabularyCells, bundle: Bundle) -> Contamination:
