@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genemodel.finetuning import finetune as finetune
     from genemodel.genes import GeneVocabulary as GeneVocabulary
     from genemodel.inference.annotate import annotate as annotate
+    from genemodel.inference.contamination import contamination as contamination
     from genemodel.inference.embed import embed as embed
     from genemodel.inference.impute import impute as impute
     from genemodel.inference.integrate import integrate as integrate
@@ -60,6 +61,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "TrainerSettings": ("genemodel.train.settings", "TrainerSettings"),
     "TuningSettings": ("genemodel.model.tuning", "TuningSettings"),
     "annotate": ("genemodel.inference.annotate", "annotate"),
+    "contamination": ("genemodel.inference.contamination", "contamination"),
     "embed": ("genemodel.inference.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
     "finetune": ("genemodel.finetuning", "finetune"),
@@ -92,6 +94,7 @@ __all__ = [
     "TuningSettings",
     "__version__",
     "annotate",
+    "contamination",
     "embed",
     "evaluate",
     "finetune",

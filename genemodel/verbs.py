@@ -81,7 +81,10 @@ class CorpusDescribeSettings:
 
 
 # Columns of a sheet beside `path`; an empty field means what the settings say for all sources.
-_SHEET_COLUMNS = ("name", "species", "layer", "batch_key", "donor_key", "label_key", "genome")
+_SHEET_COLUMNS = (
+    "name", "species", "layer", "batch_key", "donor_key", "label_key", "genome", "licence",
+    "citation",
+)  # fmt: skip
 
 
 def build_corpus(settings: CorpusBuildSettings) -> str:
@@ -208,6 +211,8 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 name=own["name"],
                 allow_fractional=settings.allow_fractional,
                 genome=own["genome"],
+                licence=own["licence"],
+                citation=own["citation"],
             )
         )
     return found

@@ -42,6 +42,7 @@ from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.training_manifest import Fingerprints, TrainedSource, TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.verification import verify_corpus
@@ -111,7 +112,15 @@ def bundle() -> Bundle:
         heads={"a.weight": torch.arange(4.0)},
         settings={"a": {"n": 4}},
         provenance={"steps": 7, "validation": {"val/total": 1e-05}},
+        training=training(len(genes)),
     )
+
+
+def training(n_tokens: int) -> TrainingManifest:
+    """Give a source of as many cells as have a fingerprint."""
+    source = TrainedSource("h", "", "human", "CC0", "", "f", N_CELLS, N_CELLS, "0", n_tokens)
+    drawn = np.random.default_rng(0).integers(1, 2**64, 3 * N_CELLS, dtype=np.uint64)
+    return TrainingManifest((source,), (Fingerprints.of(drawn),))
 
 
 def make_bundle(folder: Path) -> Path:
@@ -177,6 +186,9 @@ def of_bundle(found: Bundle) -> Any:
     return (
         found.fingerprint, found.medians_V, to_values(found.model.settings),
         to_values(found.tokens), found.settings, found.provenance,
+        None if found.training is None else (
+            found.training.about(), [prints.values() for prints in found.training.fingerprints]
+        ),
     )  # fmt: skip
 
 

@@ -512,6 +512,39 @@ MUTANTS = (
         "inference/test_annotate.py::test_an_only_vote_is_no_certainty_where_labels_are_chance",
     ),
     mutant(
+        "trained-on-all", "train/recipe.py",
+        "TrainingManifest.of(corpus, plan.train_cells)",
+        "TrainingManifest.of(corpus, np.arange(len(corpus)))",
+        "cells that were held out count as trained on",
+        "train/test_start.py::test_the_cells_trained_on_are_known_and_those_held_out_are_not",
+    ),
+    mutant(
+        "start-forgotten", "train/recipe.py",
+        "before = start.training if start is not None else TrainingManifest()",
+        "before = TrainingManifest()",
+        "what the start was trained on is forgotten",
+        "train/test_start.py::test_what_the_start_was_trained_on_is_handed_down",
+    ),
+    mutant(
+        "poor-parts", "cells/corpus_kernels.py",
+        "if genes_P[p] >= _LEAST_GENES else", "if genes_P[p] >= 1 else",
+        "cells are told apart by a gene or two",
+        "cells/test_corpus.py::test_fingerprints_equal_the_slow_oracle",
+    ),
+    mutant(
+        "one-size", "inference/contamination.py",
+        "_FINER = (-1, 0, 1)", "_FINER = (0,)",
+        "cells that have lost a few genes are looked up by parts of another size",
+        "inference/test_contamination.py::test_parts_of_half_the_size_are_looked_up_too",
+    ),
+    mutant(
+        "grown-vocabulary", "inference/contamination.py",
+        "counts_CV.data, size, finer", "counts_CV.data, counts_CV.shape[1], finer",
+        "genes that came later count for cells trained on before",
+        "inference/test_contamination.py::"
+        "test_a_vocabulary_that_has_grown_knows_the_cells_of_before",
+    ),
+    mutant(
         "hidden-labels", "evaluation/evaluate.py",
         "label.mask(hidden_C, None)", "label.where(hidden_C, None)",
         "the complement of the labels is hidden",

@@ -54,6 +54,14 @@ def test_the_loss_reaches_what_learns_of_the_backbone(mine, small_start, tmp_pat
     kept = any(name.startswith("decode_counts.") for name in after.heads)
     assert kept == (backbone == "frozen")
     held = after.provenance["labels"]
+    # Its own cells are added to those of the start, but for the ones that it was judged by.
+    training = after.training
+    assert training.sources[: len(before.training.sources)] == before.training.sources
+    own = training.sources[len(before.training.sources) :]
+    if after.provenance["steps"]:
+        assert [(one.name, one.n_cells) for one in own] == [("cells", 400)]
+        labelled_told = ad.read_h5ad(out / "labels.h5ad").uns["genemodel_label"]["training"]
+        assert labelled_told["in_training"] == own[0].n_trained < 400
     assert held["cells"] > 0 and 0 <= held["accuracy"] <= 1
     assert after.heads["labels.temperature"].item() == pytest.approx(held["temperature"])
     labelled = ad.read_h5ad(out / "labels.h5ad")

@@ -80,12 +80,15 @@ def test_a_sheet_gives_each_source_its_own_options(
 
     sheet = cells / "samples.csv"
     sheet.write_text(
-        "path,name,species,donor_key\nhuman.h5ad,first,human,animal\nmouse.h5ad,second,,\n"
+        "path,name,species,donor_key,licence,citation\n"
+        "human.h5ad,first,human,animal,CC0,Doe 2024\nmouse.h5ad,second,,,,\n"
     )
     status, _, err = typed("corpus", "build", f"sheet={sheet}", "out=c", "keep=[batch]")
     assert status == 0, err
     corpus = Corpus.open(tmp_path / "c")
     assert [source.name for source in corpus.sources] == ["first", "second"]
+    assert [source.licence for source in corpus.sources] == ["CC0", ""]
+    assert corpus.sources[0].citation == "Doe 2024"
     assert set(corpus.codes("species")[1]) == {"human", "mouse"}
 
 

@@ -7,6 +7,7 @@
     vocabulary.tsv.gz    genes and tokens
     statistics.tsv.gz    per-gene non-zero medians of the training corpus
     history.tsv          losses on held-out cells, where pre-training made it
+    training.safetensors fingerprints of the cells trained on, where they are known
 
 No file holds code, and reading needs neither Lightning nor Hydra.
 """
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
 from genemodel.bundle.history import no_history, read_history, write_history
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -72,6 +74,8 @@ class Bundle:
     history
         Losses on held-out cells at every look of the training up to this model, a column ``step``
         and one for each loss; no rows where none were kept.
+    training
+        The cells it was trained on; None where nobody knows (models of earlier versions).
     """
 
     KIND: ClassVar[str] = "model"
@@ -84,6 +88,7 @@ class Bundle:
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=no_history)
+    training: TrainingManifest | None = None
 
     def __repr__(self) -> str:
         shape = self.model.settings
@@ -179,6 +184,8 @@ class Bundle:
             f"heads: {', '.join(sorted({k.split('.')[0] for k in self.heads})) or 'none'}",
         ]
         lines += [f"{key}: {value}" for key, value in self.provenance.items()]
+        unknown = "trained on: unknown, it keeps no fingerprints of its training cells"
+        lines.append(self.training.describe() if self.training is not None else unknown)
         return "\n".join(lines)
 
     # -- disk -------------------------------------------------------------------------------
@@ -198,6 +205,8 @@ class Bundle:
             self.vocabulary.save(folder / VOCABULARY)
             write_medians(folder / STATISTICS, self.medians_V)
             write_history(folder, self.history)
+            if self.training is not None:
+                self.training.save(folder)
 
         about = {
             "format": FORMAT,
@@ -206,6 +215,7 @@ class Bundle:
             "settings": self.settings,
             "vocabulary": self.vocabulary.fingerprint,
             "provenance": self.provenance,
+            "training": None if self.training is None else self.training.about(),
             "knowledge": {
                 name: part.table_VP.shape[1]
                 for name, part in self.model.embedding.knowledge.items()
@@ -252,6 +262,7 @@ class Bundle:
             context=tokens.context,
             knowledge=knowledge,
         )
+        training = about.get("training")  # models of earlier versions say nothing
         own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
         _load_exactly(model, own, path)
         if device == "auto":
@@ -267,6 +278,7 @@ class Bundle:
             settings=about["settings"],
             provenance=about["provenance"],
             history=read_history(path),
+            training=None if training is None else TrainingManifest.read(path, training),
         )
         return bundle.to(there)
 

@@ -257,7 +257,7 @@ def source_records(planned: Plan, records: Sequence[UnitRecord]) -> list[SourceR
                     unmatched=match.unmatched,
                     explicit_zeros=sum(part.explicit_zeros for part in own),
                     rounded=sum(part.rounded for part in own), repeated_names=seen.repeated,
-                    notes=list(seen.notes),
+                    notes=list(seen.notes), licence=seen.licence, citation=seen.citation,
                 )
             )  # fmt: skip
     if not sum(record.n_cells for record in result):

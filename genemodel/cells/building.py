@@ -365,7 +365,7 @@ class UnitWriter:
         self, counts_CV: sp.csr_matrix, stored_C: npt.NDArray[Any]
     ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any]]:
         """Per cell: facts for the index, and why it is dropped ("" where it is kept)."""
-        from genemodel.cells.corpus_kernels import summarise
+        from genemodel.cells.corpus_kernels import fingerprints, summarise
 
         genes_C = np.diff(counts_CV.indptr)
         library_C, mito_C, checksum_C = summarise(
@@ -378,7 +378,10 @@ class UnitWriter:
         reason_C[genes_C == 0] = NO_GENE
         reason_C[stored_C == 0] = EMPTY
         facts = {
-            "n_genes": genes_C, "library": library_C, "mito": mito_C, "checksum": checksum_C
+            "n_genes": genes_C, "library": library_C, "mito": mito_C, "checksum": checksum_C,
+            "prints": fingerprints(
+                counts_CV.indptr, counts_CV.indices, counts_CV.data, counts_CV.shape[1]
+            ),
         }  # fmt: skip
         return facts, reason_C
 
@@ -423,7 +426,7 @@ class UnitWriter:
             self._var,
         )
         compact: dict[str, Any] = {
-            k: v if k == "checksum" else narrow(v.astype(np.int64)) for k, v in cells.items()
+            k: v if v.dtype == np.uint64 else narrow(v.astype(np.int64)) for k, v in cells.items()
         }
         np.savez(self.folder / f"{name}.npz", **compact)
         self.groups.append((group.n_cells, group.n_values))

@@ -333,6 +333,30 @@ class Corpus:
         """Checksum of every cell's genes and counts: equal cells have equal ones."""
         return self._indexed("checksum", np.uint64)
 
+    def prints_CP(self) -> npt.NDArray[np.uint64]:
+        """Fingerprints of every cell, by which a model knows what it was trained on; 0 for none.
+
+        Read anew at every call; computed from the counts where an earlier version built the corpus.
+        """
+        from genemodel.cells.corpus_kernels import PRINTS, fingerprints
+
+        print_CP, start = np.zeros((len(self), PRINTS), np.uint64), 0
+        for group in self.manifest.groups:
+            end = start + group.n_cells
+            path = self.path / layout.INDEX / f"{group.name}.npz"
+            with refuse_damage(str(path)), np.load(path, allow_pickle=False) as stored:
+                if "prints" in stored.files:
+                    print_CP[start:end] = stored["prints"]
+                    start = end
+            while start < end:
+                stop = min(start + CHUNK_CELLS, end)
+                block = self.read(start, stop)
+                print_CP[start:stop] = fingerprints(
+                    block.starts_C1, block.gene_N, block.count_N, len(self.vocabulary)
+                )
+                start = stop
+        return print_CP
+
     @functools.cached_property
     def measured_SV(self) -> npt.NDArray[np.bool_]:
         """Genes that each source measures, bool (S, V)."""

@@ -228,6 +228,7 @@ def _examine(corpus: "Corpus") -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
         row["explicit zeros"] = source.explicit_zeros
         row["rounded"] = source.rounded
         row["repeated names"] = source.repeated_names
+        row["licence"], row["citation"] = source.licence, source.citation
         rows.append(row)
     return pd.DataFrame(rows).set_index("source"), codes
 
@@ -346,7 +347,8 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
             shown[column] = shown[column].map(lambda v: f"{v:.1%}")
         elif shown[column].dtype.kind in "if":
             shown[column] = shown[column].map(lambda v: "" if np.isnan(v) else f"{v:,.0f}")
-    for column in ("explicit zeros", "rounded", "repeated names", "summed", "dropped"):
+    rare = ("explicit zeros", "rounded", "repeated names", "summed", "dropped")
+    for column in (*rare, "licence", "citation"):
         if (shown[column].isin(["0", ""])).all():
             shown = shown.drop(columns=column)
     return shown

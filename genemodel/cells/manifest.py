@@ -6,7 +6,8 @@ A corpus is one folder::
     vocabulary.tsv.gz      the genes, in the order of the columns
     cells.zarr/            an annbatch collection of AnnData zarr v3 groups
         dataset_0/         counts (CSR, cells × vocabulary) and obs of consecutive cells
-    index/dataset_0.npz    per cell: genes, library, mitochondrial counts, checksum, codes
+    index/dataset_0.npz    per cell: genes, library, mitochondrial counts, checksum, fingerprints,
+                           codes
     statistics.N.npz       per species: sums, frequencies, medians; panel of every source
     medians.N.npz          the histograms behind the medians, for appending
 
@@ -60,6 +61,8 @@ class SourceRecord:
         Cells of the complete file whose name an earlier one has.
     notes
         What a curator should know about the counts.
+    licence, citation
+        Of the data, where the file or the sheet of sources says.
     """
 
     name: str
@@ -80,6 +83,8 @@ class SourceRecord:
     rounded: int
     repeated_names: int
     notes: list[str]
+    licence: str = ""
+    citation: str = ""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,9 @@ class Source:
     closer: Callable[[], None] | None = field(default=None, repr=False)
     opened_from: "SourceFile | None" = field(default=None, repr=False)
     """How another process opens the same; None where the cells are in this one's memory."""
+    licence: str = ""
+    citation: str = ""
+    """What the file or the caller says; empty where neither does."""
 
     @property
     def n_cells(self) -> int:
@@ -154,6 +157,8 @@ class SourceFile:
     allow_fractional: bool = False
     genome: str | None = None
     transpose: bool = False
+    licence: str | None = None
+    citation: str | None = None
 
     def open(self) -> Source:
         """Open it."""
@@ -184,6 +189,8 @@ def open_source(
     allow_fractional: bool = False,
     genome: str | None = None,
     transpose: bool = False,
+    licence: str | None = None,
+    citation: str | None = None,
 ) -> Source:
     """Open a source of raw counts and prove it, without loading it.
 
@@ -211,6 +218,9 @@ def open_source(
         Of a 10x file with several genomes, the one to take.
     transpose
         The text table has genes as rows.
+    licence, citation
+        Of the data; by default what an h5ad, zarr or AnnData says in ``uns["license"]`` (or
+        ``licence``) and ``uns["citation"]``. A model names them with what it was trained on.
 
     Returns
     -------
@@ -229,16 +239,32 @@ def open_source(
         return data.open()
     plan = ColumnPlan.of(species, columns, keep)
     if not isinstance(data, str | Path):
-        return _open_anndata(
+        source = _open_anndata(
             data, OpenOptions(layer, plan, allow_fractional, genome, transpose, name or "AnnData")
         )
+        return _said(source, licence, citation)
     local = remote.is_local(str(data))
     path = Path(data) if local else remote.name_of(str(data))
     options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
     source = _open_path(path, options) if local else _open_address(str(data), path, options)
     source.opened_from = SourceFile(
-        str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose
-    )
+        str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose,
+        licence, citation,
+    )  # fmt: skip
+    return _said(source, licence, citation)
+
+
+def _said(source: Source, licence: str | None, citation: str | None) -> Source:
+    """Let what the caller says of the data's origin go before what the file says."""
+    source.licence = source.licence if licence is None else licence
+    source.citation = source.citation if citation is None else citation
+    return source
+
+
+def _by_file(source: Source, entry: Callable[[str], object]) -> Source:
+    """Note licence and citation as far as a file says; ``entry`` gives one of ``uns`` or None."""
+    found = entry("license") or entry("licence"), entry("citation")
+    source.licence, source.citation = (text if isinstance(text, str) else "" for text in found)
     return source
 
 
@@ -440,7 +466,14 @@ def _open_stored(
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
     )
-    return Source(options.name, where, path.name, kind, counts, obs, closer)
+
+    def entry(key: str) -> object:
+        if "uns" not in root or key not in root["uns"]:
+            return None
+        with refuse_damage(f"{where}, uns[{key!r}]"):
+            return ad.io.read_elem(root["uns"][key])
+
+    return _by_file(Source(options.name, where, path.name, kind, counts, obs, closer), entry)
 
 
 def _open_anndata(adata: Any, options: OpenOptions) -> Source:
@@ -461,7 +494,7 @@ def _open_anndata(adata: Any, options: OpenOptions) -> Source:
     counts = find_counts(
         adata, layer=options.layer, allow_fractional=options.allow_fractional, where=options.name
     )
-    return Source(options.name, options.name, "", "AnnData", counts, obs)
+    return _by_file(Source(options.name, options.name, "", "AnnData", counts, obs), adata.uns.get)
 
 
 def stream_source(

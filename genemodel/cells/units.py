@@ -110,6 +110,8 @@ class Survey:
     matches: tuple[Matched, ...]
     without_species: int
     repeated: int
+    licence: str = ""
+    citation: str = ""
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,8 @@ def survey(bench: Bench, wanted: Input, desk: Desk) -> Survey:
         ),
         without_species=int((~known[column.codes]).sum()),
         repeated=int(obs.index.duplicated().sum()),
+        licence=source.licence,
+        citation=source.citation,
     )  # fmt: skip
 
 

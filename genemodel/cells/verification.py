@@ -93,7 +93,7 @@ def _inconsistent(manifest: Manifest) -> list[str]:
 
 def _compare(corpus: Corpus) -> list[str]:
     """Read all counts and compare what was computed from them at build time."""
-    from genemodel.cells.corpus_kernels import summarise
+    from genemodel.cells.corpus_kernels import fingerprints, summarise
     from genemodel.cells.corpus_statistics import mitochondrial_V
 
     problems = []
@@ -102,6 +102,7 @@ def _compare(corpus: Corpus) -> list[str]:
     sum_SV = np.zeros((len(names), n_tokens))
     nonzero_SV = np.zeros((len(names), n_tokens), np.int64)
     mito_V = mitochondrial_V(corpus.vocabulary)
+    print_NP = corpus.prints_CP()
     first = 0
     for group in corpus.manifest.groups:
         index = f"{layout.INDEX}/{group.name}.npz"
@@ -119,10 +120,12 @@ def _compare(corpus: Corpus) -> list[str]:
             library_C, mito_C, checksum_C = summarise(
                 block.starts_C1, block.gene_N, block.count_N, mito_V
             )
+            print_CP = fingerprints(block.starts_C1, block.gene_N, block.count_N, n_tokens)
             for key, found, stored in (
                 ("library", library_C, corpus.library_C),
                 ("mito", mito_C, corpus.mito_C),
                 ("checksum", checksum_C, corpus.checksum_C),
+                ("prints", print_CP, print_NP),
             ):
                 if not np.array_equal(found, stored[start:stop]):
                     problems.append(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
+    from genemodel.inference.contamination import Contamination
     from genemodel.inference.integrated_model import IntegratedModel
 
 logger = logging.getLogger(__name__)
@@ -206,7 +207,9 @@ def evaluate(
         )
     if task == "integrate":
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
-    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(models)
+    loaded = _loaded(models)
+    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded)
+    contaminations = _contaminations(loaded, cells)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
     if task == "annotate":
@@ -247,6 +250,7 @@ def evaluate(
         result = comparison.annotate(directions)
     else:
         result = comparison.impute(keep, tuple(mixture))
+    result.contamination = contaminations
     result.encoders = {name: m.encoder for name, m in chosen.items() if m.encoder}
     result.settings = {
         "data": where,
@@ -364,12 +368,13 @@ def _standing(key: str) -> Method:
     return Method(read, kind="own")
 
 
-def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") -> dict[str, Method]:
-    """Methods for trained models, loaded now: a wrong path is refused before anything runs."""
-    from genemodel.inference.integrated_model import IntegratedModel
+def _loaded(
+    models: "Sequence[str | Path | Bundle | IntegratedModel]",
+) -> "dict[str, Bundle | IntegratedModel]":
+    """Trained models by name, loaded now: a wrong path is refused before anything runs."""
     from genemodel.inference.models import EMBED, model_for
 
-    found: dict[str, Method] = {}
+    found: dict[str, Bundle | IntegratedModel] = {}
     for number, given in enumerate(models):
         name = f"model {number}"
         model = model_for("embed", EMBED, given)
@@ -379,6 +384,32 @@ def _model_methods(models: "Sequence[str | Path | Bundle | IntegratedModel]") ->
                 name = f"model {Path(given)}"
         if name in found:
             raise ConfigError(f"models: {given} is named twice")
+        found[name] = model
+    return found
+
+
+def _contaminations(
+    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData"
+) -> "dict[str, Contamination]":
+    """How many of the cells each model was trained on, for those that can read them."""
+    from genemodel.inference.contamination import contamination
+
+    found = {}
+    for name, model in models.items():
+        try:
+            found[name] = contamination(cells, model)
+        except DataError:
+            continue  # it will fail as a method, with the reason
+        logger.info("%s: %s", name, found[name].text())
+    return found
+
+
+def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str, Method]:
+    """Methods for trained models."""
+    from genemodel.inference.integrated_model import IntegratedModel
+
+    found: dict[str, Method] = {}
+    for name, model in models.items():
         if isinstance(model, IntegratedModel):
             beside = (
                 "a network on counts, beside the cell vectors of a frozen transformer"

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,9 @@ import pandas as pd
 from genemodel.errors import DataError
 from genemodel.evaluation.report import Report
 from genemodel.settings import some
+
+if TYPE_CHECKING:
+    from genemodel.inference.contamination import Contamination
 
 # Metric -> heading in the terminal and the report, and which direction is better.
 COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
@@ -95,6 +98,8 @@ class EvaluationResult:
         ``obs`` of the cells compared.
     encoders
         Ours: method -> what turned counts into what is scored.
+    contamination
+        Models that were given: how many of these cells they had been trained on.
     settings
         How it was done.
     """
@@ -110,6 +115,7 @@ class EvaluationResult:
     obs: pd.DataFrame = field(default_factory=pd.DataFrame)
     gene_statistics: dict[str, pd.DataFrame] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
+    contamination: "dict[str, Contamination]" = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -197,9 +203,28 @@ class EvaluationResult:
                 names.setdefault(encoder, []).append(name)
         return [f"{', '.join(those)}: by {encoder}." for encoder, those in names.items()]
 
+    def contamination_notes(self) -> list[str]:
+        """Say of every model that was given how many of these cells it had been trained on."""
+        return [f"{name}: {found.text()}." for name, found in self.contamination.items()]
+
+    def contamination_table(self) -> pd.DataFrame:
+        """Give a row per model: cells it can read, those that it was trained on, their sources."""
+        rows = [
+            {
+                "model": name,
+                "cells": found.n_cells,
+                "in_training": found.values()["in_training"],
+                "sources": "; ".join(f"{n} in {source}" for source, n in found.by_source.items()),
+                "complete": found.complete,
+            }
+            for name, found in self.contamination.items()
+        ]
+        return pd.DataFrame(rows)
+
     def _notes(self) -> list[str]:
         notes = [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
         notes += self.encoder_notes()
+        notes += self.contamination_notes()
         has = set(self.table["metric"])
         if self.task == "integrate":
             if "batch_unlabelled" in has:
@@ -254,6 +279,8 @@ class EvaluationResult:
             for name, table in (("cell_types", self.cell_types), ("coverage", self.coverage)):
                 if table is not None:
                     table.to_csv(folder / f"{name}.csv", index=False)
+            if self.contamination:
+                self.contamination_table().to_csv(folder / "contamination.csv", index=False)
             if self.calls is not None:
                 self.calls.to_csv(folder / "calls.csv", index_label="cell")
             if self.embeddings:
@@ -326,7 +353,7 @@ def _opening(
         "s = wall seconds, MB = peak of memory above where the method started (a lower bound).",
         best=best,
     )
-    for note in result.encoder_notes():
+    for note in (*result.encoder_notes(), *result.contamination_notes()):
         report.text(note)
     ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
     report.figure(plots.metric_bars(result.summary()[bars], highlight=ours), caption)

@@ -18,6 +18,7 @@ from genemodel.cells.matrices import refuse_damage
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
 from genemodel.inference.cell_vectors import embedding_of
+from genemodel.inference.contamination import note_contamination
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import writable_h5ad, write_whole
 from genemodel.inference.integrated_model import IntegratedModel
@@ -113,7 +114,8 @@ def annotate(
     reference cells are labelled by the others as if they were of the query (each of up to 5,000
     by its neighbours, or five-fold with up to 20,000), and an isotonic regression maps the share of
     votes, or the probability, to how often that was right. A query that differs from the reference
-    is labelled less well than that; ``uns[key_added]`` holds the numbers.
+    is labelled less well than that; ``uns[key_added]`` holds the numbers, and in ``"training"`` how
+    many of the query's cells the model has been trained on (:func:`genemodel.contamination`).
 
     To carry labels from one species to another, integrate the cells of both *without* labels
     (``gm.integrate(both, batch_key="species", species="obs:species")``), then annotate with
@@ -126,6 +128,7 @@ def annotate(
     model = model_for("annotate", EMBED, model)
     if reference is None:
         _classify(query, model, key_added, unknown, layer, species)
+        note_contamination(query, model, key_added, layer=layer, species=species)
         return
     if not label_key:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
@@ -164,6 +167,7 @@ def annotate(
         "share_far": float(found.far_C.mean()),
         "seed": seed,
     }
+    note_contamination(query, model, key_added, layer=layer, species=species)
     if found.far_C.mean() > 0.5:
         logger.warning(
             "%.0f %% of the query lies farther from the reference than its own cells from each "

@@ -1,6 +1,7 @@
 """Pre-train: from a corpus and settings to a run directory with a bundle in it."""
 
 import copy
+import functools
 import logging
 import platform
 import time
@@ -19,6 +20,7 @@ import genemodel
 from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.history import STEP, no_history
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.loader import inverse_medians
 from genemodel.cells.manifest import MANIFEST
@@ -196,6 +198,12 @@ def _job(plan: _Plan) -> Job:
     # Under FSDP the model's own parameters become shards: what is released is another copy.
     plain: list[GeneModel] = []
 
+    # The same at every release but one before the first step, which has learnt from no cell.
+    before = start.training if start is not None else TrainingManifest()
+    seen = functools.cache(
+        lambda: TrainingManifest.after(before, TrainingManifest.of(corpus, plan.train_cells))
+    )
+
     def build_all() -> Built:
         model, objectives = build(settings, corpus, plan.train_cells, n_batches, start, plan.labels)
         model.recompute = trainer.activation_checkpointing
@@ -238,6 +246,7 @@ def _job(plan: _Plan) -> Job:
         bundle_of(
             model, weights, corpus.vocabulary, medians_V, settings, provenance, history,
             plan.labels.names if plan.labels is not None else (), kept,
+            seen() if progress.step else before,
         ).save(plan.run / "bundle")  # fmt: skip
 
     return Job(

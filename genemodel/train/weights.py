@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import DataError
@@ -176,6 +177,7 @@ def bundle_of(
     history: pd.DataFrame,
     label_names: tuple[str, ...] = (),
     kept: Mapping[str, Tensor] | None = None,
+    training: TrainingManifest | None = None,
 ) -> Bundle:
     """Release what was trained, adapters merged.
 
@@ -189,6 +191,8 @@ def bundle_of(
         Kept with them.
     kept
         Weights of heads that were not trained and still hold.
+    training
+        The cells trained on.
     """
     prefix = "objectives.heads."
     return Bundle(
@@ -205,4 +209,5 @@ def bundle_of(
         settings={"pretraining": to_values(settings.task), "labels": list(label_names)},
         provenance=provenance,
         history=history,
+        training=training,
     )

@@ -12,8 +12,9 @@ import scipy.sparse as sp
 
 from genemodel.cells import assembly, building, manifest, reading, store
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.corpus_kernels import fingerprints
 from genemodel.cells.obs_columns import COLUMNS
-from genemodel.cells.sources import open_source
+from genemodel.cells.sources import SourceFile, open_source
 from genemodel.errors import ConfigError, DataError
 
 
@@ -101,6 +102,82 @@ def test_statistics_equal_those_of_the_stored_counts(built, vocabulary):
     mito = built.vocabulary.genes.query("symbol.str.lower().str.startswith('mt-')")["token"]
     np.testing.assert_array_equal(built.mito_C, dense[:, np.unique(mito)].sum(1))
     assert built.mito_C.sum() > 0
+
+
+def test_fingerprints_equal_those_of_the_stored_counts(make_cells, vocabulary, tmp_path):
+    """Also of a corpus that an earlier version built without them."""
+    sources = {"a": make_cells(50, seed=1), "b": make_cells(30, species="mouse", seed=2)}
+    built = Corpus.build(sources, tmp_path / "c", vocabulary=vocabulary, group_cells=40)
+    counts_CV = built.read(0, len(built)).to_csr(len(vocabulary))
+    stored_CP = built.prints_CP()
+    expected_CP = fingerprints(counts_CV.indptr, counts_CV.indices, counts_CV.data, len(vocabulary))
+    np.testing.assert_array_equal(stored_CP, expected_CP)
+    assert (stored_CP > 0).any(1).all() and np.unique(stored_CP).size > 2 * len(built)
+    index = sorted((built.path / "index").iterdir())
+    assert len(index) > 2
+    with np.load(index[1]) as stored:
+        np.savez(index[1], **{key: stored[key] for key in stored.files if key != "prints"})
+    np.testing.assert_array_equal(built.prints_CP(), stored_CP)
+
+
+def slow_fingerprints(cell, level):
+    """By the definition: of each of the first parts the hash of its counts, 0 of a poor one."""
+    word = 2**64 - 1
+
+    def mixed(value):
+        value = (value + 0x9E3779B97F4A7C15) & word
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & word
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & word
+        return value ^ (value >> 31)
+
+    found = []
+    for part in range(3):
+        own = {t: n for t, n in cell.items() if mixed(~t & word) >> (64 - level) == part}
+        total = sum(mixed((t << 32) ^ n) for t, n in own.items()) & word
+        found.append(mixed(total ^ level) if len(own) >= 6 else 0)
+    return found
+
+
+@pytest.mark.parametrize(("n_genes", "level"), [(5, 0), (23, 0), (24, 1), (47, 1), (200, 4)])
+def test_fingerprints_equal_the_slow_oracle(n_genes, level):
+    rng = np.random.default_rng(n_genes)
+    token = rng.choice(np.arange(3, 5000), n_genes, replace=False)
+    count = rng.geometric(0.2, n_genes)
+    cell = dict(zip(token.tolist(), count.tolist(), strict=True))
+    indptr = np.array([0, 0, n_genes])
+    for finer in (-1, 0, 1):
+        empty, found = fingerprints(indptr, token, count, 5000, finer).tolist()
+        assert empty == [0, 0, 0]
+        at = level + finer
+        assert found == (slow_fingerprints(cell, at) if at >= 0 else [0, 0, 0])
+    # Tokens beyond the vocabulary of then are passed over, wherever they stand.
+    further = np.insert(token, n_genes // 2, 5001), np.insert(count, n_genes // 2, 7)
+    again = fingerprints(indptr + [0, 0, 1], *further, 5000)
+    np.testing.assert_array_equal(again, fingerprints(indptr, token, count, 5000))
+
+
+def test_licence_and_citation_are_those_of_the_file_or_of_who_asks(
+    make_cells, vocabulary, tmp_path
+):
+    said = make_cells(40, seed=1)
+    said.uns |= {"license": "CC-BY 4.0", "citation": "Doe et al. 2024"}
+    said.write_h5ad(tmp_path / "said.h5ad")
+    silent = make_cells(40, seed=2)
+    silent.uns["citation"] = np.arange(3)  # not a text: not one
+    silent.write_h5ad(tmp_path / "silent.h5ad")
+    sources = [
+        tmp_path / "said.h5ad",
+        tmp_path / "silent.h5ad",
+        open_source(said, name="memory"),
+        SourceFile(str(tmp_path / "said.h5ad"), name="again", licence="CC0", genome="x"),
+    ]
+    corpus = Corpus.build(sources, tmp_path / "c", vocabulary=vocabulary)
+    found = {source.name: (source.licence, source.citation) for source in corpus.sources}
+    assert found == {
+        "said": ("CC-BY 4.0", "Doe et al. 2024"), "silent": ("", ""),
+        "memory": ("CC-BY 4.0", "Doe et al. 2024"), "again": ("CC0", "Doe et al. 2024"),
+    }  # fmt: skip
+    assert "CC-BY 4.0" in corpus.describe().to_text()
 
 
 def test_panels_say_what_each_source_measures(built, messy):

@@ -150,6 +150,7 @@ def rewritten(path, key, change):
         ("statistics.0.npz", "mouse/nonzero_V", "statistics.0.npz: sums of mouse do not fit"),
         ("index/dataset_1.npz", "library", "index/dataset_1.npz: library does not fit"),
         ("index/dataset_0.npz", "checksum", "index/dataset_0.npz: checksum does not fit"),
+        ("index/dataset_1.npz", "prints", "index/dataset_1.npz: prints does not fit"),
     ],
 )
 def test_statistics_that_do_not_fit_the_counts(name, key, what, copy):

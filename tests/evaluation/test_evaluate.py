@@ -19,6 +19,7 @@ from genemodel.evaluation.evaluate import (
     EvaluateSettings,
     Meter,
     _Comparison,
+    _loaded,
     _model_methods,
     evaluate,
     run,
@@ -353,7 +354,7 @@ def human_cells():
 
 def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_cells, tmp_path):
     random_bundle.save(tmp_path / "mine" / "bundle")
-    found = _model_methods([tmp_path / "mine" / "bundle", random_bundle])
+    found = _model_methods(_loaded([tmp_path / "mine" / "bundle", random_bundle]))
     assert list(found) == [
         "model mine", "model mine tuned", "model mine untrained",
         "model 1", "model 1 tuned", "model 1 untrained",
@@ -376,12 +377,43 @@ def test_models_of_one_name_are_told_apart_by_their_folders(random_bundle, tmp_p
     paths.append(tmp_path / "third" / "backbone" / "bundle")
     for path in paths:
         random_bundle.save(path)
-    names = [name for name in _model_methods(paths) if not name.endswith(" tuned")]
+    names = [name for name in _model_methods(_loaded(paths)) if not name.endswith(" tuned")]
     assert [name for name in names if "untrained" not in name] == [
         "model lung", f"model {paths[1]}", "model third/backbone",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="is named twice"):
-        _model_methods([paths[0], paths[1], paths[1]])
+        _loaded([paths[0], paths[1], paths[1]])
+
+
+def test_it_says_how_many_cells_the_models_were_trained_on(
+    random_bundle, human_cells, tmp_path, monkeypatch
+):
+    from genemodel.bundle.training_manifest import TrainingManifest
+    from genemodel.cells.corpus import Corpus
+
+    corpus = Corpus.build({"ours": human_cells}, tmp_path / "corpus")
+    training = TrainingManifest.of(corpus, np.arange(45))
+    replace(random_bundle, training=training).save(tmp_path / "known" / "bundle")
+    random_bundle.save(tmp_path / "earlier" / "bundle")
+    monkeypatch.setattr("genemodel.evaluation.evaluate._model_methods", lambda models: {})
+    monkeypatch.setattr("genemodel.inference.annotate.MIN_REFERENCE", 10)
+    monkeypatch.setattr("genemodel.evaluation.annotation.MIN_REFERENCE", 10)
+    result = evaluate(
+        human_cells, task="annotate", batch_key="batch", label_key="cell_type",
+        methods=["majority"], out=tmp_path / "out",
+        models=[tmp_path / name / "bundle" for name in ("known", "earlier")],
+    )  # fmt: skip
+    text, page = result.text(), (tmp_path / "out" / "report.html").read_text()
+    for said in (
+        "model known: 45 of 60 cells (75.0 %) were in its training: 45 in ours.",
+        "model earlier: unknown whether these cells were in its training",
+    ):
+        assert said in " ".join(text.split())
+        assert said in page
+    table = pd.read_csv(tmp_path / "out" / "contamination.csv").set_index("model")
+    assert table.loc["model known", ["cells", "in_training"]].tolist() == [60, "45"]
+    assert table.at["model earlier", "in_training"] == "unknown"
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
 from genemodel.errors import ConfigError, DataError
@@ -193,6 +194,7 @@ def test_a_run_that_only_harms_releases_its_start_and_is_complete(start, corpus,
     path = recipe.pretrain(chosen)
     (before, _), (after, _) = weights(start), weights(path)
     assert Bundle.load(path).provenance["steps"] == 0
+    assert Bundle.load(path).training == Bundle.load(start).training
     assert all(torch.equal(before[name], after[name]) for name in before)
     steps = pd.read_csv(tmp_path / "run" / "validation.csv")["step"].tolist()
     assert steps == [0, 1, 2]
@@ -200,6 +202,44 @@ def test_a_run_that_only_harms_releases_its_start_and_is_complete(start, corpus,
         assert recipe.pretrain(chosen) == path
     assert "is complete (2 steps)" in caplog.text
     assert pd.read_csv(tmp_path / "run" / "validation.csv")["step"].tolist() == steps
+
+
+def test_the_cells_trained_on_are_known_and_those_held_out_are_not(start, corpus):
+    opened, training = Corpus.open(corpus), Bundle.load(start).training
+    train_cells, held_out = recipe.split(settings(corpus, "run"), opened)
+    assert training.sources == TrainingManifest.of(opened, train_cells).sources
+    assert training.n_trained == train_cells.size == len(opened) - held_out.size
+    print_NP = opened.prints_CP()
+    for cells, there in ((train_cells, True), (held_out, False)):
+        print_N = print_NP[cells][print_NP[cells] > 0]
+        assert print_N.size
+        assert (training.fingerprints[0].find(print_N) == there).all()
+
+
+def test_what_the_start_was_trained_on_is_handed_down(start, corpus, tmp_path, small_vocabulary):
+    cells = synthetic(
+        200, species=("human",), n_genes=500, genes_per_cell=60, seed=8, vocabulary=small_vocabulary
+    )["human"]
+    other = Corpus.build({"mine": cells}, tmp_path / "other", vocabulary=small_vocabulary)
+    always = {"max_steps": 1, "validate_every": 1}
+    # One step that helps: a rate of nearly nothing cannot harm.
+    chosen = {"start": str(start), "trainer": always, "optim": {"lr": 1e-4}}
+    before = Bundle.load(start).training
+
+    def released(corpus, name, **change):
+        path = recipe.pretrain(settings(corpus, tmp_path / name, **chosen | change))
+        assert Bundle.load(path).provenance["steps"] == 1
+        return Bundle.load(path).training
+
+    own = TrainingManifest.of(other, recipe.split(settings(other.path, "run"), other)[0])
+    assert released(other.path, "another") == TrainingManifest.after(before, own)
+    assert released(corpus, "again") == before
+    # A model of an earlier version keeps none: that stays unknown.
+    bundle = Bundle.load(start)
+    bundle.training = None
+    bundle.save(tmp_path / "earlier")
+    own_alone = released(other.path, "after", start=str(tmp_path / "earlier"))
+    assert own_alone.sources == own.sources and not own_alone.complete
 
 
 def test_groups_of_the_optimiser_carry_their_rates():

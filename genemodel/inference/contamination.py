@@ -1,0 +1,174 @@
+"""How many of some cells were in a model's training, by the fingerprints that the model carries.
+
+Axes: C cells asked about, Q fingerprints of each.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genemodel.bundle.bundle import Bundle
+from genemodel.inference.counts import VocabularyCells
+from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.models import EMBED, model_for
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"
+_MOST_NAMED = 5
+# A cell may have lost genes here, or there: its parts may have been half or twice as large.
+_FINER = (-1, 0, 1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Contamination:
+    """Which of some cells a model was trained on.
+
+    Attributes
+    ----------
+    found_C
+        Whether a cell was in the training, bool (C,); None where the model keeps no fingerprints.
+    n_cells
+        Cells asked about that have enough genes to be told by, six of the model's or more.
+    by_source
+        Cells found in each source of the training that has any, most first.
+    complete
+        False where the model started from one without fingerprints: more may have been in training.
+    by_chance
+        Cells expected to be found although none was in the training.
+    """
+
+    found_C: np.ndarray | None
+    n_cells: int
+    by_source: dict[str, int]
+    complete: bool
+    by_chance: float
+
+    @property
+    def n_found(self) -> int | None:
+        """Cells found; None where nobody knows."""
+        return None if self.found_C is None else int(self.found_C.sum())
+
+    def __repr__(self) -> str:
+        return f"Contamination({self.text()})"
+
+    def text(self) -> str:
+        """Say it in a sentence without its full stop."""
+        if self.n_found is None:
+            return "unknown whether these cells were in its training: it keeps no fingerprints"
+        share = f" ({100 * self.n_found / self.n_cells:.1f} %)" if self.n_found else ""
+        said = f"{self.n_found:,} of {self.n_cells:,} cells{share} were in its training"
+        if self.by_source:
+            first = list(self.by_source.items())[:_MOST_NAMED]
+            more = len(self.by_source) - len(first)
+            said += ": " + ", ".join(f"{n:,} in {name}" for name, n in first)
+            said += f" and {more} more sources" if more else ""
+        if not self.complete:
+            said = f"at least {said}; what its start was trained on is unknown"
+        return said
+
+    def values(self) -> dict[str, Any]:
+        """Plain values that an h5ad can hold."""
+        return {
+            "in_training": UNKNOWN if self.n_found is None else self.n_found,
+            "cells": self.n_cells,
+            "sources": list(self.by_source),
+            "in_source": list(self.by_source.values()),
+            "complete": self.complete,
+        }
+
+
+def contamination(
+    adata: "AnnData | str | Path",
+    model: Bundle | IntegratedModel | str | Path,
+    *,
+    layer: str | None = None,
+    species: str | None = None,
+) -> Contamination:
+    """Tell which cells a model has been trained on.
+
+    Parameters
+    ----------
+    adata
+        Raw counts, or the path of a file of them.
+    model
+        From :func:`genemodel.load`, or the path of its folder; of a model made by
+        :func:`genemodel.integrate` the pre-trained model beneath is asked.
+    layer
+        Where the raw counts are; default ``X``.
+    species
+        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
+
+    Returns
+    -------
+    Contamination
+        With ``found_C``, ``n_found`` and ``by_source``.
+
+    Notes
+    -----
+    A cell is known by its raw counts in three parts of the vocabulary, of some 12 to 24 of its
+    genes each, and found where one of them is as it was: whatever the order of the genes, the names
+    they go by and the format of the file, and mostly where a few per cent of its genes are missing.
+    Aligned anew, thinned, or cut down to variable genes it is another cell: nothing found is no
+    proof that nothing was there.
+    """
+    loaded = model_for("tell its training cells", EMBED, model)
+    bundle = loaded.bundle if isinstance(loaded, IntegratedModel) else loaded
+    if bundle is None or bundle.training is None:
+        return Contamination(None, 0, {}, False, 0.0)
+    return found_in(VocabularyCells(adata, bundle, layer=layer, species=species), bundle)
+
+
+def note_contamination(
+    adata: "AnnData",
+    model: Bundle | IntegratedModel,
+    key: str,
+    *,
+    layer: str | None,
+    species: str | None,
+) -> None:
+    """Add to ``uns[key]`` how many cells were in the model's training, and say so."""
+    found = contamination(adata, model, layer=layer, species=species)
+    adata.uns[key]["training"] = found.values()
+    logger.info("The model: %s.", found.text())
+
+
+def found_in(cells: VocabularyCells, bundle: Bundle) -> Contamination:
+    """Look cells over a model's vocabulary up among those that it was trained on."""
+    from genemodel.cells.corpus_kernels import PRINTS, fingerprints
+
+    training = bundle.training
+    if training is None:
+        return Contamination(None, 0, {}, False, 0.0)
+    # A vocabulary that grew later reads genes that the fingerprints of before do not cover.
+    sizes = sorted({source.n_tokens for source in training.sources})
+    n_asked = PRINTS * len(_FINER)
+    parts = {size: [np.zeros((0, n_asked), np.uint64)] for size in sizes}
+    for chunk in cells.chunks():
+        counts_CV = chunk.counts_CV
+        for size in sizes:
+            asked = [
+                fingerprints(counts_CV.indptr, counts_CV.indices, counts_CV.data, size, finer)
+                for finer in _FINER
+            ]
+            parts[size].append(np.concatenate(asked, axis=1))
+    prints = {size: np.concatenate(blocks) for size, blocks in parts.items()}
+    told_C, found_C = np.zeros(len(cells), bool), np.zeros(len(cells), bool)
+    by_source: dict[str, int] = {}
+    for source, known in zip(training.sources, training.fingerprints, strict=True):
+        print_CQ = prints[source.n_tokens]
+        told_C |= (print_CQ > 0).any(1)
+        here_C = ((print_CQ > 0) & known.find(print_CQ.ravel()).reshape(print_CQ.shape)).any(1)
+        found_C |= here_C
+        if here_C.any():
+            by_source[source.name] = by_source.get(source.name, 0) + int(here_C.sum())
+    n_cells = int(told_C.sum())
+    ordered = dict(sorted(by_source.items(), key=lambda item: -item[1]))
+    by_chance = n_cells * n_asked * training.chance
+    return Contamination(found_C, n_cells, ordered, training.complete, by_chance)
