@@ -209,7 +209,7 @@ def test_looks_without_improvement_are_counted_since_the_best():
     ended, released = [], []
     loop = SimpleNamespace(
         progress=Progress(position=Position()),
-        settings=SimpleNamespace(early_stopping=2, max_steps=100),
+        settings=SimpleNamespace(early_stopping=2, early_stopping_gain=0.0, max_steps=100),
         record=SimpleNamespace(look=lambda *_: None),
         losses=SimpleNamespace(names=[]),
         release=lambda: released.append(loop.progress.best),
