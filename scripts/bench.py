@@ -3,6 +3,7 @@
 
     python scripts/bench.py                 # everything, a few minutes on two cores
     python scripts/bench.py tokens packing loader scale step build embed
+    python scripts/bench.py heads --heads 10000 100000 1000000  # the last takes an hour
     python scripts/bench.py gpu             # real training runs on a GPU, about ten minutes
     python scripts/bench.py gpu --device cpu --size tiny    # the same code, small, on a CPU
 
@@ -579,6 +580,7 @@ def main() -> None:
         "--corpus", help="step, embed: take the cells' lengths from this corpus; gpu: train on it"
     )
     parser.add_argument("--build", type=int, nargs="*", default=[100_000, 1_000_000])
+    parser.add_argument("--heads", type=int, nargs="*", default=[10_000, 100_000])
     gpu = parser.add_argument_group("gpu")
     gpu.add_argument("--device", choices=("cuda", "cpu"), help="by default a GPU")
     gpu.add_argument("--budget", type=int, nargs="+", help="tokens of a micro-batch, a run each")
@@ -615,11 +617,15 @@ def main() -> None:
                 from bench_gpu import Plan, bench_gpu
 
                 bench_gpu(Plan.of(arguments))
+            case "heads":
+                from bench_heads import bench_heads
+
+                bench_heads(arguments.heads)
             case "build":
                 bench_build(arguments.build)
                 bench_workers()
             case _:
-                known = "tokens, packing, loader, scale, step, gpu, build, embed"
+                known = "tokens, packing, loader, scale, step, gpu, build, embed, heads"
                 parser.error(f"no bench {name!r}: {known}")
 
 
