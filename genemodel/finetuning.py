@@ -131,6 +131,9 @@ class FinetuneSettings:
     species
         One species for all cells or obs:COLUMN; empty for the obs column species (with a model)
         or the data's own gene names (without).
+    missing_labels
+        Texts in both columns that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     key_added
         Key in obsm.
     device
@@ -156,6 +159,7 @@ class FinetuneSettings:
     size: str = "tiny"
     layer: str = ""
     species: str = ""
+    missing_labels: tuple[str, ...] = ()
     key_added: str = INTEGRATED
     device: str = "auto"
     seed: int = 0
@@ -274,13 +278,15 @@ def finetune(settings: FinetuneSettings) -> Path:
     corpus, adata, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
     if settings.classifies:
-        label_codes(adata.obs, settings.label_key)
+        label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
     elif settings.integrates:
-        batches_of(adata.obs, keys_of(settings.batch_key))
+        batches_of(adata.obs, keys_of(settings.batch_key), settings.missing_labels)
         if settings.label_key:
-            label_codes(adata.obs, settings.label_key)
+            label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
     elif settings.batch_key:
-        batch_names(adata.obs, keys_of(settings.batch_key))
+        batch_names(
+            adata.obs, keys_of(settings.batch_key), missing_labels=settings.missing_labels
+        )
     if corpus is None:
         find_counts(adata, layer=settings.layer or None, where=settings.data)
     if settings.backbone.tune != "frozen" or settings.classifies:
@@ -560,11 +566,16 @@ def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnD
         adata,
         layer=settings.layer or None,
         species=species,
+        # Not kept as it is: what stands for a missing label is none.
+        columns={settings.label_key: settings.label_key} if settings.classifies else None,
         keep=_kept(settings),
+        missing_labels=settings.missing_labels,
         name=Path(settings.data).stem,
     )
     if settings.batch_key:
-        name_C = batch_names(adata.obs, settings.batch_key, where="data")
+        name_C = batch_names(
+            adata.obs, settings.batch_key, where="data", missing_labels=settings.missing_labels
+        )
         source.obs["batch"] = pd.Categorical(name_C)
     return source
 
@@ -586,6 +597,7 @@ def _integrate(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | No
         key_added=settings.key_added,
         settings=settings.integration,
         seed=settings.seed,
+        missing_labels=settings.missing_labels,
     )
     _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
@@ -646,6 +658,7 @@ def _impute(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle | None)
         uncertainty=True,
         settings=settings.imputation,
         seed=settings.seed,
+        missing_labels=settings.missing_labels,
         output=out / IMPUTED,
         overwrite=True,
     )

@@ -48,6 +48,7 @@ class BuildOptions:
     max_mito: float | None = None
     allow_fractional: bool = False
     unknown_species: Literal["refuse", "drop"] = "refuse"
+    missing_labels: tuple[str, ...] = ()
     chunk_cells: int = CHUNK_CELLS
     group_cells: int = GROUP_CELLS
 
@@ -100,7 +101,7 @@ class BuildOptions:
         return open_source(data, name=name, **self._reading())
 
     def _reading(self) -> dict[str, Any]:
-        names = ("layer", "species", "columns", "keep", "allow_fractional")
+        names = ("layer", "species", "columns", "keep", "allow_fractional", "missing_labels")
         return {key: getattr(self, key) for key in names}
 
 

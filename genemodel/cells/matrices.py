@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -274,6 +275,37 @@ class SequentialRows:
                     f"{self.shape[1]:,} are named"
                 )
             self._held, self._held_start = block, stop
+
+
+@dataclass
+class SelectedColumns:
+    """Some columns of a matrix."""
+
+    rows: Rows
+    columns: npt.NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, chosen genes)."""
+        return self.rows.shape[0], int(self.columns.size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored values."""
+        return self.rows.dtype
+
+    @property
+    def from_the_start(self) -> bool:
+        """See :class:`Rows`."""
+        return self.rows.from_the_start
+
+    def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
+        return self.rows.stop_of(start, most)
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
+        return self.rows.read(start, stop)[:, self.columns]
 
 
 def check_columns(indices: npt.NDArray[Any], n_columns: int, where: str) -> None:

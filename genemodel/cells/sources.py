@@ -20,6 +20,7 @@ from genemodel.cells.contract import Candidate, Counts, choose_counts, find_coun
 from genemodel.cells.matrices import SequentialRows, refuse_damage
 from genemodel.cells.obs_columns import COLUMNS, ColumnPlan
 from genemodel.errors import DataError
+from genemodel.genes.recognition import refuse_turned
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -154,6 +155,7 @@ class SourceFile:
     allow_fractional: bool = False
     genome: str | None = None
     transpose: bool = False
+    missing_labels: tuple[str, ...] = ()
 
     def open(self) -> Source:
         """Open it."""
@@ -184,6 +186,7 @@ def open_source(
     allow_fractional: bool = False,
     genome: str | None = None,
     transpose: bool = False,
+    missing_labels: Sequence[str] = (),
 ) -> Source:
     """Open a source of raw counts and prove it, without loading it.
 
@@ -211,6 +214,9 @@ def open_source(
         Of a 10x file with several genomes, the one to take.
     transpose
         The text table has genes as rows.
+    missing_labels
+        Texts in columns of the corpus that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
 
     Returns
     -------
@@ -227,7 +233,7 @@ def open_source(
         return data
     if isinstance(data, SourceFile):
         return data.open()
-    plan = ColumnPlan.of(species, columns, keep)
+    plan = ColumnPlan.of(species, columns, keep, missing_labels)
     if not isinstance(data, str | Path):
         return _open_anndata(
             data, OpenOptions(layer, plan, allow_fractional, genome, transpose, name or "AnnData")
@@ -237,8 +243,9 @@ def open_source(
     options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
     source = _open_path(path, options) if local else _open_address(str(data), path, options)
     source.opened_from = SourceFile(
-        str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose
-    )
+        str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose,
+        tuple(missing_labels),
+    )  # fmt: skip
     return source
 
 
@@ -425,6 +432,7 @@ def _open_stored(
         # anndata writes what an object lacks as an array without a shape.
         return key in group and getattr(group[key], "shape", ()) is not None
 
+    refuse_turned(index, var().index, where)
     candidates = [Candidate("X", "X", root["X"], var)] if there(root, "X") else []
     if "layers" in root:
         candidates += [

@@ -2,7 +2,6 @@
 
 import gzip
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -12,45 +11,20 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.contract import Candidate, choose_counts
-from genemodel.cells.matrices import Rows, SequentialRows, SparseRows, numeric, refuse_damage
+from genemodel.cells.matrices import (
+    Rows,
+    SelectedColumns,
+    SequentialRows,
+    SparseRows,
+    numeric,
+    refuse_damage,
+)
 from genemodel.cells.sources import OpenOptions, Source
 from genemodel.errors import DataError
 
-GENE_EXPRESSION = "Gene Expression"
 # Lines of a matrix-market file parsed at once, and the most that are sorted in memory.
 _LINES = 4_000_000
 _SORTED_LINES = 100_000_000
-
-
-@dataclass
-class SelectedColumns:
-    """Some columns of a matrix."""
-
-    rows: Rows
-    columns: npt.NDArray[np.int64]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(C, chosen genes)."""
-        return self.rows.shape[0], int(self.columns.size)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the stored values."""
-        return self.rows.dtype
-
-    @property
-    def from_the_start(self) -> bool:
-        """See :class:`Rows`."""
-        return self.rows.from_the_start
-
-    def stop_of(self, start: int, most: int) -> int:
-        """See :class:`Rows`."""
-        return self.rows.stop_of(start, most)
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """See :class:`Rows`."""
-        return self.rows.read(start, stop)[:, self.columns]
 
 
 def is_tenx(file: Any) -> bool:
@@ -125,25 +99,13 @@ def _source(
     if options.layer not in (None, "X"):
         raise DataError(f"{where}: a {kind} source has no layers, layer={options.layer} was asked")
     kept = np.ones(len(genes), bool)
-    notes: tuple[str, ...] = ()
-    if "feature_type" in genes.columns:
-        kept = (genes["feature_type"] == GENE_EXPRESSION).to_numpy()
-        if not kept.any():
-            found = ", ".join(sorted(set(genes["feature_type"])))
-            raise DataError(
-                f"{where}: has no feature of type {GENE_EXPRESSION!r}, only {found}: it holds no "
-                "gene counts"
-            )
-        if not kept.all():
-            others = ", ".join(sorted(set(genes["feature_type"][~kept])))
-            notes = (f"{int((~kept).sum()):,} features are not genes and left out ({others})",)
     if genome is not None:
         known = sorted(set(genes["genome"])) if "genome" in genes.columns else []
         if genome not in known:
             raise DataError(
                 f"{where}: has no genome {genome!r}; it has {', '.join(known) or 'no genome names'}"
             )
-        kept = kept & (genes["genome"] == genome).to_numpy()
+        kept = (genes["genome"] == genome).to_numpy()
     if not kept.all():
         rows = SelectedColumns(rows, np.flatnonzero(kept))
         genes = genes[kept]
@@ -155,7 +117,6 @@ def _source(
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
     )
-    counts.notes += notes
     return Source(options.name, where, path.name, kind, counts, obs, closer)
 
 

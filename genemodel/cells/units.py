@@ -13,7 +13,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from genemodel.cells import manifest as layout
 from genemodel.cells.building import BuildOptions, Columns, Streamed, UnitWriter, match_source
 from genemodel.cells.corpus_statistics import mitochondrial_V, write_medians
 from genemodel.cells.manifest import ObjectRecord
-from genemodel.cells.matrices import ColumnRows
+from genemodel.cells.matrices import ColumnRows, SelectedColumns
 from genemodel.cells.sources import Source, SourceFile
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
@@ -43,7 +43,7 @@ HELD = "-held"
 PARTIAL = ".partial"
 _EXAMPLES = 20
 # Raise it when the bytes of a unit change while all its inputs stay.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Input:
     number: int
     label: str
     file: SourceFile | None
+    name: str
+    """No other source of the corpus is called so."""
 
     @property
     def travels(self) -> bool:
@@ -136,7 +138,7 @@ class Unit:
         depends = [
             _VERSION, bench.made_by, bench.fingerprint, asdict(bench.options), bench.columns,
             building.GROUP_VALUES, store.CHUNK_VALUES, store.SHARD_VALUES,
-            file, self.identity, self.start, self.stop, self.first_source,
+            file, self.input.name, self.identity, self.start, self.stop, self.first_source,
             sorted(self.codes.items()),
         ]  # fmt: skip
         text = json.dumps(depends, sort_keys=True, default=str)
@@ -202,7 +204,7 @@ class Desk:
     Parameters
     ----------
     held
-        Sources that only this process has, by number, and their names.
+        Sources that only this process has, by number.
     go_on
         Called between chunks; raises where the work is to stop.
     vocabulary
@@ -211,7 +213,7 @@ class Desk:
 
     def __init__(
         self,
-        held: "Mapping[int, tuple[str | None, AnnData | Source]] | None" = None,
+        held: "Mapping[int, AnnData | Source] | None" = None,
         go_on: Callable[[], None] = _go_on,
         vocabulary: GeneVocabulary | None = None,
     ) -> None:
@@ -236,10 +238,9 @@ class Desk:
             return held[3], held[4]
         self.close()
         if wanted.file is None:
-            name, data = self._held[wanted.number]
-            source = bench.options.open(data, name)
+            source = bench.options.open(self._held[wanted.number], wanted.name)
         else:
-            source = wanted.file.open()
+            source = replace(wanted.file, name=wanted.name).open()
         try:
             matches = match_source(source, self.vocabulary(bench), bench.options)
         except BaseException:
@@ -312,6 +313,8 @@ def survey(bench: Bench, wanted: Input, desk: Desk) -> Survey:
 def _bounds(source: Source, most: int) -> tuple[int, ...]:
     """Where units begin, and the end; what cannot be entered in the middle stays in one piece."""
     rows = source.counts.rows
+    if isinstance(rows, SelectedColumns):
+        rows = rows.rows
     step = most
     if isinstance(rows, ColumnRows):
         # A pass over the file gives so many rows: to cut one would double the reading.

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
@@ -65,6 +66,7 @@ class EvaluateSettings:
     task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
+    missing_labels: tuple[str, ...] = ()
     layer: str | None = None
     methods: tuple[str, ...] | None = None
     models: tuple[Path, ...] = ()
@@ -95,6 +97,7 @@ def evaluate(
     task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
     label_key: str | None = None,
+    missing_labels: Sequence[str] = (),
     layer: str | None = None,
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
     models: "Sequence[str | Path | Bundle | IntegratedModel]" = (),
@@ -127,6 +130,9 @@ def evaluate(
         may be the species.
     label_key
         Column with cell types; needed to annotate. Without it only batch removal can be scored.
+    missing_labels
+        Texts in both columns that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     layer
         Where the raw counts are; default ``X``.
     methods
@@ -199,6 +205,10 @@ def evaluate(
         check_out_folder(Path(out))
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
+    for key in filter(None, (batch_key, label_key)):
+        cells.obs[key] = without_placeholders(
+            cells.obs[key], missing_labels, column=key, where=where
+        )
     if task == "integrate" and batch_key is None:
         raise ConfigError(
             f"{where}: name the column of the technical batch with batch_key; obs has "

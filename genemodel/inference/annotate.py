@@ -5,6 +5,7 @@ reference, L labels.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,6 +63,7 @@ def annotate(
     species: str | None = None,
     reference_species: str | None = None,
     seed: int = 0,
+    missing_labels: Sequence[str] = (),
 ) -> None:
     """Label cells by the labelled cells of a reference, or by a model that tells labels apart.
 
@@ -99,6 +101,9 @@ def annotate(
         One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
     seed
         Which reference cells are held out for calibration, where there are more than 5,000.
+    missing_labels
+        Texts in ``label_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
 
     Raises
     ------
@@ -129,7 +134,9 @@ def annotate(
         return
     if not label_key:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
-    label_R, labels = label_codes(reference.obs, label_key, where="reference")
+    label_R, labels = label_codes(
+        reference.obs, label_key, where="reference", missing_labels=missing_labels
+    )
     if query.n_obs == 0:
         raise DataError("query has no cells.")
     reference_RD = _vectors(reference, model, reference_layer, reference_species, "reference")
@@ -465,6 +472,9 @@ class AnnotateSettings:
         auto, cpu, cuda, cuda:1 …
     seed
         Which reference cells are held out for calibration.
+    missing_labels
+        Texts in ``label_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     overwrite
         Replace an existing output.
     """
@@ -485,6 +495,7 @@ class AnnotateSettings:
     reference_species: str = ""
     device: str = "auto"
     seed: int = 0
+    missing_labels: tuple[str, ...] = ()
     overwrite: bool = False
 
 
@@ -528,6 +539,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         species=settings.species or None,
         reference_species=settings.reference_species or None,
         seed=settings.seed,
+        missing_labels=settings.missing_labels,
     )
     labelled = ad.AnnData(obs=cells["query"].obs)
     labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]

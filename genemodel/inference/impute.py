@@ -70,6 +70,7 @@ def impute(
     output: str | Path | None = None,
     overwrite: bool = False,
     settings: DecoderSettings | None = None,
+    missing_labels: Sequence[str] = (),
 ) -> ImputationModel:
     """Denoise counts: the expected count of every gene in every cell, and how sure that is.
 
@@ -126,6 +127,9 @@ def impute(
         Replace an existing output.
     settings
         Of the decoder.
+    missing_labels
+        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a batch of one.
 
     Returns
     -------
@@ -165,7 +169,7 @@ def impute(
     if vectors and bundle is None:
         raise ConfigError("gene_vectors=true needs a pre-trained model: give model=BUNDLE.")
     source = _open(
-        adata, bundle, layer, species, keys,
+        adata, bundle, layer, species, keys, missing_labels,
         keep=trained.batch_keys if trained is not None else (),
         needs_species=genes is not None or vectors,
     )  # fmt: skip
@@ -279,6 +283,7 @@ def _open(
     layer: str | None,
     species: str | None,
     batch_keys: tuple[str, ...],
+    missing_labels: Sequence[str],
     *,
     keep: tuple[str, ...],
     needs_species: bool,
@@ -287,13 +292,19 @@ def _open(
     if model is not None and species is None and len(model.species) == 1:
         species = model.species[0]
     try:
-        return open_source(data, layer=layer, species=species, columns=columns, keep=keep)
+        return open_source(
+            data, layer=layer, species=species, columns=columns, keep=keep,
+            missing_labels=missing_labels,
+        )  # fmt: skip
     except ConfigError:
         if species is not None or (model is not None and needs_species):
             raise
     # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
     species = next(iter(SPECIES))
-    source = open_source(data, layer=layer, species=species, columns=columns, keep=keep)
+    source = open_source(
+        data, layer=layer, species=species, columns=columns, keep=keep,
+        missing_labels=missing_labels,
+    )  # fmt: skip
     source.obs = source.obs.drop(columns="species")
     return source
 
@@ -314,7 +325,7 @@ def _batch_names(source: Source, keys: tuple[str, ...]) -> np.ndarray:
                 f"{source.n_cells:,} cells. Fill them in (a name of their own will do), or leave "
                 "those cells out."
             )
-    return batch_names(source.obs, keys, source.where).astype(str)
+    return batch_names(source.obs, keys, source.where, None).astype(str)
 
 
 def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
@@ -531,6 +542,9 @@ class ImputeSettings:
         null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
     batch
         Empty for each cell's own, mean for batch-corrected, or the name of a batch.
+    missing_labels
+        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     genes
         Only these; empty for all measured ones.
     kind
@@ -555,6 +569,7 @@ class ImputeSettings:
     quantiles: tuple[float, ...] = ()
     library: float | str | None = None
     batch: str = ""
+    missing_labels: tuple[str, ...] = ()
     genes: tuple[str, ...] = ()
     kind: Written = "posterior"
     seed: int = 0
@@ -589,5 +604,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         seed=settings.seed,
         output=settings.output,
         overwrite=settings.overwrite,
+        missing_labels=settings.missing_labels,
     )
     return Path(settings.output)

@@ -57,6 +57,7 @@ def integrate(
     key_added: str = INTEGRATED,
     settings: IntegrationSettings | None = None,
     seed: int = 0,
+    missing_labels: Sequence[str] = (),
 ) -> IntegratedModel:
     """Train an embedding that is free of the technical batch, and embed the cells with it.
 
@@ -85,6 +86,9 @@ def integrate(
         The recipe; the default is one for every data set.
     seed
         Of initial weights, order, thinning and clustering.
+    missing_labels
+        Texts in these columns that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
 
     Returns
     -------
@@ -108,11 +112,11 @@ def integrate(
     bundle = None if model is None else model_for("integrate", (Bundle,), model)
     keys = keys_of(batch_key)
     check_label_is_no_batch(keys, label_key)
-    name_C, batches = batches_of(adata.obs, keys)
+    name_C, batches = batches_of(adata.obs, keys, missing_labels)
     label_C: np.ndarray | None = None
     labels: list[str] = []
     if label_key is not None:
-        label_C, labels = label_codes(adata.obs, label_key)
+        label_C, labels = label_codes(adata.obs, label_key, missing_labels=missing_labels)
     if adata.n_obs < MIN_CELLS:
         raise DataError(
             f"adata has {adata.n_obs} cells: fewer than {MIN_CELLS} cannot be integrated."
@@ -182,9 +186,11 @@ def integrate(
     return result
 
 
-def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def batches_of(
+    obs: "pd.DataFrame", keys: Sequence[str], missing_labels: Sequence[str] = ()
+) -> tuple[np.ndarray, list[str]]:
     """Name the batch of every cell, and all batches in order; refuses fewer than two."""
-    name_C = batch_names(obs, keys)
+    name_C = batch_names(obs, keys, missing_labels=missing_labels)
     batches = sorted(set(name_C))
     if len(batches) < 2:
         raise DataError(

@@ -394,10 +394,12 @@ def test_bad_sources_are_refused_by_name(name, adata, tmp_path):
 
 
 def test_a_species_must_be_stated(adata, tmp_path):
+    adata = adata.copy()
+    adata.obs = adata.obs.rename(columns={"organism": "being"})
     path = h5ad(adata, tmp_path)
-    with pytest.raises(ConfigError, match=r"not stated. Set species=human.*organism, sample"):
+    with pytest.raises(ConfigError, match=r"not stated. Set species=human.*being, sample"):
         open_source(path)
-    with pytest.raises(DataError, match="no obs column 'specie' .*organism, sample, label"):
+    with pytest.raises(DataError, match="no obs column 'specie' .*being, sample, label"):
         open_source(path, species="obs:specie")
     with pytest.raises(DataError, match="no obs column 'patient'.*wanted for donor"):
         open_source(path, species="human", columns={"donor": "patient"})
