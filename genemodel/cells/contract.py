@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
@@ -69,6 +70,8 @@ class Counts:
     allow_fractional: bool = False
     notes: tuple[str, ...] = ()
     tally: Tally = field(default_factory=Tally)
+    column_G: npt.NDArray[np.int64] | None = None
+    """Columns of the file that these genes are; None where all its features are genes."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -212,8 +215,9 @@ def choose_counts(
             "file does not fit together: make it again"
         )
     kept_G, notes = genes_among(genes, where)
-    if kept_G is not None:
-        rows, genes = SelectedColumns(rows, np.flatnonzero(kept_G)), genes[kept_G]
+    column_G = None if kept_G is None else np.flatnonzero(kept_G)
+    if column_G is not None:
+        rows, genes = SelectedColumns(rows, column_G), genes.iloc[column_G]
     genes = _named(genes, where)
     try:
         finding = examine(rows)
@@ -236,7 +240,9 @@ def choose_counts(
         notes += (_rounding(rows, finding),)
     for note in notes:
         log.warning("%s: %s", place, note)
-    return Counts(chosen.name, place, rows, genes, allow_fractional, notes)
+    return Counts(
+        chosen.name, place, rows, genes, allow_fractional, notes, column_G=column_G
+    )
 
 
 def _alternatives(candidates: list[Candidate], refused: str, allow_fractional: bool) -> str:

@@ -5,6 +5,7 @@ a column of var. Its name differs, what stands in it differs less, so the conten
 (``chr1:1000-1500``) are peaks whatever is said of them.
 """
 
+import logging
 import re
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from genemodel.errors import DataError
+
+log = logging.getLogger(__name__)
 
 # Names of such columns, in lower case and without what is neither letter nor digit.
 _COLUMNS = re.compile(
@@ -100,6 +103,10 @@ def genes_among(
             left["named by a genomic interval"] = int(intervals_G.sum())
             kept_G &= ~intervals_G
     if not left:
+        if "feature_type" in var.columns and _types(var["feature_type"], "feature_type") is None:
+            # The third column of features.tsv: a biotype, a chromosome …
+            some = ", ".join(map(str, var["feature_type"].dropna().unique()[:3]))
+            log.info("%s: %s … are no feature types: all features are genes", where, some)
         return None, ()
     found = ", ".join(f"{name}: {n:,}" for name, n in left.items())
     if not kept_G.any():

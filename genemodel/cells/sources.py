@@ -32,12 +32,24 @@ CHUNK_CELLS = 8192
 GROUP_CELLS = 65_536
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TEXT = (".csv", ".tsv", ".txt", ".tab")
+# By content, for files under another name.
+_BINARY = {
+    b"RDX": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
+    b"RDA": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
+    b"X\n\0": "an R object: convert it in R, e.g. with zellkonverter::writeH5AD",
+    b"PK\x03\x04": "an archive: unpack it and give what is inside",
+    b"BZh": "compressed with bzip2: unpack it with bunzip2",
+    b"\xfd7zXZ": "compressed with xz: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it with unzstd",
+    b"PAR1": "a parquet table: write it as h5ad with anndata",
+    b"\x93NUMPY": "a numpy array without names: make an AnnData of it and write that",
+    b"\x80\x04": "a pickle, which can run any program when it is read: write it as h5ad",
+}
 _ADVICE = {
     ".rds": "an R object: convert it in R, e.g. with zellkonverter::writeH5AD",
     ".rda": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
     ".rdata": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
     ".h5seurat": "a Seurat file: convert it with SeuratDisk::Convert(dest='h5ad')",
-    ".mtx": "the matrix of a 10x folder: give the folder, which also holds genes and barcodes",
     ".zip": "an archive: unpack it and give what is inside",
     ".tar": "an archive: unpack it and give the folder inside",
     ".tgz": "an archive: unpack it and give the folder inside",
@@ -269,12 +281,23 @@ def _open_path(path: Path, options: OpenOptions) -> Source:
         return _open_hdf5(file, path, options)
     suffixes = [s.lower() for s in path.suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else "".join(suffixes[-1:])
-    if kind in _TEXT:
+    if kind in _ADVICE:
+        raise DataError(f"{path}: is {_ADVICE[kind]}")
+    begin = _beginning(path)
+    for start, advice in _BINARY.items():
+        if begin.startswith(start):
+            raise DataError(f"{path}: is {advice}")
+    if begin.startswith(_HDF5):
+        raise DataError(f"{path}: is an HDF5 file compressed with gzip: unpack it with gunzip")
+    if begin.lower().startswith(b"%%matrixmarket"):
+        from genemodel.cells.sources_tenx import open_folder
+
+        return open_folder(path, options)
+    is_text = b"\0" not in begin and any(c in begin for c in (b"\t", b",", b";", b" "))
+    if kind in _TEXT or (is_text and kind not in (".h5ad", ".h5", ".hdf5", ".loom")):
         from genemodel.cells.sources_text import open_table
 
         return open_table(path, options)
-    if kind in _ADVICE:
-        raise DataError(f"{path}: is {_ADVICE[kind]}")
     if kind in (".h5ad", ".h5", ".hdf5", ".loom"):
         raise DataError(
             f"{path}: is named like an HDF5 file but begins with {head!r}: it is cut off, "
@@ -286,12 +309,25 @@ def _open_path(path: Path, options: OpenOptions) -> Source:
     )
 
 
+def _beginning(path: Path) -> bytes:
+    """Return the first bytes of what a file holds, unpacked where it is compressed by gzip."""
+    import gzip
+
+    with refuse_damage(str(path)), path.open("rb") as file:
+        begin = file.read(2)
+        file.seek(0)
+        return gzip.open(file).read(4096) if begin == b"\x1f\x8b" else file.read(4096)
+
+
 def stem(path: Path) -> str:
     """File name without its endings (``cells.counts.csv.gz`` -> ``cells.counts``)."""
     name = path.name or path.resolve().name
-    for ending in (".gz", ".h5ad", ".zarr", ".h5", ".loom", *_TEXT):
+    for ending in (".gz", ".h5ad", ".zarr", ".h5mu", ".h5", ".loom", ".mtx", *_TEXT):
         if name.lower().endswith(ending) and len(name) > len(ending):
             name = name[: -len(ending)]
+            if ending == ".mtx":
+                # GSM1_lung_matrix.mtx is the matrix of GSM1_lung.
+                name = name.removesuffix("matrix").rstrip("_.-") or name
     return name
 
 
@@ -309,19 +345,34 @@ def _open_folder(path: Path, options: OpenOptions) -> Source:
     names = sorted(p.name for p in path.iterdir())
     if {"zarr.json", ".zgroup", ".zmetadata"} & set(names):
         return _open_zarr(path, options)
-    if {"matrix.mtx", "matrix.mtx.gz"} & set(names):
-        from genemodel.cells.sources_tenx import open_folder
+    from genemodel.cells.sources_tenx import is_market, open_folder
 
+    if any(is_market(name) for name in names):
         return open_folder(path, options)
     if "manifest.json" in names and "cells.zarr" in names:
         raise DataError(f"{path}: is a genemodel corpus already, not a source of one")
     listed = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    inner = next((n for n in names if "feature_bc_matrix" in n or "gene_bc_matrices" in n), None)
-    hint = f" Give {path / inner} instead." if inner else ""
+    inner = _inside(path)
+    shown = " or ".join(str(p) for p in inner[:4])
+    hint = f" Give {shown} instead." if inner else ""
     raise DataError(
         f"{path}: is a folder without matrix.mtx(.gz) (10x) and without zarr.json or .zgroup "
         f"(zarr); it holds {listed or 'nothing'}.{hint}"
     )
+
+
+def _inside(path: Path) -> list[Path]:
+    """Return the sources in the folders below, what was filtered before what is raw."""
+    from genemodel.cells.sources_tenx import is_market
+
+    found = {
+        each.parent
+        for pattern in ("*/*", "*/*/*", "*/*/*/*")
+        for each in path.glob(pattern)
+        if is_market(each.name) or each.name in ("zarr.json", ".zgroup")
+    }
+    found |= {p for pattern in ("*.h5", "*.h5ad", "*/*.h5") for p in path.glob(pattern)}
+    return sorted(found, key=lambda p: ("raw" in p.name, len(p.parts), str(p)))
 
 
 def _open_address(address: str, name: Path, options: OpenOptions) -> Source:
@@ -352,6 +403,8 @@ def _open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
         keys = set(file)
         if "obs" in keys and ("X" in keys or "layers" in keys):
             return _open_stored(file, path, "h5ad", options, file.close)
+        if "mod" in keys and "obs" in keys:
+            return _open_muon(file, path, options)
         if {"row_attrs", "col_attrs", "matrix"} <= keys:
             from genemodel.cells.sources_text import open_loom
 
@@ -370,6 +423,20 @@ def _open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
         raise
 
 
+def _open_muon(file: Any, path: Path, options: OpenOptions) -> Source:
+    """Open the genes of a MuData."""
+    names = [n for n in file["mod"] if hasattr(file["mod"][n], "keys")]
+    genes = [n for n in names if n.lower() in ("rna", "gex", "gene expression", "mrna", "scrna")]
+    if len(genes) != 1 and len(names) != 1:
+        raise DataError(
+            f"{path.name}: is a MuData of {', '.join(names) or 'nothing'}, and which of these are "
+            "genes is not clear. Write that one: mdata['NAME'].write_h5ad(...)"
+        )
+    chosen = (genes or names)[0]
+    log.info("%s: is a MuData; its %r is read", path.name, chosen)
+    return _open_stored(file["mod"][chosen], path, "h5mu", options, getattr(file, "close", None))
+
+
 def _open_zarr(path: Path, options: OpenOptions) -> Source:
     import zarr
 
@@ -381,6 +448,8 @@ def _open_zarr(path: Path, options: OpenOptions) -> Source:
 def _open_store(group: Any, path: Path, where: str, options: OpenOptions) -> Source:
     with refuse_damage(where):
         keys = set(group.keys())
+    if {"mod", "obs"} <= keys:
+        return _open_muon(group, path, options)
     if "obs" not in keys or not {"X", "layers"} & keys:
         raise DataError(
             f"{where}: is a zarr store, but not one of anndata (obs, X); it holds "

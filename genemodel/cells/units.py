@@ -27,6 +27,7 @@ from genemodel.cells.corpus_statistics import mitochondrial_V, write_medians
 from genemodel.cells.manifest import ObjectRecord
 from genemodel.cells.matrices import ColumnRows, SelectedColumns
 from genemodel.cells.sources import Source, SourceFile
+from genemodel.cells.sources_tenx import is_market
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -269,7 +270,12 @@ def identify(wanted: Input) -> str:
         return remote.identity(wanted.file.path)
     path = Path(wanted.file.path)
     digest = hashlib.sha256(str(path).encode())
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if path.is_dir():
+        # Below a folder of a matrix-market file stands what is no part of it.
+        is_zarr = any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata"))
+        files = sorted(path.rglob("*") if is_zarr else path.iterdir())
+    else:
+        files = sorted(path.parent.iterdir()) if is_market(path.name) else [path]
     for file in files:
         try:
             facts = file.stat()

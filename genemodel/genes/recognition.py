@@ -19,7 +19,7 @@ _ID = re.compile(r"(?:^|[^A-Za-z0-9])(?:ENS[A-Z]{0,6}G\d{11}|WBGene\d{8}|FBgn\d{
 _NUMBER = re.compile(r"^\d+(?:[-._]\d+)*$")
 _BARCODE = re.compile(r"(?:^|[^A-Za-z])[ACGTN]{8,}(?:$|[^A-Za-z])")
 # What scanpy ("-1"), pandas and R (".1") append to a name that was there before.
-_APPENDED = re.compile(r"^(.+)[-._](\d{1,3})$")
+APPENDED = re.compile(r"^(.+)[-._](\d{1,3})$")
 _LOOKED_AT = 300
 _FEW = 10
 _MANY = 0.5
@@ -42,12 +42,18 @@ def are_numbers(names: Sequence[object]) -> bool:
     return bool(some) and sum(bool(_NUMBER.match(n)) for n in some) > _MANY * len(some)
 
 
+def are_barcodes(names: Sequence[object]) -> bool:
+    """Whether the names are sequences of bases, as cells have them."""
+    some = some_of(names)
+    return bool(some) and sum(bool(_BARCODE.search(n)) for n in some) > _MANY * len(some)
+
+
 def share_of_genes(names: Sequence[object]) -> float:
     """Share of the names that are gene ids or known gene symbols, of a few hundred looked at."""
     some = [n for n in some_of(names) if n and n != "nan"]
     if not some:
         return 0.0
-    if are_numbers(some) or sum(bool(_BARCODE.search(n)) for n in some) > _MANY * len(some):
+    if are_numbers(some) or are_barcodes(some):
         return 0.0
     ids = sum(bool(_ID.search(n)) for n in some)
     if ids > _MANY * len(some):
@@ -106,7 +112,7 @@ def without_appended(names: Sequence[str]) -> list[str]:
     there = set(names)
     found = {}
     for name in there:
-        if (parts := _APPENDED.match(name)) and parts[1] in there:
+        if (parts := APPENDED.match(name)) and parts[1] in there:
             found[name] = parts[1]
     if not found:
         return list(names)

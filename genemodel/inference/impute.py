@@ -25,6 +25,7 @@ from genemodel.adapt.imputation_model import (
     check_library,
 )
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.contract import refuse_numbers
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
@@ -174,6 +175,7 @@ def impute(
         needs_species=genes is not None or vectors,
     )  # fmt: skip
     try:
+        refuse_numbers(source.genes, source.where)
         cells: VocabularyCells | None = None
         gene_vectors_GE: np.ndarray | None = None
         if trained is not None:
@@ -196,7 +198,10 @@ def impute(
         foreign = Unmeasured(cells, columns.token_P) if cells is not None else None
         sink: Sink
         if path is None:
-            sink = InPlace(cast("AnnData", adata), columns, layers, in_table=genes is not None)
+            sink = InPlace(
+                cast("AnnData", adata), columns, layers, in_table=genes is not None,
+                column_P=source.counts.column_G,
+            )  # fmt: skip
         else:
             tables = output_tables(
                 adata, source, columns, every=genes is None, trained=trained is not None
@@ -355,7 +360,8 @@ def _refuse_too_large(n_cells: int, n_columns: int, layers: Layers) -> None:
 
 
 def _refuse_other_genes(adata: Any, source: Source, genes: Sequence[str] | None) -> None:
-    if genes is None and len(source.genes) != adata.n_vars:
+    # Features that are no genes get NaN.
+    if genes is None and source.counts.column_G is None and len(source.genes) != adata.n_vars:
         raise ConfigError(
             f"{source.where}: the counts have {len(source.genes):,} genes, the AnnData "
             f"{adata.n_vars:,}, so they cannot become a layer. Use output=FILE.h5ad or genes=[...]."
