@@ -39,10 +39,10 @@ from genemodel.bundle.history import STEP
 from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.manifest import MANIFEST
-from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.sources import Source, open_source
 from genemodel.cells.tokens import TokenSettings
+from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import KEY as LABEL
@@ -284,9 +284,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         if settings.label_key:
             label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
     elif settings.batch_key:
-        batch_names(
-            adata.obs, keys_of(settings.batch_key), missing_labels=settings.missing_labels
-        )
+        batch_names(adata.obs, keys_of(settings.batch_key), missing_labels=settings.missing_labels)
     if corpus is None:
         find_counts(adata, layer=settings.layer or None, where=settings.data)
     if settings.backbone.tune != "frozen" or settings.classifies:
@@ -417,12 +415,12 @@ def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
             obs.index = obs.index.astype(str)
             return corpus, ad.AnnData(obs=obs), corpus.fingerprint
         return corpus, cells_of(corpus), corpus.fingerprint
-    if not data.is_file():
+    if not data.exists():
         raise DataError(
-            f"data={data} is no file: name an h5ad file with raw counts, or the folder of a corpus."
+            f"data={data} is no file: name a file of raw counts, or the folder of a corpus."
         )
-    with refuse_damage(str(data)):
-        return None, ad.read_h5ad(data), sha256(data)
+    files = sorted(p for p in data.rglob("*") if p.is_file()) if data.is_dir() else [data]
+    return None, read_anndata(data), "".join(sha256(file) for file in files)
 
 
 def cells_of(corpus: Corpus) -> "AnnData":

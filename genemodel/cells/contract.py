@@ -233,16 +233,14 @@ def choose_counts(
     if not finding.is_counts and not (allow_fractional and finding.can_be_rounded):
         advice = _alternatives(candidates, wanted, allow_fractional)
         if finding.can_be_rounded:
-            advice = f"{_way_out(finding)}. {advice}"
+            advice = f"{_way_out(finding)}. {advice if len(candidates) > 1 else ''}".rstrip()
         raise DataError(f"{place}: holds {finding.text}, not raw counts. {advice}")
     notes += _notes(rows)
     if not finding.is_counts:
         notes += (_rounding(rows, finding),)
     for note in notes:
         log.warning("%s: %s", place, note)
-    return Counts(
-        chosen.name, place, rows, genes, allow_fractional, notes, column_G=column_G
-    )
+    return Counts(chosen.name, place, rows, genes, allow_fractional, notes, column_G=column_G)
 
 
 def _alternatives(candidates: list[Candidate], refused: str, allow_fractional: bool) -> str:

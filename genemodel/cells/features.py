@@ -91,7 +91,7 @@ def genes_among(
         if type_G is None:
             continue
         others_G = _others(type_G)
-        for name, n in type_G[others_G & kept_G].value_counts(sort=False).items():
+        for name, n in type_G[others_G & kept_G].astype(str).value_counts(sort=False).items():
             left[str(name)] = left.get(str(name), 0) + int(n)
         kept_G &= ~others_G
     if kept_G.any():

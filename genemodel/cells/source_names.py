@@ -40,9 +40,7 @@ class Nameless:
         """Stem with ``depth`` parent folders before it; behind the last, the whole file name."""
         if self.path is None:
             return self.default
-        path = (
-            Path(os.path.abspath(self.path)) if is_local(self.path) else PurePosixPath(self.path)
-        )
+        path = Path(os.path.abspath(self.path)) if is_local(self.path) else PurePosixPath(self.path)
         folders = [part for part in path.parts[:-1] if part.strip("/")]
         own = stem(Path(path)) if depth <= len(folders) else path.name
         name = "/".join([*folders[max(0, len(folders) - depth) :], own])

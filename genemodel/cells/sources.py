@@ -253,12 +253,19 @@ def open_source(
     local = remote.is_local(str(data))
     path = Path(data) if local else remote.name_of(str(data))
     options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
-    source = _open_path(path, options) if local else _open_address(str(data), path, options)
+    source = open_with(str(data), options)
     source.opened_from = SourceFile(
         str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose,
         tuple(missing_labels),
     )  # fmt: skip
     return source
+
+
+def open_with(data: str | Path, options: OpenOptions) -> Source:
+    """Open a file, folder or address with options that are checked already."""
+    if remote.is_local(str(data)):
+        return _open_path(Path(data), options)
+    return _open_address(str(data), remote.name_of(str(data)), options)
 
 
 def _open_path(path: Path, options: OpenOptions) -> Source:
@@ -423,8 +430,14 @@ def _open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
         raise
 
 
-def _open_muon(file: Any, path: Path, options: OpenOptions) -> Source:
-    """Open the genes of a MuData."""
+def modality_of(file: Any, path: Path) -> str:
+    """Name the part of a MuData that holds the genes.
+
+    Raises
+    ------
+    DataError
+        Its names do not tell.
+    """
     names = [n for n in file["mod"] if hasattr(file["mod"][n], "keys")]
     genes = [n for n in names if n.lower() in ("rna", "gex", "gene expression", "mrna", "scrna")]
     if len(genes) != 1 and len(names) != 1:
@@ -432,9 +445,14 @@ def _open_muon(file: Any, path: Path, options: OpenOptions) -> Source:
             f"{path.name}: is a MuData of {', '.join(names) or 'nothing'}, and which of these are "
             "genes is not clear. Write that one: mdata['NAME'].write_h5ad(...)"
         )
-    chosen = (genes or names)[0]
-    log.info("%s: is a MuData; its %r is read", path.name, chosen)
-    return _open_stored(file["mod"][chosen], path, "h5mu", options, getattr(file, "close", None))
+    log.info("%s: is a MuData; its %r is read", path.name, (genes or names)[0])
+    return (genes or names)[0]
+
+
+def _open_muon(file: Any, path: Path, options: OpenOptions) -> Source:
+    """Open the genes of a MuData."""
+    part = file["mod"][modality_of(file, path)]
+    return _open_stored(part, path, "h5mu", options, getattr(file, "close", None))
 
 
 def _open_zarr(path: Path, options: OpenOptions) -> Source:

@@ -353,18 +353,14 @@ def _cells(
 
 
 def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
-    import anndata
+    from genemodel.cells.whole_file import read_anndata
 
     if not isinstance(data, str | Path):
         return data, "AnnData"
     path = Path(data)
     if not path.exists():
-        raise DataError(f"{path} does not exist; name an h5ad file or a zarr folder")
-    try:
-        read = anndata.read_zarr if path.is_dir() else anndata.read_h5ad
-        return read(path), str(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as AnnData (h5ad, zarr): {error}") from error
+        raise DataError(f"{path} does not exist; name a file of raw counts")
+    return read_anndata(path), str(path)
 
 
 def _standing(key: str) -> Method:

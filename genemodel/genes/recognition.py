@@ -121,7 +121,9 @@ def without_appended(names: Sequence[str]) -> list[str]:
     vocabulary = GeneVocabulary.builtin()
     indices = [vocabulary.index(species) for species in vocabulary.species]
     for name in list(found):
-        if any(name in i.by_symbol or name.lower() in i.by_id or name in i.by_alias for i in indices):
+        if any(
+            name in i.by_symbol or name.lower() in i.by_id or name in i.by_alias for i in indices
+        ):
             del found[name]
     return [found.get(name, name) for name in names]
 

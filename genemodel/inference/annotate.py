@@ -15,7 +15,7 @@ import pandas as pd
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
 from genemodel.inference.cell_vectors import embedding_of
@@ -520,10 +520,9 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
     for name in ("query", "reference") if settings.reference else ("query",):
         path = Path(getattr(settings, name))
-        if not path.is_file():
-            raise DataError(f"{name}={path} is no file: name an h5ad file with raw counts.")
-        with refuse_damage(str(path)):
-            cells[name] = ad.read_h5ad(path)
+        if not path.exists():
+            raise DataError(f"{name}={path} is no file: name one of raw counts.")
+        cells[name] = read_anndata(path)
     annotate(
         cells["query"],
         cells.get("reference"),
