@@ -125,7 +125,10 @@ def _types(values: pd.Series, name: str) -> pd.Series | None:
     """Return the types that a column says, missing as missing; None where it says none."""
     if values.dtype.kind in "iufbcmM":
         return None
-    unique = values.dropna().unique()
+    try:
+        unique = values.dropna().unique()
+    except TypeError:  # lists and the like
+        return None
     if not 0 < len(unique) <= _MOST_TYPES:
         return None
     plain = {_plain(u) for u in unique}

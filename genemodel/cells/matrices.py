@@ -31,6 +31,7 @@ TRANSPOSED_VALUES = 64_000_000
 _DAMAGE = (
     OSError, EOFError, zlib.error, zipfile.BadZipFile,
     KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, MemoryError,
 )  # fmt: skip
 
 
@@ -41,7 +42,11 @@ def refuse_damage(where: str) -> Iterator[None]:
         yield
     except GenemodelError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:
+        # Errors of their own that derive from none of those, such as anndata's IORegistryError.
+        own = type(error).__module__.partition(".")[0]
+        if not isinstance(error, _DAMAGE) and own not in ("anndata", "zarr", "numcodecs", "_csv"):
+            raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise DataError(
             f"{where}: cannot be read ({type(error).__name__}: {reason}). The file is damaged, "
@@ -360,7 +365,7 @@ def rows_of(matrix: Any, where: str) -> Rows:
         else:
             return rows_of(matrix.tocsr(), where)
     elif isinstance(matrix, np.ndarray | h5py.Dataset | zarr.Array):
-        rows = DenseRows(np.ma.getdata(matrix) if np.ma.isMA(matrix) else matrix, where)
+        rows = DenseRows(np.ma.getdata(matrix) if np.ma.isMA(matrix) else _complete(matrix), where)
     else:
         raise DataError(
             f"{where}: is a {type(matrix).__module__}.{type(matrix).__name__}, which cannot be "

@@ -123,5 +123,5 @@ def without_placeholders(
         seen = [(str(t), n) for t, n in gone.items() if n]
         say(column, sorted(seen, key=lambda pair: -pair[1]), where)
     if isinstance(values.dtype, pd.CategoricalDtype):
-        return values.cat.remove_categories(list(gone))
+        return values.cat.set_categories([text for text in texts if text not in gone])
     return values.where(~values.isin(list(gone)), np.nan)

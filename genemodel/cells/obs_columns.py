@@ -150,7 +150,10 @@ def _texts(
     if isinstance(array, pd.Categorical):
         codes, categories = array.codes, array.categories
     else:
-        codes, categories = pd.factorize(pd.Series(array))
+        try:
+            codes, categories = pd.factorize(pd.Series(array))
+        except TypeError:  # lists and the like
+            codes, categories = pd.factorize(pd.Series(array).astype(str))
     texts = [_text(c) for c in categories]
     # Different values may be one text (1 and "1"), and texts may say "missing".
     missing = [is_missing(t, words) for t in texts]

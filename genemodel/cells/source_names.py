@@ -65,7 +65,7 @@ def told_apart(sources: Sequence[Nameless], taken: Collection[str] = ()) -> list
     given = [source.given for source in sources if source.given is not None]
     for name, n in Counter(given).items():
         if n > 1 or name in taken:
-            also = "that the corpus has already" if n == 1 else f"given to {n} sources"
+            also = "one that the corpus has already" if n == 1 else f"given to {n} sources"
             raise ConfigError(
                 f"the name {name!r} is {also}: their cells could not be told apart or held out. "
                 "Give every source a name of its own (column name of a sheet; a mapping name -> "

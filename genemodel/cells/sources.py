@@ -264,7 +264,8 @@ def open_source(
 def open_with(data: str | Path, options: OpenOptions) -> Source:
     """Open a file, folder or address with options that are checked already."""
     if remote.is_local(str(data)):
-        return _open_path(Path(data), options)
+        with refuse_damage(str(data)):
+            return _open_path(Path(data), options)
     return _open_address(str(data), remote.name_of(str(data)), options)
 
 

@@ -24,6 +24,7 @@ from genemodel.cells.matrices import (
 )
 from genemodel.cells.sources import OpenOptions, Source
 from genemodel.errors import DataError
+from genemodel.genes.recognition import refuse_turned
 
 # Lines of a matrix-market file parsed at once, and the most that are sorted in memory.
 _LINES = 4_000_000
@@ -123,6 +124,7 @@ def _source(
         genes = genes[kept]
     present = [str(c) for c in cells.columns]
     obs = options.plan.apply(cells.index, present, cells.__getitem__, where, options.name)
+    refuse_turned(obs.index, genes.index, where)
     counts = choose_counts(
         [Candidate("matrix", "X", rows, genes)],
         layer=None,
