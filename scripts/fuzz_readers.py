@@ -4,9 +4,9 @@
     python scripts/fuzz_readers.py [inputs=5000] [seed=0] [kind=NAME]
 
 Inputs are shared out over the kinds. A mutation damages bytes (flips, cuts, holes), parts (an HDF5
-or zarr member that is gone, of another type or shape; a line, a field, a file of a folder) or, for an
-AnnData in memory, tables and types; some change nothing that counts (line ends, comments, a
-compressed file under a plain name, float16). An input is
+or zarr member that is gone, of another type or shape; a line, a field, a file of a folder) or, for
+an AnnData in memory, tables and types; some change nothing that counts (line ends, a compressed
+file under a plain name, float16). An input is
 
     read      what comes out are whole numbers ≥ 0 that fit names of cells and genes
     refused   a DataError or ConfigError that names the source
@@ -497,11 +497,14 @@ def judge(data: Any, name: str, wanted: str, valid: ad.AnnData) -> tuple[str, st
         if wanted == "same":
             return "silent", f"what changes nothing is refused: {error}"
         return ("refused" if name in str(error) else "unnamed"), str(error)
-    except Exception:
+    except Exception:  # noqa: BLE001 - that is what is counted
         return "traceback", traceback.format_exc()
     values = counts_CG.data
     if values.dtype.kind != "i" or (values < 0).any() or counts_CG.shape != (n_cells, len(genes)):
-        return "silent", f"{values.dtype}, {counts_CG.shape} for {n_cells} cells, {len(genes)} genes"
+        return (
+            "silent",
+            f"{values.dtype}, {counts_CG.shape} for {n_cells} cells, {len(genes)} genes",
+        )
     if wanted == "refused":
         return "silent", "was read"
     if wanted == "same" and (counts_CG.sum() != valid.X.sum() or counts_CG.shape != valid.shape):

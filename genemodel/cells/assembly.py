@@ -132,7 +132,8 @@ class Plan:
         facts = [
             bench.fingerprint, asdict(bench.options), bench.columns, bench.made_by,
             # An append that is given again finds its own names taken.
-            [asdict(replace(each, name="")) for each in self.inputs], [seen.identity for seen in self.surveys],
+            [asdict(replace(each, name="")) for each in self.inputs],
+            [seen.identity for seen in self.surveys],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 

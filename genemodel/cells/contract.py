@@ -301,7 +301,7 @@ def refuse_numbers(genes: pd.DataFrame, where: str) -> None:
     if len(genes) and are_numbers(genes.index):
         columns = ", ".join(map(str, genes.columns)) or "none"
         raise DataError(
-            f"{where}: var_names are numbers ({', '.join(map(str, genes.index[:3]))} …), not genes, "
+            f"{where}: var_names are numbers ({', '.join(map(str, genes.index[:3]))} …), no genes, "
             f"and no column of var holds gene names (it has {columns}). Put ids or symbols into "
             "adata.var_names"
         )

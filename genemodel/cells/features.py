@@ -1,8 +1,8 @@
 """Which rows of a var table are genes: peaks, antibodies, guides and tags are none.
 
-Multi-modal files of every kind (10x, scanpy with ``gex_only=False``, muon, Seurat, CELLxGENE) say it in
-a column of var. Its name differs, what stands in it differs less, so the content decides. Intervals
-(``chr1:1000-1500``) are peaks whatever is said of them.
+Multi-modal files of every kind (10x, scanpy with ``gex_only=False``, muon, Seurat, CELLxGENE) say
+it in a column of var. Its name differs, what stands in it differs less, so the content decides.
+Intervals (``chr1:1000-1500``) are peaks whatever is said of them.
 """
 
 import logging

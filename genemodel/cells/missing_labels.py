@@ -1,7 +1,8 @@
 """Texts that stand for a missing value: one list for labels, batches, donors and species.
 
-What a file says where it knows nothing ("nan" out of ``astype(str)``, "", "Unknown") is no cell type,
-and no batch either. All readers of such columns ask here, so that a model learns none of them.
+What a file says where it knows nothing ("nan" out of ``astype(str)``, "", "Unknown") is no cell
+type, and no batch either. All readers of such columns ask here, so that a model learns none of
+them.
 """
 
 import logging
@@ -61,16 +62,16 @@ def placeholders(missing_labels: Iterable[str] = ()) -> frozenset[str]:
     for text in missing_labels:
         if not isinstance(text, str) or not text.strip("-").strip():
             raise ConfigError(
-                f"missing_labels has {text!r}: give texts such as doublet, or -unknown for one that "
-                "is a label"
+                f"missing_labels has {text!r}: give texts such as doublet, or -unknown for one "
+                "that is a label"
             )
         if not text.startswith("-"):
             found.add(plain(text))
             continue
         if plain(text[1:]) not in found:
             raise ConfigError(
-                f"missing_labels has {text!r}, but {text[1:]!r} does not stand for a missing value. "
-                f"These do: {', '.join(sorted(filter(None, PLACEHOLDERS)))}"
+                f"missing_labels has {text!r}, but {text[1:]!r} does not stand for a missing "
+                f"value. These do: {', '.join(sorted(filter(None, PLACEHOLDERS)))}"
             )
         found.discard(plain(text[1:]))
     return frozenset(found)

@@ -291,17 +291,17 @@ def _open_path(path: Path, options: OpenOptions) -> Source:
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else "".join(suffixes[-1:])
     if kind in _ADVICE:
         raise DataError(f"{path}: is {_ADVICE[kind]}")
-    begin = _beginning(path)
-    for start, advice in _BINARY.items():
-        if begin.startswith(start):
+    content = _beginning(path)
+    for magic, advice in _BINARY.items():
+        if content.startswith(magic):
             raise DataError(f"{path}: is {advice}")
-    if begin.startswith(_HDF5):
+    if content.startswith(_HDF5):
         raise DataError(f"{path}: is an HDF5 file compressed with gzip: unpack it with gunzip")
-    if begin.lower().startswith(b"%%matrixmarket"):
+    if content.lower().startswith(b"%%matrixmarket"):
         from genemodel.cells.sources_tenx import open_folder
 
         return open_folder(path, options)
-    is_text = b"\0" not in begin and any(c in begin for c in (b"\t", b",", b";", b" "))
+    is_text = b"\0" not in content and any(c in content for c in (b"\t", b",", b";", b" "))
     if kind in _TEXT or (is_text and kind not in (".h5ad", ".h5", ".hdf5", ".loom")):
         from genemodel.cells.sources_text import open_table
 
@@ -322,9 +322,9 @@ def _beginning(path: Path) -> bytes:
     import gzip
 
     with refuse_damage(str(path)), path.open("rb") as file:
-        begin = file.read(2)
+        zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        return gzip.open(file).read(4096) if begin == b"\x1f\x8b" else file.read(4096)
+        return gzip.open(file).read(4096) if zipped else file.read(4096)
 
 
 def stem(path: Path) -> str:

@@ -188,9 +188,9 @@ def open_folder(path: Path, options: OpenOptions) -> Source:
     ]
     if not fits:
         raise DataError(
-            f"{path.name}: {matrix.name} is {market.shape[0]:,} × {market.shape[1]:,}, but there are "
-            f"{len(genes.rows):,} features and {len(cells.rows):,} barcodes. The three files do not "
-            "belong together"
+            f"{path.name}: {matrix.name} is {market.shape[0]:,} × {market.shape[1]:,}, but there "
+            f"are {len(genes.rows):,} features and {len(cells.rows):,} barcodes. The three files "
+            "do not belong together"
         )
     cells_first = fits[0]
     var = _features_of(genes, market.shape[int(cells_first)])

@@ -160,7 +160,8 @@ class _Table:
 
     @classmethod
     def of(cls, path: Path) -> "_Table":
-        lines, skipped, comment = [], 0, ""
+        lines: list[str] = []
+        skipped, comment = 0, ""
         with gzip.open(path, "rt") if is_gzip(path) else path.open("rt") as file:
             for text in file:
                 line = text.lstrip("\ufeff")

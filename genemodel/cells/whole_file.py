@@ -94,7 +94,7 @@ def _stored(path: Path) -> "AnnData | None":
             parts = {
                 key: ad.io.read_elem(root_of_genes[key]) for key in _PARTS if key in root_of_genes
             }
-            raw = root_of_genes["raw"] if "raw" in root_of_genes else None
+            raw: Any = root_of_genes["raw"] if "raw" in root_of_genes else None
             if hasattr(raw, "keys") and "X" in raw:
                 read = {
                     key: ad.io.read_elem(raw[key]) for key in ("X", "var", "varm") if key in raw

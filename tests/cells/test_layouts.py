@@ -94,9 +94,9 @@ def test_parse(genes, counts, tmp_path):
     pd.DataFrame(
         {"gene_id": genes["ensembl_id"], "gene_name": genes["symbol"], "genome": "hg38"}
     ).to_csv(tmp_path / "all_genes.csv", index=False)
-    pd.DataFrame(
-        {"bc_wells": BARCODES, "sample": "s1", "species": "hg38", "gene_count": 3}
-    ).to_csv(tmp_path / "cell_metadata.csv", index=False)
+    pd.DataFrame({"bc_wells": BARCODES, "sample": "s1", "species": "hg38", "gene_count": 3}).to_csv(
+        tmp_path / "cell_metadata.csv", index=False
+    )
     source = check(open_source(tmp_path, columns={"batch": "sample"}), counts, genes["ensembl_id"])
     assert set(source.obs["species"]) == {"human"} and set(source.obs["batch"]) == {"s1"}
 
@@ -326,7 +326,9 @@ def test_fractions_beside_whole_numbers_are_rounded_on_request_and_it_is_said(sp
     cells = make_cells(30)
     counts = cells.X.toarray()
     rng = np.random.default_rng(0)
-    cells.X = sp.csr_matrix(np.clip(counts + (counts > 0) * rng.uniform(-spread, spread, counts.shape), 0, None))
+    cells.X = sp.csr_matrix(
+        np.clip(counts + (counts > 0) * rng.uniform(-spread, spread, counts.shape), 0, None)
+    )
     with pytest.raises(DataError, match="allow_fractional"):
         open_source(cells)
     source = open_source(cells, allow_fractional=True)

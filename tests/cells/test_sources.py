@@ -348,7 +348,9 @@ BAD = {
     "text named h5ad": (written("cells.h5ad", b"gene,cell\n1,2\n"), "begins with b'gene,cel'"),
     "R object": (written("cells.rds", b"\x1f\x8bxxxxxxxx"), "R object.*writeH5AD"),
     "archive": (written("cells.tar.gz", b"\x1f\x8bxxxxxxxx"), "archive: unpack it"),
-    "matrix alone": (written("matrix.mtx", b"%%MatrixMarket m c i g\n"), "has matrix.mtx but no barcodes.tsv"),
+    "matrix alone": (
+        written("matrix.mtx", b"%%MatrixMarket m c i g\n"), "has matrix.mtx but no barcodes.tsv",
+    ),
     "unknown kind": (written("cells.xyz", b"123456789"), "of no known kind"),
     "foreign hdf5": (foreign_hdf5, "neither h5ad .* 10x .* nor loom.*it holds table"),
     "truncated h5ad": (cut(h5ad), "cells.h5ad.*cannot be read"),

@@ -8,8 +8,8 @@ from genemodel.genes.species import SPECIES, species_name
 @pytest.mark.parametrize(
     "text",
     [
-        "human", "HUMAN", " Homo sapiens ", "homo_sapiens", "Homo-sapiens", "H. sapiens", "h.sapiens",
-        "hsapiens", "Homo sapiens (human)", "human (Homo sapiens)", "NCBITaxon:9606",
+        "human", "HUMAN", " Homo sapiens ", "homo_sapiens", "Homo-sapiens", "H. sapiens",
+        "h.sapiens", "hsapiens", "Homo sapiens (human)", "human (Homo sapiens)", "NCBITaxon:9606",
         "NCBITaxon_9606", "taxid:9606", "txid9606", "9606", "GRCh38", "grch38.p14", "hg19",
         "GRCh38-2020-A", "refdata-gex-GRCh38-2024-A",
     ],
