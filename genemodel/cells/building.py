@@ -139,20 +139,8 @@ def match_source(
                 source.genes, species=name, min_fraction=options.min_fraction, among=known
             )
         except DataError as error:
-            raise DataError(f"{source.where}: {error}{_turned(source, vocabulary)}") from error
+            raise DataError(f"{source.where}: {error}") from error
     return matches
-
-
-def _turned(source: Source, vocabulary: GeneVocabulary) -> str:
-    """Hint where a text table has its genes as rows."""
-    if source.kind != "csv":
-        return ""
-    index = vocabulary.index(vocabulary.species[0])
-    rows = [name.lower() for name in source.obs.index[:2000]]
-    hits = sum(name in index.by_lowered or name.split(".")[0] in index.by_id for name in rows)
-    if hits > 0.3 * len(rows):
-        return " The first column holds gene names: open it with transpose=True"
-    return ""
 
 
 class _Group:

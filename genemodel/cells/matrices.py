@@ -116,8 +116,8 @@ class SparseRows:
         """See :class:`Rows`."""
         first, last = int(self._indptr_C1[start]), int(self._indptr_C1[stop])
         with refuse_damage(self._where):
-            data = np.asarray(self._data[first:last])
-            indices = np.asarray(self._indices[first:last])
+            data = calculable(np.asarray(self._data[first:last]))
+            indices = calculable(np.asarray(self._indices[first:last]))
         check_columns(indices, self.shape[1], self._where)
         return csr_of(
             data, indices, self._indptr_C1[start : stop + 1] - first, (stop - start, self.shape[1])
@@ -208,7 +208,7 @@ class DenseRows:
                 block = np.asarray(self._values[:, start:stop]).T
             else:
                 block = np.asarray(self._values[start:stop])
-        return sp.csr_matrix(block)
+        return sp.csr_matrix(calculable(block))
 
 
 class SequentialRows:
@@ -321,6 +321,16 @@ def check_columns(indices: npt.NDArray[Any], n_columns: int, where: str) -> None
             f"{where}: a stored column number is {wrong:,}, the matrix has {n_columns:,} columns. "
             "The matrix is damaged: make the file again"
         )
+
+
+def calculable(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values in a type that scipy and numba know: not of 2 or 16 bytes, nor turned."""
+    kind = values.dtype
+    if kind == np.float16:
+        return values.astype(np.float32)
+    if kind.kind == "f" and kind.itemsize > 8:
+        return values.astype(np.float64)
+    return values if kind.isnative else values.astype(kind.newbyteorder("="))
 
 
 def csr_of(

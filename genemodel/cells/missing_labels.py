@@ -58,7 +58,7 @@ def placeholders(missing_labels: Iterable[str] = ()) -> frozenset[str]:
         raise ConfigError(
             f"missing_labels={missing_labels!r} is one text: give a list, [{missing_labels!r}]"
         )
-    found = set(PLACEHOLDERS)
+    words = set(PLACEHOLDERS)
     for text in missing_labels:
         if not isinstance(text, str) or not text.strip("-").strip():
             raise ConfigError(
@@ -66,15 +66,15 @@ def placeholders(missing_labels: Iterable[str] = ()) -> frozenset[str]:
                 "that is a label"
             )
         if not text.startswith("-"):
-            found.add(plain(text))
+            words.add(plain(text))
             continue
-        if plain(text[1:]) not in found:
+        if plain(text[1:]) not in words:
             raise ConfigError(
                 f"missing_labels has {text!r}, but {text[1:]!r} does not stand for a missing "
                 f"value. These do: {', '.join(sorted(filter(None, PLACEHOLDERS)))}"
             )
-        found.discard(plain(text[1:]))
-    return frozenset(found)
+        words.discard(plain(text[1:]))
+    return frozenset(words)
 
 
 def is_missing(text: object, words: frozenset[str] = PLACEHOLDERS) -> bool:
@@ -82,18 +82,15 @@ def is_missing(text: object, words: frozenset[str] = PLACEHOLDERS) -> bool:
     return plain(text) in words
 
 
-def say(column: str, counts: Sequence[tuple[str, int]], where: str) -> None:
+def found(column: str, counts: Sequence[tuple[str, int]]) -> str:
     """Say in one line which texts of a column were taken for missing values."""
-    if not counts:
-        return
     shown = ", ".join(f"{text!r} ({n:,} cells)" for text, n in counts[:_SHOWN])
     more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
     meant = next((text for text, _ in counts if plain(text) not in EMPTY), None)
-    log.warning(
-        "%s: obs[%r]: %s%s %s for a missing value%s",
-        where, column, shown, more, "stands" if len(counts) == 1 else "stand",
-        f"; missing_labels=[-{meant}] makes a label of it" if meant else "",
-    )  # fmt: skip
+    return (
+        f"obs[{column!r}]: {shown}{more} {'stands' if len(counts) == 1 else 'stand'} for a missing "
+        "value" + (f"; missing_labels=[-{meant}] makes a label of it" if meant else "")
+    )
 
 
 def without_placeholders(
@@ -115,14 +112,14 @@ def without_placeholders(
     else:
         if values.dtype.kind in "iufb":
             return values
-        found = values.value_counts(sort=False)
-        texts, counts = list(found.index), found.to_numpy()
+        numbers = values.value_counts(sort=False)
+        texts, counts = list(numbers.index), numbers.to_numpy()
     gone = {t: int(n) for t, n in zip(texts, counts, strict=True) if is_missing(t, words)}
     if not gone:
         return values
-    if not quiet:
-        seen = [(str(t), n) for t, n in gone.items() if n]
-        say(column, sorted(seen, key=lambda pair: -pair[1]), where)
+    seen = sorted(((str(t), n) for t, n in gone.items() if n), key=lambda pair: -pair[1])
+    if seen and not quiet:
+        log.warning("%s: %s", where, found(column, seen))
     if isinstance(values.dtype, pd.CategoricalDtype):
         return values.cat.set_categories([text for text in texts if text not in gone])
     return values.where(~values.isin(list(gone)), np.nan)

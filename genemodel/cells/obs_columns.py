@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from genemodel.cells.missing_labels import EMPTY, PLACEHOLDERS, is_missing, placeholders, say
+from genemodel.cells.missing_labels import EMPTY, PLACEHOLDERS, found, is_missing, placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import species_name
 
@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # obs columns every corpus knows; each is there, or missing, in every source.
 COLUMNS = ("species", "dataset", "batch", "donor", "cell_type", "assay", "tissue")
+# Key of DataFrame.attrs for what a curator should know.
+NOTES = "notes"
 # Where CELLxGENE and others name the species of their cells.
 ORGANISM = ("organism", "organism_ontology_term_id")
 
@@ -101,6 +103,7 @@ class ColumnPlan:
             if organism is not None:
                 log.info("%s: the species of its cells stands in obs[%r]", where, organism)
                 taken["species"] = read(organism)
+        notes: list[str] = []
         obs = pd.DataFrame(index=pd.Index(index.astype(str), name=None))
         for column in self.names():
             values = taken.get(column)
@@ -112,7 +115,9 @@ class ColumnPlan:
             rename = species_name if column == "species" else str
             known = column in COLUMNS or column in self.wanted
             obs[column], gone = _texts(values, len(obs), rename, self.words if known else EMPTY)
-            say(self.wanted.get(column, column), gone, where)
+            if gone:
+                notes.append(found(self.wanted.get(column, column), gone))
+                log.warning("%s: %s", where, notes[-1])
         if self.species is not None:
             obs["species"] = pd.Categorical([self.species] * len(obs))
         elif "species" not in taken:
@@ -123,6 +128,7 @@ class ColumnPlan:
             )
         if obs["dataset"].isna().all():
             obs["dataset"] = pd.Categorical([name] * len(obs))
+        obs.attrs[NOTES] = tuple(notes)
         return obs
 
 

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from genemodel.cells import remote
 from genemodel.cells.contract import Candidate, Counts, choose_counts, find_counts
 from genemodel.cells.matrices import SequentialRows, refuse_damage
-from genemodel.cells.obs_columns import COLUMNS, ColumnPlan
+from genemodel.cells.obs_columns import COLUMNS, NOTES, ColumnPlan
 from genemodel.errors import DataError
 from genemodel.genes.recognition import refuse_turned
 
@@ -110,8 +110,8 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a curator should know about the counts, in words."""
-        return self.counts.notes
+        """What a curator should know about the counts and the labels, in words."""
+        return (*self.counts.notes, *self.obs.attrs.get(NOTES, ()))
 
     def chunks(
         self, chunk_cells: int = CHUNK_CELLS, start: int = 0, stop: int | None = None

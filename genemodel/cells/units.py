@@ -8,11 +8,13 @@ later run of the same command finds what is done, and makes anew what is stale, 
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,6 +201,19 @@ def _go_on() -> None:
     """Let the work go on."""
 
 
+@contextmanager
+def _said_once(again: bool) -> Iterator[None]:
+    """Keep what opening a source says to itself where it is opened again."""
+    room = logging.getLogger(__package__)
+    level = room.level
+    if again:
+        room.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        room.setLevel(level)
+
+
 class Desk:
     """What a process keeps between two units: the source that it opened last.
 
@@ -221,6 +236,7 @@ class Desk:
         self.go_on = go_on
         self._vocabulary = vocabulary
         self._held = held or {}
+        self._seen: set[int] = set()
         self._opened: tuple[Bench, Input, str, Source, dict[str, GeneMatch]] | None = None
 
     def vocabulary(self, bench: Bench) -> GeneVocabulary:
@@ -238,10 +254,12 @@ class Desk:
         if held is not None and held[:3] == (bench, wanted, identity):
             return held[3], held[4]
         self.close()
-        if wanted.file is None:
-            source = bench.options.open(self._held[wanted.number], wanted.name)
-        else:
-            source = replace(wanted.file, name=wanted.name).open()
+        with _said_once(wanted.number in self._seen):
+            if wanted.file is None:
+                source = bench.options.open(self._held[wanted.number], wanted.name)
+            else:
+                source = replace(wanted.file, name=wanted.name).open()
+        self._seen.add(wanted.number)
         try:
             matches = match_source(source, self.vocabulary(bench), bench.options)
         except BaseException:

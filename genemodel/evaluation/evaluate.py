@@ -327,6 +327,11 @@ def _cells(
                 f"{', '.join(map(repr, known)) or 'none'}"
                 + (f". Did you mean {near!r}?" if near else "")
             )
+        if key is not None and known.count(key) > 1:
+            raise DataError(
+                f"{where}: obs has two columns of the name {key!r}, and nothing says which one is "
+                "meant. Rename one of them"
+            )
     if adata.n_obs < MIN_CELLS:
         raise DataError(
             f"{where}: has {adata.n_obs} cells; fewer than {MIN_CELLS} say nothing about a method"

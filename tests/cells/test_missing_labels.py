@@ -61,6 +61,27 @@ def test_a_batch_that_is_unknown_is_missing():
     assert batch_names(obs, ["b"], missing_labels=None).tolist() == ["1", "unknown"]
 
 
+def test_it_is_said_once_for_a_source_and_stands_in_the_manifest(
+    make_cells, vocabulary, tmp_path, caplog
+):
+    from genemodel.cells.corpus import Corpus
+
+    files = []
+    for n in (1, 2):
+        cells = make_cells(20, seed=n)
+        cells.obs["cell_type"] = ["Unknown", "T"] * 10
+        cells.write_h5ad(tmp_path / f"{n}.h5ad")
+        files.append(tmp_path / f"{n}.h5ad")
+    with caplog.at_level(logging.WARNING):
+        corpus = Corpus.build(files, tmp_path / "c", vocabulary=vocabulary)
+    said = [r.getMessage() for r in caplog.records if "missing value" in r.getMessage()]
+    note = "obs['cell_type']: 'Unknown' (10 cells) stands for a missing value"
+    assert [s.partition(";")[0] for s in said] == [f"1.h5ad: {note}", f"2.h5ad: {note}"]
+    assert all(source.notes[0].startswith(note) for source in corpus.sources)
+    codes, names = corpus.codes("cell_type")
+    assert names == ["T"] and (codes == -1).sum() == 20
+
+
 def test_categories_keep_their_order_and_numbers_stay():
     values = pd.Series(pd.Categorical(["b", "nan", "a"], categories=["b", "nan", "a"]))
     assert list(without_placeholders(values, column="L", where="x").cat.categories) == ["b", "a"]
