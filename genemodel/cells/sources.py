@@ -5,6 +5,7 @@ of checked counts (genes of the file, not yet of the vocabulary) with the obs co
 corpus keeps. Every cell is given, empty ones too: dropping is the business of whoever builds.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -508,6 +509,7 @@ def _open_stored(
 
         obs = options.plan.apply(index, present, read, where, options.name)
 
+    @functools.cache
     def var() -> pd.DataFrame:
         with refuse_damage(f"{where}, var"):
             return ad.io.read_elem(root["var"])

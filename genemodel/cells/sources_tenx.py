@@ -226,7 +226,9 @@ def _beside(
         rest = name[len(start) :] if own else name
         # cell_gene_…: the word that comes first decides.
         here, there = wanted.search(rest), other.search(rest)
-        if here and (own or alone) and not (there and there.start() < here.start()):
+        # spliced.mtx and unspliced.mtx share what bears no name of either.
+        shared = bool(re.fullmatch(r"(?:barcodes|features|genes)\.tsv(?:\.gz)?", name))
+        if here and (own or alone or shared) and not (there and there.start() < here.start()):
             plain = re.search(r"(?:barcodes|features|genes)\.[ct]sv", name, re.IGNORECASE)
             found.append((not own, not plain, len(name), name))
     if not found:

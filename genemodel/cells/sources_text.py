@@ -1,6 +1,7 @@
 """Text tables and loom files."""
 
 import csv
+import functools
 import gzip
 import logging
 from collections.abc import Iterator
@@ -71,13 +72,13 @@ def open_table(path: Path, options: OpenOptions) -> Source:
         raise DataError(f"{where}: a text table has no layers, layer={options.layer} was asked")
     with refuse_damage(where):
         table = _Table.of(path)
-        row_names = table.row_names()
-    if table.is_long(row_names):
+        is_long = table.is_long()
+    if is_long:
         with refuse_damage(where):
             return _open_long(table, options)
-    turned = options.transpose or table.has_genes_as_rows(row_names)
     with refuse_damage(where):
-        beside = table.beside()
+        turned = options.transpose or table.has_genes_as_rows()
+        row_names, beside = table.row_names, table.beside
     if turned:
         if not options.transpose:
             log.info("%s: its first column holds the genes: the table is turned", where)
@@ -205,33 +206,35 @@ class _Table:
             **options,
         )
 
+    @functools.cached_property
     def row_names(self) -> list[str]:
         """Names of the rows, their first fields."""
         names = self.read(usecols=[0], dtype=str, keep_default_na=False)
         return [str(v) for v in names.iloc[:, 0]]
 
+    @functools.cached_property
     def beside(self) -> pd.DataFrame:
         """Columns between the row names and the numbers, as text."""
         if not self.n_beside:
-            return pd.DataFrame(index=range(len(self.row_names())))
+            return pd.DataFrame(index=range(len(self.row_names)))
         columns = list(range(1, 1 + self.n_beside))
         found = self.read(usecols=columns, dtype=str, keep_default_na=False)
         named = pd.Index([self.header[c] or f"column {c}" for c in columns])
         return found.set_axis(named.where(~named.duplicated(), named + " again"), axis=1)
 
-    def is_long(self, row_names: list[str]) -> bool:
+    def is_long(self) -> bool:
         """Whether a line is a gene of a cell, not all genes of a cell."""
         few = len(self.header) == 3 and self.n_beside == 1
-        return few and len(set(row_names)) < len(row_names)
+        return few and len(set(self.row_names)) < len(self.row_names)
 
-    def has_genes_as_rows(self, row_names: list[str]) -> bool:
+    def has_genes_as_rows(self) -> bool:
         """Whether the rows are genes, by how rows and columns are called."""
-        beside = self.beside()
-        rows = max(map(share_of_genes, (row_names, *(beside[c] for c in beside))))
+        beside = [self.beside[column].tolist() for column in self.beside]
+        rows = max(map(share_of_genes, (self.row_names, *beside)))
         columns = share_of_genes(self.names)
         if max(rows, columns) >= _KNOWN:
             return rows > columns
-        if are_barcodes(self.names) != are_barcodes(row_names):
+        if are_barcodes(self.names) != are_barcodes(self.row_names):
             return are_barcodes(self.names)
         return self.header[0].lower().replace(" ", "_") in _GENE_COLUMNS
 

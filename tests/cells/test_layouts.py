@@ -125,6 +125,14 @@ def test_starsolo_and_outs_name_the_folder_inside(genes, counts, tmp_path):
             open_source(tmp_path / folder, species="human")
 
 
+def test_matrices_that_share_the_names_of_cells_and_genes(genes, counts, tmp_path):
+    triplet(tmp_path, "", counts, genes)
+    (tmp_path / "matrix.mtx").rename(tmp_path / "spliced.mtx")
+    market(tmp_path / "unspliced.mtx", counts.T + 1)
+    for n, name in enumerate(("spliced.mtx", "unspliced.mtx")):
+        check(open_source(tmp_path / name, species="human"), counts + n, genes["ensembl_id"])
+
+
 def test_swapped_names_are_refused(genes, counts, tmp_path):
     triplet(tmp_path, "", counts, genes)
     (tmp_path / "barcodes.tsv").rename(tmp_path / "x")
