@@ -44,10 +44,10 @@ from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.grouped import GroupedCells
 from genemodel.cells.manifest import MANIFEST
-from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.sources import Source, open_source
 from genemodel.cells.tokens import TokenSettings
+from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import KEY as LABEL
@@ -137,6 +137,9 @@ class FinetuneSettings:
     species
         One species for all cells or obs:COLUMN; empty for the obs column species (with a model)
         or the data's own gene names (without).
+    missing_labels
+        Texts in both columns that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     key_added
         Key in obsm.
     device
@@ -172,6 +175,7 @@ class FinetuneSettings:
     size: str = "tiny"
     layer: str = ""
     species: str = ""
+    missing_labels: tuple[str, ...] = ()
     key_added: str = INTEGRATED
     device: str = "auto"
     seed: int = 0
@@ -306,13 +310,13 @@ def finetune(settings: FinetuneSettings) -> Path:
     corpus, adata, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
     if settings.classifies:
-        label_codes(adata.obs, settings.label_key)
+        label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
     elif settings.integrates:
-        batches_of(adata.obs, keys_of(settings.batch_key))
+        batches_of(adata.obs, keys_of(settings.batch_key), settings.missing_labels)
         if settings.label_key:
-            label_codes(adata.obs, settings.label_key)
+            label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
     elif settings.batch_key:
-        batch_names(adata.obs, keys_of(settings.batch_key))
+        batch_names(adata.obs, keys_of(settings.batch_key), missing_labels=settings.missing_labels)
     if corpus is None:
         find_counts(adata, layer=settings.layer or None, where=settings.data)
     _refuse_impossible(settings, bundle, corpus, adata)
@@ -453,12 +457,12 @@ def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
         obs = corpus.obs()
         obs.index = obs.index.astype(str)
         return corpus, ad.AnnData(obs=obs), corpus.fingerprint
-    if not data.is_file():
+    if not data.exists():
         raise DataError(
-            f"data={data} is no file: name an h5ad file with raw counts, or the folder of a corpus."
+            f"data={data} is no file: name a file of raw counts, or the folder of a corpus."
         )
-    with refuse_damage(str(data)):
-        return None, ad.read_h5ad(data), sha256(data)
+    files = sorted(p for p in data.rglob("*") if p.is_file()) if data.is_dir() else [data]
+    return None, read_anndata(data), "".join(sha256(file) for file in files)
 
 
 # -- the backbone alone ----------------------------------------------------------------------------
@@ -565,11 +569,16 @@ def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnD
         adata,
         layer=settings.layer or None,
         species=species,
+        # Not kept as it is: what stands for a missing label is none.
+        columns={settings.label_key: settings.label_key} if settings.classifies else None,
         keep=_kept(settings),
+        missing_labels=settings.missing_labels,
         name=Path(settings.data).stem,
     )
     if settings.batch_key:
-        name_C = batch_names(adata.obs, settings.batch_key, where="data")
+        name_C = batch_names(
+            adata.obs, settings.batch_key, where="data", missing_labels=settings.missing_labels
+        )
         source.obs["batch"] = pd.Categorical(name_C)
     return source
 
@@ -628,6 +637,7 @@ def _integrate(
         where=_head_run(settings, "integrate", about),
         seed=settings.seed,
         held_out=_held_out(settings, corpus, adata),
+        missing_labels=settings.missing_labels,
     )
     _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
@@ -706,6 +716,7 @@ def _impute(
             overwrite=True,
             backbone=tuning,
             run=run,
+            missing_labels=settings.missing_labels,
         )
     _add_curves(out / CURVES, "impute", result.history)
     result.save(out / IMPUTATION_MODEL)

@@ -35,6 +35,7 @@ class SourceSettings:
     max_mito: float | None = None
     allow_fractional: bool = False
     unknown_species: Literal["refuse", "drop"] = "refuse"
+    missing_labels: tuple[str, ...] = ()
     chunk_cells: int = 8192
     group_cells: int = 65_536
     workers: int = 1
@@ -213,6 +214,7 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 genome=own["genome"],
                 licence=own["licence"],
                 citation=own["citation"],
+                missing_labels=settings.missing_labels,
             )
         )
     return found

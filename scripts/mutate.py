@@ -71,6 +71,49 @@ def mutant(name: str, file: str, old: str, new: str, breaks: str, *tests: str) -
 
 
 MUTANTS = (
+    # -- what users bring ------------------------------------------------------------------------
+    mutant(
+        "missing-words", "cells/missing_labels.py",
+        "return plain(text) in words", "return plain(text) in EMPTY",
+        "Unknown and unassigned are learnt as cell types",
+        "cells/test_missing_labels.py::test_labels_are_learnt_as_if_the_value_were_missing",
+    ),
+    mutant(
+        "features-all", "cells/contract.py",
+        "column_G = None if kept_G is None else np.flatnonzero(kept_G)", "column_G = None",
+        "peaks and antibodies are genes",
+        "cells/test_features.py::test_every_container_gives_the_genes_alone",
+    ),
+    mutant(
+        "number-names", "cells/contract.py",
+        "genes = _named(genes, where)", "genes = genes",
+        "numbers are gene names although a column holds names",
+        "genes/test_recognition.py::test_the_column_of_names_is_found_under_any_name",
+    ),
+    mutant(
+        "appended-names", "genes/match.py",
+        "if found.row_G[first] >= 0:", "if False:",
+        "counts of GENE-1 are lost",
+        "genes/test_recognition.py::test_counts_of_names_made_unique_are_summed_into_their_gene",
+    ),
+    mutant(
+        "names-alike", "cells/source_names.py",
+        "while name in used:", "while False:",
+        "two objects in memory become one data set",
+        "cells/test_source_names.py::test_as_many_folders_as_tell_them_apart",
+    ),
+    mutant(
+        "table-turned", "cells/sources_text.py",
+        "return rows > columns", "return False",
+        "a table with genes as rows is read as one of cells",
+        "cells/test_layouts.py::test_genes_as_rows_are_seen",
+    ),
+    mutant(
+        "round-silent", "cells/contract.py",
+        "notes += (_rounding(rows, finding),)", "pass",
+        "counts are rounded without a word",
+        "cells/test_layouts.py::test_fractions_beside_whole_numbers_are_rounded_on_request_and_it_is_said",
+    ),
     # -- tokens, packing, order --------------------------------------------------------------------
     mutant(
         "medians-kernel", "cells/tokens.py",

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from genemodel.cells.engines import Engine, EngineSettings, OneProcess
 from genemodel.cells.manifest import GroupRecord, Manifest, ObjectRecord, SourceRecord
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.remote import is_local
+from genemodel.cells.source_names import Nameless, told_apart
 from genemodel.cells.sources import Source
 from genemodel.cells.units import (
     HELD,
@@ -59,7 +60,7 @@ _JOURNAL = "journal.json"
 _SHOWN_S = 60
 
 type Sources = Sequence[SourceLike] | Mapping[str, SourceLike]
-type Held = dict[int, tuple[str | None, "AnnData | Source"]]
+type Held = dict[int, "AnnData | Source"]
 
 
 def listed(sources: Sources) -> list[tuple[str | None, SourceLike]]:
@@ -78,17 +79,31 @@ def listed(sources: Sources) -> list[tuple[str | None, SourceLike]]:
     return pairs
 
 
-def inputs_of(sources: Sources, options: BuildOptions) -> tuple[list[Input], Held]:
-    """Sort out which sources any process can open, and which are in this one's memory."""
+def inputs_of(
+    sources: Sources, options: BuildOptions, taken: Collection[str] = ()
+) -> tuple[list[Input], Held]:
+    """Sort out which sources any process can open, and which are in this one's memory.
+
+    No two get the same name, nor one of those ``taken``.
+    """
     inputs: list[Input] = []
     held: Held = {}
     seen: set[tuple[object, str | None]] = set()
-    for number, (name, data) in enumerate(listed(sources)):
-        file = options.file(data, name)
+    pairs = listed(sources)
+    files = [options.file(data, name) for name, data in pairs]
+    names = told_apart(
+        [
+            Nameless(None, data.name if isinstance(data, Source) else name)
+            if file is None
+            else Nameless(file.path, file.name, genome=file.genome)
+            for file, (name, data) in zip(files, pairs, strict=True)
+        ],
+        taken,
+    )
+    for number, (file, (_, data)) in enumerate(zip(files, pairs, strict=True)):
         if file is None:
-            label = name or (data.name if isinstance(data, Source) else "AnnData")
-            held[number] = name, data
-            inputs.append(Input(number, label, None))
+            held[number] = data
+            inputs.append(Input(number, names[number], None, names[number]))
             continue
         label = file.path
         if is_local(file.path):
@@ -98,7 +113,7 @@ def inputs_of(sources: Sources, options: BuildOptions) -> tuple[list[Input], Hel
         if same in seen:
             raise ConfigError(f"{label} is listed twice in sources: its cells would be doubled")
         seen.add(same)
-        inputs.append(Input(number, label, file))
+        inputs.append(Input(number, label, file, names[number]))
     return inputs, held
 
 
@@ -116,7 +131,9 @@ class Plan:
         """Digest of sources and options, to recognise a command that is given again."""
         facts = [
             bench.fingerprint, asdict(bench.options), bench.columns, bench.made_by,
-            [asdict(each) for each in self.inputs], [seen.identity for seen in self.surveys],
+            # An append that is given again finds its own names taken.
+            [asdict(replace(each, name="")) for each in self.inputs],
+            [seen.identity for seen in self.surveys],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
@@ -526,7 +543,8 @@ def append(
 ) -> None:
     """Add sources to the corpus at ``out``; see :meth:`Corpus.append`."""
     out = out.absolute()
-    inputs, held = inputs_of(sources, options)
+    taken = {source.name for source in old.sources} | set(old.categories.get("dataset", ()))
+    inputs, held = inputs_of(sources, options, taken)
     with working_folder(out / "append.partial") as folder:
         if Manifest.read(out).fingerprint != old.fingerprint:
             raise ConfigError(f"corpus {out}: was changed by another process: open it again")

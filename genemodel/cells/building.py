@@ -48,6 +48,7 @@ class BuildOptions:
     max_mito: float | None = None
     allow_fractional: bool = False
     unknown_species: Literal["refuse", "drop"] = "refuse"
+    missing_labels: tuple[str, ...] = ()
     chunk_cells: int = CHUNK_CELLS
     group_cells: int = GROUP_CELLS
 
@@ -100,7 +101,7 @@ class BuildOptions:
         return open_source(data, name=name, **self._reading())
 
     def _reading(self) -> dict[str, Any]:
-        names = ("layer", "species", "columns", "keep", "allow_fractional")
+        names = ("layer", "species", "columns", "keep", "allow_fractional", "missing_labels")
         return {key: getattr(self, key) for key in names}
 
 
@@ -138,20 +139,8 @@ def match_source(
                 source.genes, species=name, min_fraction=options.min_fraction, among=known
             )
         except DataError as error:
-            raise DataError(f"{source.where}: {error}{_turned(source, vocabulary)}") from error
+            raise DataError(f"{source.where}: {error}") from error
     return matches
-
-
-def _turned(source: Source, vocabulary: GeneVocabulary) -> str:
-    """Hint where a text table has its genes as rows."""
-    if source.kind != "csv":
-        return ""
-    index = vocabulary.index(vocabulary.species[0])
-    rows = [name.lower() for name in source.obs.index[:2000]]
-    hits = sum(name in index.by_lowered or name.split(".")[0] in index.by_id for name in rows)
-    if hits > 0.3 * len(rows):
-        return " The first column holds gene names: open it with transpose=True"
-    return ""
 
 
 class _Group:

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.diagnosis import LARGEST, Finding, diagnose, equal_sums
-from genemodel.cells.matrices import Rows, rows_of
+from genemodel.cells.features import genes_among
+from genemodel.cells.matrices import Rows, SelectedColumns, rows_of
 from genemodel.errors import DataError
+from genemodel.genes.recognition import are_numbers, name_column, refuse_turned
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -67,6 +70,8 @@ class Counts:
     allow_fractional: bool = False
     notes: tuple[str, ...] = ()
     tally: Tally = field(default_factory=Tally)
+    column_G: npt.NDArray[np.int64] | None = None
+    """Columns of the file that these genes are; None where all its features are genes."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -199,13 +204,25 @@ def choose_counts(
             f"{_alternatives(candidates, wanted, allow_fractional)}"
         )
     place = f"{where}, {chosen.name}"
+    genes = chosen.genes() if callable(chosen.genes) else chosen.genes
     try:
         rows = rows_of(chosen.matrix, place)
+    except DataError as error:
+        raise _with_alternatives(error, candidates, wanted, allow_fractional) from error
+    if len(genes) != rows.shape[1]:
+        raise DataError(
+            f"{place}: has {rows.shape[1]:,} columns, its var table {len(genes):,} genes. The "
+            "file does not fit together: make it again"
+        )
+    kept_G, notes = genes_among(genes, where)
+    column_G = None if kept_G is None else np.flatnonzero(kept_G)
+    if column_G is not None:
+        rows, genes = SelectedColumns(rows, column_G), genes.iloc[column_G]
+    genes = _named(genes, where)
+    try:
         finding = examine(rows)
     except DataError as error:
-        raise DataError(
-            f"{error}. {_alternatives(candidates, wanted, allow_fractional)}"
-        ) from error
+        raise _with_alternatives(error, candidates, wanted, allow_fractional) from error
     if n_cells is not None and rows.shape[0] != n_cells:
         raise DataError(
             f"{place}: has {rows.shape[0]:,} rows, obs has {n_cells:,}. The file does not fit "
@@ -216,18 +233,14 @@ def choose_counts(
     if not finding.is_counts and not (allow_fractional and finding.can_be_rounded):
         advice = _alternatives(candidates, wanted, allow_fractional)
         if finding.can_be_rounded:
-            advice = f"{_way_out(finding)}. {advice}"
+            advice = f"{_way_out(finding)}. {advice if len(candidates) > 1 else ''}".rstrip()
         raise DataError(f"{place}: holds {finding.text}, not raw counts. {advice}")
-    genes = chosen.genes() if callable(chosen.genes) else chosen.genes
-    if len(genes) != rows.shape[1]:
-        raise DataError(
-            f"{place}: has {rows.shape[1]:,} columns, its var table {len(genes):,} genes. The "
-            "file does not fit together: make it again"
-        )
-    notes = _notes(rows)
+    notes += _notes(rows)
+    if not finding.is_counts:
+        notes += (_rounding(rows, finding),)
     for note in notes:
         log.warning("%s: %s", place, note)
-    return Counts(chosen.name, place, rows, genes, allow_fractional, notes)
+    return Counts(chosen.name, place, rows, genes, allow_fractional, notes, column_G=column_G)
 
 
 def _alternatives(candidates: list[Candidate], refused: str, allow_fractional: bool) -> str:
@@ -245,11 +258,63 @@ def _alternatives(candidates: list[Candidate], refused: str, allow_fractional: b
             good.append(candidate)
         else:
             others.append(f"{candidate.name}: {finding.text}")
+    if not good and not others:
+        return "Please use the file with raw counts"
     if good:
         return "; ".join(f"{c.name} holds raw counts: set layer={c.setting}" for c in good)
-    if others:
-        return f"None of the others will do ({'; '.join(others)}): use the file with raw counts"
-    return "There is no other matrix in it: use the file with raw counts"
+    return f"None of the others will do ({'; '.join(others)}): use the file with raw counts"
+
+
+def _with_alternatives(
+    error: DataError, candidates: list[Candidate], refused: str, allow_fractional: bool
+) -> DataError:
+    """Add the other matrices of the file to a refusal, where there are any."""
+    if len(candidates) < 2:
+        return error
+    return DataError(f"{error}. {_alternatives(candidates, refused, allow_fractional)}")
+
+
+def _named(genes: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the var table with gene names as its index, where that holds numbers."""
+    if not len(genes) or not are_numbers(genes.index):
+        return genes
+    column = name_column(genes)
+    if column is None:
+        return genes  # who needs names refuses: see refuse_numbers
+    log.info("%s: var_names are numbers; the gene names stand in var[%r]", where, column)
+    texts = genes[column]
+    named = texts.notna() & (texts.astype(str) != "")
+    names = np.where(named, texts.astype(str), genes.index.astype(str))
+    genes = genes.copy()
+    genes.index = pd.Index(names.astype(object), name=column)
+    return genes
+
+
+def refuse_numbers(genes: pd.DataFrame, where: str) -> None:
+    """Refuse numbers as gene names: another data set would be matched by position.
+
+    Raises
+    ------
+    DataError
+        No column of var holds names; where one does, it is the index already.
+    """
+    if len(genes) and are_numbers(genes.index):
+        columns = ", ".join(map(str, genes.columns)) or "none"
+        raise DataError(
+            f"{where}: var_names are numbers ({', '.join(map(str, genes.index[:3]))} …), no genes, "
+            f"and no column of var holds gene names (it has {columns}). Put ids or symbols into "
+            "adata.var_names"
+        )
+
+
+def _rounding(rows: Rows, finding: Finding) -> str:
+    """Say how much rounding changes, in the cells looked at."""
+    values = look(rows).data.astype(np.float64)
+    before, after = values.sum(), np.rint(values).sum()
+    return (
+        f"{finding.text}, rounded to the nearest whole number (halves to the even one): the "
+        f"counts of the cells looked at go from {before:,.0f} to {after:,.0f} in all"
+    )
 
 
 def _notes(rows: Rows) -> tuple[str, ...]:
@@ -311,6 +376,7 @@ def find_counts(
         raw = adata.raw
         candidates = [c for c in candidates if c.setting != "raw"]
         candidates.append(Candidate("raw", "raw", raw.X, raw.var))
+    refuse_turned(adata.obs_names, adata.var_names, where)
     return choose_counts(
         candidates,
         layer=layer,

@@ -95,6 +95,7 @@ class Corpus:
         max_mito: float | None = None,
         allow_fractional: bool = False,
         unknown_species: Literal["refuse", "drop"] = "refuse",
+        missing_labels: Sequence[str] = (),
         chunk_cells: int = CHUNK_CELLS,
         group_cells: int = GROUP_CELLS,
         workers: int = 1,
@@ -126,6 +127,9 @@ class Corpus:
             Drop cells with fewer genes, or a larger share of mitochondrial counts; off by default.
         unknown_species
             ``"drop"`` leaves cells out whose species the vocabulary does not hold.
+        missing_labels
+            Texts that stand for a missing value in columns of the corpus, beside the usual ones
+            (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
         chunk_cells
             Cells held at once by each worker.
         group_cells
@@ -160,6 +164,7 @@ class Corpus:
             layer, species, columns, batch_key, donor_key, label_key, keep,
             min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
             allow_fractional=allow_fractional, unknown_species=unknown_species,
+            missing_labels=tuple(missing_labels),
             chunk_cells=chunk_cells, group_cells=group_cells,
         )  # fmt: skip
         assembly.build(
@@ -189,6 +194,7 @@ class Corpus:
         max_mito: float | None = None,
         allow_fractional: bool = False,
         unknown_species: Literal["refuse", "drop"] = "refuse",
+        missing_labels: Sequence[str] = (),
         chunk_cells: int = CHUNK_CELLS,
         group_cells: int = GROUP_CELLS,
         workers: int = 1,
@@ -207,6 +213,7 @@ class Corpus:
             layer, species, columns, batch_key, donor_key, label_key, keep,
             min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
             allow_fractional=allow_fractional, unknown_species=unknown_species,
+            missing_labels=tuple(missing_labels),
             chunk_cells=chunk_cells, group_cells=group_cells,
         )  # fmt: skip
         assembly.append(

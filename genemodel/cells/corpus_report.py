@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.missing_labels import is_missing
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ MUCH_MITO = 0.2
 MUCH_DROPPED = 0.2
 MANY_MISSING = 0.5
 LOW_MATCH = 0.5
-# Texts that say "not known" without being empty.
-_UNKNOWN = frozenset({"unknown", "na", "n/a", "none", "null", "unassigned", "not available"})
 _METADATA = ("dataset", "batch", "donor", "cell_type", "assay", "tissue")
 # More sources than this make no readable plot; the table has them all.
 _PLOTTED = 60
@@ -196,7 +195,7 @@ def _examine(corpus: "Corpus") -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     codes: dict[str, np.ndarray] = {}
     for column in _METADATA:
         codes_C, categories = corpus.codes(column)
-        unknown = [i for i, name in enumerate(categories) if name.strip().lower() in _UNKNOWN]
+        unknown = [i for i, name in enumerate(categories) if is_missing(name)]
         codes[column] = np.where(np.isin(codes_C, unknown), -1, codes_C)
     rows = []
     for number, source in enumerate(corpus.sources):
@@ -262,8 +261,7 @@ def _warnings(
             "were trained on"
         )
     found += _confounding(corpus, codes)
-    for row in table.itertuples():
-        name, values = row.Index, table.loc[row.Index]
+    for name, values in zip(names, (row for _, row in table.iterrows()), strict=True):
         if values["kept"] == 0:
             found.append(f"{name}: no cell is left")
             continue

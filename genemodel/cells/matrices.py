@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +31,7 @@ TRANSPOSED_VALUES = 64_000_000
 _DAMAGE = (
     OSError, EOFError, zlib.error, zipfile.BadZipFile,
     KeyError, IndexError, ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, MemoryError,
 )  # fmt: skip
 
 
@@ -40,7 +42,11 @@ def refuse_damage(where: str) -> Iterator[None]:
         yield
     except GenemodelError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:
+        # Errors of their own that derive from none of those, such as anndata's IORegistryError.
+        own = type(error).__module__.partition(".")[0]
+        if not isinstance(error, _DAMAGE) and own not in ("anndata", "zarr", "numcodecs", "_csv"):
+            raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise DataError(
             f"{where}: cannot be read ({type(error).__name__}: {reason}). The file is damaged, "
@@ -110,8 +116,8 @@ class SparseRows:
         """See :class:`Rows`."""
         first, last = int(self._indptr_C1[start]), int(self._indptr_C1[stop])
         with refuse_damage(self._where):
-            data = np.asarray(self._data[first:last])
-            indices = np.asarray(self._indices[first:last])
+            data = calculable(np.asarray(self._data[first:last]))
+            indices = calculable(np.asarray(self._indices[first:last]))
         check_columns(indices, self.shape[1], self._where)
         return csr_of(
             data, indices, self._indptr_C1[start : stop + 1] - first, (stop - start, self.shape[1])
@@ -202,7 +208,7 @@ class DenseRows:
                 block = np.asarray(self._values[:, start:stop]).T
             else:
                 block = np.asarray(self._values[start:stop])
-        return sp.csr_matrix(block)
+        return sp.csr_matrix(calculable(block))
 
 
 class SequentialRows:
@@ -276,6 +282,37 @@ class SequentialRows:
             self._held, self._held_start = block, stop
 
 
+@dataclass
+class SelectedColumns:
+    """Some columns of a matrix."""
+
+    rows: Rows
+    columns: npt.NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(C, chosen genes)."""
+        return self.rows.shape[0], int(self.columns.size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored values."""
+        return self.rows.dtype
+
+    @property
+    def from_the_start(self) -> bool:
+        """See :class:`Rows`."""
+        return self.rows.from_the_start
+
+    def stop_of(self, start: int, most: int) -> int:
+        """See :class:`Rows`."""
+        return self.rows.stop_of(start, most)
+
+    def read(self, start: int, stop: int) -> sp.csr_matrix:
+        """See :class:`Rows`."""
+        return self.rows.read(start, stop)[:, self.columns]
+
+
 def check_columns(indices: npt.NDArray[Any], n_columns: int, where: str) -> None:
     """Refuse column numbers outside the matrix."""
     if indices.size and (indices.min() < 0 or indices.max() >= n_columns):
@@ -284,6 +321,16 @@ def check_columns(indices: npt.NDArray[Any], n_columns: int, where: str) -> None
             f"{where}: a stored column number is {wrong:,}, the matrix has {n_columns:,} columns. "
             "The matrix is damaged: make the file again"
         )
+
+
+def calculable(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the values in a type that scipy and numba know: not of 2 or 16 bytes, nor turned."""
+    kind = values.dtype
+    if kind == np.float16:
+        return values.astype(np.float32)
+    if kind.kind == "f" and kind.itemsize > 8:
+        return values.astype(np.float64)
+    return values if kind.isnative else values.astype(kind.newbyteorder("="))
 
 
 def csr_of(
@@ -328,7 +375,7 @@ def rows_of(matrix: Any, where: str) -> Rows:
         else:
             return rows_of(matrix.tocsr(), where)
     elif isinstance(matrix, np.ndarray | h5py.Dataset | zarr.Array):
-        rows = DenseRows(np.ma.getdata(matrix) if np.ma.isMA(matrix) else matrix, where)
+        rows = DenseRows(np.ma.getdata(matrix) if np.ma.isMA(matrix) else _complete(matrix), where)
     else:
         raise DataError(
             f"{where}: is a {type(matrix).__module__}.{type(matrix).__name__}, which cannot be "

@@ -1,5 +1,6 @@
 """Which obs columns of a source become which columns of a corpus."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -7,12 +8,18 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.missing_labels import EMPTY, PLACEHOLDERS, found, is_missing, placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import species_name
 
+log = logging.getLogger(__name__)
+
 # obs columns every corpus knows; each is there, or missing, in every source.
 COLUMNS = ("species", "dataset", "batch", "donor", "cell_type", "assay", "tissue")
-_MISSING = frozenset({"", "nan", "NaN", "<NA>"})
+# Key of DataFrame.attrs for what a curator should know.
+NOTES = "notes"
+# Where CELLxGENE and others name the species of their cells.
+ORGANISM = ("organism", "organism_ontology_term_id")
 
 
 @dataclass(frozen=True)
@@ -20,16 +27,22 @@ class ColumnPlan:
     """Which obs column of a source becomes which column of the corpus.
 
     ``wanted``: corpus column -> obs column, demanded; ``optional``: the same, absent is allowed.
-    ``species``: a constant, or None where it comes from a column.
+    ``species``: a constant, or None where it comes from a column. ``words``: texts that mean
+    "missing".
     """
 
     wanted: Mapping[str, str]
     optional: Mapping[str, str]
     species: str | None
+    words: frozenset[str] = PLACEHOLDERS
 
     @classmethod
     def of(
-        cls, species: str | None, columns: Mapping[str, str] | None, keep: Iterable[str]
+        cls,
+        species: str | None,
+        columns: Mapping[str, str] | None,
+        keep: Iterable[str],
+        missing_labels: Iterable[str] = (),
     ) -> Self:
         """Plan from what the caller said."""
         wanted = dict(columns or {})
@@ -48,7 +61,7 @@ class ColumnPlan:
         optional = {name: name for name in (*COLUMNS, *keep) if name not in wanted}
         if constant is not None:
             optional.pop("species", None)
-        return cls(wanted, optional, constant)
+        return cls(wanted, optional, constant, placeholders(missing_labels))
 
     def names(self) -> list[str]:
         """Corpus columns in order: the usual ones, then the further ones."""
@@ -69,7 +82,10 @@ class ColumnPlan:
     ) -> pd.DataFrame:
         """Make the obs table of a source from its columns."""
         taken: dict[str, Any] = {}
+        twice = {name for name in present if list(present).count(name) > 1}
         for column, key in self.wanted.items():
+            if key in twice:
+                raise DataError(_named_twice(where, key))
             if key not in present:
                 raise DataError(
                     f"{where}: has no obs column {key!r} (wanted for {column}); it has "
@@ -78,8 +94,16 @@ class ColumnPlan:
                 )
             taken[column] = read(key)
         for column, key in self.optional.items():
+            if key in twice:
+                raise DataError(_named_twice(where, key))
             if key in present:
                 taken[column] = read(key)
+        if self.species is None and "species" not in taken:
+            organism = next((key for key in ORGANISM if key in present and key not in twice), None)
+            if organism is not None:
+                log.info("%s: the species of its cells stands in obs[%r]", where, organism)
+                taken["species"] = read(organism)
+        notes: list[str] = []
         obs = pd.DataFrame(index=pd.Index(index.astype(str), name=None))
         for column in self.names():
             values = taken.get(column)
@@ -89,7 +113,11 @@ class ColumnPlan:
                     f"{len(obs):,} cells. The file is damaged: make it again"
                 )
             rename = species_name if column == "species" else str
-            obs[column] = _texts(values, len(obs), rename)
+            known = column in COLUMNS or column in self.wanted
+            obs[column], gone = _texts(values, len(obs), rename, self.words if known else EMPTY)
+            if gone:
+                notes.append(found(self.wanted.get(column, column), gone))
+                log.warning("%s: %s", where, notes[-1])
         if self.species is not None:
             obs["species"] = pd.Categorical([self.species] * len(obs))
         elif "species" not in taken:
@@ -100,6 +128,7 @@ class ColumnPlan:
             )
         if obs["dataset"].isna().all():
             obs["dataset"] = pd.Categorical([name] * len(obs))
+        obs.attrs[NOTES] = tuple(notes)
         return obs
 
 
@@ -107,22 +136,41 @@ def _no_column(column: str) -> Any:
     raise KeyError(column)
 
 
-def _texts(values: Any, n: int, rename: Callable[[str], str]) -> pd.Categorical:
-    """Categories of text, codes −1 where the value is missing."""
+def _named_twice(where: str, key: str) -> str:
+    return (
+        f"{where}: has two obs columns of the name {key!r}, and nothing says which one is meant. "
+        "Rename one of them"
+    )
+
+
+def _texts(
+    values: Any, n: int, rename: Callable[[str], str], words: frozenset[str]
+) -> tuple[pd.Categorical, list[tuple[str, int]]]:
+    """Categories of text, codes −1 where the value is missing or one of ``words``.
+
+    Also the words that were met, and in how many cells, but for those that say nothing at all.
+    """
     if values is None:
-        return pd.Categorical.from_codes(np.full(n, -1, np.int8), pd.Index([], dtype=str))
+        return pd.Categorical.from_codes(np.full(n, -1, np.int8), pd.Index([], dtype=str)), []
     array = values.array if isinstance(values, pd.Series) else values
     if isinstance(array, pd.Categorical):
         codes, categories = array.codes, array.categories
     else:
-        codes, categories = pd.factorize(pd.Series(array))
+        try:
+            codes, categories = pd.factorize(pd.Series(array))
+        except TypeError:  # lists and the like
+            codes, categories = pd.factorize(pd.Series(array).astype(str))
     texts = [_text(c) for c in categories]
     # Different values may be one text (1 and "1"), and texts may say "missing".
-    renamed = ["" if t in _MISSING else rename(t) for t in texts]
+    missing = [is_missing(t, words) for t in texts]
+    renamed = ["" if gone else rename(t) for t, gone in zip(texts, missing, strict=True)]
     kept = list(dict.fromkeys(t for t in renamed if t))
     place = {t: i for i, t in enumerate(kept)}
     table = np.array([place.get(t, -1) for t in renamed] + [-1], np.int64)
-    return pd.Categorical.from_codes(table[codes], pd.Index(kept, dtype=str))
+    counts = np.bincount(np.asarray(codes)[np.asarray(codes) >= 0], minlength=len(texts))
+    met = [(t, int(counts[i])) for i, t in enumerate(texts) if missing[i] and counts[i] and t]
+    column = pd.Categorical.from_codes(table[codes], pd.Index(kept, dtype=str))
+    return column, sorted(met, key=lambda pair: -pair[1])
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ of checked counts (genes of the file, not yet of the vocabulary) with the obs co
 corpus keeps. Every cell is given, empty ones too: dropping is the business of whoever builds.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,8 +19,9 @@ import scipy.sparse as sp
 from genemodel.cells import remote
 from genemodel.cells.contract import Candidate, Counts, choose_counts, find_counts
 from genemodel.cells.matrices import SequentialRows, refuse_damage
-from genemodel.cells.obs_columns import COLUMNS, ColumnPlan
+from genemodel.cells.obs_columns import COLUMNS, NOTES, ColumnPlan
 from genemodel.errors import DataError
+from genemodel.genes.recognition import refuse_turned
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,12 +33,24 @@ CHUNK_CELLS = 8192
 GROUP_CELLS = 65_536
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TEXT = (".csv", ".tsv", ".txt", ".tab")
+# By content, for files under another name.
+_BINARY = {
+    b"RDX": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
+    b"RDA": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
+    b"X\n\0": "an R object: convert it in R, e.g. with zellkonverter::writeH5AD",
+    b"PK\x03\x04": "an archive: unpack it and give what is inside",
+    b"BZh": "compressed with bzip2: unpack it with bunzip2",
+    b"\xfd7zXZ": "compressed with xz: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it with unzstd",
+    b"PAR1": "a parquet table: write it as h5ad with anndata",
+    b"\x93NUMPY": "a numpy array without names: make an AnnData of it and write that",
+    b"\x80\x04": "a pickle, which can run any program when it is read: write it as h5ad",
+}
 _ADVICE = {
     ".rds": "an R object: convert it in R, e.g. with zellkonverter::writeH5AD",
     ".rda": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
     ".rdata": "an R workspace: convert it in R, e.g. with zellkonverter::writeH5AD",
     ".h5seurat": "a Seurat file: convert it with SeuratDisk::Convert(dest='h5ad')",
-    ".mtx": "the matrix of a 10x folder: give the folder, which also holds genes and barcodes",
     ".zip": "an archive: unpack it and give what is inside",
     ".tar": "an archive: unpack it and give the folder inside",
     ".tgz": "an archive: unpack it and give the folder inside",
@@ -100,8 +114,8 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a curator should know about the counts, in words."""
-        return self.counts.notes
+        """What a curator should know about the counts and the labels, in words."""
+        return (*self.counts.notes, *self.obs.attrs.get(NOTES, ()))
 
     def chunks(
         self, chunk_cells: int = CHUNK_CELLS, start: int = 0, stop: int | None = None
@@ -159,6 +173,7 @@ class SourceFile:
     transpose: bool = False
     licence: str | None = None
     citation: str | None = None
+    missing_labels: tuple[str, ...] = ()
 
     def open(self) -> Source:
         """Open it."""
@@ -191,6 +206,7 @@ def open_source(
     transpose: bool = False,
     licence: str | None = None,
     citation: str | None = None,
+    missing_labels: Sequence[str] = (),
 ) -> Source:
     """Open a source of raw counts and prove it, without loading it.
 
@@ -221,6 +237,9 @@ def open_source(
     licence, citation
         Of the data; by default what an h5ad, zarr or AnnData says in ``uns["license"]`` (or
         ``licence``) and ``uns["citation"]``. A model names them with what it was trained on.
+    missing_labels
+        Texts in columns of the corpus that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
 
     Returns
     -------
@@ -237,7 +256,7 @@ def open_source(
         return data
     if isinstance(data, SourceFile):
         return data.open()
-    plan = ColumnPlan.of(species, columns, keep)
+    plan = ColumnPlan.of(species, columns, keep, missing_labels)
     if not isinstance(data, str | Path):
         source = _open_anndata(
             data, OpenOptions(layer, plan, allow_fractional, genome, transpose, name or "AnnData")
@@ -246,10 +265,10 @@ def open_source(
     local = remote.is_local(str(data))
     path = Path(data) if local else remote.name_of(str(data))
     options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
-    source = _open_path(path, options) if local else _open_address(str(data), path, options)
+    source = open_with(str(data), options)
     source.opened_from = SourceFile(
         str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose,
-        licence, citation,
+        licence, citation, tuple(missing_labels),
     )  # fmt: skip
     return _said(source, licence, citation)
 
@@ -266,6 +285,14 @@ def _by_file(source: Source, entry: Callable[[str], object]) -> Source:
     found = entry("license") or entry("licence"), entry("citation")
     source.licence, source.citation = (text if isinstance(text, str) else "" for text in found)
     return source
+
+
+def open_with(data: str | Path, options: OpenOptions) -> Source:
+    """Open a file, folder or address with options that are checked already."""
+    if remote.is_local(str(data)):
+        with refuse_damage(str(data)):
+            return _open_path(Path(data), options)
+    return _open_address(str(data), remote.name_of(str(data)), options)
 
 
 def _open_path(path: Path, options: OpenOptions) -> Source:
@@ -288,12 +315,23 @@ def _open_path(path: Path, options: OpenOptions) -> Source:
         return _open_hdf5(file, path, options)
     suffixes = [s.lower() for s in path.suffixes]
     kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".gz" else "".join(suffixes[-1:])
-    if kind in _TEXT:
+    if kind in _ADVICE:
+        raise DataError(f"{path}: is {_ADVICE[kind]}")
+    content = _beginning(path)
+    for magic, advice in _BINARY.items():
+        if content.startswith(magic):
+            raise DataError(f"{path}: is {advice}")
+    if content.startswith(_HDF5):
+        raise DataError(f"{path}: is an HDF5 file compressed with gzip: unpack it with gunzip")
+    if content.lower().startswith(b"%%matrixmarket"):
+        from genemodel.cells.sources_tenx import open_folder
+
+        return open_folder(path, options)
+    is_text = b"\0" not in content and any(c in content for c in (b"\t", b",", b";", b" "))
+    if kind in _TEXT or (is_text and kind not in (".h5ad", ".h5", ".hdf5", ".loom")):
         from genemodel.cells.sources_text import open_table
 
         return open_table(path, options)
-    if kind in _ADVICE:
-        raise DataError(f"{path}: is {_ADVICE[kind]}")
     if kind in (".h5ad", ".h5", ".hdf5", ".loom"):
         raise DataError(
             f"{path}: is named like an HDF5 file but begins with {head!r}: it is cut off, "
@@ -305,12 +343,25 @@ def _open_path(path: Path, options: OpenOptions) -> Source:
     )
 
 
+def _beginning(path: Path) -> bytes:
+    """Return the first bytes of what a file holds, unpacked where it is compressed by gzip."""
+    import gzip
+
+    with refuse_damage(str(path)), path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        return gzip.open(file).read(4096) if zipped else file.read(4096)
+
+
 def stem(path: Path) -> str:
     """File name without its endings (``cells.counts.csv.gz`` -> ``cells.counts``)."""
     name = path.name or path.resolve().name
-    for ending in (".gz", ".h5ad", ".zarr", ".h5", ".loom", *_TEXT):
+    for ending in (".gz", ".h5ad", ".zarr", ".h5mu", ".h5", ".loom", ".mtx", *_TEXT):
         if name.lower().endswith(ending) and len(name) > len(ending):
             name = name[: -len(ending)]
+            if ending == ".mtx":
+                # GSM1_lung_matrix.mtx is the matrix of GSM1_lung.
+                name = name.removesuffix("matrix").rstrip("_.-") or name
     return name
 
 
@@ -328,19 +379,34 @@ def _open_folder(path: Path, options: OpenOptions) -> Source:
     names = sorted(p.name for p in path.iterdir())
     if {"zarr.json", ".zgroup", ".zmetadata"} & set(names):
         return _open_zarr(path, options)
-    if {"matrix.mtx", "matrix.mtx.gz"} & set(names):
-        from genemodel.cells.sources_tenx import open_folder
+    from genemodel.cells.sources_tenx import is_market, open_folder
 
+    if any(is_market(name) for name in names):
         return open_folder(path, options)
     if "manifest.json" in names and "cells.zarr" in names:
         raise DataError(f"{path}: is a genemodel corpus already, not a source of one")
     listed = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-    inner = next((n for n in names if "feature_bc_matrix" in n or "gene_bc_matrices" in n), None)
-    hint = f" Give {path / inner} instead." if inner else ""
+    inner = _inside(path)
+    shown = " or ".join(str(p) for p in inner[:4])
+    hint = f" Give {shown} instead." if inner else ""
     raise DataError(
         f"{path}: is a folder without matrix.mtx(.gz) (10x) and without zarr.json or .zgroup "
         f"(zarr); it holds {listed or 'nothing'}.{hint}"
     )
+
+
+def _inside(path: Path) -> list[Path]:
+    """Return the sources in the folders below, what was filtered before what is raw."""
+    from genemodel.cells.sources_tenx import is_market
+
+    found = {
+        each.parent
+        for pattern in ("*/*", "*/*/*", "*/*/*/*")
+        for each in path.glob(pattern)
+        if is_market(each.name) or each.name in ("zarr.json", ".zgroup")
+    }
+    found |= {p for pattern in ("*.h5", "*.h5ad", "*/*.h5") for p in path.glob(pattern)}
+    return sorted(found, key=lambda p: ("raw" in p.name, len(p.parts), str(p)))
 
 
 def _open_address(address: str, name: Path, options: OpenOptions) -> Source:
@@ -371,6 +437,8 @@ def _open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
         keys = set(file)
         if "obs" in keys and ("X" in keys or "layers" in keys):
             return _open_stored(file, path, "h5ad", options, file.close)
+        if "mod" in keys and "obs" in keys:
+            return _open_muon(file, path, options)
         if {"row_attrs", "col_attrs", "matrix"} <= keys:
             from genemodel.cells.sources_text import open_loom
 
@@ -389,6 +457,31 @@ def _open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
         raise
 
 
+def modality_of(file: Any, path: Path) -> str:
+    """Name the part of a MuData that holds the genes.
+
+    Raises
+    ------
+    DataError
+        Its names do not tell.
+    """
+    names = [n for n in file["mod"] if hasattr(file["mod"][n], "keys")]
+    genes = [n for n in names if n.lower() in ("rna", "gex", "gene expression", "mrna", "scrna")]
+    if len(genes) != 1 and len(names) != 1:
+        raise DataError(
+            f"{path.name}: is a MuData of {', '.join(names) or 'nothing'}, and which of these are "
+            "genes is not clear. Write that one: mdata['NAME'].write_h5ad(...)"
+        )
+    log.info("%s: is a MuData; its %r is read", path.name, (genes or names)[0])
+    return (genes or names)[0]
+
+
+def _open_muon(file: Any, path: Path, options: OpenOptions) -> Source:
+    """Open the genes of a MuData."""
+    part = file["mod"][modality_of(file, path)]
+    return _open_stored(part, path, "h5mu", options, getattr(file, "close", None))
+
+
 def _open_zarr(path: Path, options: OpenOptions) -> Source:
     import zarr
 
@@ -400,6 +493,8 @@ def _open_zarr(path: Path, options: OpenOptions) -> Source:
 def _open_store(group: Any, path: Path, where: str, options: OpenOptions) -> Source:
     with refuse_damage(where):
         keys = set(group.keys())
+    if {"mod", "obs"} <= keys:
+        return _open_muon(group, path, options)
     if "obs" not in keys or not {"X", "layers"} & keys:
         raise DataError(
             f"{where}: is a zarr store, but not one of anndata (obs, X); it holds "
@@ -439,6 +534,7 @@ def _open_stored(
 
         obs = options.plan.apply(index, present, read, where, options.name)
 
+    @functools.cache
     def var() -> pd.DataFrame:
         with refuse_damage(f"{where}, var"):
             return ad.io.read_elem(root["var"])
@@ -451,6 +547,7 @@ def _open_stored(
         # anndata writes what an object lacks as an array without a shape.
         return key in group and getattr(group[key], "shape", ()) is not None
 
+    refuse_turned(index, var().index, where)
     candidates = [Candidate("X", "X", root["X"], var)] if there(root, "X") else []
     if "layers" in root:
         candidates += [

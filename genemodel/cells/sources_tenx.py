@@ -1,10 +1,12 @@
 """Files of Cell Ranger and of programs that write like it: HDF5 and matrix-market folders."""
 
+import csv
 import gzip
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,45 +14,21 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.contract import Candidate, choose_counts
-from genemodel.cells.matrices import Rows, SequentialRows, SparseRows, numeric, refuse_damage
+from genemodel.cells.matrices import (
+    Rows,
+    SelectedColumns,
+    SequentialRows,
+    SparseRows,
+    numeric,
+    refuse_damage,
+)
 from genemodel.cells.sources import OpenOptions, Source
 from genemodel.errors import DataError
+from genemodel.genes.recognition import refuse_turned
 
-GENE_EXPRESSION = "Gene Expression"
 # Lines of a matrix-market file parsed at once, and the most that are sorted in memory.
 _LINES = 4_000_000
 _SORTED_LINES = 100_000_000
-
-
-@dataclass
-class SelectedColumns:
-    """Some columns of a matrix."""
-
-    rows: Rows
-    columns: npt.NDArray[np.int64]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(C, chosen genes)."""
-        return self.rows.shape[0], int(self.columns.size)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of the stored values."""
-        return self.rows.dtype
-
-    @property
-    def from_the_start(self) -> bool:
-        """See :class:`Rows`."""
-        return self.rows.from_the_start
-
-    def stop_of(self, start: int, most: int) -> int:
-        """See :class:`Rows`."""
-        return self.rows.stop_of(start, most)
-
-    def read(self, start: int, stop: int) -> sp.csr_matrix:
-        """See :class:`Rows`."""
-        return self.rows.read(start, stop)[:, self.columns]
 
 
 def is_tenx(file: Any) -> bool:
@@ -89,31 +67,40 @@ def open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
         group, genome = file[chosen], None
     with refuse_damage(where):
         barcodes = _strings(group["barcodes"])
-        genes = _features(group)
+        genes = _features(group, where)
         arrays = group["data"], group["indices"], group["indptr"]
     # Cell Ranger stores genes × cells by columns, which is cells × genes by rows.
     rows: Rows = numeric(SparseRows(*arrays, (len(barcodes), len(genes)), where), where)
-    return _source(rows, genes, barcodes, genome, path, "10x h5", options, file.close)
+    cells = pd.DataFrame(index=pd.Index(barcodes, dtype=str))
+    return _source(rows, genes, cells, genome, path, "10x h5", options, file.close)
 
 
-def _features(group: Any) -> pd.DataFrame:
-    if "features" in group:
-        features = group["features"]
-        table = {"gene_symbol": _strings(features["name"])}
-        for column in ("feature_type", "genome"):
-            if column in features:
-                table[column] = _strings(features[column])
-        return pd.DataFrame(table, index=pd.Index(_strings(features["id"]), dtype=str))
-    return pd.DataFrame(
-        {"gene_symbol": _strings(group["gene_names"])},
-        index=pd.Index(_strings(group["genes"]), dtype=str),
-    )
+def _features(group: Any, where: str) -> pd.DataFrame:
+    # Version 3 has a group of features; version 2, and CellBender's first ones, two arrays.
+    features = group["features"] if "features" in group else group
+    named = {"id": ("id", "genes", "gene_ids"), "gene_symbol": ("name", "gene_names")}
+    found = {
+        column: _strings(features[key])
+        for column, keys in named.items()
+        for key in keys
+        if key in features
+    }
+    if not found:
+        raise DataError(
+            f"{where}: names no genes (features/id, features/name, genes or gene_names)"
+        )
+    ids, symbols = (found.get(key) for key in ("id", "gene_symbol"))
+    table = {"gene_symbol": symbols or ids}
+    for column in ("feature_type", "genome"):
+        if column in features and len(features[column].shape) == 1:
+            table[column] = _strings(features[column])
+    return pd.DataFrame(table, index=pd.Index(ids or symbols, dtype=str))
 
 
 def _source(
     rows: Rows,
     genes: pd.DataFrame,
-    barcodes: list[str],
+    cells: pd.DataFrame,
     genome: str | None,
     path: Path,
     kind: str,
@@ -125,29 +112,19 @@ def _source(
     if options.layer not in (None, "X"):
         raise DataError(f"{where}: a {kind} source has no layers, layer={options.layer} was asked")
     kept = np.ones(len(genes), bool)
-    notes: tuple[str, ...] = ()
-    if "feature_type" in genes.columns:
-        kept = (genes["feature_type"] == GENE_EXPRESSION).to_numpy()
-        if not kept.any():
-            found = ", ".join(sorted(set(genes["feature_type"])))
-            raise DataError(
-                f"{where}: has no feature of type {GENE_EXPRESSION!r}, only {found}: it holds no "
-                "gene counts"
-            )
-        if not kept.all():
-            others = ", ".join(sorted(set(genes["feature_type"][~kept])))
-            notes = (f"{int((~kept).sum()):,} features are not genes and left out ({others})",)
     if genome is not None:
         known = sorted(set(genes["genome"])) if "genome" in genes.columns else []
         if genome not in known:
             raise DataError(
                 f"{where}: has no genome {genome!r}; it has {', '.join(known) or 'no genome names'}"
             )
-        kept = kept & (genes["genome"] == genome).to_numpy()
+        kept = (genes["genome"] == genome).to_numpy()
     if not kept.all():
         rows = SelectedColumns(rows, np.flatnonzero(kept))
         genes = genes[kept]
-    obs = options.plan.without_columns(barcodes, where, options.name)
+    present = [str(c) for c in cells.columns]
+    obs = options.plan.apply(cells.index, present, cells.__getitem__, where, options.name)
+    refuse_turned(obs.index, genes.index, where)
     counts = choose_counts(
         [Candidate("matrix", "X", rows, genes)],
         layer=None,
@@ -155,64 +132,171 @@ def _source(
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
     )
-    counts.notes += notes
     return Source(options.name, where, path.name, kind, counts, obs, closer)
 
 
 # -- matrix-market folders -----------------------------------------------------------------------
 
 
+_CELLS = re.compile(r"barcode|cell|_rows|colnames|obs_?names", re.IGNORECASE)
+_GENES = re.compile(r"feature|gene|_cols|rownames|var_?names", re.IGNORECASE)
+_MATRIX = re.compile(r"(?:[._]?(?:count[._])?matrix)?\.mtx(?:\.gz)?$", re.IGNORECASE)
+# Cells come first in what these programs write; it shows only where a matrix is square.
+_CELLS_FIRST = re.compile(r"cells_x_genes|quants_mat|count_matrix|DGE", re.IGNORECASE)
+
+
+def is_market(name: str) -> bool:
+    """Whether a file is named like a matrix-market file."""
+    return bool(_MATRIX.search(name))
+
+
 def open_folder(path: Path, options: OpenOptions) -> Source:
-    """Open a folder with matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, gzipped or not."""
-    matrix = _one_of(path, "matrix.mtx")
-    barcodes_file = _one_of(path, "barcodes.tsv")
-    features_file = _one_of(path, "features.tsv", "genes.tsv")
-    with refuse_damage(f"{path.name}/{barcodes_file.name}"):
-        barcodes = [line.split("\t")[0] for line in _lines(barcodes_file)]
-    with refuse_damage(f"{path.name}/{features_file.name}"):
-        fields = [line.split("\t") for line in _lines(features_file)]
-    genes = pd.DataFrame(
-        {"gene_symbol": [f[1] if len(f) > 1 else f[0] for f in fields]},
-        index=pd.Index([f[0] for f in fields], dtype=str),
-    )
-    if fields and all(len(f) > 2 for f in fields):
-        genes["feature_type"] = [f[2] for f in fields]
-    market = MatrixMarket(matrix, f"{path.name}/{matrix.name}")
-    if market.shape == (len(genes), len(barcodes)):
-        cells_first = False
-    elif market.shape == (len(barcodes), len(genes)):
-        cells_first = True
+    """Open a matrix-market file with the names of its cells and genes beside it.
+
+    Parameters
+    ----------
+    path
+        A folder of one such matrix (Cell Ranger, STARsolo, Parse, kallisto, alevin), or the matrix
+        itself, beside files whose names begin as its own does (GEO).
+    options
+        How to read it.
+    """
+    folder = path if path.is_dir() else path.parent
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    matrices = [n for n in names if is_market(n)]
+    if path.is_dir():
+        chosen = [n for n in matrices if n.lower() in ("matrix.mtx", "matrix.mtx.gz")] or matrices
+        if len(chosen) > 1:
+            raise DataError(
+                f"{path.name}: holds {len(chosen)} matrices ({_listed(chosen)}). Give the path of "
+                f"each that is meant, such as {path / chosen[0]}"
+            )
+        matrix = path / chosen[0]
     else:
+        matrix = path
+    alone = len(matrices) == 1 or matrix.name.lower().startswith("matrix.mtx")
+    cells_file = _beside(matrix, names, _CELLS, _GENES, alone, "barcodes.tsv")
+    genes_file = _beside(matrix, names, _GENES, _CELLS, alone, "features.tsv or genes.tsv")
+    market = MatrixMarket(matrix, f"{folder.name}/{matrix.name}")
+    cells = _Lines.read(cells_file, f"{folder.name}/{cells_file.name}")
+    genes = _Lines.read(genes_file, f"{folder.name}/{genes_file.name}")
+    fits = [
+        cells_first
+        for cells_first in ((True, False) if _CELLS_FIRST.search(matrix.name) else (False, True))
+        if genes.may_have(market.shape[int(cells_first)])
+        and cells.may_have(market.shape[int(not cells_first)])
+    ]
+    if not fits:
         raise DataError(
-            f"{path.name}: matrix.mtx is {market.shape[0]:,} × {market.shape[1]:,}, but there are "
-            f"{len(genes):,} features and {len(barcodes):,} barcodes. The three files do not "
-            "belong together"
+            f"{path.name}: {matrix.name} is {market.shape[0]:,} × {market.shape[1]:,}, but there "
+            f"are {len(genes.rows):,} features and {len(cells.rows):,} barcodes. The three files "
+            "do not belong together"
         )
-    shape = len(barcodes), len(genes)
+    cells_first = fits[0]
+    var = _features_of(genes, market.shape[int(cells_first)])
+    obs = cells.table(market.shape[int(not cells_first)])
+    if len(cells.rows) == len(obs):
+        obs = obs.iloc[:, :0]
+    shape = len(obs), len(var)
     rows = SequentialRows(
         shape, lambda: market.blocks(cells_first, shape), market.where, np.float64
     )
-    return _source(rows, genes, barcodes, options.genome, path, "10x mtx", options, None)
+    return _source(rows, var, obs, options.genome, path, "10x mtx", options, None)
 
 
-def _one_of(folder: Path, *names: str) -> Path:
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f", … {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _beside(
+    matrix: Path,
+    names: Sequence[str],
+    wanted: re.Pattern[str],
+    other: re.Pattern[str],
+    alone: bool,
+    usual: str,
+) -> Path:
+    """Find the file of cell or gene names that belongs to a matrix."""
+    start = _MATRIX.sub("", matrix.name)
+    found = []
     for name in names:
-        for ending in ("", ".gz"):
-            if (folder / (name + ending)).is_file():
-                return folder / (name + ending)
-    raise DataError(
-        f"{folder.name}: has matrix.mtx but no {' or '.join(names)} (nor .gz) beside it: copy the "
-        "complete folder"
-    )
+        if is_market(name) or name == matrix.name or name.startswith("."):
+            continue
+        own = bool(start) and name.startswith(start)
+        rest = name[len(start) :] if own else name
+        # cell_gene_…: the word that comes first decides.
+        here, there = wanted.search(rest), other.search(rest)
+        # spliced.mtx and unspliced.mtx share what bears no name of either.
+        shared = bool(re.fullmatch(r"(?:barcodes|features|genes)\.tsv(?:\.gz)?", name))
+        if here and (own or alone or shared) and not (there and there.start() < here.start()):
+            plain = re.search(r"(?:barcodes|features|genes)\.[ct]sv", name, re.IGNORECASE)
+            found.append((not own, not plain, len(name), name))
+    if not found:
+        raise DataError(
+            f"{matrix.parent.name}: has {matrix.name} but no {usual} (nor .gz) beside it"
+            + (f" whose name begins with {start!r}" if start and not alone else "")
+            + ": copy the complete folder"
+        )
+    return matrix.parent / min(found)[-1]
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+    return cast(BinaryIO, gzip.open(path, "rb") if is_gzip(path) else path.open("rb"))
 
 
-def _lines(path: Path) -> list[str]:
-    with _open(path) as file:
-        return file.read().decode("utf-8").splitlines()
+def is_gzip(path: Path) -> bool:
+    """Whether a file is compressed, whatever it is called."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Lines of a text file in fields, with or without a header."""
+
+    rows: list[list[str]]
+    where: str
+
+    @classmethod
+    def read(cls, path: Path, where: str) -> Self:
+        with refuse_damage(where), _open(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
+            lines = [line for line in lines if line.strip() and not line.startswith("#")]
+            if lines and "\t" not in lines[0] and "," in lines[0]:
+                rows = list(csv.reader(lines))
+            else:
+                # No quoting here: a gene name may hold one quote.
+                rows = [[field.strip('"') for field in line.split("\t")] for line in lines]
+        return cls(rows, where)
+
+    def may_have(self, n: int) -> bool:
+        """Whether these are the names of ``n`` things."""
+        return len(self.rows) in (n, n + 1)
+
+    def table(self, n: int) -> pd.DataFrame:
+        """Rows after the header, if there is one; index = the first field."""
+        header = self.rows[0] if len(self.rows) == n + 1 else []
+        rows = self.rows[1:] if header else self.rows
+        width = min(map(len, rows), default=1)
+        if any(len(row) != len(rows[0]) for row in rows) and header:
+            raise DataError(f"{self.where}: its lines have different numbers of fields")
+        names = header[:width] if header else [str(i) for i in range(width)]
+        table = pd.DataFrame([row[:width] for row in rows], columns=names, dtype=object)
+        table.index = pd.Index(table.iloc[:, 0].astype(str), name=None)
+        return table.iloc[:, 1:] if header else table
+
+
+def _features_of(lines: _Lines, n: int) -> pd.DataFrame:
+    """Make the var table of features.tsv (id, symbol, type) or of a table with a header."""
+    table = lines.table(n)
+    if len(lines.rows) == n + 1:
+        return table
+    genes = pd.DataFrame(
+        {"gene_symbol": table.iloc[:, min(1, table.shape[1] - 1)]}, index=table.index
+    )
+    if table.shape[1] > 2:
+        genes["feature_type"] = table.iloc[:, 2]
+    return genes
 
 
 class MatrixMarket:

@@ -8,12 +8,14 @@ later run of the same command finds what is done, and makes anew what is stale, 
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,9 @@ from genemodel.cells import manifest as layout
 from genemodel.cells.building import BuildOptions, Columns, Streamed, UnitWriter, match_source
 from genemodel.cells.corpus_statistics import mitochondrial_V, write_medians
 from genemodel.cells.manifest import ObjectRecord
-from genemodel.cells.matrices import ColumnRows
+from genemodel.cells.matrices import ColumnRows, SelectedColumns
 from genemodel.cells.sources import Source, SourceFile
+from genemodel.cells.sources_tenx import is_market
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -43,7 +46,7 @@ HELD = "-held"
 PARTIAL = ".partial"
 _EXAMPLES = 20
 # Raise it when the bytes of a unit change while all its inputs stay.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Input:
     number: int
     label: str
     file: SourceFile | None
+    name: str
+    """No other source of the corpus is called so."""
 
     @property
     def travels(self) -> bool:
@@ -138,7 +143,7 @@ class Unit:
         depends = [
             _VERSION, bench.made_by, bench.fingerprint, asdict(bench.options), bench.columns,
             building.GROUP_VALUES, store.CHUNK_VALUES, store.SHARD_VALUES,
-            file, self.identity, self.start, self.stop, self.first_source,
+            file, self.input.name, self.identity, self.start, self.stop, self.first_source,
             sorted(self.codes.items()),
         ]  # fmt: skip
         text = json.dumps(depends, sort_keys=True, default=str)
@@ -198,13 +203,26 @@ def _go_on() -> None:
     """Let the work go on."""
 
 
+@contextmanager
+def _said_once(again: bool) -> Iterator[None]:
+    """Keep what opening a source says to itself where it is opened again."""
+    room = logging.getLogger(__package__)
+    level = room.level
+    if again:
+        room.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        room.setLevel(level)
+
+
 class Desk:
     """What a process keeps between two units: the source that it opened last.
 
     Parameters
     ----------
     held
-        Sources that only this process has, by number, and their names.
+        Sources that only this process has, by number.
     go_on
         Called between chunks; raises where the work is to stop.
     vocabulary
@@ -213,13 +231,14 @@ class Desk:
 
     def __init__(
         self,
-        held: "Mapping[int, tuple[str | None, AnnData | Source]] | None" = None,
+        held: "Mapping[int, AnnData | Source] | None" = None,
         go_on: Callable[[], None] = _go_on,
         vocabulary: GeneVocabulary | None = None,
     ) -> None:
         self.go_on = go_on
         self._vocabulary = vocabulary
         self._held = held or {}
+        self._seen: set[int] = set()
         self._opened: tuple[Bench, Input, str, Source, dict[str, GeneMatch]] | None = None
 
     def vocabulary(self, bench: Bench) -> GeneVocabulary:
@@ -237,11 +256,12 @@ class Desk:
         if held is not None and held[:3] == (bench, wanted, identity):
             return held[3], held[4]
         self.close()
-        if wanted.file is None:
-            name, data = self._held[wanted.number]
-            source = bench.options.open(data, name)
-        else:
-            source = wanted.file.open()
+        with _said_once(wanted.number in self._seen):
+            if wanted.file is None:
+                source = bench.options.open(self._held[wanted.number], wanted.name)
+            else:
+                source = replace(wanted.file, name=wanted.name).open()
+        self._seen.add(wanted.number)
         try:
             matches = match_source(source, self.vocabulary(bench), bench.options)
         except BaseException:
@@ -270,7 +290,12 @@ def identify(wanted: Input) -> str:
         return remote.identity(wanted.file.path)
     path = Path(wanted.file.path)
     digest = hashlib.sha256(str(path).encode())
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if path.is_dir():
+        # Below a folder of a matrix-market file stands what is no part of it.
+        is_zarr = any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata"))
+        files = sorted(path.rglob("*") if is_zarr else path.iterdir())
+    else:
+        files = sorted(path.parent.iterdir()) if is_market(path.name) else [path]
     for file in files:
         try:
             facts = file.stat()
@@ -316,6 +341,8 @@ def survey(bench: Bench, wanted: Input, desk: Desk) -> Survey:
 def _bounds(source: Source, most: int) -> tuple[int, ...]:
     """Where units begin, and the end; what cannot be entered in the middle stays in one piece."""
     rows = source.counts.rows
+    if isinstance(rows, SelectedColumns):
+        rows = rows.rows
     step = most
     if isinstance(rows, ColumnRows):
         # A pass over the file gives so many rows: to cut one would double the reading.

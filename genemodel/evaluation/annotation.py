@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
 from genemodel.evaluation.baselines import (
     Conditions,
@@ -84,8 +85,8 @@ class Called:
 
 def labels_of(adata: "AnnData", label_key: str) -> np.ndarray:
     """Label of each cell as text, None where it is missing or says that it is unknown."""
-    label = column(adata, label_key)
-    missing_C = (label.isna() | (label.astype(str) == UNKNOWN)).to_numpy()
+    label = without_placeholders(column(adata, label_key), column=label_key, where="adata")
+    missing_C = label.isna().to_numpy()
     label_C = label.astype(str).to_numpy(dtype=object)
     label_C[missing_C] = None
     return label_C

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
@@ -66,6 +67,7 @@ class EvaluateSettings:
     task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
+    missing_labels: tuple[str, ...] = ()
     layer: str | None = None
     methods: tuple[str, ...] | None = None
     models: tuple[Path, ...] = ()
@@ -96,6 +98,7 @@ def evaluate(
     task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
     label_key: str | None = None,
+    missing_labels: Sequence[str] = (),
     layer: str | None = None,
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
     models: "Sequence[str | Path | Bundle | IntegratedModel]" = (),
@@ -128,6 +131,9 @@ def evaluate(
         may be the species.
     label_key
         Column with cell types; needed to annotate. Without it only batch removal can be scored.
+    missing_labels
+        Texts in both columns that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     layer
         Where the raw counts are; default ``X``.
     methods
@@ -200,6 +206,10 @@ def evaluate(
         check_out_folder(Path(out))
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
+    for key in filter(None, (batch_key, label_key)):
+        cells.obs[key] = without_placeholders(
+            cells.obs[key], missing_labels, column=key, where=where
+        )
     if task == "integrate" and batch_key is None:
         raise ConfigError(
             f"{where}: name the column of the technical batch with batch_key; obs has "
@@ -321,6 +331,11 @@ def _cells(
                 f"{', '.join(map(repr, known)) or 'none'}"
                 + (f". Did you mean {near!r}?" if near else "")
             )
+        if key is not None and known.count(key) > 1:
+            raise DataError(
+                f"{where}: obs has two columns of the name {key!r}, and nothing says which one is "
+                "meant. Rename one of them"
+            )
     if adata.n_obs < MIN_CELLS:
         raise DataError(
             f"{where}: has {adata.n_obs} cells; fewer than {MIN_CELLS} say nothing about a method"
@@ -347,18 +362,14 @@ def _cells(
 
 
 def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
-    import anndata
+    from genemodel.cells.whole_file import read_anndata
 
     if not isinstance(data, str | Path):
         return data, "AnnData"
     path = Path(data)
     if not path.exists():
-        raise DataError(f"{path} does not exist; name an h5ad file or a zarr folder")
-    try:
-        read = anndata.read_zarr if path.is_dir() else anndata.read_h5ad
-        return read(path), str(path)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as AnnData (h5ad, zarr): {error}") from error
+        raise DataError(f"{path} does not exist; name a file of raw counts")
+    return read_anndata(path), str(path)
 
 
 def _standing(key: str) -> Method:

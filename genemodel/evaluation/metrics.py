@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
 from genemodel.evaluation import light_metrics
 from genemodel.expression.neighbours import nearest
@@ -166,6 +167,7 @@ def _cells_to_score(
                 f"{what} has {len(series)} entries but the embeddings have {n_cells} rows: "
                 "pass one value per cell, in the order of the embeddings"
             )
+        series = without_placeholders(series, column=what, where="scores")
         missing_C = series.isna().to_numpy()
         if what == "batch" and missing_C.any():
             raise DataError(

@@ -177,7 +177,9 @@ class EvaluationResult:
         each = self.directions()
         if 1 < len(each) <= _MOST_DIRECTIONS:
             for name, one in each.items():
-                shown = one.headline()[[name for name in table if name not in ("s", "MB")]]
+                own = one.headline()
+                # A column that is empty in one direction is not in its table.
+                shown = own[[name for name in table if name in own and name not in ("s", "MB")]]
                 lines += ["", *_aligned(name, shown)]
             lines.append("")
         return "\n".join([*lines, *self._notes()])

@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
+from genemodel.genes.recognition import APPENDED
 from genemodel.genes.species import ASSEMBLY_PREFIX, SPECIES, assembly_species
 
 if TYPE_CHECKING:
@@ -376,6 +377,9 @@ def match(
     """Do the work of :meth:`GeneVocabulary.match`."""
     index = vocabulary.index(species)
     candidates = _candidates(names, column)
+    last_usual = list(candidates)[-1] if candidates else ""
+    if isinstance(names, pd.DataFrame) and column is None:
+        candidates |= _further(names, candidates)
     best: tuple[str, _Names, _Found] | None = None
     for label, values in candidates.items():
         cleaned = _Names(values)
@@ -385,9 +389,12 @@ def match(
         edge = _CLEARLY_MORE if by_id else 0.0
         if best is None or found.n_matched > best[2].n_matched + edge * len(values):
             best = (label, cleaned, found)
+        if label == last_usual and best[2].n_matched >= _MANY * len(values):
+            break
     if best is None or not best[1].given:
         raise DataError("there are no gene names: the file has no genes")
     label, cleaned, found = best
+    found = _with_appended(cleaned, found)
     other_G = cleaned.others(index.species)
     rivals = [vocabulary.index(name) for name in among if name != index.species]
     written_G = cleaned.written_as(rivals, index)
@@ -415,6 +422,25 @@ def match(
         _refuse_other_species(vocabulary, cleaned, found, result)
     _refuse_too_few(vocabulary, cleaned, result, candidates, min_fraction, min_genes)
     return result
+
+
+def _with_appended(cleaned: _Names, found: _Found) -> _Found:
+    """Give names that were made unique (``GENE-1``, ``GENE.1``) the row of GENE, where it is there.
+
+    What a vocabulary knows by itself (``MIR1-1``) was found before.
+    """
+    place = {name: i for i, name in enumerate(cleaned.plain)}
+    row_G, how_G = found.row_G.copy(), found.how_G.copy()
+    undone = []
+    for i in np.flatnonzero(row_G == _UNKNOWN).tolist():
+        parts = APPENDED.match(cleaned.plain[i])
+        first = place.get(parts[1], i) if parts else i
+        if found.row_G[first] >= 0:
+            row_G[i], how_G[i] = found.row_G[first], found.how_G[first]
+            undone.append(cleaned.given[i])
+    if undone:
+        log.info("%s names had been made unique and are summed (%s)", len(undone), _some(undone))
+    return _Found(row_G, how_G)
 
 
 def written_as_others(
@@ -447,16 +473,33 @@ def _candidates(
                 f"var has no column {column!r}; it has {_some(list(names.columns), 20)} "
                 "(and 'index')"
             )
-        return {column: list(map(str, names[column].tolist()))}
-    found: dict[str, Sequence[str]] = {"index": list(map(str, names.index.tolist()))}
+        at = list(names.columns).index(column)
+        return {column: list(map(str, names.iloc[:, at].tolist()))}
+    # Named after the column that it was taken from, where the file's own index held numbers.
+    own = str(names.index.name) if names.index.name in names.columns else "index"
+    found: dict[str, Sequence[str]] = {own: list(map(str, names.index.tolist()))}
     if column is None:
         lowered = {str(c).lower(): c for c in names.columns}
         for usual in USUAL_COLUMNS:
             if usual in lowered:
-                values = list(map(str, names[lowered[usual]].tolist()))
+                at = list(names.columns).index(lowered[usual])
+                values = list(map(str, names.iloc[:, at].tolist()))
                 if values not in found.values():
                     found[str(lowered[usual])] = values
     return found
+
+
+def _further(names: pd.DataFrame, found: dict[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Return the other columns of texts: one may hold the names under a name of its own."""
+    further: dict[str, Sequence[str]] = {}
+    for at, column in enumerate(names.columns):
+        values = names.iloc[:, at]
+        if str(column) in found or values.dtype.kind in "iufbcmM":
+            continue
+        texts = list(map(str, values.tolist()))
+        if texts not in found.values():
+            further[str(column)] = texts
+    return further
 
 
 def _refuse_other_species(

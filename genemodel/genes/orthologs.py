@@ -18,7 +18,7 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.genes.species import SPECIES, checked_species_name
-from genemodel.genes.tables import first_column, read_table, required_column
+from genemodel.genes.tables import first_column, plain_column, read_table, required_column
 
 if TYPE_CHECKING:
     from genemodel.genes.vocabulary import GeneVocabulary
@@ -126,13 +126,18 @@ def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
     what = "genes table"
     table = read_table(path, what)
     id_column = required_column(
-        table, ("ensembl_id", "gene_id", "gene_stable_id", "feature_id", "id"), what=what, path=path
+        table,
+        ("ensembl_id", "gene_id", "gene_stable_id", "ensembl_gene_id", "feature_id", "id"),
+        what=what,
+        path=path,
     )
     symbol_column = first_column(
         table, ("symbol", "gene_symbol", "gene_name", "name", "external_gene_name")
     )
     biotype_column = first_column(table, ("biotype", "gene_biotype", "gene_type", "type"))
-    alias_column = first_column(table, ("aliases", "alias"))
+    alias_column = first_column(
+        table, ("aliases", "alias", "gene_synonym", "external_synonym", "synonyms")
+    )
     empty = pd.Series([""] * len(table), dtype=object)
     genes = pd.DataFrame(
         {
@@ -141,6 +146,11 @@ def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
             "biotype": table[biotype_column].str.strip() if biotype_column else empty,
             "aliases": table[alias_column].str.strip() if alias_column else empty,
         }
+    )
+    # BioMart gives a line per transcript or synonym where one was asked for beside the gene.
+    same = ["ensembl_id", "symbol", "biotype"]
+    genes = genes.groupby(same, sort=False, as_index=False)["aliases"].agg(
+        lambda found: "|".join(dict.fromkeys(filter(None, found)))
     )
     repeated = genes["ensembl_id"].duplicated()
     if repeated.any():
@@ -199,6 +209,8 @@ def _ortholog_pairs(
     known_columns = _side_columns(table, to, _KNOWN_ID, _KNOWN_SYMBOL)
     new_columns = _side_columns(table, name, _NEW_ID, _NEW_SYMBOL)
     if not known_columns or not new_columns:
+        known_columns, new_columns = _biomart_columns(table, known_columns, new_columns)
+    if not known_columns or not new_columns:
         if table.shape[1] != 2:
             raise DataError(
                 f"{what}: {path} has columns {', '.join(map(str, table.columns))}; need one with "
@@ -217,7 +229,9 @@ def _ortholog_pairs(
             )
         )
     support_column = first_column(table, _SUPPORT)
-    type_column = first_column(table, _TYPE)
+    type_column = first_column(table, _TYPE) or next(
+        (str(c) for c in table.columns if plain_column(str(c)).endswith(_TYPE)), None
+    )
     support = pd.Series(1.0, index=table.index)
     if support_column is not None:
         support = pd.to_numeric(table[support_column], errors="coerce")
@@ -252,10 +266,41 @@ def _side_columns(
 ) -> list[str]:
     """Columns that name one side's genes, ids before symbols."""
     found = (
-        first_column(table, (f"{species}_ensembl", f"{species}_id", *ids)),
-        first_column(table, (f"{species}_symbol", *symbols)),
+        first_column(
+            table, (f"{species}_ensembl", f"{species}_id", f"{species}_gene_stable_id", *ids)
+        ),
+        first_column(table, (f"{species}_symbol", f"{species}_gene_name", *symbols)),
     )
     return [column for column in found if column is not None]
+
+
+def _biomart_columns(
+    table: pd.DataFrame, known: list[str], new: list[str]
+) -> tuple[list[str], list[str]]:
+    """Find the sides in a table of BioMart, whose own species bears no name in its columns.
+
+    The web page writes "Gene stable ID" and "Zebrafish gene stable ID", R's biomaRt
+    ensembl_gene_id and drerio_homolog_ensembl_gene.
+    """
+    ids, symbols = ("gene_stable_id", "ensembl_gene_id"), ("gene_name", "external_gene_name")
+    own = [c for c in (first_column(table, ids), first_column(table, symbols)) if c is not None]
+    ends = (
+        ("_gene_stable_id", "_homolog_ensembl_gene"),
+        ("_gene_name", "_homolog_associated_gene_name"),
+    )
+    other = [
+        str(c)
+        for side in ends
+        for c in table.columns
+        if plain_column(str(c)).endswith(side)
+        and str(c) not in own
+        and not plain_column(str(c)).startswith("external")
+    ]
+    if own and known:
+        return known, [c for c in own if c not in known]
+    if own and (new or other):
+        return own, new or other
+    return known, new
 
 
 def _ids(table: pd.DataFrame, columns: list[str], known: dict[str, str]) -> pd.Series:

@@ -77,22 +77,73 @@ SPECIES: dict[str, Species] = {
 }
 
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
-_BY_SCIENTIFIC = {s.scientific.lower(): s.name for s in SPECIES.values() if s.scientific}
+# What else people call them; the shorter Latin names are made from the long ones below.
+_CALLED = {
+    "human": ("humans", "man", "h sap"),
+    "mouse": ("mice", "house mouse", "m mus"),
+    "rat": ("rats", "norway rat", "brown rat"),
+    "rhesus": ("rhesus macaque", "rhesus monkey"),
+    "cynomolgus": ("cynomolgus monkey", "cynomolgus macaque", "crab eating macaque"),
+    "chimpanzee": ("chimp",),
+    "marmoset": ("common marmoset", "white tufted ear marmoset"),
+    "mouse_lemur": ("gray mouse lemur", "grey mouse lemur"),
+    "pig": ("swine", "sus scrofa domesticus"),
+    "cow": ("cattle", "bovine"),
+    "dog": ("canis familiaris",),
+    "fly": ("fruit fly", "fruitfly", "drosophila"),
+    "worm": ("nematode", "roundworm"),
+    "yeast": ("baker's yeast", "budding yeast"),
+}
+
+
+def _names() -> dict[str, str]:
+    """Lower-case names -> short names: Latin, ``h sapiens``, ``hsapiens``, what people say."""
+    found: dict[str, str] = {}
+    for species in SPECIES.values():
+        genus, *further = species.scientific.lower().split() or [""]
+        last = " ".join(further[-1:])
+        # Ensembl and BioMart write clfamiliaris where others write cfamiliaris.
+        initials = "".join(word[0] for word in (genus, *further[:-1]) if word)
+        shorter = (f"{genus[:1]} {last}", f"{genus[:1]}{last}", f"{initials}{last}")
+        for name in (" ".join((genus, *further)), *shorter, *_CALLED.get(species.name, ())):
+            if name.strip():
+                found.setdefault(name, species.name)
+    return found
+
+
+_BY_NAME = _names()
+_BY_TAXON = {str(s.taxon): s.name for s in SPECIES.values()}
+_TAXON = re.compile(r"^(?:(?:ncbi)?_?tax(?:on|id|onomy)?|txid)?[ :_]*(\d+)$")
 _ASSEMBLY_OF = {a: s.name for s in SPECIES.values() for a in s.assemblies}
-ASSEMBLY_PREFIX = re.compile(
-    r"^(" + "|".join(sorted(map(re.escape, _ASSEMBLY_OF), key=len, reverse=True)) + r")[_-]+(?=.)",
-    re.IGNORECASE,
-)
+_ASSEMBLY = "(" + "|".join(sorted(map(re.escape, _ASSEMBLY_OF), key=len, reverse=True)) + ")"
+ASSEMBLY_PREFIX = re.compile(rf"^{_ASSEMBLY}[_-]+(?=.)", re.IGNORECASE)
+# GRCh38, GRCh38.p14, GRCh38-2024-A, refdata-gex-mm10-2020-A
+_ASSEMBLY_NAMED = re.compile(rf"(?:^|[-_ ]){_ASSEMBLY}(?:\.p\d+)?(?:[-_ ].*)?$")
 
 
 def species_name(text: str) -> str:
-    """Short name of a species given by its short or Latin name, in any case.
+    """Short name of a species, from any of the ways in which it is written.
 
+    Known are the short name, the Latin one in full or shortened (``Homo sapiens``, ``H. sapiens``,
+    ``hsapiens``), both together (``Homo sapiens (human)``), the NCBI taxon with or without its
+    prefix (``NCBITaxon:9606``) and genome assemblies (``GRCh38``, ``mm10-2020-A``), in any case.
     An unknown name is returned in lower case: a vocabulary may hold species that are not listed in
     ``SPECIES``.
     """
-    lowered = " ".join(str(text).strip().lower().replace("_", " ").split())
-    return _BY_SCIENTIFIC.get(lowered, lowered.replace(" ", "_"))
+    written = str(text).strip().lower()
+    plain = " ".join(re.sub(r"[-_.\s]+", " ", written).split())
+    both = re.fullmatch(r"(.+?) ?\((.+)\)", plain)
+    for name in (plain, *(both.groups() if both else ())):
+        short = name.replace(" ", "_")
+        if short in SPECIES:
+            return short
+        if name in _BY_NAME:
+            return _BY_NAME[name]
+    if found := _TAXON.match(written):
+        return _BY_TAXON.get(found[1], written)
+    if found := _ASSEMBLY_NAMED.search(written):
+        return _ASSEMBLY_OF[found[1]]
+    return "_".join(written.replace("_", " ").split())
 
 
 def assembly_species(assembly: str) -> str:

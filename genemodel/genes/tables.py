@@ -78,9 +78,14 @@ def read_table(path: str | Path, what: str) -> pd.DataFrame:
 
 
 def first_column(table: pd.DataFrame, names: tuple[str, ...]) -> str | None:
-    """Return the first of `names` that the table has (any case), or None."""
-    lowered = {str(c).lower(): str(c) for c in table.columns}
+    """Return the first of `names` that the table has (any case, blanks as _), or None."""
+    lowered = {plain_column(str(c)): str(c) for c in table.columns}
     return next((lowered[name] for name in names if name in lowered), None)
+
+
+def plain_column(name: str) -> str:
+    """Write the name of a column as it is compared: BioMart's web page has "Gene stable ID"."""
+    return "_".join(name.lower().split())
 
 
 def required_column(

@@ -5,6 +5,7 @@ reference, L labels.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ import pandas as pd
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
 from genemodel.inference.cell_vectors import embedding_of
@@ -63,6 +64,7 @@ def annotate(
     species: str | None = None,
     reference_species: str | None = None,
     seed: int = 0,
+    missing_labels: Sequence[str] = (),
 ) -> None:
     """Label cells by the labelled cells of a reference, or by a model that tells labels apart.
 
@@ -100,6 +102,9 @@ def annotate(
         One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
     seed
         Which reference cells are held out for calibration, where there are more than 5,000.
+    missing_labels
+        Texts in ``label_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
 
     Raises
     ------
@@ -132,7 +137,9 @@ def annotate(
         return
     if not label_key:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
-    label_R, labels = label_codes(reference.obs, label_key, where="reference")
+    label_R, labels = label_codes(
+        reference.obs, label_key, where="reference", missing_labels=missing_labels
+    )
     if query.n_obs == 0:
         raise DataError("query has no cells.")
     reference_RD = _vectors(reference, model, reference_layer, reference_species, "reference")
@@ -469,6 +476,9 @@ class AnnotateSettings:
         auto, cpu, cuda, cuda:1 …
     seed
         Which reference cells are held out for calibration.
+    missing_labels
+        Texts in ``label_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     overwrite
         Replace an existing output.
     """
@@ -489,6 +499,7 @@ class AnnotateSettings:
     reference_species: str = ""
     device: str = "auto"
     seed: int = 0
+    missing_labels: tuple[str, ...] = ()
     overwrite: bool = False
 
 
@@ -513,10 +524,9 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
     for name in ("query", "reference") if settings.reference else ("query",):
         path = Path(getattr(settings, name))
-        if not path.is_file():
-            raise DataError(f"{name}={path} is no file: name an h5ad file with raw counts.")
-        with refuse_damage(str(path)):
-            cells[name] = ad.read_h5ad(path)
+        if not path.exists():
+            raise DataError(f"{name}={path} is no file: name one of raw counts.")
+        cells[name] = read_anndata(path)
     annotate(
         cells["query"],
         cells.get("reference"),
@@ -532,6 +542,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         species=settings.species or None,
         reference_species=settings.reference_species or None,
         seed=settings.seed,
+        missing_labels=settings.missing_labels,
     )
     labelled = ad.AnnData(obs=cells["query"].obs)
     labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]

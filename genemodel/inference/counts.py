@@ -169,6 +169,12 @@ def refuse_unknown_species(
     unknown = sorted(found - set(known))
     if not unknown:
         return
+    if unknown == ["nan"]:
+        column = "species" if species is None else species.removeprefix("obs:")
+        raise DataError(
+            f"{where}: some cells have no species in obs[{column!r}]. Fill the column, or leave "
+            "those cells out."
+        )
     if species is not None and not species.startswith("obs:"):
         near = nearest(unknown[0], known)
         raise DataError(

@@ -18,8 +18,8 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.sources import Source
+from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.annotations import KEPT, copy_annotations, read_annotations
 from genemodel.inference.cell_vectors import embedder, embedding_of
@@ -187,18 +187,9 @@ def _refuse_of_transformer(**given: Any) -> None:
 
 def _read_whole(path: Path) -> "AnnData":
     """Read a file of cells with its counts into memory."""
-    import anndata as ad
-
     if not path.exists():
         raise DataError(f"{path} does not exist.")
-    read = {".h5ad": ad.read_h5ad, ".zarr": ad.read_zarr}.get(path.suffix)
-    if read is None:
-        raise DataError(
-            f"{path} ends neither in .h5ad nor in .zarr, which are what an IntegratedModel reads: "
-            "write it as one (anndata, scanpy)."
-        )
-    with refuse_damage(str(path)):
-        return read(path)
+    return read_anndata(path)
 
 
 def _without_counts(adata: "AnnData") -> "AnnData":

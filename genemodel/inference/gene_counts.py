@@ -13,10 +13,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.contract import find_counts
+from genemodel.cells.contract import find_counts, refuse_numbers
 from genemodel.cells.sources import CHUNK_CELLS, open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import written_as_others
+from genemodel.genes.recognition import without_appended
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import VocabularyCells, refuse_unknown_species
@@ -153,11 +154,13 @@ def read_counts(
     if vocabulary is not None:
         return _with_vocabulary(adata, vocabulary, layer, species)
     counts = find_counts(adata, layer=layer)
+    refuse_numbers(counts.genes, "adata")
     blocks = [
         counts.read(start, min(start + CHUNK_CELLS, counts.shape[0]))
         for start in range(0, counts.shape[0], CHUNK_CELLS)
     ]
-    names = [str(name) for name in counts.genes.index]
+    # What scanpy calls GENE-1 is a second row of GENE.
+    names = without_appended([str(name) for name in counts.genes.index])
     stacked_CG = sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(counts.shape)
     code_G, unique = pd.factorize(np.array(names, dtype=object))
     if len(unique) < len(names):

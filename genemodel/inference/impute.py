@@ -29,6 +29,7 @@ from genemodel.adapt.imputation_model import (
     check_library,
 )
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.contract import refuse_numbers
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
@@ -80,6 +81,7 @@ def impute(
     backbone: Tune | TuningSettings | None = None,
     device: str | torch.device = "auto",
     run: HeadRun | None = None,
+    missing_labels: Sequence[str] = (),
 ) -> ImputationModel:
     """Denoise counts: the expected count of every gene in every cell, and how sure that is.
 
@@ -144,6 +146,9 @@ def impute(
         Where to train: ``auto`` takes a GPU where there is one.
     run
         Folder and devices of the training, instead of ``device``; what fine-tuning uses.
+    missing_labels
+        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a batch of one.
 
     Returns
     -------
@@ -187,12 +192,13 @@ def impute(
         _check_backbone(bundle, trained, tuning)
     beneath = bundle if trained is None else trained.bundle
     source = _open(
-        adata, beneath, layer, species, keys,
+        adata, beneath, layer, species, keys, missing_labels,
         keep=trained.batch_keys if trained is not None else (),
         needs_species=genes is not None or vectors or tuning is not None
         or (trained is not None and trained.bundle is not None),
     )  # fmt: skip
     try:
+        refuse_numbers(source.genes, source.where)
         cells: VocabularyCells | None = None
         gene_vectors_GE: np.ndarray | None = None
         if trained is not None:
@@ -215,7 +221,10 @@ def impute(
         foreign = Unmeasured(cells, columns.token_P) if cells is not None else None
         sink: Sink
         if path is None:
-            sink = InPlace(cast("AnnData", adata), columns, layers, in_table=genes is not None)
+            sink = InPlace(
+                cast("AnnData", adata), columns, layers, in_table=genes is not None,
+                column_P=source.counts.column_G,
+            )  # fmt: skip
         else:
             tables = output_tables(
                 adata, source, columns, every=genes is None, trained=trained is not None
@@ -322,6 +331,7 @@ def _open(
     layer: str | None,
     species: str | None,
     batch_keys: tuple[str, ...],
+    missing_labels: Sequence[str],
     *,
     keep: tuple[str, ...],
     needs_species: bool,
@@ -330,13 +340,19 @@ def _open(
     if model is not None and species is None and len(model.species) == 1:
         species = model.species[0]
     try:
-        return open_source(data, layer=layer, species=species, columns=columns, keep=keep)
+        return open_source(
+            data, layer=layer, species=species, columns=columns, keep=keep,
+            missing_labels=missing_labels,
+        )  # fmt: skip
     except ConfigError:
         if species is not None or (model is not None and needs_species):
             raise
     # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
     species = next(iter(SPECIES))
-    source = open_source(data, layer=layer, species=species, columns=columns, keep=keep)
+    source = open_source(
+        data, layer=layer, species=species, columns=columns, keep=keep,
+        missing_labels=missing_labels,
+    )  # fmt: skip
     source.obs = source.obs.drop(columns="species")
     return source
 
@@ -357,7 +373,7 @@ def _batch_names(source: Source, keys: tuple[str, ...]) -> np.ndarray:
                 f"{source.n_cells:,} cells. Fill them in (a name of their own will do), or leave "
                 "those cells out."
             )
-    return batch_names(source.obs, keys, source.where).astype(str)
+    return batch_names(source.obs, keys, source.where, None).astype(str)
 
 
 def _check_backbone(
@@ -423,7 +439,8 @@ def _refuse_too_large(n_cells: int, n_columns: int, layers: Layers) -> None:
 
 
 def _refuse_other_genes(adata: Any, source: Source, genes: Sequence[str] | None) -> None:
-    if genes is None and len(source.genes) != adata.n_vars:
+    # Features that are no genes get NaN.
+    if genes is None and source.counts.column_G is None and len(source.genes) != adata.n_vars:
         raise ConfigError(
             f"{source.where}: the counts have {len(source.genes):,} genes, the AnnData "
             f"{adata.n_vars:,}, so they cannot become a layer. Use output=FILE.h5ad or genes=[...]."
@@ -613,6 +630,9 @@ class ImputeSettings:
         null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
     batch
         Empty for each cell's own, mean for batch-corrected, or the name of a batch.
+    missing_labels
+        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     genes
         Only these; empty for all measured ones.
     kind
@@ -637,6 +657,7 @@ class ImputeSettings:
     quantiles: tuple[float, ...] = ()
     library: float | str | None = None
     batch: str = ""
+    missing_labels: tuple[str, ...] = ()
     genes: tuple[str, ...] = ()
     kind: Written = "posterior"
     seed: int = 0
@@ -672,5 +693,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         output=settings.output,
         overwrite=settings.overwrite,
         device=settings.device,
+        missing_labels=settings.missing_labels,
     )
     return Path(settings.output)

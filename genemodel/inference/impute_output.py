@@ -113,11 +113,19 @@ class InPlace:
     """Layers of an AnnData, or tables in its ``obsm``; nothing is set before all is computed."""
 
     def __init__(
-        self, adata: "AnnData", columns: Columns, layers: Layers, *, in_table: bool
+        self,
+        adata: "AnnData",
+        columns: Columns,
+        layers: Layers,
+        *,
+        in_table: bool,
+        column_P: np.ndarray | None = None,
     ) -> None:
         self.adata, self.columns, self.key, self.in_table = adata, columns, layers.key, in_table
-        shape = (adata.n_obs, len(columns.names))
-        self.arrays = {name: np.empty(shape, np.float32) for name in layers.names}
+        # Features that are no genes stay NaN.
+        self.column_P = None if in_table else column_P
+        shape = (adata.n_obs, len(columns.names) if self.column_P is None else adata.n_vars)
+        self.arrays = {name: np.full(shape, np.nan, np.float32) for name in layers.names}
 
     def open(self) -> AbstractContextManager[None]:
         """See :class:`Sink`."""
@@ -125,7 +133,10 @@ class InPlace:
 
     def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None:
         """See :class:`Sink`."""
-        self.arrays[name][rows] = values_CP
+        if self.column_P is None:
+            self.arrays[name][rows] = values_CP
+        else:
+            self.arrays[name][rows, self.column_P] = values_CP
 
     def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None:
         """See :class:`Sink`."""
@@ -139,6 +150,10 @@ class InPlace:
         if self.in_table:
             about = {**about, "dispersion": dispersion_P}
         else:
+            if self.column_P is not None:
+                every_G = np.full(self.adata.n_vars, np.nan, dispersion_P.dtype)
+                every_G[self.column_P] = dispersion_P
+                dispersion_P = every_G
             self.adata.var[f"{self.key}_dispersion"] = dispersion_P
         self.adata.uns[self.key] = about
 

@@ -65,6 +65,7 @@ def integrate(
     settings: IntegrationSettings | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
+    missing_labels: Sequence[str] = (),
 ) -> IntegratedModel:
     """Train an embedding that is free of the technical batch, and embed the cells with it.
 
@@ -98,6 +99,9 @@ def integrate(
         Where to train: ``auto`` takes a GPU where there is one.
     seed
         Of initial weights, order, thinning and clustering.
+    missing_labels
+        Texts in these columns that stand for a missing value, beside the usual ones
+        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
 
     Returns
     -------
@@ -122,7 +126,7 @@ def integrate(
     result, embedding_CD = integrate_cells(
         adata, keys_of(batch_key), label_key, bundle, tuning,
         layer=layer, species=species, settings=settings or IntegrationSettings(),
-        where=HeadRun(device=device), seed=seed,
+        where=HeadRun(device=device), seed=seed, missing_labels=missing_labels,
     )  # fmt: skip
     adata.obsm[key_added] = embedding_CD
     adata.uns[key_added] = dict(result.provenance)
@@ -142,6 +146,7 @@ def integrate_cells(
     where: HeadRun,
     seed: int,
     held_out: np.ndarray | None = None,
+    missing_labels: Sequence[str] = (),
 ) -> tuple[IntegratedModel, np.ndarray]:
     """Train on cells in memory or on a corpus, which may be larger; see :func:`integrate`.
 
@@ -157,6 +162,8 @@ def integrate_cells(
         Of the training.
     held_out
         Numbers of cells that are looked at and not trained on.
+    missing_labels
+        As in :func:`integrate`.
 
     Returns
     -------
@@ -168,11 +175,11 @@ def integrate_cells(
     _check_tuning(bundle, tuning)
     check_label_is_no_batch(keys, label_key)
     obs = data.obs if not isinstance(data, Corpus) else data.obs()
-    name_C, batches = batches_of(obs, keys)
+    name_C, batches = batches_of(obs, keys, missing_labels)
     label_C: np.ndarray | None = None
     labels: list[str] = []
     if label_key is not None:
-        label_C, labels = label_codes(obs, label_key)
+        label_C, labels = label_codes(obs, label_key, missing_labels=missing_labels)
     n_cells = len(name_C)
     if n_cells < MIN_CELLS:
         raise DataError(f"adata has {n_cells} cells: fewer than {MIN_CELLS} cannot be integrated.")
@@ -287,9 +294,11 @@ def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:
     check_fits(tuning, bundle.model.settings)
 
 
-def batches_of(obs: "pd.DataFrame", keys: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def batches_of(
+    obs: "pd.DataFrame", keys: Sequence[str], missing_labels: Sequence[str] = ()
+) -> tuple[np.ndarray, list[str]]:
     """Name the batch of every cell, and all batches in order; refuses fewer than two."""
-    name_C = batch_names(obs, keys)
+    name_C = batch_names(obs, keys, missing_labels=missing_labels)
     batches = sorted(set(name_C))
     if len(batches) < 2:
         raise DataError(

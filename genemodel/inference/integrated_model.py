@@ -199,7 +199,7 @@ class IntegratedModel:
                     ", ".join(self.batch_keys),
                 )
             return np.full(adata.n_obs, "", dtype=object)
-        name_C = batch_names(adata.obs, self.batch_keys)
+        name_C = batch_names(adata.obs, self.batch_keys, missing_labels=None)
         unknown = sorted(set(name_C) - set(self.batches))
         if unknown and new_batch is False:
             raise DataError(

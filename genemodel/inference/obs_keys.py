@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
 
@@ -44,6 +45,11 @@ def check_label_is_no_batch(batch_keys: Sequence[str], label_key: str | None) ->
 
 def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.Series:
     """Return a column of obs, or refuse and name what there is."""
+    if list(obs.columns).count(key) > 1:
+        raise DataError(
+            f"{where}.obs has two columns of the name {key!r} ({what}), and nothing says which one "
+            "is meant. Rename one of them."
+        )
     if key not in obs.columns:
         known = [str(name) for name in obs.columns]
         near = nearest(key, known)
@@ -55,8 +61,15 @@ def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.S
     return obs[key]
 
 
-def batch_names(obs: pd.DataFrame, keys: Sequence[str], where: str = "adata") -> np.ndarray:
+def batch_names(
+    obs: pd.DataFrame,
+    keys: Sequence[str],
+    where: str = "adata",
+    missing_labels: Sequence[str] | None = (),
+) -> np.ndarray:
     """Name the batch of every cell: the values of the columns, joined.
+
+    ``missing_labels`` changes which texts stand for a missing value; None: none does.
 
     Raises
     ------
@@ -66,6 +79,8 @@ def batch_names(obs: pd.DataFrame, keys: Sequence[str], where: str = "adata") ->
     parts = []
     for key in keys:
         values = column(obs, key, "batch_key", where)
+        if missing_labels is not None:
+            values = without_placeholders(values, missing_labels, column=key, where=where)
         missing = int(values.isna().sum())
         if missing:
             raise DataError(
@@ -80,9 +95,13 @@ def batch_names(obs: pd.DataFrame, keys: Sequence[str], where: str = "adata") ->
 
 
 def label_codes(
-    obs: pd.DataFrame, key: str, what: str = "label_key", where: str = "adata"
+    obs: pd.DataFrame,
+    key: str,
+    what: str = "label_key",
+    where: str = "adata",
+    missing_labels: Sequence[str] = (),
 ) -> tuple[np.ndarray, list[str]]:
-    """Code the labels, -1 where missing.
+    """Code the labels, -1 where missing, or where a text stands for that.
 
     Raises
     ------
@@ -90,6 +109,7 @@ def label_codes(
         The column is not there or holds fewer than two labels.
     """
     values = column(obs, key, what, where)
+    values = without_placeholders(values, missing_labels, column=key, where=where)
     known = values.notna().to_numpy()
     names = sorted({str(value) for value in values[known]})
     if len(names) < 2:

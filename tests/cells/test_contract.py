@@ -129,6 +129,15 @@ def test_one_corrupt_value_beyond_the_first_look_is_found(value, what, layout):
     assert "cell number 300" in str(caught.value) and "cells, X" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.longdouble, ">i4", ">f8", np.uint64, np.int8])
+def test_whole_numbers_of_types_that_scipy_lacks_are_counts(dtype):
+    counts = np.minimum(RAW, 100)
+    adata = adata_of(RAW)
+    for values in (counts.astype(dtype), np.asfortranarray(counts.astype(dtype))):
+        adata.X = values
+        np.testing.assert_array_equal(find_counts(adata).read(3, 40).toarray(), counts[3:40])
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.float32, np.float64])
 def test_whole_numbers_of_any_type_are_counts(dtype):
     found = find_counts(adata_of(sp.csr_matrix(RAW.astype(dtype))))

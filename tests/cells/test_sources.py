@@ -348,7 +348,9 @@ BAD = {
     "text named h5ad": (written("cells.h5ad", b"gene,cell\n1,2\n"), "begins with b'gene,cel'"),
     "R object": (written("cells.rds", b"\x1f\x8bxxxxxxxx"), "R object.*writeH5AD"),
     "archive": (written("cells.tar.gz", b"\x1f\x8bxxxxxxxx"), "archive: unpack it"),
-    "matrix alone": (written("matrix.mtx", b"%%MatrixMarket m c i g\n"), "give the folder"),
+    "matrix alone": (
+        written("matrix.mtx", b"%%MatrixMarket m c i g\n"), "has matrix.mtx but no barcodes.tsv",
+    ),
     "unknown kind": (written("cells.xyz", b"123456789"), "of no known kind"),
     "foreign hdf5": (foreign_hdf5, "neither h5ad .* 10x .* nor loom.*it holds table"),
     "truncated h5ad": (cut(h5ad), "cells.h5ad.*cannot be read"),
@@ -394,10 +396,12 @@ def test_bad_sources_are_refused_by_name(name, adata, tmp_path):
 
 
 def test_a_species_must_be_stated(adata, tmp_path):
+    adata = adata.copy()
+    adata.obs = adata.obs.rename(columns={"organism": "being"})
     path = h5ad(adata, tmp_path)
-    with pytest.raises(ConfigError, match=r"not stated. Set species=human.*organism, sample"):
+    with pytest.raises(ConfigError, match=r"not stated. Set species=human.*being, sample"):
         open_source(path)
-    with pytest.raises(DataError, match="no obs column 'specie' .*organism, sample, label"):
+    with pytest.raises(DataError, match="no obs column 'specie' .*being, sample, label"):
         open_source(path, species="obs:specie")
     with pytest.raises(DataError, match="no obs column 'patient'.*wanted for donor"):
         open_source(path, species="human", columns={"donor": "patient"})

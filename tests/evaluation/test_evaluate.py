@@ -287,7 +287,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, cells):
     with pytest.raises(DataError, match="does not exist"):
         evaluate(tmp_path / "no.h5ad", batch_key="donor")
     (tmp_path / "text.h5ad").write_text("not HDF5")
-    with pytest.raises(DataError, match=r"text\.h5ad cannot be read"):
+    with pytest.raises(DataError, match=r"text\.h5ad: is named like an HDF5 file"):
         evaluate(tmp_path / "text.h5ad", batch_key="donor")
     with pytest.raises(ConfigError, match="is a file: name a folder"):
         evaluate(cells, batch_key="donor", out=tmp_path / "text.h5ad")

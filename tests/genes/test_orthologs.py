@@ -129,6 +129,45 @@ def test_layouts_of_ortholog_tables(known, genes, tmp_path, text):
     assert tokens[fish(2)] >= 9
 
 
+BIOMART = {
+    "the web page": (
+        "Gene stable ID\tGene name\tGene type",
+        "Gene stable ID\tZebrafish gene stable ID\tZebrafish gene name\tZebrafish homology type",
+        False,
+    ),
+    "from the fish": (
+        "Gene stable ID\tGene name\tGene type",
+        "Gene stable ID\tHuman gene stable ID\tHuman gene name\tHuman homology type",
+        True,
+    ),
+    "R": (
+        "ensembl_gene_id\texternal_gene_name\tgene_biotype",
+        "ensembl_gene_id\tdrerio_homolog_ensembl_gene\tdrerio_homolog_associated_gene_name\t"
+        "drerio_homolog_orthology_type",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", BIOMART)
+def test_tables_of_biomart(layout, known, tmp_path):
+    genes_header, orthologs_header, turned = BIOMART[layout]
+    lines = [f"{fish(i)}\tgene{i}\tprotein_coding" for i in range(5)]
+    lines.insert(2, lines[1])  # a line per transcript
+    (tmp_path / "g.tsv").write_text("\n".join([genes_header, *lines]) + "\n")
+    pairs = [(0, 0, "ortholog_one2one"), (1, 1, "ortholog_one2many"), (1, 2, "ortholog_one2many")]
+    rows = []
+    for human, other, kind in pairs:
+        a, b = f"ENSG{human:011d}", fish(other)
+        rows.append(f"{b}\t{a}\t\t{kind}" if turned else f"{a}\t{b}\tgene{other}\t{kind}")
+    rows.append(f"{fish(4)}\t\t\t" if turned else f"ENSG{4:011d}\t\t\t")
+    (tmp_path / "o.tsv").write_text("\n".join([orthologs_header, *rows]) + "\n")
+    grown = known.with_species("zebrafish", tmp_path / "g.tsv", tmp_path / "o.tsv", "human")
+    tokens = species_tokens(grown, "zebrafish")
+    assert len(tokens) == 5 and tokens[fish(0)] == 3
+    assert sorted(tokens[fish(i)] for i in range(1, 5)) == list(range(9, 13))
+
+
 def test_a_retired_id_is_still_a_rival(known, genes, tmp_path):
     text = "species human_ensembl target_ensembl n_support\n"
     text += f"zebrafish ENSG00000000000 {fish(0)} 6\nzebrafish ENSG00000000000 ENSDARG77 9\n"

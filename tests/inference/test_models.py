@@ -184,7 +184,7 @@ def test_the_verb_embeds_a_file_with_a_network_on_counts(cells, integrated, fold
     np.testing.assert_array_equal(back.obsm["X_integrated"], written.obsm["X_integrated"])
     assert back.X is None
     (tmp_path / "cells.csv").write_text("")
-    with pytest.raises(DataError, match="neither in .h5ad nor in .zarr"):
+    with pytest.raises(DataError, match="cells.csv: is empty"):
         gm.embed(tmp_path / "cells.csv", folders / "model")
 
 

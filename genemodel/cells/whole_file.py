@@ -1,0 +1,106 @@
+"""Any source of cells as an AnnData in memory, with all that it says of them.
+
+The work on all cells at once (integration, scores, labels) needs the object; what can be opened is
+the same as for a corpus.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import scipy.sparse as sp
+
+from genemodel.cells import remote
+from genemodel.cells.matrices import refuse_damage
+from genemodel.cells.obs_columns import ColumnPlan
+from genemodel.cells.sources import OpenOptions, modality_of, open_with, stem
+from genemodel.errors import DataError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_PARTS = ("X", "obs", "var", "uns", "obsm", "varm", "obsp", "varp", "layers")
+
+
+class _EveryColumn(ColumnPlan):
+    """Keeps obs as it is."""
+
+    def apply(
+        self,
+        index: pd.Index,
+        present: Sequence[str],
+        read: Callable[[str], Any],
+        where: str,
+        name: str,
+    ) -> pd.DataFrame:
+        """See :class:`ColumnPlan`."""
+        columns = {column: pd.Series(read(column)).array for column in present}
+        return pd.DataFrame(columns, index=pd.Index(index.astype(str), name=None))
+
+
+def read_anndata(path: str | Path) -> "AnnData":
+    """Read a file or folder of cells, whatever its kind.
+
+    Parameters
+    ----------
+    path
+        What :func:`~genemodel.cells.sources.open_source` opens. h5ad and zarr are read with all
+        layers, embeddings and notes; of other kinds the counts, which are proven, and the names and
+        columns of cells and genes.
+
+    Raises
+    ------
+    DataError
+        Missing, damaged or foreign.
+    """
+    if remote.is_local(str(path)):
+        if not Path(path).exists():
+            raise DataError(f"{path}: does not exist: name a file of raw counts")
+        if (found := _stored(Path(path))) is not None:
+            return found
+    import anndata as ad
+
+    name = stem(Path(path) if remote.is_local(str(path)) else remote.name_of(str(path)))
+    plan = _EveryColumn({}, {}, None)
+    options = OpenOptions(None, plan, False, None, False, name)
+    with open_with(path, options) as source:
+        blocks = [chunk.counts_CG for chunk in source.chunks()]
+        counts_CG = (
+            sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(source.counts.shape)
+        )
+        return ad.AnnData(counts_CG, obs=source.obs, var=source.genes)
+
+
+def _stored(path: Path) -> "AnnData | None":
+    """Read what anndata wrote, or programs that write like it; None where it is of another kind."""
+    import anndata as ad
+    import h5py
+    import zarr
+
+    is_zarr = path.is_dir() and any((path / n).exists() for n in ("zarr.json", ".zgroup"))
+    if not is_zarr and (path.is_dir() or not h5py.is_hdf5(path)):
+        return None
+    with refuse_damage(str(path)):
+        root = zarr.open_group(path, mode="r") if is_zarr else h5py.File(path, "r")
+        try:
+            keys = set(root)
+            if {"mod", "obs"} <= keys:
+                root_of_genes = root["mod"][modality_of(root, path)]
+            elif "obs" in keys and keys & {"X", "layers"}:
+                root_of_genes = root
+            else:
+                return None
+            parts = {
+                key: ad.io.read_elem(root_of_genes[key]) for key in _PARTS if key in root_of_genes
+            }
+            raw: Any = root_of_genes["raw"] if "raw" in root_of_genes else None
+            if hasattr(raw, "keys") and "X" in raw:
+                read = {
+                    key: ad.io.read_elem(raw[key]) for key in ("X", "var", "varm") if key in raw
+                }
+                parts["raw"] = read
+            return ad.AnnData(**parts)
+        finally:
+            if not is_zarr:
+                root.close()
