@@ -650,6 +650,8 @@ class _Plan:
         self.steps_a_pass = math.ceil(n_cells / at_once)
         self.steps = settings.passes(n_cells) * self.steps_a_pass
         aside = settings.calibration_fraction
+        genes_V = np.zeros(data.n_genes, bool)
+        genes_V[self.gene_G] = True
         self.judged = View(seed, aside=aside, judged=True)
         tokens = micro_batches(size, backbone)
         inverse_median_V = np.ones(data.n_genes, np.float32)
@@ -662,6 +664,7 @@ class _Plan:
             batch_codes=data.batch_C, layout=data.layout,
             view=View(seed, settings.thin_low, settings.thin_high, aside), held_view=self.judged,
             n_tokens=n_tokens if backbone is not None else None,
+            genes_V=None if backbone is not None or len(self.gene_G) == data.n_genes else genes_V,
         )  # fmt: skip
         # What the encoder is shown of the sample in a check, and what is set aside of it.
         self.seen_SG, self.held_SG = self._shared_out(data.sample, data.sample_SV)
@@ -710,7 +713,7 @@ class _Plan:
         stream = CellStream(
             self.data.cells, cells, reading.tokens, seed=self.seed, endless=False, shuffle=False,
             inverse_median_V=reading.inverse_median_V, view=self.judged,
-            n_tokens=reading.n_tokens,
+            n_tokens=reading.n_tokens, genes_V=reading.genes_V,
         )  # fmt: skip
         for batch, _ in on_device(stream, device):
             yield batch

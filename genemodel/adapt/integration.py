@@ -235,7 +235,17 @@ class _Plan:
             seen_G = np.arange(data.n_genes)
         chosen = select_genes(data.sample_SV[:, seen_G], code_S, settings.n_genes)
         self.gene_G = seen_G[chosen]
+        self.place_G = self.gene_G
         self.sample_SG = data.sample_SV[:, self.gene_G]
+        if backbone is None:
+            # Without a transformer no other gene is read.
+            data = data.only(self.gene_G)
+            if data.n_genes == len(self.gene_G):
+                self.place_G = np.arange(data.n_genes)
+        self.data = data
+        genes_V = np.zeros(data.n_genes, bool)
+        genes_V[self.place_G] = True
+        self.genes_V = None if backbone is not None or genes_V.all() else genes_V
         self.vectors_GE = None if gene_vectors_VE is None else gene_vectors_VE[self.gene_G]
         train = data.train
         n_cells = len(train)
@@ -249,7 +259,7 @@ class _Plan:
             data.held_out if data.held_out.size else None,
             batch_codes=np.where(np.isin(np.arange(len(data.cells)), data.used), data.batch_C, -1),
             layout=data.layout,
-            view=View(seed, settings.keep_min),
+            view=View(seed, settings.keep_min), genes_V=self.genes_V,
         )  # fmt: skip
         trainer = where.trainer
         at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
@@ -262,7 +272,7 @@ class _Plan:
         if self.vectors_NF is not None:
             n_features = self.vectors_NF.shape[1]
         counts = CountEncoder(
-            self.gene_G, data.n_genes, hidden=settings.hidden, dropout=settings.dropout,
+            self.place_G, data.n_genes, hidden=settings.hidden, dropout=settings.dropout,
             n_features=n_features, feature_dropout=settings.feature_dropout,
         )  # fmt: skip
         value_SG = log_normalised(self.sample_SG)
@@ -295,7 +305,7 @@ class _Plan:
         """Read cells once, all their molecules shown."""
         return CellStream(
             self.data.cells, cells, tokens, seed=self.seed, endless=False, shuffle=False,
-            inverse_median_V=self.inverse_median_V,
+            inverse_median_V=self.inverse_median_V, genes_V=self.genes_V,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 Axes: C cells, S sampled cells, V genes of the cells.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -61,6 +61,16 @@ class TrainingCells:
     def n_batches(self) -> int:
         """B, of the cells that are trained on."""
         return int(self.batch_C.max()) + 1
+
+    def only(self, gene_G: np.ndarray) -> Self:
+        """Leave out all other genes of cells in memory; a stream leaves out those of a corpus."""
+        if not isinstance(self.cells, HeldCells):
+            return self
+        cells = HeldCells(
+            self.cells.counts_CG[:, gene_G], where=self.cells.path,
+            species_C=self.cells.label("species"),
+        )  # fmt: skip
+        return replace(self, cells=cells, n_genes=len(gene_G), sample_SV=self.sample_SV[:, gene_G])
 
     @property
     def layout(self) -> Layout | None:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -86,6 +86,15 @@ class Window:
             panel_C=self.panel_C[rows],
             cell_C=self.cell_C[rows],
         )
+
+    def only(self, genes_V: np.ndarray) -> "Window":
+        """Leave out all other genes; libraries stay those of all."""
+        kept_N = genes_V[self.gene_N]
+        before_N1 = np.concatenate([[0], np.cumsum(kept_N)])
+        return replace(
+            self, begin_C=before_N1[self.begin_C], end_C=before_N1[self.end_C],
+            gene_N=self.gene_N[kept_N], count_N=self.count_N[kept_N],
+        )  # fmt: skip
 
     @classmethod
     def joined(cls, windows: Sequence[Self]) -> Self:
@@ -264,6 +273,8 @@ class CellStream:
         Which molecules are shown; default all.
     n_tokens
         Genes at or above it are no tokens.
+    genes_V
+        Genes that are read at all, bool; default all.
 
     Raises
     ------
@@ -295,6 +306,7 @@ class CellStream:
         pieces: int = 1,
         view: View | None = None,
         n_tokens: int | None = None,
+        genes_V: np.ndarray | None = None,
     ) -> None:
         if len(cells) == 0:
             raise DataError(
@@ -304,7 +316,7 @@ class CellStream:
         self.corpus = corpus
         self.cells = np.asarray(cells, np.int64)
         self.settings = settings.placed(_mean_length(corpus, settings.context))
-        self.pieces, self.view, self.n_tokens = pieces, view, n_tokens
+        self.pieces, self.view, self.n_tokens, self.genes_V = pieces, view, n_tokens, genes_V
         self.seed = seed
         self.inverse_median_V = inverse_median_V
         self.position = position or Position()
@@ -430,7 +442,8 @@ class CellStream:
 
     def read_part(self, cells: np.ndarray) -> Window:
         """Read cells, in the order they will be packed."""
-        return read_cells(self.corpus, cells, self._labels)
+        window = read_cells(self.corpus, cells, self._labels)
+        return window if self.genes_V is None else window.only(self.genes_V)
 
 
 def _pieces_of(

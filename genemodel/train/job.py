@@ -88,6 +88,8 @@ class Reading:
         Which molecules are shown in training, and in a look.
     n_tokens
         Genes at or above it are no tokens; default all are.
+    genes_V
+        Genes that are read at all, bool; default all.
     """
 
     cells: Cells
@@ -100,12 +102,13 @@ class Reading:
     view: View | None = None
     held_view: View | None = None
     n_tokens: int | None = None
+    genes_V: np.ndarray | None = None
 
     def stream(self, cells: np.ndarray, device: torch.device, **options: Any) -> RankStream:
         """Micro-batches of some of the cells."""
         stream = CellStream(
             self.cells, cells, self.tokens, inverse_median_V=self.inverse_median_V,
-            batch_codes=self.batch_codes, n_tokens=self.n_tokens, **options,
+            batch_codes=self.batch_codes, n_tokens=self.n_tokens, genes_V=self.genes_V, **options,
         )  # fmt: skip
         return RankStream(stream, device)
 
