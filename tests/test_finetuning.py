@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import anndata as ad
 import numpy as np
@@ -322,38 +325,77 @@ def test_python_has_the_defaults_of_the_command_line():
     assert json.dumps(dataclasses.asdict(composed))
 
 
+TASKS = [
+    ("task=integrate", "backbone=lora"),
+    ("task=impute", "backbone=last", "imputation.check_every=1"),
+    ("task=classify", "label_key=cell_type", "backbone=lora"),
+]
+RUNS = {"integrate": "heads/integrate", "impute": "heads/impute", "classify": "backbone"}
+RESULTS = {"integrate": "embedded.h5ad", "impute": "imputed.h5ad", "classify": "labels.h5ad"}
+
+
+def for_task(data, start, out, words, *more):
+    given = command(data, start, out, *words, *more)
+    if words[0] == "task=classify":
+        given.remove("batch_key=batch")
+    return given
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("blank_report")
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("task=integrate", "backbone=lora"),
-        ("task=impute", "backbone=last", "imputation.check_every=1"),
-        ("task=classify", "label_key=cell_type", "backbone=lora"),
-    ],
-    ids=lambda words: words[0],
-)
+@pytest.mark.parametrize("words", TASKS, ids=lambda words: words[0])
 def test_two_processes_are_one_with_two_micro_batches(mine, small_start, tmp_path, words):
     """Losses, looks and outcome; what follows the training is made once."""
     runs = {"devices": tmp_path / "two", "accumulate": tmp_path / "one"}
     size = ["integration.batch_cells=20", "imputation.batch_cells=20"]
     for name, out in runs.items():
-        given = command(mine, small_start, out, *words, *size, f"trainer.{name}=2")
-        if words[0] == "task=classify":
-            given.remove("batch_key=batch")
-        assert main(given) == 0
+        assert main(for_task(mine, small_start, out, words, *size, f"trainer.{name}=2")) == 0
     two, one = runs.values()
-    where = {"task=classify": "backbone"}.get(words[0], f"heads/{words[0].partition('=')[2]}")
-    losses = [pd.read_csv(out / where / "metrics.csv").filter(like="train/") for out in (two, one)]
+    task = words[0].partition("=")[2]
+
+    def table(out, name, like):
+        return pd.read_csv(out / RUNS[task] / name).filter(like=like)
+
+    losses = [table(out, "metrics.csv", "train/") for out in (two, one)]
     np.testing.assert_allclose(*losses, rtol=1e-6, atol=1e-6)
-    if words[0] != "task=integrate":
-        looks = [
-            pd.read_csv(out / where / "validation.csv").filter(like="val") for out in (two, one)
-        ]
+    if task != "integrate":
+        looks = [table(out, "validation.csv", "val") for out in (two, one)]
         np.testing.assert_allclose(*looks, rtol=1e-6)
-    result = {"task=integrate": "embedded", "task=impute": "imputed"}.get(words[0], "labels")
-    made = [ad.read_h5ad(out / f"{result}.h5ad") for out in (two, one)]
+    made = [ad.read_h5ad(out / RESULTS[task]) for out in (two, one)]
     for key in made[0].obsm:
         np.testing.assert_allclose(*(np.asarray(a.obsm[key]) for a in made), atol=1e-4)
     for key in made[0].layers:
         np.testing.assert_allclose(*(a.layers[key] for a in made), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("blank_report")
+@pytest.mark.parametrize("words", TASKS, ids=lambda words: words[0])
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(mine, small_start, tmp_path, words):
+    """Kill -9 in the middle of the training, whatever it is doing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    many = [
+        "integration.steps=60", "imputation.epochs=30", "imputation.patience=100",
+        "imputation.batch_cells=40", "trainer.max_steps=60", "trainer.checkpoint_every=5",
+    ]  # fmt: skip
+    assert main(for_task(mine, small_start, whole, words, *many)) == 0
+    task = words[0].partition("=")[2]
+    given = for_task(mine, small_start, parts, words, *many)
+    program = "import sys; from genemodel.cli import main; sys.exit(main(sys.argv[1:]))"
+    run = subprocess.Popen([sys.executable, "-c", program, *given])
+    checkpoints = parts / RUNS[task] / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and run.poll() is None:
+        if any(int(path.name[5:13]) >= 10 for path in checkpoints.glob("step-????????")):
+            break
+        time.sleep(0.01)
+    assert run.poll() is None, "it was to be killed before its end"
+    run.kill()
+    run.wait()
+    assert not (parts / RESULTS[task]).exists()
+    assert main(given) == 0
+    expected, got = (ad.read_h5ad(out / RESULTS[task]) for out in (whole, parts))
+    for key in expected.obsm:
+        np.testing.assert_array_equal(np.asarray(expected.obsm[key]), np.asarray(got.obsm[key]))
+    for key in expected.layers:
+        np.testing.assert_array_equal(expected.layers[key], got.layers[key])

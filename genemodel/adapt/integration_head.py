@@ -248,7 +248,7 @@ class IntegrationHead(nn.Module):
         """Log share of every gene in a cell's counts, (C, G); batch -1 is the mean of all."""
         n_batches = self.batch_gene_BG.shape[0]
         known_C1 = (batch_C >= 0)[:, None]
-        which_CB = functional.one_hot(batch_C.clamp_min(0), n_batches).to(z_CD.dtype)
+        which_CB = (batch_C[:, None] == torch.arange(n_batches, device=z_CD.device)).to(z_CD.dtype)
         which_CB = torch.where(known_C1, which_CB, 1 / n_batches)
         hidden_CH = functional.gelu(
             self.decode_norm(self.decode_in(torch.cat([z_CD, which_CB], 1)))
