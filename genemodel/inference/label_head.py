@@ -303,9 +303,12 @@ class Novelty:
 
     @classmethod
     def fit(
-        cls, sign_TBF: list[np.ndarray], new_TB: list[np.ndarray], keep: float
+        cls, sign_TBF: list[np.ndarray], new_TB: list[np.ndarray], keep: float, by_batch: bool
     ) -> Self:
         """Learn from pseudo-queries ``T``, in each of which some cells are of a type left out.
+
+        Company is believed only where whole batches were held out: the cells of another batch have
+        company of their own, whatever they are.
 
         The limit is where left-out types and known cells are told apart best (Youden), but at least
         a share ``keep`` of the known cells stays known.
@@ -328,20 +331,20 @@ class Novelty:
         mass_N = np.concatenate(
             [np.where(new, 1 / max(new.sum(), 1), 1 / max((~new).sum(), 1)) for new in new_TB]
         ) / len(new_TB)
-        weight_F, bias = np.full(len(SIGNS), 1.0), -2.0
+        weight_F, bias = np.array([1.0, 1.0, 1.0, 1.0, float(by_batch)]), -2.0
         if new_N.any():
             side_N = np.where(new_N, 1.0, -1.0)
 
             def loss(p: np.ndarray) -> tuple[float, np.ndarray]:
                 margin_N = side_N * (z_NF @ p[:-1] + p[-1])
-                pull_F = p[:-1] - p[:-1].mean()  # equal weights, unless the types say otherwise
+                pull_F = p[:4] - p[:4].mean()  # equal weights, unless the types say otherwise
                 slope_N = -mass_N * side_N * softmax(
                     np.stack([margin_N, np.zeros_like(margin_N)]), axis=0
                 )[1]
                 value = mass_N @ np.logaddexp(0, -margin_N) + 0.05 * pull_F @ pull_F
-                return float(value), np.r_[slope_N @ z_NF + 0.1 * pull_F, slope_N.sum()]
+                return float(value), np.r_[slope_N @ z_NF + 0.1 * np.r_[pull_F, 0.0], slope_N.sum()]
 
-            bounds = [(0.0, None)] * len(SIGNS) + [(None, None)]
+            bounds = [(0.0, None)] * 4 + [(0.0, None if by_batch else 0.0), (None, None)]
             found = minimize(loss, np.r_[weight_F / 2, bias], jac=True, bounds=bounds)
             weight_F, bias = found.x[:-1], float(found.x[-1])
         score_N = z_NF @ weight_F + bias
@@ -664,7 +667,7 @@ class _Chooser:
             shift_G, _ = common_shift(model, log_LG, label_L, log_BG)
             signs.append(signs_of_novelty(model, log_LG, label_L, log_BG, shift_G, self.seed))
             news.append(left_R[asked])
-        return Novelty.fit(signs, news, 1.0 if self.keep is None else self.keep)
+        return Novelty.fit(signs, news, 1.0 if self.keep is None else self.keep, self.by_batch)
 
     def _left_out(self) -> list[np.ndarray]:
         """Types to leave out, several at once where there are many; two must remain."""
