@@ -44,8 +44,9 @@ FITTED = 50_000
 # A gain of macro-F1 below it is noise of the held-out batches: the simpler one is kept.
 LEAST_GAIN = 0.005
 # Where only one batch is there, another one is made of the cells held out: of each gene this share
-# of the molecules is lost at most, drawn anew for every fold, as between two chemistries.
-MOST_LOST = 0.8
+# of the molecules is lost at most, drawn anew for every fold, as between two chemistries, and a
+# further share in each type on its own, which no common shift foretells.
+MOST_LOST, MOST_LOST_OF_TYPE = 0.8, 0.6
 # A shift needs this many populations with so many cells each on both sides, and has to foretell
 # this share of the shift of a population that took no part (development sets: below .33 where it
 # does harm, above .38 where it helps).
@@ -569,9 +570,14 @@ class _Chooser:
         if self.by_batch:
             return self.log_RG[rows_R]
         draw = np.random.default_rng([self.seed, number])
-        keep_G = np.exp(draw.uniform(np.log(1 - MOST_LOST), 0.0, self.counts_RG.shape[1]))
+        shape = self.n_labels, self.counts_RG.shape[1]
+        log_keep_LG = draw.uniform(np.log(1 - MOST_LOST), 0.0, shape[1]) + draw.uniform(
+            np.log(1 - MOST_LOST_OF_TYPE), 0.0, shape
+        )
         counts_HG = self.counts_RG[rows_R].copy()
-        counts_HG.data = thin(counts_HG.data, keep_G[counts_HG.indices], draw, most_trials=200)
+        of_N = np.repeat(self.label_R[rows_R], np.diff(counts_HG.indptr))
+        keep_N = np.exp(log_keep_LG[of_N, counts_HG.indices])
+        counts_HG.data = thin(counts_HG.data, keep_N, draw, most_trials=200)
         counts_HG.eliminate_zeros()
         return unit_logs(counts_HG)
 
