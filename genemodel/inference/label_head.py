@@ -64,6 +64,7 @@ LOW_SHARE = 0.05  # down to here from there: the spread of cells that are surely
 MOST_DRIFT = (2.0, 2.0, 2.0, 2.0, np.inf)
 MIN_QUERY = 30  # cells below which a query tells nothing about itself
 SIGNS = ("energy", "distance", "distance_of_both", "distance_of_logits", "crowd")
+ACROSS_BATCHES = ("distance_of_both", "crowd")
 
 
 def unit_logs(counts_CG: sp.csr_matrix) -> sp.csr_matrix:
@@ -308,8 +309,8 @@ class Novelty:
     ) -> Self:
         """Learn from pseudo-queries ``T``, in each of which some cells are of a type left out.
 
-        Company is believed only where whole batches were held out: the cells of another batch have
-        company of their own, whatever they are.
+        Directions of the query's own and its company are believed only where whole batches were held
+        out: cells of another batch have both, whatever they are.
 
         The limit is where left-out types and known cells are told apart best (Youden), but at least
         a share ``keep`` of the known cells stays known.
@@ -332,20 +333,22 @@ class Novelty:
         mass_N = np.concatenate(
             [np.where(new, 1 / max(new.sum(), 1), 1 / max((~new).sum(), 1)) for new in new_TB]
         ) / len(new_TB)
-        weight_F, bias = np.array([1.0, 1.0, 1.0, 1.0, float(by_batch)]), -2.0
+        believed_F = np.isin(SIGNS, ACROSS_BATCHES, invert=True) | by_batch
+        weight_F, bias = believed_F.astype(float), -2.0
         if new_N.any():
             side_N = np.where(new_N, 1.0, -1.0)
 
             def loss(p: np.ndarray) -> tuple[float, np.ndarray]:
                 margin_N = side_N * (z_NF @ p[:-1] + p[-1])
-                pull_F = p[:4] - p[:4].mean()  # equal weights, unless the types say otherwise
+                # Equal weights, unless the types say otherwise.
+                pull_F = believed_F * (p[:-1] - p[:-1][believed_F].mean())
                 slope_N = -mass_N * side_N * softmax(
                     np.stack([margin_N, np.zeros_like(margin_N)]), axis=0
                 )[1]
                 value = mass_N @ np.logaddexp(0, -margin_N) + 0.05 * pull_F @ pull_F
-                return float(value), np.r_[slope_N @ z_NF + 0.1 * np.r_[pull_F, 0.0], slope_N.sum()]
+                return float(value), np.r_[slope_N @ z_NF + 0.1 * pull_F, slope_N.sum()]
 
-            bounds = [(0.0, None)] * 4 + [(0.0, None if by_batch else 0.0), (None, None)]
+            bounds = [(0.0, None if yes else 0.0) for yes in believed_F] + [(None, None)]
             found = minimize(loss, np.r_[weight_F / 2, bias], jac=True, bounds=bounds)
             weight_F, bias = found.x[:-1], float(found.x[-1])
         score_N = z_NF @ weight_F + bias
@@ -368,7 +371,7 @@ class Novelty:
             float(1 / (1 + np.exp(-limit))), auroc,
         )  # fmt: skip
 
-    def probability(self, sign_CF: np.ndarray) -> np.ndarray:
+    def probability(self, sign_CF: np.ndarray, *, far: bool = False) -> np.ndarray:
         """Probability that each cell is of no type of the reference, were half of all so."""
         if not len(sign_CF):
             return np.zeros(0)
@@ -376,7 +379,7 @@ class Novelty:
         if len(sign_CF) >= MIN_QUERY:
             low_F, start_F = np.quantile(sign_CF, (LOW_SHARE, KNOWN_SHARE), axis=0)
             wider_F = np.maximum(1.0, (start_F - low_F) / self.low_F)
-            start_F = np.minimum(start_F, self.most_F)
+            start_F = start_F if far else np.minimum(start_F, self.most_F)
         z_CF = np.clip(
             ((sign_CF - start_F) / wider_F - self.centre_F) / self.scale_F, -5, 10
         )
@@ -488,6 +491,7 @@ def label_counts(
     batch_R: np.ndarray | None = None,
     vectors: tuple[np.ndarray, np.ndarray] | None = None,
     keep: float | None = 0.95,
+    far: bool = False,
     seed: int = 0,
 ) -> HeadAnswer:
     """Label cells by labelled cells; columns are the same genes, every label code has a cell.
@@ -506,6 +510,9 @@ def label_counts(
         default the regression's own components.
     keep
         Least share of known cells that stay known; None looks for no novelty.
+    far
+        Whether the query is known to be far as a whole, as another species is: what is far from the
+        reference is then told by the query's nearest quarter alone.
     seed
         Of the samples and the decompositions.
     """
@@ -532,7 +539,7 @@ def label_counts(
     if keep is not None:
         novelty = head.novelty(inverse_penalty)
         sign_CF = signs_of_novelty(model, log_RG[rows], label_R[rows], log_CG, shift_G, seed)
-        novelty_C, limit = novelty.probability(sign_CF), novelty.limit
+        novelty_C, limit = novelty.probability(sign_CF, far=far), novelty.limit
         auroc = novelty.left_out_auroc
     about = {
         "genes": len(gene_G),
