@@ -35,7 +35,7 @@ COMPONENTS = 200
 PENALTIES = (0.02, 0.05, 0.2)
 ALONE = 0.05  # where the reference has one batch: its own cells would choose the weakest
 NEIGHBOUR_SHARES = (0.25, 0.5)
-NEIGHBOURS = 15
+COMPANY = 15  # cells of the query over which signs of novelty are averaged
 FOLDS = 5
 MOST_STEPS = 300
 # Cells that a choice, a shift or a basis is made on, and that the last regression is fitted to.
@@ -60,10 +60,13 @@ FEWEST = 5  # cells of a type with which it says something about unknown ones
 KNOWN_SHARE = 0.25
 LOW_SHARE = 0.05  # down to here from there: the spread of cells that are surely known
 # Standard deviations that a query may be farther as a whole, by sign. Queries of other studies with
-# shared types were at -3 to 1, queries without any at 3 to 13; company says nothing as a whole.
-MOST_DRIFT = (2.0, 2.0, 2.0, 2.0, np.inf)
+# shared types were at -3 to 1, queries without any at 3 to 13.
+MOST_DRIFT = 2.0
+# Of its company: held-out batches of one study were below 1, queries of other studies above 7.
+MOST_APART = 3.0
 MIN_QUERY = 30  # cells below which a query tells nothing about itself
 SIGNS = ("energy", "distance", "distance_of_both", "distance_of_logits", "crowd")
+CROWD = SIGNS.index("crowd")
 ACROSS_BATCHES = ("distance_of_both", "crowd")
 
 
@@ -219,9 +222,7 @@ def signs_of_novelty(
     narrow_GD = model.basis_GD[:, :NARROW]
     sign_CF = np.zeros((n_cells, len(SIGNS)))
     sign_CF[:, 0] = -logsumexp(logit_CL, axis=1)
-    sign_CF[:, 1] = _distance(
-        log_RG @ narrow_GD, label_R, log_CG @ narrow_GD - shift_G @ narrow_GD
-    )
+    sign_CF[:, 1] = _distance(log_RG @ narrow_GD, label_R, log_CG @ narrow_GD - shift_G @ narrow_GD)
     sign_CF[:, 3] = _distance(logit_RL, label_R, logit_CL)
     if n_cells < MIN_QUERY:
         sign_CF[:, 2] = sign_CF[:, 1]
@@ -247,7 +248,7 @@ def signs_of_novelty(
     among_CK = nearest(here_CD, here_CD[sparse_C].copy(), ROUND + 1)[1]
     among_C = np.where(own_C, among_CK[:, 1:].mean(1), among_CK[:, :-1].mean(1))
     sign_CF[:, 4] = np.log(np.maximum(apart_C, 1e-6) / np.maximum(among_C, 1e-6))
-    near_CK = nearest_others(here_CD, NEIGHBOURS)[0]
+    near_CK = nearest_others(here_CD, COMPANY)[0]
     return (sign_CF + sign_CF[near_CK].sum(1)) / (1 + near_CK.shape[1])
 
 
@@ -266,9 +267,7 @@ def _distance(there_RD: np.ndarray, label_R: np.ndarray, here_CD: np.ndarray) ->
     spread_DD += (1e-3 * np.trace(spread_DD) / width + 1e-9) * np.eye(width)
     whitening_DD = np.linalg.inv(np.linalg.cholesky(spread_DD)).T
     here_CD, mean_LD = here_CD @ whitening_DD, mean_LD @ whitening_DD
-    square_CL = (
-        (here_CD**2).sum(1)[:, None] - 2 * here_CD @ mean_LD.T + (mean_LD**2).sum(1)[None]
-    )
+    square_CL = (here_CD**2).sum(1)[:, None] - 2 * here_CD @ mean_LD.T + (mean_LD**2).sum(1)[None]
     return 0.5 * np.log(np.maximum(square_CL.min(1), 1e-6))
 
 
@@ -305,12 +304,13 @@ class Novelty:
 
     @classmethod
     def fit(
-        cls, sign_TBF: list[np.ndarray], new_TB: list[np.ndarray], keep: float, by_batch: bool
+        cls, sign_TBF: list[np.ndarray], new_TB: list[np.ndarray], keep: float, across: bool
     ) -> Self:
         """Learn from pseudo-queries ``T``, in each of which some cells are of a type left out.
 
-        Directions of the query's own and its company are believed only where whole batches were held
-        out: cells of another batch have both, whatever they are.
+        ``across``: whether directions of the query's own and its company are believed. Cells of
+        another study have both, whatever they are, so that only held-out batches can say what they
+        are worth, and only to queries that are no farther than those.
 
         The limit is where left-out types and known cells are told apart best (Youden), but at least
         a share ``keep`` of the known cells stays known.
@@ -333,7 +333,7 @@ class Novelty:
         mass_N = np.concatenate(
             [np.where(new, 1 / max(new.sum(), 1), 1 / max((~new).sum(), 1)) for new in new_TB]
         ) / len(new_TB)
-        believed_F = np.isin(SIGNS, ACROSS_BATCHES, invert=True) | by_batch
+        believed_F = np.isin(SIGNS, ACROSS_BATCHES, invert=True) | across
         weight_F, bias = believed_F.astype(float), -2.0
         if new_N.any():
             side_N = np.where(new_N, 1.0, -1.0)
@@ -342,9 +342,11 @@ class Novelty:
                 margin_N = side_N * (z_NF @ p[:-1] + p[-1])
                 # Equal weights, unless the types say otherwise.
                 pull_F = believed_F * (p[:-1] - p[:-1][believed_F].mean())
-                slope_N = -mass_N * side_N * softmax(
-                    np.stack([margin_N, np.zeros_like(margin_N)]), axis=0
-                )[1]
+                slope_N = (
+                    -mass_N
+                    * side_N
+                    * softmax(np.stack([margin_N, np.zeros_like(margin_N)]), axis=0)[1]
+                )
                 value = mass_N @ np.logaddexp(0, -margin_N) + 0.05 * pull_F @ pull_F
                 return float(value), np.r_[slope_N @ z_NF + 0.1 * pull_F, slope_N.sum()]
 
@@ -366,7 +368,7 @@ class Novelty:
             limit = max(limit, float(score_N[order[int(np.argmax(gain_N))]]))
         start_F = start_TF.mean(0)
         return cls(
-            centre_F, scale_F, start_F, start_F + np.array(MOST_DRIFT) * scale_F,
+            centre_F, scale_F, start_F, start_F + MOST_DRIFT * scale_F,
             np.maximum((start_TF - low_TF).mean(0), 1e-6), weight_F, bias,
             float(1 / (1 + np.exp(-limit))), auroc,
         )  # fmt: skip
@@ -380,9 +382,7 @@ class Novelty:
             low_F, start_F = np.quantile(sign_CF, (LOW_SHARE, KNOWN_SHARE), axis=0)
             wider_F = np.maximum(1.0, (start_F - low_F) / self.low_F)
             start_F = start_F if far else np.minimum(start_F, self.most_F)
-        z_CF = np.clip(
-            ((sign_CF - start_F) / wider_F - self.centre_F) / self.scale_F, -5, 10
-        )
+        z_CF = np.clip(((sign_CF - start_F) / wider_F - self.centre_F) / self.scale_F, -5, 10)
         return 1 / (1 + np.exp(-np.clip(z_CF @ self.weight_F + self.bias, -50, 50)))
 
 
@@ -413,7 +413,7 @@ def folds_of(label_R: np.ndarray, batch_R: np.ndarray, seed: int) -> tuple[np.nd
 
 
 def votes(
-    vector_RD: np.ndarray, label_R: np.ndarray, vector_CD: np.ndarray, n_labels: int
+    vector_RD: np.ndarray, label_R: np.ndarray, vector_CD: np.ndarray, n_labels: int, k: int
 ) -> np.ndarray:
     """Share of each label among the nearest reference cells, by cosine (C, L).
 
@@ -426,7 +426,7 @@ def votes(
         return vote_CL
     centre_D = vector_RD[finite_R].mean(0)
     unit_RD, unit_CD = _unit(vector_RD[finite_R] - centre_D), _unit(vector_CD[finite_C] - centre_D)
-    near_CK = nearest(unit_CD, unit_RD, NEIGHBOURS)[0]
+    near_CK = nearest(unit_CD, unit_RD, k)[0]
     label_CK = label_R[finite_R][near_CK]
     count_CL = np.zeros((len(near_CK), n_labels))
     np.add.at(count_CL, (np.arange(len(near_CK))[:, None], label_CK), 1.0)
@@ -470,9 +470,11 @@ class HeadAnswer:
     probability_CL
         Of every label, given that the cell is of one of them; calibrated.
     novelty_C
-        Probability that it is of none, were half of all cells so.
+        Probability that it is of none, were half of all cells so; 1 for a cell without counts.
     limit
         Novelty above which a cell is called unknown.
+    seen_C
+        Whether the cell has a count in the genes that are read.
     about
         What was chosen and found, for ``uns``.
     """
@@ -480,7 +482,13 @@ class HeadAnswer:
     probability_CL: np.ndarray
     novelty_C: np.ndarray
     limit: float
+    seen_C: np.ndarray
     about: dict[str, Any]
+
+    @property
+    def far_C(self) -> np.ndarray:
+        """Cells that are of none of the types."""
+        return (self.novelty_C > self.limit) & self.seen_C
 
 
 def label_counts(
@@ -490,6 +498,7 @@ def label_counts(
     *,
     batch_R: np.ndarray | None = None,
     vectors: tuple[np.ndarray, np.ndarray] | None = None,
+    k: int = 15,
     keep: float | None = 0.95,
     far: bool = False,
     seed: int = 0,
@@ -508,6 +517,8 @@ def label_counts(
     vectors
         Embeddings (R, D) and (C, D) whose neighbours vote where that helps the batches held out;
         default the regression's own components.
+    k
+        How many of them.
     keep
         Least share of known cells that stay known; None looks for no novelty.
     far
@@ -522,7 +533,7 @@ def label_counts(
     counts_RG, log_CG = counts_RG[:, gene_G], unit_logs(counts_CG[:, gene_G])
     log_RG = unit_logs(counts_RG)
     head = _Chooser(counts_RG, log_RG, label_R, batch_R, n_labels,
-                    None if vectors is None else vectors[0], keep, seed)  # fmt: skip
+                    None if vectors is None else vectors[0], k, keep, seed)  # fmt: skip
     inverse_penalty, share, temperature, held = head.choose()
     rows = head.fitted
     basis_GD = basis_of(log_RG[rows], COMPONENTS, seed)
@@ -537,9 +548,11 @@ def label_counts(
     probability_CL = probability_CL * most + (1 - most) / n_labels
     novelty_C, limit, auroc = np.zeros(len_of(log_CG)), 1.0, float("nan")
     if keep is not None:
-        novelty = head.novelty(inverse_penalty)
         sign_CF = signs_of_novelty(model, log_RG[rows], label_R[rows], log_CG, shift_G, seed)
-        novelty_C, limit = novelty.probability(sign_CF, far=far), novelty.limit
+        seen_C = log_CG.getnnz(1) > 0
+        novelty = head.novelty(inverse_penalty, sign_CF[seen_C])
+        novelty_C, limit = np.ones(len(seen_C)), novelty.limit
+        novelty_C[seen_C] = novelty.probability(sign_CF[seen_C], far=far)
         auroc = novelty.left_out_auroc
     about = {
         "genes": len(gene_G),
@@ -553,7 +566,7 @@ def label_counts(
         "left_out_auroc": auroc,
         **held,
     }
-    return HeadAnswer(probability_CL, novelty_C, limit, about)
+    return HeadAnswer(probability_CL, novelty_C, limit, log_CG.getnnz(1) > 0, about)
 
 
 class _Chooser:
@@ -561,11 +574,11 @@ class _Chooser:
 
     def __init__(
         self, counts_RG: sp.csr_matrix, log_RG: sp.csr_matrix, label_R: np.ndarray,
-        batch_R: np.ndarray, n_labels: int, vector_RD: np.ndarray | None, keep: float | None,
-        seed: int,
+        batch_R: np.ndarray, n_labels: int, vector_RD: np.ndarray | None, k: int,
+        keep: float | None, seed: int,
     ) -> None:  # fmt: skip
         self.all_RG, self.all_label_R, self.n_labels = log_RG, label_R, n_labels
-        self.all_vector_RD, self.keep, self.seed = vector_RD, keep, seed
+        self.all_vector_RD, self.k, self.keep, self.seed = vector_RD, k, keep, seed
         self.fitted = _by_type(label_R, FITTED, seed)
         rows = _by_type(label_R, SAMPLE, seed)
         self.counts_RG, self.log_RG, self.label_R = counts_RG[rows], log_RG[rows], label_R[rows]
@@ -606,11 +619,11 @@ class _Chooser:
             return np.zeros((len_of(log_CG), self.n_labels))
         if vector_CD is None or self.all_vector_RD is None:
             narrow_GD = model.basis_GD[:, :NARROW]
-            there = self.all_RG[rows_R] @ narrow_GD
-            return votes(there, self.all_label_R[rows_R],
-                         log_CG @ narrow_GD - shift_G @ narrow_GD, self.n_labels)  # fmt: skip
+            there_RD, here_CD = self.all_RG[rows_R] @ narrow_GD, log_CG @ narrow_GD
+            here_CD = here_CD - shift_G @ narrow_GD
+            return votes(there_RD, self.all_label_R[rows_R], here_CD, self.n_labels, self.k)
         return votes(
-            self.all_vector_RD[rows_R], self.all_label_R[rows_R], vector_CD, self.n_labels
+            self.all_vector_RD[rows_R], self.all_label_R[rows_R], vector_CD, self.n_labels, self.k
         )
 
     def choose(self) -> tuple[float, float, float, dict[str, float]]:
@@ -632,7 +645,7 @@ class _Chooser:
                 pair = log_LG @ narrow_GD, log_HG @ narrow_GD - shift_G @ narrow_GD
             else:
                 pair = self.vector_RD[learnt], self.vector_RD[held]
-            ballot.append(votes(pair[0], label_L, pair[1], self.n_labels))
+            ballot.append(votes(pair[0], label_L, pair[1], self.n_labels, self.k))
         if not truth:
             return ALONE, 0.0, 1.0, {}
         label_H, vote_HL = np.concatenate(truth), np.concatenate(ballot)
@@ -651,14 +664,22 @@ class _Chooser:
         temperature = temperature_of(log_HL, label_H)
         probability_HL = softmax(np.maximum(log_HL, -50.0) / temperature, axis=1)
         right_H = probability_HL.argmax(1) == label_H
-        return best, share, temperature, {
-            "held_out_accuracy": float(right_H.mean()),
-            "held_out_macro_f1": score,
-            "held_out_calibration_error": calibration_error(probability_HL.max(1), right_H),
-        }
+        return (
+            best,
+            share,
+            temperature,
+            {
+                "held_out_accuracy": float(right_H.mean()),
+                "held_out_macro_f1": score,
+                "held_out_calibration_error": calibration_error(probability_HL.max(1), right_H),
+            },
+        )
 
-    def novelty(self, inverse_penalty: float) -> Novelty:
-        """Learn what unknown looks like on types that are left out one after another."""
+    def novelty(self, inverse_penalty: float, sign_CF: np.ndarray) -> Novelty:
+        """Learn what unknown looks like on types that are left out one after another.
+
+        The query's own signs only say whether it is as near as a batch of the reference.
+        """
         signs, news = [], []
         folds = np.unique(self.fold_R)
         groups = self._left_out()
@@ -680,7 +701,13 @@ class _Chooser:
             shift_G, _ = common_shift(model, log_LG, label_L, log_BG)
             signs.append(signs_of_novelty(model, log_LG, label_L, log_BG, shift_G, self.seed))
             news.append(left_R[asked])
-        return Novelty.fit(signs, news, 1.0 if self.keep is None else self.keep, self.by_batch)
+        keep = 1.0 if self.keep is None else self.keep
+        if self.by_batch and len(sign_CF) >= MIN_QUERY:
+            found = Novelty.fit(signs, news, keep, across=True)
+            start = np.quantile(sign_CF[:, CROWD], KNOWN_SHARE)
+            if start < found.start_F[CROWD] + MOST_APART * found.scale_F[CROWD]:
+                return found
+        return Novelty.fit(signs, news, keep, across=False)
 
     def _left_out(self) -> list[np.ndarray]:
         """Types to leave out, several at once where there are many; two must remain."""
@@ -714,7 +741,10 @@ def _macro_f1(label_H: np.ndarray, said_H: np.ndarray) -> float:
 
 
 def calibration_error(confidence_C: np.ndarray, right_C: np.ndarray, n_bins: int = 10) -> float:
-    """Expected calibration error: |confidence - accuracy| over bins of equal width, by cells."""
+    """Give the expected calibration error: |confidence - accuracy|, bins of equal width, by cells.
+
+    nan without cells.
+    """
     if not len(confidence_C):
         return float("nan")
     bin_C = np.minimum((np.asarray(confidence_C) * n_bins).astype(int), n_bins - 1)
