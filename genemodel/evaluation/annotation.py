@@ -404,7 +404,7 @@ def head(adata: "AnnData", conditions: Conditions) -> list[Called]:
 
 
 def scanvi(adata: "AnnData", conditions: Conditions) -> list[Called]:
-    """Train scANVI (scvi-tools, its defaults): the query's labels hidden, predicted by its classifier.
+    """Train scANVI (scvi-tools, its defaults) with the query's labels hidden, and ask it.
 
     It is not trained again for every label left out: that would take hours.
     """

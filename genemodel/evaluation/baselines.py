@@ -258,7 +258,7 @@ def scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, np
     data.obs["label"] = pd.Categorical(_labels(adata, conditions)[kept_C])
     with hushed(*SCVI_LOGGERS):
         scvi_tools.settings.seed = conditions.seed
-        scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch", labels_key="label")
+        scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch")
         model = scvi_tools.model.SCVI(data)
         model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
     seconds = time.perf_counter() - start
