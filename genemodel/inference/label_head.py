@@ -42,8 +42,8 @@ SAMPLE = 5000
 FITTED = 50_000
 # A gain of macro-F1 below it is noise of the held-out batches: the simpler one is kept.
 LEAST_GAIN = 0.005
-# Where only one batch is there, another one is made of the cells held out: every gene's counts times
-# a gain of its own, as between two chemistries, and times another in each type on its own, which no
+# Where only one batch is there, another one is made of the cells held out: the counts of every gene
+# times a gain of its own, as between two chemistries, and times another in each type, which no
 # common shift foretells (standard deviations of the log gains).
 GAIN, GAIN_OF_TYPE = 0.6, 0.4
 # A shift needs this many populations with so many cells each on both sides, and has to foretell
@@ -203,7 +203,7 @@ def _agreed(difference_SG: np.ndarray, weight_S: np.ndarray) -> np.ndarray:
 
 def signs_of_novelty(
     model: Regression, log_RG: sp.csr_matrix, label_R: np.ndarray, log_CG: sp.csr_matrix,
-    shift_G: np.ndarray, seed: int,
+    shift_G: np.ndarray, seed: int, *, alone: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Measure in five ways how far each cell is from every type of the reference (C, F).
 
@@ -212,7 +212,7 @@ def signs_of_novelty(
     a new type has directions of its own; ``distance_of_logits``: in the labels' scores, where a
     cell may also be *too* much of a label. ``crowd``: the cell has company among the query and none
     in the reference. All are means over a cell and its neighbours in the query: a new type is
-    rarely one cell.
+    rarely one cell. ``alone``: no cell has company, as in a query of a few cells.
     """
     n_cells = len_of(log_CG)
     logit_CL, logit_RL = model.logits(log_CG, shift_G), model.logits(log_RG, 0 * shift_G)
@@ -223,7 +223,7 @@ def signs_of_novelty(
     sign_CF[:, 0] = -logsumexp(logit_CL, axis=1)
     sign_CF[:, 1] = _distance(log_RG @ narrow_GD, label_R, log_CG @ narrow_GD - shift_G @ narrow_GD)
     sign_CF[:, 3] = _distance(logit_RL, label_R, logit_CL)
-    if n_cells < MIN_QUERY:
+    if alone or n_cells < MIN_QUERY:
         sign_CF[:, 2] = sign_CF[:, 1]
         return sign_CF
     rows_R = _some(len_of(log_RG), min(SAMPLE, n_cells), seed)
@@ -675,7 +675,7 @@ class _Chooser:
 
         The query's own signs only say whether it is as near as a batch of the reference.
         """
-        signs, news = [], []
+        signs, news, alone = [], [], len(sign_CF) < MIN_QUERY
         folds = np.unique(self.fold_R)
         groups = self._left_out()
         for number, group in enumerate(groups or [np.zeros(0, np.int64)]):
@@ -694,10 +694,12 @@ class _Chooser:
             model = Regression.fit(log_LG, label_L, self.n_labels, basis_GD, inverse_penalty)
             log_BG = self._asked(asked, number)
             shift_G, _ = common_shift(model, log_LG, label_L, log_BG)
-            signs.append(signs_of_novelty(model, log_LG, label_L, log_BG, shift_G, self.seed))
+            signs.append(
+                signs_of_novelty(model, log_LG, label_L, log_BG, shift_G, self.seed, alone=alone)
+            )
             news.append(left_R[asked])
         keep = 1.0 if self.keep is None else self.keep
-        if self.by_batch and len(sign_CF) >= MIN_QUERY:
+        if self.by_batch and not alone:
             found = Novelty.fit(signs, news, keep, across=True)
             start = np.quantile(sign_CF[:, CROWD], KNOWN_SHARE)
             if start < found.start_F[CROWD] + MOST_APART * found.scale_F[CROWD]:
