@@ -299,7 +299,7 @@ def test_trained_models_read_all_genes(cells, monkeypatch):
         ({"label_key": "tissue"}, DataError, "the reference has 1 labels"),
         ({"label_key": "apart"}, DataError, "no label of 'apart' stands on both sides: human B"),
         ({"batch_key": "gaps"}, DataError, r"obs\['gaps'\].*missing in 1 cells"),
-        ({"methods": ["scvi"]}, ConfigError, "did you mean 'scvi_knn'"),
+        ({"methods": ["scvi_nn"]}, ConfigError, "did you mean 'scvi_knn'"),
         ({"methods": {"mine": 3}}, ConfigError, r"\(reference, query, label_key\) -> labels"),
     ],
 )
