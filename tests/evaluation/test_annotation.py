@@ -334,3 +334,63 @@ def test_the_verb_runs_from_a_file(cells, tmp_path):
     text = run(settings)
     assert "majority" in text
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_each_label_is_left_out_and_calibration_is_scored(shared):
+    """A method that says "new" of the very cells whose label it was not given."""
+    conditions = Conditions(batch_key="species", label_key="kind")
+    label_C = annotation.labels_of(shared, "kind")
+    asked = []
+
+    def oracle(rows_R, code_R, query_Q):
+        given = set(label_C[rows_R])
+        asked.append(given)
+        assert len(np.unique(code_R)) == len(given) == code_R.max() + 1
+        new_Q = np.array([label not in given for label in label_C[query_Q]])
+        names = sorted(given)
+        code_Q = np.array([names.index(x) if x in given else 0 for x in label_C[query_Q]])
+        return annotation.Answer(code_Q, np.full(len(query_Q), 0.8), new_Q * 1.0, new_Q)
+
+    called = annotation._classified(shared, conditions, oracle)
+    found, _ = annotation.directions(shared, "species", "kind")
+    assert [one.left_out_auroc for one in called] == [1.0, 1.0]
+    for direction, one in zip(found, called, strict=True):
+        everything = set(direction.labels)
+        for label in direction.shared:
+            assert everything - {label} in asked
+        score = annotation.scores(direction, one)
+        assert score["accuracy"] == 1.0
+        assert score["ece"] == pytest.approx(0.2)  # always right, and says .8
+        assert score["unknown_auroc"] == 1.0
+    blind = annotation._classified(shared, conditions, oracle, leave_out=False)
+    assert np.isnan(blind[0].left_out_auroc)
+
+
+def test_ours_labels_by_counts_with_a_confidence(shared):
+    conditions = Conditions(batch_key="species", label_key="kind")
+    found, _ = annotation.directions(shared, "species", "kind")
+    for direction, one in zip(found, annotation.head(shared, conditions), strict=True):
+        score = annotation.scores(direction, one)
+        assert score["accuracy_forced"] > 0.7
+        assert score["ece"] < 0.35
+        assert 0.5 < score["unknown_auroc"] <= 1
+
+
+def test_scanvi_never_sees_the_labels_of_the_query(shared):
+    """The query's labels exchanged: the same answers, so long as the reference's are the same."""
+    pytest.importorskip("scvi")
+    answers = []
+    for turn in (0, 1):
+        adata = shared.copy()
+        label = adata.obs["kind"].astype(object)
+        mouse = (adata.obs["species"] == "mouse").to_numpy()
+        label[mouse] = np.roll(label[mouse].to_numpy(), turn * 7)
+        adata.obs["kind"] = label
+        conditions = Conditions(batch_key="species", label_key="kind", n_hvg=100, scvi_epochs=2)
+        found, _ = annotation.directions(adata, "species", "kind")
+        called = annotation.scanvi(adata, conditions)
+        answers.append(next(
+            one.forced_Q for direction, one in zip(found, called, strict=True)
+            if direction.name == "human → mouse"
+        ))  # fmt: skip
+    np.testing.assert_array_equal(*answers)
