@@ -203,7 +203,7 @@ def scanvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
         raise DataError("scANVI learns from labels and needs label_key")
     base, seconds, kept_C = scvi_model(adata, conditions)
     conditions.borrowed_seconds += seconds
-    model = SCANVI.fromscvi_model(base, unlabeled_category=UNLABELLED, labels_key="label")
+    model = SCANVI.from_scvi_model(base, unlabeled_category=UNLABELLED, labels_key="label")
     epochs = None if conditions.scvi_epochs is None else max(2, conditions.scvi_epochs // 40)
     with hushed(*SCVI_LOGGERS):
         model.train(max_epochs=epochs, **quiet_training())
