@@ -142,8 +142,8 @@ VERBS: dict[str, Verb] = {
         settings="genemodel.inference.annotate:AnnotateSettings",
         function="genemodel.inference.annotate:annotate_file",
         examples=(
-            "annotate model=runs/small/bundle query=lung.h5ad reference=atlas.h5ad "
-            "label_key=cell_type output=lung.labelled.h5ad",
+            "annotate query=lung.h5ad reference=atlas.h5ad label_key=cell_type "
+            "batch_key=[donor] output=lung.labelled.h5ad",
             "annotate model=runs/atlas/model query=mice.h5ad reference=atlas.h5ad "
             "label_key=cell_type species=mouse reference_species=human output=mice.labelled.h5ad",
         ),

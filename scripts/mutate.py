@@ -588,6 +588,30 @@ MUTANTS = (
         "test_a_vocabulary_that_has_grown_knows_the_cells_of_before",
     ),
     mutant(
+        "label-temperature-off", "inference/label_head.py",
+        "bounds=(-3.0, 3.0)", "bounds=(-1e-9, 1e-9)",
+        "the probabilities of labels are not calibrated",
+        "inference/test_label_head.py::test_temperature_makes_overconfident_scores_true",
+    ),
+    mutant(
+        "label-folds-of-cells", "inference/label_head.py",
+        "return fold_B[batch_R], True", "return rng.permutation(fold_B[batch_R]), True",
+        "cells are held out where whole donors should be",
+        "inference/test_label_head.py::test_whole_donors_are_held_out",
+    ),
+    mutant(
+        "label-shift-ungated", "inference/label_head.py",
+        "if len(shared) < SHIFT_TYPES:", "if len(shared) < 1:",
+        "two populations are evidence of a shift of the whole query",
+        "inference/test_label_head.py::test_another_condition_is_taken_off_where_types_agree",
+    ),
+    mutant(
+        "label-limit-without-left-out", "inference/label_head.py",
+        "limit = max(limit, float(score_N[order[int(np.argmax(gain_N))]]))", "limit = limit",
+        "what is unknown is set on known cells alone",
+        "inference/test_label_head.py::test_the_limit_is_set_on_types_left_out_but_keeps_known_cells",
+    ),
+    mutant(
         "hidden-labels", "evaluation/evaluate.py",
         "label.mask(hidden_C, None)", "label.where(hidden_C, None)",
         "the complement of the labels is hidden",

@@ -18,11 +18,16 @@ import pandas as pd
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
 from genemodel.evaluation.baselines import (
+    SCVI_LOGGERS,
+    UNLABELLED,
     Conditions,
     column,
     counts_of,
+    hushed,
     none,
+    quiet_training,
     scvi,
+    scvi_model,
     tuned,
     variable_log,
 )
@@ -36,12 +41,16 @@ from genemodel.inference.annotate import (
     transfer_labels,
 )
 from genemodel.inference.gene_counts import read_counts
+from genemodel.inference.label_head import calibration_error, label_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 SPECIES = "species"
 MIN_GENES = 50
+# Each label of at least so many cells on both sides is left out of the reference in turn, in the
+# first directions only: every time a method learns anew.
+LEAST_LEFT_OUT, DIRECTIONS_LEFT_OUT = 5, 3
 
 type Embedding = Callable[["AnnData", Conditions], np.ndarray]
 type Function = Callable[["AnnData", "AnnData", str], Any]
@@ -77,10 +86,46 @@ class Direction:
 
 @dataclass(frozen=True)
 class Called:
-    """Labels of a direction's query; ``forced_Q`` never says unknown."""
+    """Labels of a direction's query.
+
+    Attributes
+    ----------
+    label_Q, forced_Q
+        Labels; the second never says unknown.
+    confidence_Q
+        Probability of ``forced_Q``; None of a method that gives none.
+    left_out_auroc
+        How well cells of a label left out of the reference are told from those of the others; the
+        mean over the labels, nan where nothing was left out.
+    """
 
     label_Q: np.ndarray
     forced_Q: np.ndarray
+    confidence_Q: np.ndarray | None = None
+    left_out_auroc: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says of a query: label codes, their probability, novelty, and unknown or not.
+
+    A code of -1 is no label.
+    """
+
+    code_Q: np.ndarray
+    confidence_Q: np.ndarray
+    novelty_Q: np.ndarray
+    unknown_Q: np.ndarray
+
+    @classmethod
+    def of(cls, probability_QL: np.ndarray) -> "Answer":
+        """Say what a method without a rule for the unknown says: the less sure, the newer."""
+        best_Q = probability_QL.max(1)
+        return cls(probability_QL.argmax(1), best_Q, 1 - best_Q, np.zeros(len(best_Q), bool))
+
+
+# (rows of the reference, their label codes, rows of the query) -> answer
+type Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray], Answer]
 
 
 def labels_of(adata: "AnnData", label_key: str) -> np.ndarray:
@@ -200,6 +245,53 @@ def _of(adata: "AnnData", conditions: Conditions) -> list[Direction]:
     return directions(adata, cast(str, conditions.batch_key), cast(str, conditions.label_key))[0]
 
 
+def _classified(
+    adata: "AnnData", conditions: Conditions, classify: Classifier, *, leave_out: bool = True
+) -> list[Called]:
+    """Label every direction's query, and again with each label left out of the reference."""
+    label_C = labels_of(adata, cast(str, conditions.label_key))
+    called = []
+    for number, direction in enumerate(_of(adata, conditions)):
+        names = np.array([*direction.labels, UNKNOWN], dtype=object)
+        rows_R = direction.reference_R
+        code_R = np.searchsorted(np.array(direction.labels, object), label_C[rows_R])
+        answer = classify(rows_R, code_R, direction.query_Q)
+        forced_Q = names[answer.code_Q]
+        auroc = float("nan")
+        if leave_out and number < DIRECTIONS_LEFT_OUT:
+            auroc = _left_out(direction, code_R, classify)
+        called.append(
+            Called(
+                np.where(answer.unknown_Q, UNKNOWN, forced_Q).astype(object),
+                forced_Q,
+                answer.confidence_Q,
+                auroc,
+            )
+        )
+    return called
+
+
+def _left_out(direction: Direction, code_R: np.ndarray, classify: Classifier) -> float:
+    """Mean AUROC of novelty: cells of a label left out against those of the labels that stay."""
+    from sklearn.metrics import roc_auc_score
+
+    if len(direction.labels) < 3:
+        return float("nan")
+    found = []
+    known_Q = np.isin(direction.true_Q, direction.labels)
+    for code, name in enumerate(direction.labels):
+        new_Q = direction.true_Q == name
+        stays_R = code_R != code
+        if new_Q.sum() < LEAST_LEFT_OUT or stays_R.sum() < MIN_REFERENCE:
+            continue
+        if (~stays_R).sum() < LEAST_LEFT_OUT or new_Q[known_Q].all():
+            continue
+        less_R = np.unique(code_R[stays_R], return_inverse=True)[1]
+        answer = classify(direction.reference_R[stays_R], less_R, direction.query_Q)
+        found.append(roc_auc_score(new_Q[known_Q], answer.novelty_Q[known_Q]))
+    return float(np.mean(found)) if found else float("nan")
+
+
 def transferred(
     embed: Embedding,
     transfer: Transfer,
@@ -224,24 +316,22 @@ def transferred(
 
     def run(adata: "AnnData", conditions: Conditions) -> list[Called]:
         embedding_CD = np.asarray(embed(adata if cells is None else cells, conditions), np.float32)
-        label_C = labels_of(adata, cast(str, conditions.label_key))
-        called = []
-        for direction in _of(adata, conditions):
-            rows = direction.reference_R
-            rows = rows[np.isfinite(embedding_CD[rows]).all(1)]
+
+        def classify(rows_R: np.ndarray, code_R: np.ndarray, query_Q: np.ndarray) -> Answer:
+            usable_R = np.isfinite(embedding_CD[rows_R]).all(1)
             found = transfer_labels(
-                embedding_CD[rows],
-                np.searchsorted(np.array(direction.labels, object), label_C[rows]),
-                embedding_CD[direction.query_Q],
+                embedding_CD[rows_R[usable_R]],
+                code_R[usable_R],
+                embedding_CD[query_Q],
                 transfer=transfer,
                 # Another batch or species is far as a whole: that would call nearly all unknown.
                 far_quantile=None,
                 seed=conditions.seed,
             )
-            forced_Q = found.best(direction.labels)
-            label_Q = found.names(direction.labels, UNKNOWN_BELOW) if doubts else forced_Q
-            called.append(Called(label_Q, forced_Q))
-        return called
+            unknown_Q = found.unknown_C(UNKNOWN_BELOW) if doubts else found.winner_C < 0
+            return Answer(found.winner_C, found.confidence_C, 1 - found.confidence_C, unknown_Q)
+
+        return _classified(adata, conditions, classify)
 
     return run
 
@@ -274,22 +364,76 @@ def _logistic(
         from sklearn.linear_model import LogisticRegression
 
         feature_CG = features(adata, conditions)
-        label_C = labels_of(adata, cast(str, conditions.label_key))
-        called = []
-        for direction in _of(adata, conditions):
-            rows = direction.reference_R
-            model = LogisticRegression(max_iter=500).fit(
-                feature_CG[rows], label_C[rows].astype(str)
-            )
-            label_Q = model.predict(feature_CG[direction.query_Q]).astype(object)
-            called.append(Called(label_Q, label_Q))
-        return called
+
+        def classify(rows_R: np.ndarray, code_R: np.ndarray, query_Q: np.ndarray) -> Answer:
+            model = LogisticRegression(max_iter=500).fit(feature_CG[rows_R], code_R)
+            return Answer.of(model.predict_proba(feature_CG[query_Q]))
+
+        return _classified(adata, conditions, classify)
 
     return run
 
 
 def _log_of_all(adata: "AnnData", conditions: Conditions) -> Any:
     return log_normalised(counts_of(adata))
+
+
+def head(adata: "AnnData", conditions: Conditions) -> list[Called]:
+    """Ours: :func:`genemodel.annotate` without a model, batches of the reference held out."""
+    counts_CG = counts_of(adata)
+    batch_C = column(adata, cast(str, conditions.batch_key)).astype(str).to_numpy()
+    species_C = batch_C
+    if SPECIES in adata.obs:
+        species_C = column(adata, SPECIES).astype(str).to_numpy()
+    several = SPECIES in adata.obs and len(set(species_C)) > 1
+
+    def classify(rows_R: np.ndarray, code_R: np.ndarray, query_Q: np.ndarray) -> Answer:
+        answer = label_counts(
+            counts_CG[rows_R],
+            code_R,
+            counts_CG[query_Q],
+            batch_R=batch_C[rows_R],
+            far=several and not set(species_C[query_Q]) <= set(species_C[rows_R]),
+            seed=conditions.seed,
+        )
+        best_Q = answer.probability_CL.max(1)
+        unknown_Q = (best_Q < UNKNOWN_BELOW) | answer.far_C | ~answer.seen_C
+        code_Q = np.where(answer.seen_C, answer.probability_CL.argmax(1), -1)
+        return Answer(code_Q, best_Q, answer.novelty_C, unknown_Q)
+
+    return _classified(adata, conditions, classify)
+
+
+def scanvi(adata: "AnnData", conditions: Conditions) -> list[Called]:
+    """Train scANVI (scvi-tools, its defaults) with the query's labels hidden, and ask it.
+
+    It is not trained again for every label left out: that would take hours.
+    """
+    from scvi.model import SCANVI
+
+    base, seconds, kept_C = scvi_model(adata, conditions)
+    conditions.borrowed_seconds += seconds
+    at_C = np.cumsum(kept_C) - 1
+    epochs = None if conditions.scvi_epochs is None else max(2, conditions.scvi_epochs // 10)
+
+    def classify(rows_R: np.ndarray, code_R: np.ndarray, query_Q: np.ndarray) -> Answer:
+        n_labels = int(code_R.max()) + 1
+        shown = np.full(adata.n_obs, UNLABELLED, dtype=object)
+        shown[rows_R] = code_R.astype(str)
+        base.adata.obs["shown"] = pd.Categorical(shown[kept_C])
+        with hushed(*SCVI_LOGGERS):
+            model = SCANVI.from_scvi_model(
+                base, unlabeled_category=UNLABELLED, labels_key="shown", adata=base.adata
+            )
+            model.train(max_epochs=epochs, **quiet_training())
+            soft = model.predict(soft=True)
+        probability_QL = np.full((len(query_Q), n_labels), 1 / n_labels)
+        there_Q = kept_C[query_Q]
+        said = soft.reindex(columns=[str(code) for code in range(n_labels)], fill_value=0.0)
+        probability_QL[there_Q] = said.to_numpy()[at_C[query_Q[there_Q]]]
+        return Answer.of(probability_QL)
+
+    return _classified(adata, conditions, classify, leave_out=False)
 
 
 def majority(reference: "AnnData", query: "AnnData", label_key: str) -> np.ndarray:
@@ -315,7 +459,7 @@ logistic_regression = _logistic(_log_of_all)
 logistic_regression_hvg = _logistic(variable_log)
 pca_knn = transferred(none, "knn", doubts=False)
 scvi_knn = transferred(scvi, "knn", doubts=False)
-genemodel = transferred(integrated, "linear")
+genemodel_linear = transferred(integrated, "linear")
 genemodel_knn = transferred(integrated, "knn")
 
 
@@ -340,8 +484,9 @@ def scores(direction: Direction, called: Called) -> dict[str, float]:
     Over the cells whose label the reference has, unknown counting as wrong: ``accuracy``,
     ``macro_f1`` and ``balanced_accuracy`` (means over the labels of both sides),
     ``accuracy_forced`` and ``macro_f1_forced`` (never unknown), ``unknown`` (the share called so),
-    ``accuracy_called`` (among the others). ``unknown_new``: share called unknown of the cells whose
-    label the reference lacks; nan where there are none.
+    ``accuracy_called`` (among the others), ``ece`` (expected calibration error of the label that is
+    forced, ten bins). ``unknown_new``: share called unknown of the cells whose label the reference
+    lacks. ``unknown_auroc``: see :class:`Called`. nan where there is nothing to score.
     """
     from sklearn.metrics import f1_score, recall_score
 
@@ -360,6 +505,10 @@ def scores(direction: Direction, called: Called) -> dict[str, float]:
         "macro_f1_forced": float(f1_score(true, forced, **over)),
         "accuracy_called": _mean(right[~unknown]),
         "unknown": float(unknown.mean()),
+        "ece": float("nan")
+        if called.confidence_Q is None
+        else calibration_error(called.confidence_Q[known_Q], forced == true),
+        "unknown_auroc": called.left_out_auroc,
         "unknown_new": _mean(called.label_Q[~known_Q] == UNKNOWN),
     }
 

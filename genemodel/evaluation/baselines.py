@@ -37,7 +37,7 @@ SCVI_LOGGERS = (
     "scvi",
 )
 _SCANORAMA_WIDTH = 100  # its own default
-_UNLABELLED = "genemodel: no label"
+UNLABELLED = "genemodel: no label"
 
 
 @dataclass
@@ -191,7 +191,7 @@ def scanorama(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
 def scvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """Embed with scVI (Lopez et al. 2018; scvi-tools, its defaults), counts of variable genes."""
-    model, _, kept_C = _scvi_model(adata, conditions)
+    model, _, kept_C = scvi_model(adata, conditions)
     return _latent(model, kept_C)
 
 
@@ -201,9 +201,9 @@ def scanvi(adata: "AnnData", conditions: Conditions) -> np.ndarray:
 
     if conditions.label_key is None:
         raise DataError("scANVI learns from labels and needs label_key")
-    base, seconds, kept_C = _scvi_model(adata, conditions)
+    base, seconds, kept_C = scvi_model(adata, conditions)
     conditions.borrowed_seconds += seconds
-    model = SCANVI.from_scvi_model(base, unlabeled_category=_UNLABELLED, labels_key="label")
+    model = SCANVI.from_scvi_model(base, unlabeled_category=UNLABELLED, labels_key="label")
     epochs = None if conditions.scvi_epochs is None else max(2, conditions.scvi_epochs // 40)
     with hushed(*SCVI_LOGGERS):
         model.train(max_epochs=epochs, **quiet_training())
@@ -235,7 +235,7 @@ def quiet_training() -> dict[str, Any]:
     }
 
 
-def _scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, np.ndarray]:
+def scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, np.ndarray]:
     """Train scVI, or take the one that was trained for these cells with this seed.
 
     Returns the model, the seconds that its training took where it is taken over (else 0), and which
@@ -258,7 +258,7 @@ def _scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, n
     data.obs["label"] = pd.Categorical(_labels(adata, conditions)[kept_C])
     with hushed(*SCVI_LOGGERS):
         scvi_tools.settings.seed = conditions.seed
-        scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch", labels_key="label")
+        scvi_tools.model.SCVI.setup_anndata(data, batch_key="batch")
         model = scvi_tools.model.SCVI(data)
         model.train(max_epochs=conditions.scvi_epochs, **quiet_training())
     seconds = time.perf_counter() - start
@@ -268,9 +268,9 @@ def _scvi_model(adata: "AnnData", conditions: Conditions) -> tuple[Any, float, n
 
 def _labels(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     if conditions.label_key is None:
-        return np.full(adata.n_obs, _UNLABELLED, dtype=object)
+        return np.full(adata.n_obs, UNLABELLED, dtype=object)
     label = column(adata, conditions.label_key)
-    return label.where(label.notna(), _UNLABELLED).astype(str).to_numpy(dtype=object)
+    return label.where(label.notna(), UNLABELLED).astype(str).to_numpy(dtype=object)
 
 
 def _latent(model: Any, kept_C: np.ndarray) -> np.ndarray:

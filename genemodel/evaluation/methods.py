@@ -28,6 +28,7 @@ type Own = Callable[..., Any]
 
 # What reads the counts in our methods where no model is given: the transformer takes no part.
 ON_COUNTS = "a network on the counts of these cells; no transformer"
+BY_REGRESSION = "logistic regression on the reference's counts; no transformer"
 _BENCH = "pip install 'genemodel[bench]'"
 _DEBIAN = "on Debian: apt-get install r-cran-seurat r-bioc-sva"
 
@@ -116,10 +117,14 @@ METHODS: dict[str, dict[str, Method]] = {
         "logistic_regression_hvg": Method(annotation.logistic_regression_hvg),
         "pca_knn": Method(annotation.pca_knn),
         "scvi_knn": Method(annotation.scvi_knn, packages=("scvi",), seeded=True),
+        "scanvi": Method(annotation.scanvi, packages=("scvi",), seeded=True),
         "genemodel_knn": Method(
             annotation.genemodel_knn, kind="ours", seeded=True, encoder=ON_COUNTS
         ),
-        "genemodel": Method(annotation.genemodel, kind="ours", seeded=True, encoder=ON_COUNTS),
+        "genemodel_linear": Method(
+            annotation.genemodel_linear, kind="ours", seeded=True, encoder=ON_COUNTS
+        ),
+        "genemodel": Method(annotation.head, kind="ours", encoder=BY_REGRESSION),
     },
 }
 

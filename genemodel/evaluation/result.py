@@ -52,13 +52,15 @@ COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
         "accuracy_called": ("if called", "high"),
         "unknown": ("unknown", "low"),
         "unknown_new": ("new unknown", "high"),
+        "ece": ("ECE", "low"),
+        "unknown_auroc": ("AUROC", "high"),
     },
 }
 # What the terminal leaves out first where 100 columns are too few; summary.csv has everything.
 _LESS = {
     "integrate": ("connect", "ARI", "cLISI", "PCR", "±"),
     "impute": ("rho gene", "truth gene", "zeros", "±"),
-    "annotate": ("balanced", "if called", "±"),
+    "annotate": ("balanced", "if called", "forced", "±"),
 }
 _WIDTH = 100
 _SORT = {
@@ -245,7 +247,8 @@ class EvaluationResult:
                 "Mean over the directions. accuracy, F1 (macro), balanced: cells whose label the "
                 "reference has, unknown counted as wrong. forced: never unknown. if called: among "
                 "the cells not called unknown. new unknown: share called unknown of the cells "
-                "whose label the reference lacks. Baselines always answer."
+                "whose label the reference lacks. Baselines always answer. ECE: calibration error. "
+                "AUROC: novelty, of each label left out of the reference in turn."
             )
         else:
             notes.append(
@@ -463,7 +466,9 @@ def _annotation_report(result: EvaluationResult) -> Report:
         "accuracy, F1 (macro) and balanced (mean over the labels): cells whose label the reference "
         "has, unknown counted as wrong. forced: the same, had every cell to be named. if called: "
         "accuracy among the cells not called unknown. unknown: their share; new unknown: their "
-        "share among the cells whose label the reference lacks, where 1 is right. The baselines "
+        "share among the cells whose label the reference lacks, where 1 is right. ECE: how far the "
+        "confidence is from how often it is right. AUROC: how well novelty (baselines: 1 - "
+        "confidence) tells cells of a label left out of the reference, each in turn. The baselines "
         "always answer. Means over the directions.",
         ["accuracy", "macro_f1", "accuracy_forced", "macro_f1_forced"],
         "Mean over the directions; higher is better.",

@@ -1,14 +1,15 @@
 """Cell types of a labelled reference onto other cells, with a confidence that means something.
 
-Axes: C cells of the query, D width, H held-out cells of the reference, K neighbours, R cells of the
-reference, L labels.
+Axes: C cells of the query, D width, G genes, H held-out cells of the reference, K neighbours, R
+cells of the reference, L labels.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -18,14 +19,24 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
+from genemodel.genes.species import species_name
+from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.contamination import note_contamination
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.embed import writable_h5ad, write_whole
+from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.inference.label_head import label_counts
 from genemodel.inference.labels import label_names, probabilities_of
 from genemodel.inference.models import EMBED, model_for
-from genemodel.inference.obs_keys import check_key_added, label_codes
+from genemodel.inference.obs_keys import (
+    batch_names,
+    check_key_added,
+    check_label_is_no_batch,
+    keys_of,
+    label_codes,
+)
 from genemodel.settings import PathText, check_seed
 
 if TYPE_CHECKING:
@@ -36,6 +47,10 @@ logger = logging.getLogger(__name__)
 KEY = "genemodel_label"
 UNKNOWN = "unknown"
 UNKNOWN_BELOW = 0.5
+# Share of known cells that stay known: 1 in 20 is what leaving types out costs at most.
+KEEP = 0.95
+# Genes below which cells of two files have next to nothing in common but noise.
+MIN_GENES = 50
 CALIBRATION_CELLS = 5000
 MIN_REFERENCE = 50
 BLOCK = 2048
@@ -45,7 +60,8 @@ CROSS_VALIDATED_CELLS = 20_000
 INVERSE_PENALTY, LENGTH, MOST_STEPS = 0.1, 3.0, 500
 
 type Transfer = Literal["knn", "linear"]
-TRANSFERS: tuple[Transfer, ...] = ("knn", "linear")
+type Way = Literal["head", "knn", "linear"]
+TRANSFERS: tuple[Way, ...] = ("head", "knn", "linear")
 
 
 def annotate(
@@ -54,11 +70,12 @@ def annotate(
     model: Bundle | IntegratedModel | str | Path | None = None,
     *,
     label_key: str = "",
+    batch_key: str | Sequence[str] = (),
     key_added: str = KEY,
-    transfer: Transfer = "knn",
+    transfer: Way = "head",
     k: int = 15,
     unknown: float = UNKNOWN_BELOW,
-    far_quantile: float | None = 0.99,
+    far_quantile: float | None = KEEP,
     layer: str | None = None,
     reference_layer: str | None = None,
     species: str | None = None,
@@ -71,37 +88,45 @@ def annotate(
     Parameters
     ----------
     query
-        Raw counts; ``obs[key_added]`` (categorical), ``obs[key_added + "_confidence"]`` (float32)
-        and ``uns[key_added]`` are written.
+        Raw counts. Written are ``obs[key_added]`` (categorical, with ``unknown``),
+        ``obs[key_added + "_confidence"]`` (float32) and ``uns[key_added]``; with
+        ``transfer="head"`` also ``obs[key_added + "_novelty"]`` (float32) and
+        ``obsm[key_added + "_probability"]``, whose columns ``uns[key_added]["labels"]`` names.
     reference
-        Raw counts with labels. It may be of another species that the model knows. None for a model
-        that was fine-tuned to classify (``genemodel finetune task=classify``): its own calibrated
-        probabilities are taken, and also written to ``obsm[key_added + "_probability"]``, whose
-        columns ``uns[key_added]["labels"]`` names; ``transfer``, ``k`` and ``far_quantile`` say
-        nothing then.
+        Raw counts with labels; it may be of another species. None for a model that was fine-tuned
+        to classify (``genemodel finetune task=classify``): its own calibrated probabilities are
+        taken; ``transfer``, ``batch_key``, ``k`` and ``far_quantile`` say nothing then.
     model
-        From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
+        From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder. The
+        head needs none; given one, neighbours in its embedding vote where that helps. "knn" and
+        "linear" read nothing but its embedding.
     label_key
         obs column of the reference; cells without a label are left out.
+    batch_key
+        obs column or columns of the reference that tell its batches or donors apart. With two or
+        more of them the head chooses and calibrates on batches held out, which is what a query is;
+        without, on its own cells, with molecules lost gene by gene as in another chemistry.
     key_added
         Where the labels go.
     transfer
-        "knn": the nearest reference cells vote. "linear": multinomial logistic regression, which
-        asks for less local agreement. Neither is always the better one between species.
+        "head": regularised logistic regression on log-normalised variable genes, see Notes. "knn":
+        the nearest reference cells in the model's embedding vote. "linear": logistic regression on
+        that embedding.
     k
         Neighbours that vote, the nearer the more, and whose distance says what is far.
     unknown
         A label of lower confidence becomes ``unknown``; 0 for never.
     far_quantile
-        A cell farther from the reference than this share of the reference's own cells are from
-        each other becomes ``unknown``; None for never, as when another species or technique is
-        far as a whole.
+        This share of the reference's own cells stays known at least, when they are asked for as a
+        query is; a cell that is farther from every type than the limit becomes ``unknown``. None
+        for never.
     layer, reference_layer
         Where the raw counts are; default ``X``.
     species, reference_species
-        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
+        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``. Genes of
+        different species are joined by the orthologs of the built-in vocabulary.
     seed
-        Which reference cells are held out for calibration, where there are more than 5,000.
+        Of samples, folds and decompositions.
     missing_labels
         Texts in ``label_key`` that stand for a missing value, beside the usual ones
         (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
@@ -111,49 +136,113 @@ def annotate(
     ConfigError
         A setting out of range.
     DataError
-        No raw counts, no such column, fewer than two labels, or too few labelled cells.
+        No raw counts, no such column, fewer than two labels, too few labelled cells, or hardly any
+        gene in common.
 
     Notes
     -----
-    Confidence is the probability that the label is right among cells like those of the reference:
-    reference cells are labelled by the others as if they were of the query (each of up to 5,000
-    by its neighbours, or five-fold with up to 20,000), and an isotonic regression maps the share of
-    votes, or the probability, to how often that was right. A query that differs from the reference
-    is labelled less well than that; ``uns[key_added]`` holds the numbers, and in ``"training"`` how
-    many of the query's cells the model has been trained on (:func:`genemodel.contamination`).
+    The head takes 2,000 genes that vary within the reference's batches and that both sides have,
+    brings every cell's log counts to one length, and fits multinomial logistic regression, every
+    label weighing the same, to their 200 leading components. On held-out batches it chooses the
+    penalty, whether neighbours vote too, and the temperature that makes probabilities true. What
+    all recognised populations of the query differ by from the reference's (a condition, a
+    laboratory) is taken off where they agree on it. **Confidence** is the probability of the label,
+    given that the cell is of one of the reference's types. **Novelty** says whether it is: the
+    head's doubt, distances to the types and the cell's company become one number, weighed and
+    limited so that it tells *types left out of the reference* from cells of the others. A quarter
+    of the query at least is taken to be of known types, so look at ``share_far`` where
+    that may not be so. Labels therefore depend on the query as a whole: annotate it at once.
 
-    To carry labels from one species to another, integrate the cells of both *without* labels
-    (``gm.integrate(both, batch_key="species", species="obs:species")``), then annotate with
-    ``far_quantile=None``. An embedding that has learnt the labels of one species
-    separates those and little else, and transfers worse.
+    ``uns[key_added]["training"]`` holds how many of the query's cells the model has been trained on
+    (:func:`genemodel.contamination`).
+
+    "knn" and "linear" calibrate on the reference's own cells, by isotonic regression, and are
+    over-confident about any query that differs from them.
     """
     _check(transfer, k, unknown, far_quantile, key_added, seed)
-    if model is None:
-        raise ConfigError("model is missing: give what genemodel.load or integrate returns.")
-    model = model_for("annotate", EMBED, model)
+    if model is not None:
+        model = model_for("annotate", EMBED, model)
     if reference is None:
+        if model is None:
+            raise ConfigError(
+                "reference is missing: give labelled cells, or a model that tells labels apart "
+                "itself (genemodel finetune task=classify)."
+            )
         _classify(query, model, key_added, unknown, layer, species)
         note_contamination(query, model, key_added, layer=layer, species=species)
         return
+    if model is None and transfer != "head":
+        raise ConfigError(
+            f"transfer={transfer} reads the vectors of a model, but model is missing: give what "
+            "genemodel.load or integrate returns, or take transfer=head."
+        )
     if not label_key:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
     label_R, labels = label_codes(
         reference.obs, label_key, where="reference", missing_labels=missing_labels
     )
+    batch_R = None
+    if batch_key:
+        check_label_is_no_batch(keys_of(batch_key), label_key)
+        batch_R = batch_names(
+            reference.obs, keys_of(batch_key), where="reference", missing_labels=missing_labels
+        )
     if query.n_obs == 0:
         raise DataError("query has no cells.")
-    reference_RD = _vectors(reference, model, reference_layer, reference_species, "reference")
-    usable = np.flatnonzero((label_R >= 0) & np.isfinite(reference_RD).all(1))
-    reference_RD, label_R = reference_RD[usable], label_R[usable]
-    if len(usable) < max(MIN_REFERENCE, k + 1):
-        raise DataError(
-            f"reference: {len(usable)} cells have a label in obs[{label_key!r}] and genes that the "
-            f"model knows; {max(MIN_REFERENCE, k + 1)} are needed."
+    vectors = None
+    if model is not None:
+        vectors = (
+            _vectors(reference, model, reference_layer, reference_species, "reference"),
+            _vectors(query, model, layer, species, "query"),
         )
-    found = transfer_labels(
-        reference_RD, label_R, _vectors(query, model, layer, species, "query"),
-        transfer=transfer, k=k, far_quantile=far_quantile, seed=seed,
-    )  # fmt: skip
+    if transfer == "head":
+        pair = _counts(query, reference, layer, reference_layer, species, reference_species)
+        usable = np.flatnonzero((label_R >= 0) & (pair.reference_RG.getnnz(1) > 0))
+    else:
+        reference_RD, query_CD = cast(tuple[np.ndarray, np.ndarray], vectors)
+        usable = np.flatnonzero((label_R >= 0) & np.isfinite(reference_RD).all(1))
+    least = max(MIN_REFERENCE, k + 1)
+    if len(usable) < least:
+        raise DataError(
+            f"reference: {len(usable)} cells have a label in obs[{label_key!r}] and genes that "
+            f"{'the query has too' if transfer == 'head' else 'the model knows'}; {least} are "
+            "needed."
+        )
+    present, label_U = np.unique(label_R[usable], return_inverse=True)
+    labels = [labels[code] for code in present]
+    if len(labels) < 2:
+        raise DataError(
+            f"reference: only {labels[0]!r} is left in obs[{label_key!r}] among cells with counts "
+            "in the genes used; two labels at least are needed."
+        )
+    about: dict[str, Any] = {}
+    if transfer == "head":
+        answer = label_counts(
+            pair.reference_RG[usable],
+            label_U,
+            pair.query_CG,
+            batch_R=None if batch_R is None else batch_R[usable],
+            vectors=None if vectors is None else (vectors[0][usable], vectors[1]),
+            k=k,
+            keep=far_quantile,
+            far=pair.other_species,
+            seed=seed,
+        )
+        found = Transferred(
+            np.where(answer.seen_C, answer.probability_CL.argmax(1), -1),
+            np.where(answer.seen_C, answer.probability_CL.max(1), 0.0),
+            answer.far_C,
+            np.inf if far_quantile is None else answer.limit,
+            answer.about.get("held_out_accuracy", float("nan")),
+        )
+        about = answer.about
+        query.obs[f"{key_added}_novelty"] = answer.novelty_C.astype(np.float32)
+        query.obsm[f"{key_added}_probability"] = answer.probability_CL.astype(np.float32)
+    else:
+        found = transfer_labels(
+            reference_RD[usable], label_U, query_CD,
+            transfer=transfer, k=k, far_quantile=far_quantile, seed=seed,
+        )  # fmt: skip
     unknown_C = found.unknown_C(unknown)
     names_C = found.names(labels, unknown)
     categories = list(dict.fromkeys([*labels, UNKNOWN]))
@@ -173,8 +262,10 @@ def annotate(
         "share_doubtful": float((found.confidence_C < unknown).mean()),
         "share_far": float(found.far_C.mean()),
         "seed": seed,
+        **about,
     }
-    note_contamination(query, model, key_added, layer=layer, species=species)
+    if model is not None:
+        note_contamination(query, model, key_added, layer=layer, species=species)
     if found.far_C.mean() > 0.5:
         logger.warning(
             "%.0f %% of the query lies farther from the reference than its own cells from each "
@@ -182,6 +273,84 @@ def annotate(
             "labels them all the same.",
             100 * found.far_C.mean(),
         )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Counts of both sides in the genes that both have, and whether their species differ."""
+
+    reference_RG: Any
+    query_CG: Any
+    other_species: bool
+
+
+def _counts(
+    query: "AnnData",
+    reference: "AnnData",
+    layer: str | None,
+    reference_layer: str | None,
+    species: str | None,
+    reference_species: str | None,
+) -> _Pair:
+    """Read both sides and keep the genes that both have, by orthologs where species differ."""
+    here, there = _species_of(query, species), _species_of(reference, reference_species)
+    known = bool(here) and bool(there)
+
+    def both(vocabulary: GeneVocabulary | None) -> tuple[GeneCounts, GeneCounts, list[str]]:
+        said = (species, reference_species) if vocabulary else (None, None)
+        pair = [
+            _named(
+                what,
+                partial(
+                    read_counts, adata, bundle=None, vocabulary=vocabulary, layer=name, species=of
+                ),
+            )
+            for what, adata, name, of in (
+                ("query", query, layer, said[0]),
+                ("reference", reference, reference_layer, said[1]),
+            )
+        ]
+        seen = [{one.genes[column] for column in one.seen()} for one in pair]
+        shared = [gene for gene in pair[1].genes if gene in seen[0] and gene in seen[1]]
+        return pair[0], pair[1], shared
+
+    vocabulary = GeneVocabulary.builtin() if known and len(here | there) > 1 else None
+    cells, labelled, genes = both(vocabulary)
+    if vocabulary is None and known and len(genes) < MIN_GENES:
+        # One species, named in two ways: symbols on one side, ids on the other.
+        cells, labelled, genes = both(GeneVocabulary.builtin())
+    if len(genes) < MIN_GENES:
+        raise DataError(
+            f"query and reference have counts in {len(genes)} genes of the same name "
+            f"({', '.join(cells.genes[:3])} against {', '.join(labelled.genes[:3])}); "
+            f"{MIN_GENES} are needed. Name the species of both (species=, reference_species=, or "
+            "an obs column species), so that ids, symbols and orthologs are matched."
+        )
+    query_CG, reference_RG = (
+        one.counts_CG[:, pd.Index(one.genes).get_indexer(pd.Index(genes))]
+        .tocsr()
+        .astype(np.float32)
+        for one in (cells, labelled)
+    )
+    return _Pair(reference_RG, query_CG, known and not here <= there)
+
+
+def _species_of(adata: "AnnData", species: str | None) -> set[str]:
+    """Species of the cells as far as they are said: by the setting, or the obs column species."""
+    if species is not None and not species.startswith("obs:"):
+        return {species_name(species)}
+    key = "species" if species is None else species.removeprefix("obs:")
+    if key not in adata.obs:
+        return set()
+    return {species_name(str(name)) for name in pd.unique(adata.obs[key].dropna())}
+
+
+def _named[T](what: str, read: Callable[[], T]) -> T:
+    """Say of which of two objects an error is."""
+    try:
+        return read()
+    except GenemodelError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def _classify(
@@ -260,11 +429,7 @@ def _vectors(
     species: str | None,
     what: str,
 ) -> np.ndarray:
-    try:
-        return _embedded(adata, model, layer, species)
-    except GenemodelError as error:
-        # Of two objects, the message has to say which one it is about.
-        raise type(error)(f"{what}: {error}") from error
+    return _named(what, lambda: _embedded(adata, model, layer, species))
 
 
 def _embedded(
@@ -448,26 +613,29 @@ class AnnotateSettings:
 
     Attributes
     ----------
-    model
-        Bundle directory, or what finetune wrote to <out>/model or <out>/classifier.
     query
         h5ad with raw counts.
     output
         h5ad to write: obs with labels and confidence, without counts.
     reference
         h5ad with raw counts and labels; empty for a model that tells labels apart itself.
+    model
+        Bundle directory, or what finetune wrote to <out>/model or <out>/classifier; empty to label
+        by the reference's counts alone.
     label_key
         obs column of the reference.
+    batch_key
+        obs columns of the reference that tell its batches or donors apart.
     key_added
         obs column of the labels.
     transfer
-        knn or linear.
+        head, knn or linear.
     k
         Neighbours that vote, and whose distance says what is far.
     unknown
         Labels of lower confidence become unknown.
     far_quantile
-        Cells farther than this share of the reference's own become unknown; none for never.
+        Share of the reference's own cells that stays known; none looks for no novelty.
     layer, reference_layer
         Where the raw counts are; empty for X.
     species, reference_species
@@ -475,7 +643,7 @@ class AnnotateSettings:
     device
         auto, cpu, cuda, cuda:1 …
     seed
-        Which reference cells are held out for calibration.
+        Of samples, folds and decompositions.
     missing_labels
         Texts in ``label_key`` that stand for a missing value, beside the usual ones
         (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
@@ -483,16 +651,17 @@ class AnnotateSettings:
         Replace an existing output.
     """
 
-    model: PathText
     query: PathText
     output: PathText
     reference: PathText = ""
+    model: PathText = ""
     label_key: str = ""
+    batch_key: tuple[str, ...] = ()
     key_added: str = KEY
-    transfer: Literal["knn", "linear"] = "knn"
+    transfer: Literal["head", "knn", "linear"] = "head"
     k: int = 15
     unknown: float = UNKNOWN_BELOW
-    far_quantile: float | None = 0.99
+    far_quantile: float | None = KEEP
     layer: str = ""
     reference_layer: str = ""
     species: str = ""
@@ -530,8 +699,11 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     annotate(
         cells["query"],
         cells.get("reference"),
-        model_for("annotate", EMBED, settings.model, device=settings.device),
+        model_for("annotate", EMBED, settings.model, device=settings.device)
+        if settings.model
+        else None,
         label_key=settings.label_key,
+        batch_key=settings.batch_key,
         key_added=settings.key_added,
         transfer=settings.transfer,
         k=settings.k,
@@ -547,7 +719,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     labelled = ad.AnnData(obs=cells["query"].obs)
     labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]
     probability = f"{settings.key_added}_probability"
-    if not settings.reference:
+    if probability in cells["query"].obsm:
         labelled.obsm[probability] = cells["query"].obsm[probability]
     write_whole(labelled, output)
     logger.info(

@@ -115,7 +115,10 @@ def test_scores_equal_a_count_by_hand():
             "accuracy_called": 3 / 4,
             "unknown": 1 / 5,
             "unknown_new": 1 / 2,
-        }
+            "ece": np.nan,
+            "unknown_auroc": np.nan,
+        },
+        nan_ok=True,
     )
     known = Direction("x → y", np.arange(3), np.arange(5), true[:5], ["a", "b", "c"])
     assert np.isnan(annotation.scores(known, Called(label[:5], forced[:5]))["unknown_new"])
@@ -134,7 +137,7 @@ def test_ours_is_trained_once_and_paid_twice(shared, monkeypatch):
 
     monkeypatch.setattr(annotation, "tuned", tuned)
     conditions = Conditions(batch_key="species", label_key="kind", seed=3)
-    there, back = annotation.genemodel(shared, conditions)
+    there, back = annotation.genemodel_linear(shared, conditions)
     assert conditions.borrowed_seconds == 0
     annotation.genemodel_knn(shared, conditions)
     assert conditions.borrowed_seconds > 0
@@ -186,7 +189,9 @@ def compared(cells, tmp_path_factory):
     adata = cells.copy()
     adata.obsm["X_tool"] = np.nan_to_num(one_hot(adata, None))
     own = {"perfect": perfect, "short": short, "broken": broken}
-    built_in = dict.fromkeys(["majority", "logistic_regression", "pca_knn", "genemodel"])
+    built_in = dict.fromkeys(
+        ["majority", "logistic_regression", "pca_knn", "genemodel", "genemodel_linear"]
+    )
     out = tmp_path_factory.mktemp("annotate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(annotation, "tuned", one_hot)
@@ -201,13 +206,15 @@ def test_methods_are_compared_in_both_directions(compared):
     result, seen, _ = compared
     summary = result.summary()
     assert set(summary.index) == {
-        "majority", "logistic_regression", "pca_knn", "genemodel", "perfect", "obsm:X_tool",
+        "majority", "logistic_regression", "pca_knn", "genemodel", "genemodel_linear", "perfect",
+        "obsm:X_tool",
     }  # fmt: skip
     assert summary.at["logistic_regression", "accuracy"] > summary.at["majority", "accuracy"] + 0.2
-    assert summary.at["genemodel", "accuracy_forced"] > 0.95
+    assert summary.at["genemodel_linear", "accuracy_forced"] > 0.95
     assert summary.at["obsm:X_tool", "accuracy_forced"] > 0.95
     assert summary.at["majority", "unknown"] == summary.at["majority", "unknown_new"] == 0
-    assert summary.at["genemodel", "n_seeds"] == 2
+    assert summary.at["genemodel_linear", "n_seeds"] == 2
+    assert summary.at["genemodel", "n_seeds"] == 1
     assert summary.at["majority", "n_seeds"] == 1
     # Its labels are those before some were renamed, which only the cells of known labels keep.
     assert summary.at["perfect", "accuracy"] == 1.0
@@ -229,9 +236,9 @@ def test_the_table_is_tidy_and_the_summary_the_mean_of_directions(compared):
     one, two = (part.summary().at["pca_knn", "macro_f1"] for part in each.values())
     assert result.summary().at["pca_knn", "macro_f1"] == pytest.approx((one + two) / 2)
     assert result.spread().at["pca_knn", "macro_f1"] != result.spread().at["pca_knn", "macro_f1"]
-    rows = table.query("method == 'genemodel' and metric == 'accuracy'")
+    rows = table.query("method == 'genemodel_linear' and metric == 'accuracy'")
     by_seed = rows.groupby("seed")["value"].mean()
-    assert result.spread().at["genemodel", "accuracy"] == pytest.approx(by_seed.std())
+    assert result.spread().at["genemodel_linear", "accuracy"] == pytest.approx(by_seed.std())
 
 
 def test_what_is_written_and_said(compared, cells):
@@ -252,7 +259,8 @@ def test_what_is_written_and_said(compared, cells):
         "Share of each cell type",
     ):
         assert word in page
-    assert page.count("data:image/png") == 4  # two figures, and a confusion for each direction
+    # two figures, and a confusion for each of ours and each direction
+    assert page.count("data:image/png") == 6
     text = result.text()
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
@@ -292,7 +300,7 @@ def test_trained_models_read_all_genes(cells, monkeypatch):
         ({"label_key": "tissue"}, DataError, "the reference has 1 labels"),
         ({"label_key": "apart"}, DataError, "no label of 'apart' stands on both sides: human B"),
         ({"batch_key": "gaps"}, DataError, r"obs\['gaps'\].*missing in 1 cells"),
-        ({"methods": ["scvi"]}, ConfigError, "did you mean 'scvi_knn'"),
+        ({"methods": ["scvi_nn"]}, ConfigError, "did you mean 'scvi_knn'"),
         ({"methods": {"mine": 3}}, ConfigError, r"\(reference, query, label_key\) -> labels"),
     ],
 )
@@ -327,3 +335,61 @@ def test_the_verb_runs_from_a_file(cells, tmp_path):
     text = run(settings)
     assert "majority" in text
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_each_label_is_left_out_and_calibration_is_scored(shared):
+    """A method that says "new" of the very cells whose label it was not given."""
+    conditions = Conditions(batch_key="species", label_key="kind")
+    label_C = annotation.labels_of(shared, "kind")
+    asked = []
+
+    def oracle(rows_R, code_R, query_Q):
+        given = set(label_C[rows_R])
+        asked.append(given)
+        assert len(np.unique(code_R)) == len(given) == code_R.max() + 1
+        new_Q = np.array([label not in given for label in label_C[query_Q]])
+        names = sorted(given)
+        code_Q = np.array([names.index(x) if x in given else 0 for x in label_C[query_Q]])
+        return annotation.Answer(code_Q, np.full(len(query_Q), 0.8), new_Q * 1.0, new_Q)
+
+    called = annotation._classified(shared, conditions, oracle)
+    found, _ = annotation.directions(shared, "species", "kind")
+    assert [one.left_out_auroc for one in called] == [1.0, 1.0]
+    for direction, one in zip(found, called, strict=True):
+        everything = set(direction.labels)
+        for label in direction.shared:
+            assert everything - {label} in asked
+        score = annotation.scores(direction, one)
+        assert score["accuracy"] == 1.0
+        assert score["ece"] == pytest.approx(0.2)  # always right, and says .8
+        assert score["unknown_auroc"] == 1.0
+    blind = annotation._classified(shared, conditions, oracle, leave_out=False)
+    assert np.isnan(blind[0].left_out_auroc)
+
+
+def test_ours_labels_by_counts_with_a_confidence(shared):
+    conditions = Conditions(batch_key="species", label_key="kind")
+    found, _ = annotation.directions(shared, "species", "kind")
+    for direction, one in zip(found, annotation.head(shared, conditions), strict=True):
+        score = annotation.scores(direction, one)
+        assert score["accuracy_forced"] > 0.7
+        assert score["ece"] < 0.35
+        assert 0.5 < score["unknown_auroc"] <= 1
+
+
+def test_scanvi_never_sees_the_labels_of_the_query(shared, monkeypatch):
+    """It learns from as many labels as the reference has cells, in either direction."""
+    scvi = pytest.importorskip("scvi")
+    conditions = Conditions(batch_key="species", label_key="kind", n_hvg=100, scvi_epochs=2)
+    found, _ = annotation.directions(shared, "species", "kind")
+    labelled, train = [], scvi.model.SCANVI.train
+
+    def watched(self, *args, **kwargs):
+        labelled.append(np.sort(self._labeled_indices))
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(scvi.model.SCANVI, "train", watched)
+    called = annotation.scanvi(shared, conditions)
+    for direction, one, rows in zip(found, called, labelled, strict=True):
+        np.testing.assert_array_equal(rows, direction.reference_R)
+        assert set(one.forced_Q) <= set(direction.labels)

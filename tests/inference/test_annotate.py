@@ -31,7 +31,8 @@ def cells():
 
 def test_human_labels_reach_mouse_cells_through_a_bundle(random_bundle, cells, tmp_path):
     human, mouse = cells["human"].copy(), cells["mouse"].copy()
-    gm.annotate(mouse, human, random_bundle, label_key="cell_type", unknown=0.0, far_quantile=None)
+    gm.annotate(mouse, human, random_bundle, label_key="cell_type", transfer="knn", unknown=0.0,
+                far_quantile=None)  # fmt: skip
     said = mouse.obs["genemodel_label"]
     assert "unknown" not in set(said) and len(said) == mouse.n_obs
     confidence = mouse.obs["genemodel_label_confidence"]
@@ -49,13 +50,13 @@ def test_a_model_trained_on_human_cells_labels_mouse_cells(cells):
         human, batch_key="batch", label_key="cell_type", species="human", settings=SHORT
     )
     gm.annotate(mouse, human, model, label_key="cell_type", unknown=0.0, far_quantile=None,
-                species="mouse", reference_species="human")  # fmt: skip
+                transfer="knn", species="mouse", reference_species="human")  # fmt: skip
     right = (mouse.obs["genemodel_label"].astype(str) == mouse.obs["cell_type"].astype(str)).mean()
     chance = mouse.obs["cell_type"].value_counts(normalize=True).max()
     assert right > chance + 0.2
     again = mouse[::-1].copy()
     gm.annotate(again, human, model, label_key="cell_type", unknown=0.0, far_quantile=None,
-                species="mouse", reference_species="human")  # fmt: skip
+                transfer="knn", species="mouse", reference_species="human")  # fmt: skip
     same = again.obs["genemodel_label"][::-1].astype(str).to_numpy()
     assert (same == mouse.obs["genemodel_label"].astype(str).to_numpy()).mean() > 0.95
 
@@ -69,8 +70,9 @@ def test_thresholds_make_unknowns_and_say_so(random_bundle, cells, caplog):
     assert query.uns["genemodel_label"]["share_doubtful"] == 1.0
     with caplog.at_level(logging.WARNING):
         gm.annotate(
-            query, reference, random_bundle, label_key="cell_type", unknown=0.0, far_quantile=1e-6
-        )
+            query, reference, random_bundle, label_key="cell_type", unknown=0.0, far_quantile=1e-6,
+            transfer="knn",
+        )  # fmt: skip
     assert query.uns["genemodel_label"]["share_far"] > 0.9
     assert "far_quantile=None" in caplog.text
 
@@ -154,7 +156,7 @@ def test_linear_transfer_is_logistic_regression_and_far_stays_the_neighbours():
         ({"label_key": "celltype"}, "reference.obs has no column.*did you mean 'cell_type'"),
         ({"label_key": "species"}, "1 different labels"),
         ({"k": 0}, "k=0"),
-        ({"transfer": "tree"}, "transfer='tree': there are knn, linear"),
+        ({"transfer": "tree"}, "transfer='tree': there are head, knn, linear"),
         ({"unknown": 2.0}, "unknown=2.0"),
         ({"far_quantile": 0.0}, "far_quantile=0.0"),
         ({"key_added": ""}, "key_added"),
@@ -163,6 +165,9 @@ def test_linear_transfer_is_logistic_regression_and_far_stays_the_neighbours():
         ({"layer": "absent"}, "query: .*no layer 'absent'"),
         ({"reference_layer": "absent"}, "reference: .*no layer 'absent'"),
         ({"k": 400}, "401 are needed"),
+        ({"k": 400, "transfer": "knn"}, "that the model knows; 401 are needed"),
+        ({"batch_key": "bach"}, "reference.obs has no column 'bach'.*did you mean 'batch'"),
+        ({"batch_key": "cell_type"}, "label_key=cell_type is a column of batch_key too"),
     ],
 )
 def test_refusals(random_bundle, cells, options, words):
