@@ -50,6 +50,7 @@ from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train import checkpoint, loop, recipe, record
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.exchange import Exchange
+from genemodel.train.job import Job
 
 # A run of milliseconds a step, with everything in it that has a state.
 STEPS = 24
@@ -449,13 +450,13 @@ def measure_points(path: Path) -> None:
 
     for name, (owner, attribute) in POINTS.items():
         wrap(name, owner, attribute)
-    goodbye = recipe._say_goodbye
+    goodbye = Job._say_goodbye
 
     def write(*args: Any) -> None:
         path.write_text(json.dumps(counts))
         goodbye(*args)
 
-    recipe._say_goodbye = write
+    Job._say_goodbye = write
 
 
 def kill_in(name: str, nth: int, after_s: float) -> None:

@@ -18,7 +18,7 @@ from genemodel.cells.tokens import TokenSettings
 from genemodel.model.count_encoder import CountsBesideBackbone, ReadsCounts
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import TuningSettings, merged, rate_shares, tune
-from genemodel.train.job import Built
+from genemodel.train.reading import Built
 
 # Cells whose vectors settle their mean and deviation before a transformer learns on.
 STANDARDISED = 2048

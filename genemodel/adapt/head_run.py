@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,22 +19,13 @@ from genemodel.errors import ConfigError
 from genemodel.model.devices import calculates_in_half, check_device, device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import difference
-from genemodel.train.job import (
-    WEIGHTS,
-    Built,
-    Job,
-    Reading,
-    checkpoint_of,
-    choose_device,
-    is_complete,
-    kind_of,
-    read_weights,
-    refuse_other_micro_batches,
-)
-from genemodel.train.loop import TrainingStopped
 from genemodel.train.processes import Processes, Unfinished, find_processes, supervise
+from genemodel.train.reading import Built, Reading
 from genemodel.train.record import METRICS, VALIDATION
 from genemodel.train.settings import LogSettings, OptimSettings, TrainerSettings
+
+if TYPE_CHECKING:
+    from genemodel.train.job import Job
 
 # Rows of a head's metrics.csv, which is what its history is made of.
 _ROWS = 200
@@ -138,6 +129,9 @@ def train_head(
     OtherProcess
         This process was one of several, and is done.
     """
+    # With it comes Lightning, which whoever only imports this need not wait for.
+    from genemodel.train import job as training
+
     trainer = where.trainer
     if where.folder is None:
         device = where.target
@@ -154,7 +148,7 @@ def train_head(
         trainer, **{"max_steps": steps, "log_every": max(1, steps // _ROWS), **(looks or {})}
     )
     processes = find_processes(trainer.devices, trainer.num_nodes)
-    accelerator = choose_device(trainer, processes)
+    accelerator = training.choose_device(trainer, processes)
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     if backbone is not None:
         precision: str = check_device(backbone, device, trainer.precision).precision
@@ -171,26 +165,29 @@ def train_head(
     }
     # The caller's random numbers are the caller's.
     with torch.random.fork_rng(), _folder(where) as run:
-        checkpoint = checkpoint_of(run)
+        checkpoint = training.checkpoint_of(run)
         if checkpoint is not None:
             _refuse_another(run, checkpoint.about, about, trainer.accumulate)
-        if not (is_complete(checkpoint, trainer) and (run / WEIGHTS).exists()):
+        if not (training.is_complete(checkpoint, trainer) and (run / training.WEIGHTS).exists()):
             if processes.to_be_started and where.again is not None:
                 supervise(*where.again, processes)
             else:
-                job = Job(
+                job = training.Job(
                     run=run, about=about, reading=reading, trainer=trainer, optim=optim,
                     log=where.log, seed=seed, build=build, processes=processes,
-                    accelerator=accelerator, precision=precision, kind=kind_of(trainer, processes),
-                    checkpoint=checkpoint, quiet=where.folder is None,
+                    accelerator=accelerator, precision=precision,
+                    kind=training.kind_of(trainer, processes), checkpoint=checkpoint,
+                    quiet=where.folder is None,
                 )  # fmt: skip
                 _train(job, where, rate)
         if _is_one_of_many(processes):
             raise OtherProcess
-        return Trained(read_weights(run), _history(run), steps)
+        return Trained(training.read_weights(run), _history(run), steps)
 
 
-def _train(job: Job, where: HeadRun, rate: str) -> None:
+def _train(job: "Job", where: HeadRun, rate: str) -> None:
+    from genemodel.train.loop import TrainingStopped
+
     try:
         job.train()
     except Unfinished as stopped:
@@ -236,6 +233,8 @@ def _refuse_another(
         for name in about
         if name not in ("settings", "micro_batches") and earlier.get(name) != about[name]
     ]
+    from genemodel.train.job import refuse_other_micro_batches
+
     changed += refuse_other_micro_batches(
         earlier["micro_batches"], about["micro_batches"], accumulate
     )

@@ -50,7 +50,7 @@ from genemodel.model.flops import encoder_flops
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.settings import to_values
 from genemodel.tasks.parts import LossPart
-from genemodel.train.job import Built, Reading
+from genemodel.train.reading import Built, Reading
 from genemodel.train.settings import OptimSettings
 
 logger = logging.getLogger(__name__)

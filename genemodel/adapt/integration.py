@@ -41,7 +41,7 @@ from genemodel.expression.variable_genes import select_genes
 from genemodel.model.count_encoder import CountEncoder, CountsBesideVectors
 from genemodel.model.gene_model import GeneModel
 from genemodel.settings import to_values
-from genemodel.train.job import Built, Reading
+from genemodel.train.reading import Built, Reading
 from genemodel.train.settings import OptimSettings
 
 # Cells encoded at a time after training, where no transformer takes part.

@@ -32,17 +32,31 @@ class DecodeCountsSettings:
     batch_dropout
         Share of cells decoded as if their batch were unknown, so that the unknown batch stays a
         meaningful average.
+    keep_min, keep_max
+        Share of a cell's molecules that the model is shown, uniform between them and drawn anew in
+        every epoch; the *others* are decoded, so that nothing is gained by copying. 1 and 1 show
+        all of them, and all are decoded.
     """
 
     weight: float = 1.0
     batch_key: str = "batch"
     batch_dropout: float = 0.2
+    keep_min: float = 1.0
+    keep_max: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.batch_dropout <= 1:
             raise ConfigError(
                 f"task.decode_counts.batch_dropout is {self.batch_dropout}: it is a share of "
                 "cells, between 0 and 1."
+            )
+        if not 0 < self.keep_min <= self.keep_max <= 1 or (self.keep_min < 1) != (
+            self.keep_max < 1
+        ):
+            raise ConfigError(
+                f"task.decode_counts.keep_min={self.keep_min}, keep_max={self.keep_max}: shares of "
+                "molecules above 0, the lower first, both below 1 so that there are others to "
+                "decode; or 1 and 1 to show and decode all."
             )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch
+from genemodel.cells.batch import CellBatch, sums_within
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError
 from genemodel.model.flops import encoder_flops, gene_head_flops
@@ -307,7 +307,11 @@ class PretrainingObjectives(nn.Module):
         # Compiled shapes are constant: all places are decoded, and the number of expressed genes
         # is the one axis that is left open. Otherwise only the real cells are.
         n = truth.cell_C.shape[0] if self.compiled else truth.n_cells
-        full = (truth.full_cell_N, truth.full_gene_N, truth.full_count_N)
+        library_C, count_N = truth.library_C[:n], truth.full_count_N
+        if truth.shown_count_N is not None:
+            count_N = count_N - truth.shown_count_N
+            library_C = sums_within(count_N, truth.full_cell_N, n).clamp_min(1.0)
+        full = (truth.full_cell_N, truth.full_gene_N, count_N)
         if self.compiled and truth.full_gene_N.shape[0] > 1:
             for each in full:
                 torch._dynamo.mark_dynamic(each, 0)
@@ -315,7 +319,7 @@ class PretrainingObjectives(nn.Module):
             encoded.cell_CD[:n],
             truth.species_C[:n],
             truth.batch_C[:n],
-            truth.library_C[:n],
+            library_C,
             truth.panel_C[:n],
             truth.cell_C[:n] >= 0,
             *full,

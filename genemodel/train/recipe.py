@@ -27,6 +27,7 @@ from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.mapped import shared
 from genemodel.cells.order import ORDER_VERSION
 from genemodel.cells.split import Grouped, hold_out, usual_groups
+from genemodel.cells.views import View
 from genemodel.errors import ConfigError
 from genemodel.model.compiling import compile_for_training
 from genemodel.model.devices import Ways, check_device
@@ -36,9 +37,7 @@ from genemodel.settings import check_out_folder, difference, parse, to_values
 from genemodel.tasks.labels import Labels
 from genemodel.train.checkpoint import Checkpoint
 from genemodel.train.job import (
-    Built,
     Job,
-    Reading,
     checkpoint_of,
     choose_device,
     is_complete,
@@ -48,6 +47,7 @@ from genemodel.train.job import (
 )
 from genemodel.train.loop import Progress
 from genemodel.train.processes import Processes, find_processes, supervise
+from genemodel.train.reading import Built, Reading
 from genemodel.train.record import VALIDATION
 from genemodel.train.settings import HoldoutSettings, PretrainSettings
 from genemodel.train.weights import (
@@ -194,6 +194,10 @@ def _job(plan: _Plan) -> Job:
     )
     medians_V = medians_of(corpus, start)
     kind = kind_of(trainer, processes)
+    decoding = settings.task.decode_counts
+    view = None
+    if decoding.weight > 0 and decoding.keep_min < 1:
+        view = View(settings.seed, decoding.keep_min, decoding.keep_max)
     begin = time.time()
     # Under FSDP the model's own parameters become shards: what is released is another copy.
     plain: list[GeneModel] = []
@@ -254,7 +258,7 @@ def _job(plan: _Plan) -> Job:
         about=plan.about,
         reading=Reading(
             corpus, settings.tokens, inverse_medians(medians_V), plan.train_cells, plan.held_out,
-            batch_codes=shared(batch_codes),
+            batch_codes=shared(batch_codes), view=view, held_view=view,
         ),
         trainer=trainer,
         optim=settings.optim,

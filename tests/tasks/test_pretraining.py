@@ -316,3 +316,24 @@ def test_impossible_weights_are_refused():
         )
     with pytest.raises(ConfigError, match=r"task\.masked_gene\.fraction is 1\.5"):
         MaskedGeneSettings(fraction=1.5)
+
+
+def test_molecules_that_are_not_shown_are_decoded(pack_random):
+    """With a view the decoder's target is what is left, at the library of what is left."""
+    task, model = objectives(), backbone()
+    batch = pack_random()
+    shown = (batch.full_count_N / 2).floor()
+    thinned = dataclasses.replace(batch, shown_count_N=shown)
+    others = dataclasses.replace(
+        batch, full_count_N=batch.full_count_N - shown,
+        library_C=batch.library_C.index_put(
+            (torch.arange(batch.n_cells),), batch.per_cell(batch.full_count_N - shown)
+        ),
+    )  # fmt: skip
+    encoded = model(batch)
+
+    def cost(batch):
+        return task(model, encoded, task.prepare(batch))["decode_counts"].total
+
+    torch.testing.assert_close(cost(thinned), cost(others))
+    assert (cost(thinned) - cost(batch)).abs() > 1

@@ -206,7 +206,7 @@ def test_a_run_that_only_harms_releases_its_start_and_is_complete(start, corpus,
 
 def test_the_cells_trained_on_are_known_and_those_held_out_are_not(start, corpus):
     opened, training = Corpus.open(corpus), Bundle.load(start).training
-    train_cells, held_out = recipe.split(settings(corpus, "run"), opened)
+    train_cells, held_out = recipe.split(settings(corpus, "run").holdout, opened, "corpus")
     assert training.sources == TrainingManifest.of(opened, train_cells).sources
     assert training.n_trained == train_cells.size == len(opened) - held_out.size
     print_NP = opened.prints_CP()
@@ -231,7 +231,9 @@ def test_what_the_start_was_trained_on_is_handed_down(start, corpus, tmp_path, s
         assert Bundle.load(path).provenance["steps"] == 1
         return Bundle.load(path).training
 
-    own = TrainingManifest.of(other, recipe.split(settings(other.path, "run"), other)[0])
+    own = TrainingManifest.of(
+        other, recipe.split(settings(other.path, "run").holdout, other, "corpus")[0]
+    )
     assert released(other.path, "another") == TrainingManifest.after(before, own)
     assert released(corpus, "again") == before
     # A model of an earlier version keeps none: that stays unknown.

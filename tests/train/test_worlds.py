@@ -27,7 +27,7 @@ def begun_with(monkeypatch, run, micro_batches):
 
     checkpoint = newest_checkpoint(run / "checkpoints")
     checkpoint.about["micro_batches"] = micro_batches
-    monkeypatch.setattr(recipe, "newest_checkpoint", lambda folder: checkpoint)
+    monkeypatch.setattr(recipe, "checkpoint_of", lambda folder: checkpoint)
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 4), (2, 2), (4, 1)])
