@@ -229,7 +229,7 @@ def test_the_content_decides_not_the_name(name, change, genes, counts, tmp_path)
     [
         (b"PK\x03\x04....", "archive: unpack"), (b"PAR1....", "parquet"), (b"BZh9....", "bunzip2"),
         (b"RDX3\nX....", "R workspace"), (b"\x80\x04\x95...", "pickle"),
-        (gzip.compress(b"\x89HDF\r\n....", mtime=0), "with gzip: unpack it with gunzip"),
+        (gzip.compress(b"\x89HDF\r\n\x1a\n.", mtime=0), "with gzip: unpack it with gunzip"),
     ],
 )  # fmt: skip
 def test_foreign_content_is_named(content, message, tmp_path):
