@@ -3,7 +3,6 @@
 A history has the column ``step`` and one for each loss: ``model.history.plot(x="step")``.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,27 +11,11 @@ from genemodel.cells.matrices import refuse_damage
 
 HISTORY = "history.tsv"
 STEP = "step"
-MOST_ROWS = 2000
 
 
 def no_history() -> pd.DataFrame:
     """Return the history of a model of which none was kept."""
     return pd.DataFrame({STEP: pd.Series(dtype="int64")})
-
-
-def history_of(losses: Sequence[Mapping[str, float]]) -> pd.DataFrame:
-    """Make a history of the losses of every step, the first of which is 1.
-
-    Of more than 2,000 steps each row is the mean of as many as make 2,000 rows or fewer, under the
-    number of the last of them.
-    """
-    if not losses:
-        return no_history()
-    table = pd.DataFrame(list(losses))
-    stride = -(-len(table) // MOST_ROWS)
-    table = table.groupby(table.index // stride).mean()
-    table.insert(0, STEP, [min((row + 1) * stride, len(losses)) for row in range(len(table))])
-    return table
 
 
 def write_history(folder: Path, history: pd.DataFrame) -> None:

@@ -53,7 +53,10 @@ def negative_binomial_loss(
     # A zero costs θ·log(1 + μ/θ); a count x adds the difference to it:
     # x·log((μ+θ)/μ) − log Γ(x+θ) + log Γ(θ) + log Γ(x+1), with θ·log((μ+θ)/θ) already paid.
     zero_CG = log_theta_G.exp() * functional.softplus(log_mean_CG - log_theta_G)
-    log_mean_N, log_theta_N = log_mean_CG[row_N, gene_N], log_theta_G[gene_N]
+    # Flat, because the backward of an index on two axes queues up on a GPU.
+    at_N = row_N * log_mean_CG.shape[1] + gene_N
+    log_mean_N = log_mean_CG.flatten().index_select(0, at_N)
+    log_theta_N = log_theta_G.index_select(0, gene_N)
     theta_N = log_theta_N.exp()
     log_sum_N = log_theta_N + functional.softplus(log_mean_N - log_theta_N)  # log(μ + θ)
     stored_N = (
@@ -62,7 +65,8 @@ def negative_binomial_loss(
     if complete:
         stored_N = stored_N + torch.lgamma(count_N + 1)
     if measured_CG is not None:
-        zero_CG, stored_N = zero_CG * measured_CG, stored_N * measured_CG[row_N, gene_N]
+        zero_CG = zero_CG * measured_CG
+        stored_N = stored_N * measured_CG.flatten().index_select(0, at_N)
     return zero_CG.sum() + stored_N.sum()
 
 

@@ -79,8 +79,8 @@ class IntegratedModel:
     provenance
         How it was made, plain values.
     history
-        Losses of the training, a column ``step`` and one for each loss; of more than 2,000 steps
-        the means of stretches.
+        Losses of the training, a column ``step`` and one for each loss: means of
+        stretches of the steps, or of looks at held-out cells where there were any.
     """
 
     KIND: ClassVar[str] = "integration model"

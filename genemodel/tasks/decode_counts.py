@@ -9,13 +9,14 @@ Axes: C cells, D width, V vocabulary, S species, B technical batches, X panels, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import ConfigError
+from genemodel.expression.likelihood import negative_binomial_loss
 from genemodel.model.gene_model import initialise
 
 
@@ -58,49 +59,6 @@ class DecodeCountsSettings:
                 "molecules above 0, the lower first, both below 1 so that there are others to "
                 "decode; or 1 and 1 to show and decode all."
             )
-
-
-def negative_binomial_loss(
-    log_rate_CV: Tensor,
-    log_theta_V: Tensor,
-    measured_CV: Tensor,
-    cell_N: Tensor,
-    gene_N: Tensor,
-    count_N: Tensor,
-) -> Tensor:
-    """Negative log-likelihood of sparse counts, without the terms that need lgamma at zeros.
-
-    Parameters
-    ----------
-    log_rate_CV
-        Log mean μ of every gene (unmeasured ones may hold anything finite).
-    log_theta_V
-        Log size θ; variance = μ + μ² ÷ θ.
-    measured_CV
-        Which genes count.
-    cell_N, gene_N, count_N
-        The non-zero counts.
-
-    Returns
-    -------
-    Scalar: sum over cells and measured genes, in nats.
-    """
-    # A zero costs θ·log(1 + μ/θ); a positive count x adds the difference, non-zeros only:
-    # x·log((μ+θ)/μ) − log Γ(x+θ) + log Γ(θ) + log Γ(x+1), with θ·log((μ+θ)/θ) already paid.
-    log_ratio_CV = F.softplus(log_rate_CV - log_theta_V)  # log(1 + μ/θ)
-    zeros = (log_theta_V.exp() * log_ratio_CV * measured_CV).sum()
-    at_N = cell_N * log_rate_CV.shape[1] + gene_N
-    log_rate_N = log_rate_CV.flatten().index_select(0, at_N)
-    log_theta_N = log_theta_V.index_select(0, gene_N)
-    theta_N = log_theta_N.exp()
-    log_sum_N = log_theta_N + F.softplus(log_rate_N - log_theta_N)  # log(μ + θ)
-    positive_N = (
-        count_N * (log_sum_N - log_rate_N)
-        - torch.lgamma(count_N + theta_N)
-        + torch.lgamma(theta_N)
-        + torch.lgamma(count_N + 1)
-    )
-    return zeros + (positive_N * measured_CV.flatten().index_select(0, at_N)).sum()
 
 
 class CellProjection(nn.Module):
@@ -193,13 +151,14 @@ class CountDecoder(nn.Module):
         """Return the negative log-likelihood of the real cells, and the pseudobulk's own."""
         measured_CV = self.measured_XV[panel_C] & real_C[:, None]
         log_rate_CV = self.log_rate(cell_CD, species_C, batch_C, library_C, measured_CV)
-        counts = (measured_CV, cell_N, gene_N, count_N)
-        loss = negative_binomial_loss(log_rate_CV, self.log_theta_V, *counts)
+        counts = (cell_N, gene_N, count_N)
+        ways: Any = {"measured_CG": measured_CV, "complete": True}
+        loss = negative_binomial_loss(log_rate_CV, self.log_theta_V, *counts, **ways)
         if not trivial:
             return loss, None
         with torch.no_grad():
             trivial_CV = _per_library(self.trivial_SV[species_C], library_C, measured_CV)
-            return loss, negative_binomial_loss(trivial_CV, self.trivial_theta_V, *counts)
+            return loss, negative_binomial_loss(trivial_CV, self.trivial_theta_V, *counts, **ways)
 
 
 def _per_library(logit_CV: Tensor, library_C: Tensor, measured_CV: Tensor) -> Tensor:

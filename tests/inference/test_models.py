@@ -15,7 +15,6 @@ from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import KINDS
-from genemodel.bundle.history import history_of
 from genemodel.cells.manifest import MANIFEST
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.embed import EmbedSettings, embed_file
@@ -205,14 +204,6 @@ def test_history_and_provenance_go_with_every_model(random_bundle, integrated, i
         assert back.provenance["cells"] == 90 and back.provenance["seed"] == 0
     assert integrated.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
     assert imputation.history["nats_per_molecule"].min() == imputation.trained.heldout_nats
-
-
-def test_a_long_history_is_kept_in_means_of_stretches():
-    losses = [{"a": float(step), "b": 1.0} for step in range(1, 5002)]
-    history = history_of(losses)
-    assert len(history) == 1667 and history["step"].tolist()[-2:] == [4998, 5001]
-    assert history["a"].tolist()[:2] == [2.0, 5.0] and (history["b"] == 1).all()
-    assert history_of([]).columns.tolist() == ["step"]
 
 
 def test_what_a_notebook_shows_of_a_model_is_a_line_or_two(random_bundle, integrated, imputation):

@@ -5,14 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.distributions import NegativeBinomial
 
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError
 from genemodel.genes.vocabulary import MASK, N_SPECIAL
 from genemodel.model.gene_model import HIDDEN_VALUE, GeneModel
 from genemodel.model.settings import ModelSettings
-from genemodel.tasks.decode_counts import negative_binomial_loss
 from genemodel.tasks.masked_gene import MaskedGeneSettings
 from genemodel.tasks.masking import choose, uniform
 from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
@@ -129,20 +127,6 @@ def test_a_hidden_value_and_a_hidden_gene_do_not_leak(pack_random):
     assert torch.equal(again.seen.value_T, prepared.seen.value_T)
     with torch.no_grad():
         assert torch.equal(model(prepared.seen).hidden_TD, model(again.seen).hidden_TD)
-
-
-def test_negative_binomial_loss_equals_torchs_distribution():
-    torch.manual_seed(0)
-    log_rate = torch.randn(5, 12)
-    log_theta = torch.randn(12)
-    counts = torch.poisson(log_rate.exp() * 2)
-    measured = torch.rand(5, 12) > 0.3
-    counts[~measured] = 0
-    cell, gene = counts.nonzero(as_tuple=True)
-    got = negative_binomial_loss(log_rate, log_theta, measured, cell, gene, counts[cell, gene])
-    # torch: total_count = θ, logits = log(μ/θ)
-    log_p = NegativeBinomial(log_theta.exp(), logits=log_rate - log_theta).log_prob(counts)
-    torch.testing.assert_close(got, -(log_p * measured).sum(), rtol=1e-5, atol=1e-4)
 
 
 def test_every_objective_starts_near_its_trivial_predictor_and_learns(pack_random):
