@@ -611,8 +611,9 @@ def _held_out(
     if not settings.hold_out:
         return None
     groups = corpus if corpus is not None else GroupedCells(adata.obs, settings.data)
-    train, held_out = split(settings.holdout, groups, settings.data)
-    return held_out if held_out.size < train.size + held_out.size and held_out.size else None
+    _, held_out = split(settings.holdout, groups, settings.data)
+    # Where nothing can be held out, both sides are all cells.
+    return held_out if held_out.size < len(groups) else None
 
 
 def _integrate(

@@ -399,3 +399,34 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(mine, small_start, tmp_p
         np.testing.assert_array_equal(np.asarray(expected.obsm[key]), np.asarray(got.obsm[key]))
     for key in expected.layers:
         np.testing.assert_array_equal(expected.layers[key], got.layers[key])
+
+
+@pytest.mark.usefixtures("blank_report")
+def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatch, caplog):
+    from genemodel.adapt.integration_head import IntegrationHead
+
+    seen, prepare_itself = {True: [], False: []}, IntegrationHead.prepare
+
+    def prepare(head, batch, **options):
+        n = batch.n_cells
+        pairs = zip(batch.cell_C[:n].tolist(), batch.batch_C[:n].tolist(), strict=True)
+        seen[head.training] += pairs
+        return prepare_itself(head, batch, **options)
+
+    monkeypatch.setattr(IntegrationHead, "prepare", prepare)
+    given = ["finetune", f"data={mine}", "batch_key=batch", "hold_out=true", *TINY]
+    given += ["trainer.validate_every=2", "trainer.accelerator=cpu", "holdout.by=batch"]
+    assert main([*given, f"out={tmp_path / 'a'}"]) == 0
+    trained, looked = ({cell for cell, _ in seen[side]} for side in (True, False))
+    assert looked and not trained & looked and len(trained | looked) == 120
+    # Of a batch that is held out whole the decoder knows nothing.
+    assert {code for _, code in seen[False]} == {-1} and -1 not in {c for _, c in seen[True]}
+    looks = pd.read_csv(tmp_path / "a" / "heads" / "integrate" / "validation.csv")
+    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/counts"]).all()
+    embedded = ad.read_h5ad(tmp_path / "a" / "embedded.h5ad")
+    assert np.isfinite(embedded.obsm["X_integrated"]).all()  # those held out too
+    for values in seen.values():
+        values.clear()
+    assert main([*given, "holdout.by=", f"out={tmp_path / 'b'}"]) == 0
+    assert "Nothing is held out" in caplog.text
+    assert len({cell for cell, _ in seen[True]}) == 120 and not seen[False]

@@ -257,7 +257,8 @@ class _Plan:
         self.reading = Reading(
             data.cells, self.tokens, self.inverse_median_V, train,
             data.held_out if data.held_out.size else None,
-            batch_codes=np.where(np.isin(np.arange(len(data.cells)), data.used), data.batch_C, -1),
+            # A batch that is held out whole is as unknown as one that comes later.
+            batch_codes=np.where(np.isin(data.batch_C, data.batch_C[train]), data.batch_C, -1),
             layout=data.layout,
             view=View(seed, settings.keep_min), genes_V=self.genes_V,
         )  # fmt: skip
