@@ -46,6 +46,7 @@ from genemodel.cells.views import View
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.likelihood import MultinomialLoss
 from genemodel.expression.normalise import depth_factor
+from genemodel.model.count_encoder import VectorsBeside
 from genemodel.model.flops import encoder_flops
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.settings import to_values
@@ -162,7 +163,7 @@ class SparseCountEncoder(nn.Module):
         self.n_genes = n_genes
         self.input_GH = nn.Parameter(torch.randn(n_genes, hidden) * 0.02)
         self.input_bias_H = nn.Parameter(torch.zeros(hidden))
-        self.features_in = nn.Linear(n_features, hidden, bias=False) if n_features else None
+        self.beside = VectorsBeside(n_features, hidden, bias=False)
         self.trunk = nn.Sequential(
             nn.LayerNorm(hidden),
             nn.Dropout(settings.dropout),
@@ -174,15 +175,6 @@ class SparseCountEncoder(nn.Module):
         place_V = torch.full((n_all,), n_genes)
         place_V[torch.from_numpy(np.asarray(gene_G, np.int64))] = torch.arange(n_genes)
         self.register_buffer("place_V", place_V, persistent=False)
-        self.feature_mean_F = nn.Buffer(torch.zeros(n_features))
-        self.feature_sd_F = nn.Buffer(torch.ones(n_features))
-
-    @torch.no_grad()
-    def standardise_features(self, features_CF: Tensor) -> None:
-        """Take up mean and standard deviation of the vectors; rows with NaN are left out."""
-        whole_CF = features_CF[torch.isfinite(features_CF).all(1)]
-        self.feature_mean_F.copy_(whole_CF.mean(0))
-        self.feature_sd_F.copy_(whole_CF.std(0, unbiased=False))
 
     def forward(self, batch: CellBatch, features_CF: Tensor | None = None) -> Encoded:
         """Latent of every real cell from the molecules shown; there are no token states."""
@@ -211,11 +203,7 @@ class SparseCountEncoder(nn.Module):
         summed_CH = functional.embedding_bag(
             gene_N, self.input_GH, starts_C, mode="sum", per_sample_weights=weight_N
         )
-        hidden_CH = summed_CH + self.input_bias_H
-        if self.features_in is not None and features_CF is not None:
-            centred_CF = (features_CF - self.feature_mean_F) / (self.feature_sd_F + 1e-6)
-            hidden_CH = hidden_CH + self.features_in(torch.nan_to_num(centred_CF))
-        return self.trunk(hidden_CH)
+        return self.trunk(self.beside(summed_CH + self.input_bias_H, features_CF))
 
 
 class _Prepared:

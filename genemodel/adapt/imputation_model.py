@@ -49,6 +49,7 @@ from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal,
 from genemodel.bundle.history import STEP
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import depth_factor
+from genemodel.model.count_encoder import encoder_name
 from genemodel.settings import nearest, parse, some, to_values
 from genemodel.writing import found_again
 
@@ -619,7 +620,7 @@ class ImputationModel:
         dispersion_G = weights["dispersion_G"].numpy()
         weights = _as_now(weights)
         n_batches = weights["decoder.head.offset_BD"].shape[0]
-        n_features = weights["decoder.encoder.feature_mean_F"].shape[0]
+        n_features = weights["decoder.encoder.beside.mean_F"].shape[0]
         decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
         decoder.load_state_dict(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
@@ -654,18 +655,19 @@ class ImputationModel:
 
 
 def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name weights as this version does: before format 3 encoder and head were one module."""
-    if any(name.startswith("decoder.encoder.") for name in weights):
-        return weights
-    head = ("gene_GD", "bias_G", "offset_BD")
+    """Name weights as this version does: encoder and head were one module, then had names."""
     named = {}
     for name, tensor in weights.items():
         own = name.removeprefix("decoder.")
         if own != name:
-            name = f"decoder.head.{own}" if own in head else f"decoder.encoder.{own}"
+            if not own.startswith(("encoder.", "head.")):
+                heads = ("gene_GD", "bias_G", "offset_BD")
+                own = f"head.{own}" if own in heads else f"encoder.{own}"
+            part, _, rest = own.partition(".")
+            name = f"decoder.{part}.{encoder_name(rest) if part == 'encoder' else rest}"
         named[name] = tensor
-    for name in ("feature_mean_F", "feature_sd_F"):
-        named[f"decoder.encoder.{name}"] = torch.zeros(0)
+    for name in ("mean_F", "sd_F"):  # before format 3 there were none
+        named.setdefault(f"decoder.encoder.beside.{name}", torch.zeros(0))
     return named
 
 

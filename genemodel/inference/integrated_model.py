@@ -33,7 +33,7 @@ from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import INTEGRATED, batch_names
-from genemodel.model.count_encoder import CountEncoder
+from genemodel.model.count_encoder import CountEncoder, encoder_name
 from genemodel.settings import parse, some, to_values
 from genemodel.writing import found_again
 
@@ -291,7 +291,7 @@ class IntegratedModel:
             vocabulary = GeneVocabulary.read(path / VOCABULARY)
         encoder = CountEncoder(
             np.arange(len(genes)), len(genes), hidden=settings.hidden, dropout=settings.dropout,
-            n_features=weights["net.encoder.feature_mean_F"].shape[0],
+            n_features=weights["net.encoder.beside.mean_F"].shape[0],
             feature_dropout=settings.feature_dropout,
         )  # fmt: skip
         head = IntegrationHead(
@@ -322,16 +322,17 @@ class IntegratedModel:
 
 
 def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name weights as this version does: before format 3 encoder and head were one module."""
-    if any(name.startswith("net.encoder.") for name in weights):
-        return weights
+    """Name weights as this version does: encoder and head were one module, then had names."""
     encoder = ("genes_in", "features_in", "norm_in", "norm_hidden", "hidden", "input_", "feature_")
 
     def named(name: str) -> str:
         own = name.removeprefix("net.")
         if own == name:
             return name
-        return f"net.encoder.{own}" if own.startswith(encoder) else f"net.head.{own}"
+        if not own.startswith(("encoder.", "head.")):
+            own = f"encoder.{own}" if own.startswith(encoder) else f"head.{own}"
+        part, _, rest = own.partition(".")
+        return f"net.{part}.{encoder_name(rest) if part == 'encoder' else rest}"
 
     return {named(name): tensor for name, tensor in weights.items()}
 
