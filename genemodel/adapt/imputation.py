@@ -206,6 +206,25 @@ class SparseCountEncoder(nn.Module):
         return self.trunk(self.beside(summed_CH + self.input_bias_H, features_CF))
 
 
+class VectorEncoder(nn.Module):
+    """The latent is a pre-trained model's vector of the cell: nothing of the counts is read here.
+
+    With it :class:`Decoder` is the count decoder of a bundle, cut to the genes of some data.
+    """
+
+    def read(
+        self,
+        gene_N: Tensor,
+        cell_N: Tensor,
+        count_N: Tensor,
+        n_cells: int,
+        features_CF: Tensor | None = None,
+    ) -> Tensor:
+        """Vectors of the cells; a cell without one is at the origin."""
+        assert features_CF is not None, "vectors of the cells"
+        return torch.nan_to_num(features_CF)
+
+
 class _Prepared:
     """A micro-batch as the head takes it; ``molecules`` are those to be predicted."""
 
@@ -313,7 +332,10 @@ class ImputationHead(nn.Module):
 class Decoder(nn.Module):
     """Encoder of sparse counts, and the head that decodes them."""
 
-    def __init__(self, encoder: SparseCountEncoder, head: ImputationHead) -> None:
+    encoder: SparseCountEncoder | VectorEncoder
+    head: ImputationHead
+
+    def __init__(self, encoder: SparseCountEncoder | VectorEncoder, head: ImputationHead) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
@@ -324,6 +346,17 @@ class Decoder(nn.Module):
         """Make one of new weights, to be given others."""
         encoder = SparseCountEncoder(np.arange(n_genes), n_genes, settings, n_features)
         return cls(encoder, ImputationHead(np.full(n_genes, 1 / n_genes), n_batches, settings))
+
+    @classmethod
+    def of_vectors(cls, gene_GD: Tensor, bias_G: Tensor) -> "Decoder":
+        """Make one that decodes vectors of a pre-trained model."""
+        n_genes, width = gene_GD.shape
+        settings = DecoderSettings(latent=width)
+        head = ImputationHead(np.full(n_genes, 1 / n_genes), 1, settings)
+        with torch.no_grad():
+            head.gene_GD.copy_(gene_GD)
+            head.bias_G.copy_(bias_G)
+        return cls(VectorEncoder(), head).requires_grad_(False)
 
     def encode(self, count_CG: sp.csr_matrix, features_CF: Floats | None = None) -> Tensor:
         """Latent vector of every cell, (C, D)."""
@@ -727,8 +760,36 @@ def _calibrated(
         numbers.append(batch.cell_C[: batch.n_cells].cpu())
     latent_SD = torch.cat(latents)[torch.argsort(torch.cat(numbers))]
     code_S = torch.from_numpy(np.asarray(data.batch_C[cells], np.int64))
+    return calibrated(
+        head.cpu(), latent_SD, code_S, seen_SG, held_SG, settings.calibration_fraction, seed
+    )
+
+
+def calibrated(
+    head: ImputationHead,
+    latent_SD: Tensor,
+    code_S: Tensor,
+    seen_SG: sp.csr_matrix,
+    held_SG: sp.csr_matrix,
+    fraction: float,
+    seed: int,
+) -> tuple[NDArray[np.float64], Coverage]:
+    """Dispersion of every gene around a decoder's answer, and what its intervals then hold.
+
+    Parameters
+    ----------
+    head
+        Decodes the latents.
+    latent_SD, code_S
+        Of some cells, made without the molecules set aside, and their batches.
+    seen_SG, held_SG
+        Molecules that were shown, and set aside.
+    fraction
+        Share of the molecules that was set aside.
+    seed
+        Of the randomised intervals.
+    """
     library_S = np.asarray(seen_SG.sum(axis=1), dtype=np.float32).ravel()
-    head.cpu()
 
     def prior_mean(rows: slice) -> Floats:
         with torch.no_grad():
@@ -736,7 +797,7 @@ def _calibrated(
         # A cell whose every molecule was set aside has seen nothing and predicts nothing.
         return np.maximum(fraction_CG * library_S[rows, None], 1e-12)
 
-    ratio = settings.calibration_fraction / (1.0 - settings.calibration_fraction)
+    ratio = fraction / (1.0 - fraction)
     dispersion_G = calibrate_dispersion(prior_mean, seen_SG, held_SG, ratio)
     coverage = measure_coverage(
         prior_mean, dispersion_G, seen_SG, held_SG, ratio, np.random.default_rng(seed)

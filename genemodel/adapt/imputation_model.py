@@ -34,6 +34,7 @@ from genemodel.adapt.imputation import (
     Decoder,
     DecoderSettings,
     TrainedDecoder,
+    VectorEncoder,
     decode_fraction,
     train_decoder,
 )
@@ -371,17 +372,33 @@ class ImputationModel:
             trained, counts_CG, kept_G, codes_C, batches, settings,
             genes=genes, batch_keys=batch_keys, where=where,
         )  # fmt: skip
-        model.provenance = {
+        model.tell(len(kept_C), seed=seed)
+        return model
+
+    def tell(self, n_cells: int, *, seed: int, model: str = "", tune: str = "") -> None:
+        """Write down how it was made, as :attr:`provenance`.
+
+        Parameters
+        ----------
+        n_cells
+            Cells that were learnt from.
+        seed
+            Of the training.
+        model, tune
+            Fingerprint of the bundle that took part, and what of it learnt.
+        """
+        self.provenance = {
             "genemodel": genemodel.__version__,
             "task": "impute",
-            "batch_key": list(batch_keys),
-            "settings": to_values(settings),
+            "batch_key": list(self.batch_keys),
+            "settings": to_values(self.settings),
             "seed": seed,
-            "cells": len(kept_C),
-            "genes": len(kept_G),
-            "heldout_nats_per_molecule": trained.heldout_nats,
+            "cells": n_cells,
+            "genes": len(self.kept_G),
+            "heldout_nats_per_molecule": self.trained.heldout_nats,
+            "model": model,
+            "backbone": tune,
         }
-        return model
 
     def with_vectors(self, bundle: Bundle, features_CF: NDArray[np.floating]) -> Self:
         """Return the same model with the transformer beneath, and its vectors of the cells."""
@@ -416,7 +433,7 @@ class ImputationModel:
             ]
         )
 
-    def library_ratio(self, library: Library) -> NDArray[np.float64]:
+    def library_ratio(self, library: Library, rows: Selection = None) -> NDArray[np.float64]:
         """Return the requested library over each own, (C,); NaN for a cell without counts.
 
         Parameters
@@ -424,18 +441,22 @@ class ImputationModel:
         library
             None for the cell's own, ``"0.5x"`` for half of it (any factor), ``"median"`` for the
             median of the cells with counts, or a number of counts per cell.
+        rows
+            Cells; all by default.
         """
         check_library(library)
+        own_C = self.library_C[slice(None) if rows is None else rows]
         if library is None:
-            return np.ones(len(self))
+            return np.ones(len(own_C))
         if isinstance(library, str) and (factor := _OWN_LIBRARY.fullmatch(library)):
-            return np.full(len(self), float(factor[1]))
-        if library == MEDIAN_LIBRARY:
-            wanted = float(np.median(self.library_C[self.library_C > 0]))
-        else:
-            wanted = float(library)
-        own_C = np.where(self.library_C > 0, self.library_C, np.nan)
-        return wanted / own_C
+            return np.full(len(own_C), float(factor[1]))
+        wanted = self.median_library if library == MEDIAN_LIBRARY else float(library)
+        return wanted / np.where(own_C > 0, own_C, np.nan)
+
+    @property
+    def median_library(self) -> float:
+        """Median of the cells with counts."""
+        return float(np.median(self.library_C[self.library_C > 0]))
 
     def posterior(
         self,
@@ -469,7 +490,6 @@ class ImputationModel:
             Unknown batch or kind, impossible library, or more than 4 GB of output.
         """
         check_kind(kind)
-        ratio_C = self.library_ratio(library)
         at_C = np.arange(len(self))[slice(None) if rows is None else rows]
         at_G = np.arange(self.counts_CG.shape[1]) if genes is None else np.asarray(genes)
         size = 2.0 * 8 * len(at_C) * len(at_G)
@@ -492,7 +512,7 @@ class ImputationModel:
             # What the counts say about a cell, as a factor on the prior, holds in any batch.
             wanted_CG = self._fraction(at_C, at_G, np.full(len(at_C), code))
             rate_CG *= own_CG / np.maximum(wanted_CG, 1e-30)
-        rate_CG /= ratio_C[at_C, None]
+        rate_CG /= self.library_ratio(library, at_C)[:, None]
         return GammaPosterior(shape_CG, rate_CG)
 
     def draws(
@@ -584,6 +604,7 @@ class ImputationModel:
             "batches": list(self.batches),
             "batch_keys": list(self.batch_keys),
             "unseen_share": self.unseen_share,
+            "pretrained": isinstance(trained.decoder.encoder, VectorEncoder),
             "heldout_nats": trained.heldout_nats,
             "history": [list(row) for row in trained.history],
             "provenance": self.provenance,
@@ -619,9 +640,13 @@ class ImputationModel:
         kept_G = weights["kept_G"].numpy()
         dispersion_G = weights["dispersion_G"].numpy()
         weights = _as_now(weights)
-        n_batches = weights["decoder.head.offset_BD"].shape[0]
-        n_features = weights["decoder.encoder.beside.mean_F"].shape[0]
-        decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
+        if about.get("pretrained", False):
+            head = (weights["decoder.head.gene_GD"], weights["decoder.head.bias_G"])
+            decoder = Decoder.of_vectors(*head)
+        else:
+            n_batches = weights["decoder.head.offset_BD"].shape[0]
+            n_features = weights["decoder.encoder.beside.mean_F"].shape[0]
+            decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
         decoder.load_state_dict(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
         )
@@ -666,8 +691,9 @@ def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             part, _, rest = own.partition(".")
             name = f"decoder.{part}.{encoder_name(rest) if part == 'encoder' else rest}"
         named[name] = tensor
-    for name in ("mean_F", "sd_F"):  # before format 3 there were none
-        named.setdefault(f"decoder.encoder.beside.{name}", torch.zeros(0))
+    if any(name.startswith("decoder.encoder.") for name in named):
+        for name in ("mean_F", "sd_F"):  # before format 3 there were none
+            named.setdefault(f"decoder.encoder.beside.{name}", torch.zeros(0))
     return named
 
 

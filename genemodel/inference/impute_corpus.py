@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-import genemodel
 from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings, train_decoder
 from genemodel.adapt.imputation_model import ImputationModel
@@ -26,7 +25,6 @@ from genemodel.inference.impute_output import Layers, ToFile
 from genemodel.inference.obs_keys import batch_names
 from genemodel.inference.progress import Progress
 from genemodel.model.tuning import TuningSettings
-from genemodel.settings import to_values
 
 logger = logging.getLogger(__name__)
 
@@ -114,18 +112,10 @@ def impute_corpus(
     )  # fmt: skip
     model.unseen_share *= float(model.library_C.sum()) / float(np.sum(corpus.library_C))
     model = model.of(sp.csr_matrix((0, len(token_G)), dtype=np.float32), np.zeros(0, np.int64))
-    model.provenance = {
-        "genemodel": genemodel.__version__,
-        "task": "impute",
-        "batch_key": list(batch_keys),
-        "settings": to_values(settings),
-        "seed": seed,
-        "cells": len(data.used),
-        "genes": len(kept_G),
-        "heldout_nats_per_molecule": trained.heldout_nats,
-        "model": "" if beneath is None else beneath.fingerprint,
-        "backbone": "" if tuning is None or bundle is None else tuning.tune,
-    }
+    model.tell(
+        len(data.used), seed=seed, model="" if beneath is None else beneath.fingerprint,
+        tune="" if tuning is None or bundle is None else tuning.tune,
+    )  # fmt: skip
     obs = corpus.obs()
     obs.index = obs.index.astype(str)
     layers = Layers("imputed", True, 0, ())
