@@ -134,7 +134,6 @@ VERBS: dict[str, Verb] = {
         examples=(
             "impute input=lung.h5ad output=lung.imputed.h5ad uncertainty=true",
             "impute input=lung.h5ad output=lung.zarr batch_key=donor batch=mean library=median",
-            "impute input=lung.h5ad output=lung.imputed.h5ad model=runs/a/bundle",
         ),
     ),
     "annotate": Verb(

@@ -1,11 +1,11 @@
 """A trained decoder with the counts it explains: the posterior of any cell and gene on demand.
 
-On disk it has the decoder and not the counts, and is given further cells with
-:meth:`ImputationModel.of`::
+On disk (:mod:`genemodel.bundle.directory`) it has the decoder and not the counts, and is given
+further cells with :meth:`ImputationModel.of`::
 
-    imputation.json      format, settings, batches, calibration, checksums
     weights.safetensors  decoder ("decoder.*"), dispersion of every gene, which genes have counts
     genes.txt            names of the genes, one a line
+    vocabulary.tsv.gz    only where a vocabulary tells its training cells and there is no bundle
     bundle/              only where cell vectors of a pre-trained model are read
 
 Axes: C cells, G genes, M posterior draws, Q quantile levels.
@@ -23,7 +23,6 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 import genemodel
 from genemodel.adapt.backbone import Backbone
@@ -45,23 +44,22 @@ from genemodel.adapt.posterior import (
     rate_quantiles,
 )
 from genemodel.adapt.training_cells import TrainingCells
-from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
+from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.bundle.directory import IMPUTATION, read_model, write_model
 from genemodel.bundle.history import STEP
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import depth_factor
+from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.count_encoder import encoder_name
 from genemodel.settings import nearest, parse, some, to_values
-from genemodel.writing import found_again
 
 Kind = Literal["posterior", "decoder"]
 """Whose rates: this cell's, or those of cells like it."""
 Library = float | str | None
 Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None
 
-# From 2 on imputation.json holds a checksum of itself; from 3 on encoder and head have names.
-FORMAT = 3
-ABOUT, WEIGHTS, GENES, BUNDLE = "imputation.json", "weights.safetensors", "genes.txt", "bundle"
+GENES, BENEATH = "genes.txt", "bundle"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
@@ -199,6 +197,10 @@ class ImputationModel:
     ----------
     provenance
         How it was made, plain values.
+    training
+        The cells it was trained on, those of the model beneath first; None where nobody knows.
+    vocabulary
+        What names the genes of ``training``; None where they are the model's own.
     """
 
     KIND: ClassVar[str] = "imputation model"
@@ -225,6 +227,8 @@ class ImputationModel:
         self.batch_keys = batch_keys
         self.settings = settings
         self.provenance: dict[str, Any] = {}
+        self.training: TrainingManifest | None = None
+        self.vocabulary: GeneVocabulary | None = None if bundle is None else bundle.vocabulary
         self.genes = list(genes) or [str(gene) for gene in range(counts_CG.shape[1])]
         self._explain(counts_CG, batch_C, None, where, features_CF)
         self.unseen_share = _UNSEEN / max(float(self.library_C.sum()), 1.0)
@@ -588,26 +592,23 @@ class ImputationModel:
         """
         trained = self.trained
         weights = {f"decoder.{k}": v for k, v in trained.decoder.state_dict().items()}
-        weights = {k: v.detach().contiguous() for k, v in weights.items()}
         weights["dispersion_G"] = torch.from_numpy(np.ascontiguousarray(self.dispersion_G))
         weights["kept_G"] = torch.from_numpy(np.asarray(self.kept_G, np.int64))
 
         def fill(folder: Path) -> None:
-            save_file(weights, folder / WEIGHTS)
             (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
             if self.bundle is not None:
-                self.bundle.save(folder / BUNDLE)
+                self.bundle.save(folder / BENEATH)
+            elif self.vocabulary is not None:
+                self.vocabulary.save(folder / VOCABULARY)
 
         about = {
-            "format": FORMAT,
             "settings": to_values(self.settings),
             "batches": list(self.batches),
             "batch_keys": list(self.batch_keys),
             "unseen_share": self.unseen_share,
             "pretrained": isinstance(trained.decoder.encoder, VectorEncoder),
             "heldout_nats": trained.heldout_nats,
-            "history": [list(row) for row in trained.history],
-            "provenance": self.provenance,
             "bundle": None if self.bundle is None else self.bundle.fingerprint,
             "coverage": {
                 "overall": trained.coverage.overall,
@@ -615,8 +616,10 @@ class ImputationModel:
                 "by_mean": [list(row) for row in trained.coverage.by_mean],
             },
         }
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
+        write_model(
+            path, IMPUTATION, about, weights, provenance=self.provenance, history=self.history,
+            training=self.training, fill=fill,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -629,13 +632,11 @@ class ImputationModel:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = found_again(Path(path))
-        if not (path / ABOUT).is_file():
-            raise refusal(path, ABOUT)
-        wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "history"}
-        about = read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted | {"coverage"})
-        settings = parse(DecoderSettings, about["settings"], where=f"{path / ABOUT}: settings")
-        weights = read_tensors(path / WEIGHTS)
+        wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "coverage"}
+        stored = read_model(path, IMPUTATION, wanted)
+        about, path = stored.about, stored.path
+        settings = parse(DecoderSettings, about["settings"], where=f"{stored.where}: settings")
+        weights = stored.weights
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
         kept_G = weights["kept_G"].numpy()
         dispersion_G = weights["dispersion_G"].numpy()
@@ -652,13 +653,18 @@ class ImputationModel:
         )
         bundle = None
         if about.get("bundle") is not None:
-            bundle = Bundle.load(path / BUNDLE, device=device)
+            bundle = Bundle.load(path / BENEATH, device=device)
+        vocabulary = None if bundle is None else bundle.vocabulary
+        if (path / VOCABULARY).is_file():
+            vocabulary = GeneVocabulary.read(path / VOCABULARY)
         coverage = Coverage(
             overall=about["coverage"]["overall"],
             by_gene_decile=tuple(about["coverage"]["by_gene_decile"]),
             by_mean=tuple((low, share, n) for low, share, n in about["coverage"]["by_mean"]),
         )
-        history = [(epoch, nats) for epoch, nats in about["history"]]
+        # Before format 4 it stood in the same file as the settings.
+        rows = about.get("history", stored.history.to_numpy().tolist())
+        history = [(int(epoch), float(nats)) for epoch, nats in rows]
         trained = TrainedDecoder(
             decoder.eval(), dispersion_G[kept_G], about["heldout_nats"], coverage, history
         )
@@ -674,7 +680,8 @@ class ImputationModel:
             where=str(path),
             bundle=bundle,
         )
-        model.provenance = about.get("provenance", {})  # earlier models have none
+        model.provenance, model.training = stored.provenance, stored.training
+        model.vocabulary = vocabulary
         model.unseen_share, model.dispersion_G = about["unseen_share"], dispersion_G
         return model
 

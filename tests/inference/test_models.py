@@ -14,7 +14,7 @@ from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import KINDS
+from genemodel.bundle.directory import CORPUS, KINDS
 from genemodel.cells.manifest import MANIFEST
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.embed import EmbedSettings, embed_file
@@ -60,14 +60,14 @@ def test_a_folder_is_read_as_what_it_is(folders):
         model = gm.load(folders / name, device="cpu")
         assert type(model) is kind
         assert type(gm.load(str(folders / name), device="cpu")) is kind
-    assert {*MODELS, MANIFEST} == set(KINDS)
+    assert {*MODELS, CORPUS} == set(KINDS)
     assert set(MODELS.values()) == {*EMBED, *IMPUTE}
 
 
 def test_what_is_no_model_is_refused_with_the_way_out(folders, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         load(tmp_path / "none")
-    with pytest.raises(DataError, match="none of bundle.json, integrated.json, imputation.json"):
+    with pytest.raises(DataError, match="is not a model: it has no model.json"):
         load(tmp_path)
     with pytest.raises(DataError, match=r"run: name .*/bundle or .*/model or .*/imputation_model"):
         load(folders)
