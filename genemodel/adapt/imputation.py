@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -543,6 +544,11 @@ class TrainedDecoder:
     coverage: Coverage
     history: list[tuple[int, float]] = field(default_factory=list)
     backbone: GeneModel | None = None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The history as a table that goes with a model; a ``step`` is a pass over the cells."""
+        return pd.DataFrame(self.history, columns=[STEP, ImputationHead.LOSS])
 
     def __repr__(self) -> str:
         return (

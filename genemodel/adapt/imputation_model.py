@@ -46,7 +46,6 @@ from genemodel.adapt.posterior import (
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import IMPUTATION, read_model, write_model
-from genemodel.bundle.history import STEP
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import depth_factor
@@ -408,12 +407,13 @@ class ImputationModel:
         """Return the same model with the transformer beneath, and its vectors of the cells."""
         other = copy.copy(self)
         other.bundle, other.features_CF = bundle, features_CF
+        other.vocabulary = bundle.vocabulary
         return other
 
     @property
     def history(self) -> pd.DataFrame:
         """Nats a molecule set aside at every check; a ``step`` is a pass over the cells."""
-        return pd.DataFrame(self.trained.history, columns=[STEP, "nats_per_molecule"])
+        return self.trained.table
 
     def __len__(self) -> int:
         return self.counts_CG.shape[0]
@@ -433,6 +433,7 @@ class ImputationModel:
                 f"batches ({', '.join(self.batch_keys) or 'none named'}): {some(self.batches)}",
                 f"{self.trained.heldout_nats:.4f} nats a molecule set aside",
                 str(self.trained.coverage),
+                "trained on: unknown" if self.training is None else self.training.describe(),
                 *(f"{key}: {self.provenance[key]}" for key in told if key in self.provenance),
             ]
         )

@@ -30,11 +30,12 @@ from genemodel.adapt.imputation_model import (
     check_library,
 )
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
-from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.gene_counts import genes_in_order
@@ -286,6 +287,12 @@ def impute(
                 if bundle is not None and (vectors or tuning):
                     trained.provenance["model"] = bundle.fingerprint
                 trained.provenance["backbone"] = "" if tuning is None else tuning.tune
+                start = bundle if vectors or tuning is not None else None
+                if start is not None and cells is None:
+                    cells = VocabularyCells(source, start)
+                told = _manifest(source, trained, cells if start is not None else None)
+                trained.training = learnt_from(told, start)
+                trained.vocabulary = None if start is None else start.vocabulary
                 if over is not None and bundle is not None and cells is not None:
                     model_beneath = trained.trained.backbone
                     assert model_beneath is not None
@@ -295,6 +302,7 @@ def impute(
                             model_beneath,
                             f"{tuning.tune}, beneath an imputation",
                             trained.history,
+                            trained.training,
                         )
                         if tuning is not None and tuning.tune != "frozen"
                         else bundle
@@ -436,6 +444,21 @@ def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbon
     return TokenBackbone(
         backbone_of(bundle, tuning), len(bundle.vocabulary), match.token_G, cells.species_C
     )
+
+
+def _manifest(
+    source: Source, trained: ImputationModel, cells: VocabularyCells | None
+) -> TrainingManifest:
+    """Take down the cells of a training: over a vocabulary, or over the data's own genes."""
+    counts_CV, species_C = trained.counts_CG, None
+    if cells is not None:
+        blocks = [chunk.counts_CV for chunk in cells.chunks()]
+        counts_CV = sp.vstack(blocks, format="csr")
+        species_C = np.array(cells.bundle.species, dtype=object)[cells.species_C]
+    return TrainingManifest.of_counts(
+        counts_CV, np.flatnonzero(trained.library_C > 0), species_C, name=source.name,
+        file=source.file, licence=source.licence, citation=source.citation,
+    )  # fmt: skip
 
 
 def _vectors(source: Source, bundle: Bundle) -> np.ndarray:

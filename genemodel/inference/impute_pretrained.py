@@ -124,6 +124,7 @@ class PretrainedImputation:
             where=cells.source.where,
             bundle=bundle,
         )
+        self.model.training = bundle.training  # of these cells nothing was learnt but factors
         self.model.tell(sample_SG.shape[0], seed=seed, model=bundle.fingerprint, tune="frozen")
         if unknown := match.token_G.size - self.known_G.size:
             logger.warning(

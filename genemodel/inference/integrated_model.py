@@ -217,6 +217,7 @@ class IntegratedModel:
         ]
         told = ("genemodel", "cells", "seed", "seconds", "effective_rank", "mean_cosine")
         lines += [f"{key}: {self.provenance[key]}" for key in told if key in self.provenance]
+        lines.append("trained on: unknown" if self.training is None else self.training.describe())
         vanished = some(self.provenance.get("vanished", []))
         return "\n".join([*lines, f"populations that may be over-corrected: {vanished}"])
 

@@ -24,6 +24,7 @@ MODELS: dict[str, type[Model]] = {
 # Of these kinds are the models that can do it; `genemodel.load` gives any of them.
 EMBED = (Bundle, IntegratedModel)
 IMPUTE = (ImputationModel, Bundle)
+TOLD = (Bundle, IntegratedModel, ImputationModel)
 
 
 def load(path: str | Path, *, device: str | torch.device = "auto") -> Model:
@@ -61,6 +62,14 @@ def model_for[A](
 def model_for[A, B](
     verb: str, kinds: tuple[type[A], type[B]], model: object, *, device: str | torch.device = ...
 ) -> A | B: ...
+@overload
+def model_for[A, B, C](
+    verb: str,
+    kinds: tuple[type[A], type[B], type[C]],
+    model: object,
+    *,
+    device: str | torch.device = ...,
+) -> A | B | C: ...
 def model_for(
     verb: str, kinds: tuple[type, ...], model: object, *, device: str | torch.device = "auto"
 ) -> object:
