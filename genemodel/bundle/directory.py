@@ -74,7 +74,7 @@ def kind_of(path: Path) -> str | None:
         return None if name is None else _BY_FILE[name]
     try:
         kind = json.loads((path / ABOUT).read_bytes())["kind"]
-        if kind not in KINDS:
+        if kind not in KINDS or kind == CORPUS:
             raise ValueError(f"kind is {kind!r}")
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path / ABOUT} cannot be read ({error}). {_AGAIN}") from error
