@@ -24,7 +24,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.missing_labels import without_placeholders
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
@@ -443,7 +443,7 @@ def _contaminations(
     for name, model in models.items():
         try:
             found[name] = contamination(cells, model)
-        except DataError:
+        except GenemodelError:
             continue  # it will fail as a method, with the reason
         logger.info("%s: %s", name, found[name].text())
     return found
