@@ -436,7 +436,7 @@ def _contaminations(
 
 
 def _model_methods(
-    models: "Mapping[str, Bundle | IntegratedModel]", backbones: Sequence[Tune]
+    models: "Mapping[str, Bundle | IntegratedModel]", backbones: Sequence[Tune] = ("frozen",)
 ) -> dict[str, Method]:
     """Methods for trained models."""
     from genemodel.inference.integrated_model import IntegratedModel
