@@ -230,16 +230,25 @@ def test_cells_without_counts(cells, bundle, caplog):
 def test_many_cells_are_settled_by_some_from_everywhere(cells, bundle, monkeypatch):
     monkeypatch.setattr(impute_pretrained, "_SETTLED", 32)
     monkeypatch.setattr(impute_pretrained, "_STRETCHES", 4)
-    found = []
+    found, read = [], []
     settle = impute_pretrained.settle_factors
+    vectors = impute_pretrained.PretrainedImputation._vectors
 
     def noted(head, latent, seen):
-        found.append(seen.shape[0])
+        found.append((seen.shape[0], seen.sum()))
         settle(head, latent, seen)
 
+    def watched(self, counts):
+        read.append(counts.sum())
+        return vectors(self, counts)
+
     monkeypatch.setattr(impute_pretrained, "settle_factors", noted)
+    monkeypatch.setattr(impute_pretrained.PretrainedImputation, "_vectors", watched)
     model = gm.impute(cells.copy(), bundle)
-    assert found == [32] and model.provenance["cells"] == 32 and len(model) == 120
+    rows = np.concatenate([np.arange(start, start + 8) for start in (0, 37, 74, 112)])
+    # Neither vectors nor factors see the tenth that is set aside.
+    assert read == [found[0][1]] and 0.85 < read[0] / cells.X[rows].sum() < 0.95
+    assert found[0][0] == 32 and model.provenance["cells"] == 32 and len(model) == 120
 
 
 def test_refusals(cells, random_bundle, bundle):
