@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -30,12 +30,14 @@ from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult
 from genemodel.inference.obs_keys import check_label_is_no_batch
+from genemodel.model.tuning import Tune
 from genemodel.settings import check_out_folder, check_seed, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.corpus import Corpus
     from genemodel.inference.contamination import Contamination
     from genemodel.inference.integrated_model import IntegratedModel
 
@@ -74,6 +76,10 @@ class EvaluateSettings:
     obsm: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     max_cells: int | None = None
+    sizes: tuple[int, ...] = ()
+    draws: int = 3
+    corpus: Path | None = None
+    backbones: tuple[Tune, ...] = ("frozen",)
     n_hvg: int = 2000
     n_comps: int = 30
     scvi_epochs: int | None = None
@@ -88,6 +94,12 @@ def run(settings: EvaluateSettings) -> str:
     """Run ``genemodel evaluate`` and return the table to print."""
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     data, out = values.pop("data"), values.pop("out")
+    sizes, draws = values.pop("sizes"), values.pop("draws")
+    if sizes:
+        from genemodel.evaluation.sizes import evaluate_sizes
+
+        by_size = evaluate_sizes(data, sizes=sizes, draws=draws, out=out, **values)
+        return f"{by_size.text()}\n\nWritten to {out}: sizes.csv, and a report of every draw"
     result = evaluate(data, out=out, **values)
     return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
 
@@ -105,6 +117,8 @@ def evaluate(
     obsm: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     max_cells: int | None = None,
+    corpus: "Corpus | str | Path | None" = None,
+    backbones: Sequence[Tune] = ("frozen",),
     n_hvg: int = 2000,
     n_comps: int = 30,
     scvi_epochs: int | None = None,
@@ -150,6 +164,11 @@ def evaluate(
         Seeds of the random methods, and of the molecular split.
     max_cells
         Take this many cells at random; default all.
+    corpus
+        Folder of a corpus: "corpus_pca", its principal components with these cells projected, is
+        what a model that was pre-trained on it has to beat without having been tuned.
+    backbones
+        How bundles are tuned on these cells: "frozen", "lora", "last", "full".
     n_hvg, n_comps
         Variable genes and principal components of the linear methods.
     scvi_epochs
@@ -204,6 +223,11 @@ def evaluate(
         check_label_is_no_batch((batch_key,), label_key)
     if out is not None:
         check_out_folder(Path(out))
+    for tune in backbones:
+        if tune not in get_args(Tune) or tune == "scratch":
+            raise ConfigError(
+                f"backbones={list(backbones)}: frozen, lora, last or full, not {tune!r}"
+            )
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
     for key in filter(None, (batch_key, label_key)):
@@ -218,7 +242,7 @@ def evaluate(
     if task == "integrate":
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
     loaded = _loaded(models)
-    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded)
+    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded, backbones)
     contaminations = _contaminations(loaded, cells)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
@@ -238,7 +262,10 @@ def evaluate(
         cells = annotation.shared_genes(cells, batch_key)
         size["genes that all batches have"] = cells.n_vars
     chosen |= given
+    if corpus is None:
+        chosen.pop("corpus_pca", None)
     conditions = Conditions(
+        corpus=None if corpus is None else _corpus(corpus),
         batch_key=batch_key,
         label_key=label_key,
         n_hvg=n_hvg,
@@ -321,7 +348,7 @@ def _cells(
 
     from genemodel.cells.contract import find_counts
 
-    adata, where = _opened(data)
+    adata, where = read_cells(data)
     known = [str(name) for name in adata.obs.columns]
     for key in keys:
         if key is not None and key not in adata.obs:
@@ -361,7 +388,8 @@ def _cells(
     return kept, where
 
 
-def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
+def read_cells(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
+    """Give the AnnData, read where a path is given, and its name for messages."""
     from genemodel.cells.whole_file import read_anndata
 
     if not isinstance(data, str | Path):
@@ -370,6 +398,12 @@ def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
     if not path.exists():
         raise DataError(f"{path} does not exist; name a file of raw counts")
     return read_anndata(path), str(path)
+
+
+def _corpus(given: "Corpus | str | Path") -> "Corpus":
+    from genemodel.cells.corpus import Corpus
+
+    return given if isinstance(given, Corpus) else Corpus.open(given)
 
 
 def _standing(key: str) -> Method:
@@ -415,7 +449,9 @@ def _contaminations(
     return found
 
 
-def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str, Method]:
+def _model_methods(
+    models: "Mapping[str, Bundle | IntegratedModel]", backbones: Sequence[Tune]
+) -> dict[str, Method]:
     """Methods for trained models."""
     from genemodel.inference.integrated_model import IntegratedModel
 
@@ -435,10 +471,11 @@ def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str
         found[name] = Method(
             _embedder(bundle), kind="ours", encoder=f"{transformer} as it is, not trained here"
         )
-        found[f"{name} tuned"] = Method(
-            _tuner(bundle), kind="ours", seeded=True,
-            encoder=f"a network on counts, beside the cell vectors of {transformer}, frozen",
-        )  # fmt: skip
+        for tune in backbones:
+            found[f"{name} {'tuned' if tune == 'frozen' else tune}"] = Method(
+                _tuner(bundle, tune), kind="ours", seeded=True,
+                encoder=f"a network on counts, beside the cell vectors of {transformer}, {tune}",
+            )  # fmt: skip
         found[f"{name} untrained"] = Method(_untrained(bundle), kind="control", seeded=True)
     return found
 
@@ -470,9 +507,9 @@ def _embedder(bundle: "Bundle") -> Any:
     return embed
 
 
-def _tuner(bundle: "Bundle") -> Any:
+def _tuner(bundle: "Bundle", backbone: Tune) -> Any:
     def tune(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return tuned(adata, conditions, model=bundle)
+        return tuned(adata, conditions, model=bundle, backbone=backbone)
 
     return tune
 
