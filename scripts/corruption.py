@@ -43,9 +43,8 @@ from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import Fingerprints, TrainedSource, TrainingManifest
-from genemodel.cells.corpus import Corpus
+from genemodel.cells.corpus import Corpus, verify_corpus
 from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.verification import verify_corpus
 from genemodel.errors import DataError
 from genemodel.genes import GeneVocabulary
 from genemodel.inference.integrate import integrate
