@@ -90,20 +90,6 @@ class EvaluateSettings:
     n_jobs: int = 1
 
 
-def run(settings: EvaluateSettings) -> str:
-    """Run ``genemodel evaluate`` and return the table to print."""
-    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    data, out = values.pop("data"), values.pop("out")
-    sizes, draws = values.pop("sizes"), values.pop("draws")
-    if sizes:
-        from genemodel.evaluation.sizes import evaluate_sizes
-
-        by_size = evaluate_sizes(data, sizes=sizes, draws=draws, out=out, **values)
-        return f"{by_size.text()}\n\nWritten to {out}: sizes.csv, and a report of every draw"
-    result = evaluate(data, out=out, **values)
-    return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
-
-
 def evaluate(
     data: "AnnData | str | Path",
     *,

@@ -22,10 +22,10 @@ from genemodel.evaluation.evaluate import (
     _loaded,
     _model_methods,
     evaluate,
-    run,
 )
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.result import EvaluationResult
+from genemodel.evaluation.sizes import run
 
 HAS_SCIB = importlib.util.find_spec("scib_metrics") is not None
 needs_scib = pytest.mark.skipif(
