@@ -181,6 +181,8 @@ def test_a_file_is_read_in_a_stream_and_holds_what_memory_would(
     for name in ("imputed", "imputed_sd", "imputed_draw0"):
         np.testing.assert_array_equal(written.layers[name], adata.layers[name])
     assert written.var["measured"].all() and written.uns["imputed"]["library"] == "median"
+    held = gm.impute(adata, bundle, output=tmp_path / "again.h5ad")  # no path: it is in memory
+    assert len(held) == 120 and "imputed_draw1" not in adata.layers
     median = float(np.median(np.asarray(cells.X.sum(1))))
     number = cells.copy()
     gm.impute(number, bundle, library=median)
