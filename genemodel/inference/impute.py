@@ -265,7 +265,7 @@ def impute(
                 trained, read = pretrained.model, columns.among(pretrained.known_G)
                 if library == MEDIAN_LIBRARY:
                     asked = pretrained.median_library()
-                blocks = _streamed(pretrained, kept if path is None else None)
+                blocks = _streamed(pretrained, None if isinstance(adata, str | Path) else kept)
             elif trained is None:
                 over = None
                 if tuning is not None and bundle is not None:
