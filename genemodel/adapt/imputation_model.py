@@ -203,6 +203,7 @@ class ImputationModel:
     """
 
     KIND: ClassVar[str] = "imputation model"
+    FOLDER: ClassVar[str] = IMPUTATION
 
     def __init__(
         self,

@@ -403,7 +403,8 @@ def _loaded(
     models: "Sequence[str | Path | Bundle | IntegratedModel]",
 ) -> "dict[str, Bundle | IntegratedModel]":
     """Trained models by name, loaded now: a wrong path is refused before anything runs."""
-    from genemodel.inference.models import EMBED, model_for
+    from genemodel.bundle.given import model_for
+    from genemodel.inference.models import EMBED
 
     found: dict[str, Bundle | IntegratedModel] = {}
     for number, given in enumerate(models):

@@ -16,6 +16,7 @@ import pandas as pd
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
@@ -29,7 +30,7 @@ from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.label_head import label_counts
 from genemodel.inference.labels import label_names, probabilities_of
-from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import (
     batch_names,
     check_key_added,

@@ -75,6 +75,7 @@ class IntegratedModel:
     """
 
     KIND: ClassVar[str] = "integration model"
+    FOLDER: ClassVar[str] = INTEGRATION
 
     net: IntegrationNet
     correction: SharedClusterCorrection | None
