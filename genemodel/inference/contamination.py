@@ -17,7 +17,7 @@ from genemodel.bundle.given import model_for
 from genemodel.cells.corpus_kernels import PRINTS, fingerprints
 from genemodel.cells.whole_file import read_anndata
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.gene_counts import genes_in_order, read_counts
+from genemodel.inference.gene_counts import gene_order, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.models import TOLD, Model
 
@@ -174,10 +174,11 @@ def _counts(
     )
     counts_CG = counts.counts_CG
     if model.vocabulary is None:
-        counts_CG, _ = genes_in_order(
-            counts_CG, counts.genes, model.genes, where="adata.var",
+        order = gene_order(
+            counts.genes, model.genes, where="adata.var",
             remedy="A model without a vocabulary knows cells by the gene names it was trained on.",
         )  # fmt: skip
+        counts_CG = order.apply(counts_CG)
     counts_CG = sp.csr_matrix(counts_CG, copy=True)  # it may be the caller's own
     counts_CG.sum_duplicates()
     counts_CG.eliminate_zeros()

@@ -124,13 +124,7 @@ class VocabularyCells:
         self, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[int, sp.csr_matrix]]:
         """Yield the same cells by the source's own genes: row of the first, and counts."""
-        stop = len(self) if stop is None else stop
-        counts = self.source.counts
-        while start < stop:
-            most = min(chunk_cells, stop - start, SHARD_CELLS - start % SHARD_CELLS)
-            end = counts.rows.stop_of(start, most)
-            yield start, counts.read(start, end)
-            start = end
+        return blocks_of(self.source, chunk_cells, start=start, stop=stop)
 
     def over_vocabulary(self, start: int, counts_CG: sp.csr_matrix) -> VocabularyChunk:
         """Bring counts of cells from row ``start`` on in the order of the vocabulary."""
@@ -150,6 +144,21 @@ class VocabularyCells:
     def close(self) -> None:
         """Close the file."""
         self.source.close()
+
+
+def blocks_of(
+    source: Source, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield the counts of cells in order, and the row of the first of each block.
+
+    No block crosses a border of ``SHARD_CELLS``.
+    """
+    stop = source.n_cells if stop is None else stop
+    while start < stop:
+        most = min(chunk_cells, stop - start, SHARD_CELLS - start % SHARD_CELLS)
+        end = source.counts.rows.stop_of(start, most)
+        yield start, source.counts.read(start, end)
+        start = end
 
 
 def corpus_chunks(

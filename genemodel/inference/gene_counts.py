@@ -32,8 +32,29 @@ MIN_SHARE = 0.3
 """Least share of the genes that a model reads for which it is applied to other cells."""
 
 
-def genes_in_order(
-    counts_CG: sp.csr_matrix,
+@dataclass(frozen=True)
+class GeneOrder:
+    """How the columns of other cells come in the order in which a trained model reads them.
+
+    Attributes
+    ----------
+    onto_GW
+        Of the data's columns (G) those that the model has, at their places among its genes (W).
+    there_W
+        Which of the model's genes the data measured.
+    """
+
+    onto_GW: sp.csr_matrix
+    there_W: np.ndarray
+
+    def apply(self, counts_CG: sp.csr_matrix) -> sp.csr_matrix:
+        """Give counts (C, W), an empty column for a gene that was not measured."""
+        ordered_CW = (counts_CG @ self.onto_GW.astype(counts_CG.dtype)).tocsr()
+        ordered_CW.sort_indices()  # the order of a sum decides its last bit
+        return ordered_CW
+
+
+def gene_order(
     genes: Sequence[str],
     wanted: Sequence[str],
     measured_G: np.ndarray | None = None,
@@ -41,13 +62,13 @@ def genes_in_order(
     read_W: np.ndarray | None = None,
     where: str,
     remedy: str,
-) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Bring the columns of other cells in the order in which a trained model reads them.
+) -> GeneOrder:
+    """Find the genes of a trained model among those of other cells.
 
     Parameters
     ----------
-    counts_CG, genes
-        The cells and the names of their columns, none of those wanted twice.
+    genes
+        Names of the columns of the cells; of one that is there twice the first counts.
     wanted
         The model's W genes.
     measured_G
@@ -56,11 +77,6 @@ def genes_in_order(
         Rows of `wanted` that the model really reads; all if omitted.
     where, remedy
         Name of the data and what helps, for the message.
-
-    Returns
-    -------
-    tuple
-        Counts (C, W), an empty column for a gene that was not measured, and which were (W,).
 
     Raises
     ------
@@ -88,11 +104,9 @@ def genes_in_order(
         )  # fmt: skip
     at = np.flatnonzero(there_W)
     onto_GW = sp.csr_matrix(
-        (np.ones(at.size, counts_CG.dtype), (column_W[at], at)), (len(genes), len(wanted))
+        (np.ones(at.size, np.float32), (column_W[at], at)), (len(genes), len(wanted))
     )
-    ordered_CW = (counts_CG @ onto_GW).tocsr()
-    ordered_CW.sort_indices()  # the order of a sum decides its last bit
-    return ordered_CW, there_W
+    return GeneOrder(onto_GW, there_W)
 
 
 @dataclass(frozen=True)

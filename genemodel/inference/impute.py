@@ -39,7 +39,7 @@ from genemodel.genes.species import SPECIES
 from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
-from genemodel.inference.gene_counts import genes_in_order
+from genemodel.inference.gene_counts import GeneOrder, gene_order
 from genemodel.inference.impute_genes import (
     Columns,
     Unmeasured,
@@ -48,8 +48,11 @@ from genemodel.inference.impute_genes import (
 )
 from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
 from genemodel.inference.impute_pretrained import (
+    Bring,
     PretrainedImputation,
+    in_a_stream,
     joined,
+    median_library,
     refuse_without_decoder,
 )
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
@@ -166,7 +169,7 @@ def impute(
     -------
     ImputationModel
         For posteriors and draws of chosen cells without writing anything; of no cells where a file
-        was read with a bundle alone, which is done in a stream.
+        was read and nothing trained, which is done in a stream.
 
     Raises
     ------
@@ -180,8 +183,8 @@ def impute(
     -----
     Layers are float32 in the order of the input, shape (n_obs, n_vars); with ``genes``, tables of
     shape (n_obs, len(genes)). A cell without counts gets 0, or NaN at a library that is not a
-    multiple of its own. The counts are held in memory in sparse form (but of a file that is read
-    with a bundle alone), the dense result only where it is not written to a file.
+    multiple of its own. The counts are held in memory in sparse form (but of a file, where nothing
+    is trained), the dense result only where it is not written to a file.
     """
     check_key_added(key_added, "layers")
     check_seed(seed)
@@ -216,13 +219,16 @@ def impute(
     try:
         refuse_numbers(source.genes, source.where)
         cells: VocabularyCells | None = None
+        order: GeneOrder | None = None
         gene_vectors_GE: np.ndarray | None = None
         if trained is not None:
             own = trained.batch_keys
             # A column that bears a corpus's name is there even where the data have none.
             if not keys and all(k in source.obs and source.obs[k].notna().all() for k in own):
                 keys = own
-            trained = _other_cells(trained, source, keys)
+            order, code_C = _order(trained, source, keys)
+            of_file = isinstance(adata, str | Path)
+            trained = _other_cells(trained, source, order, code_C, read=not of_file)
             codes_C, names = None, trained.batches
             columns = columns_of_model(trained, source, genes)
         else:
@@ -259,16 +265,17 @@ def impute(
             # a folder is not lost, and may be of several processes, of which one writes.
             if run is None:
                 opened.enter_context(sink.open())
-            blocks, asked, kept = None, library, list[ImputationModel]()
+            asked, kept = library, list[ImputationModel]()
             read = columns
+            stream: tuple[Bring, np.ndarray, np.ndarray | None] | None = None
+            if order is not None and isinstance(adata, str | Path):
+                stream = (order.apply, code_C, order.there_W)
             if as_it_is:
                 pretrained = PretrainedImputation(
                     cells or VocabularyCells(source, cast(Bundle, bundle)), seed=seed
                 )
                 trained, read = pretrained.model, columns.among(pretrained.known_G)
-                if library == MEDIAN_LIBRARY:
-                    asked = pretrained.median_library()
-                blocks = _streamed(pretrained, None if isinstance(adata, str | Path) else kept)
+                stream = (pretrained.bring, np.zeros(source.n_cells, np.int64), None)
             elif trained is None:
                 over = None
                 if tuning is not None and bundle is not None:
@@ -313,7 +320,13 @@ def impute(
                     trained = trained.with_vectors(beneath, _vectors(source, beneath))
             if run is not None:
                 opened.enter_context(sink.open())
-            blocks = blocks or _in_memory(trained, foreign)
+            if stream is not None:
+                if library == MEDIAN_LIBRARY:
+                    asked = median_library(source, stream[0])
+                made = in_a_stream(trained, source, *stream)
+                blocks = _streamed(made, None if isinstance(adata, str | Path) else kept)
+            else:
+                blocks = _in_memory(trained, foreign)
             empty = _write(sink, blocks, foreign, read, layers, asked, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
@@ -513,10 +526,10 @@ def _read(source: Source) -> sp.csr_matrix:
 # -- a model that is there -----------------------------------------------------------------------
 
 
-def _other_cells(
+def _order(
     trained: ImputationModel, source: Source, keys: tuple[str, ...]
-) -> ImputationModel:
-    """Bring the genes of other cells in the model's order, and look their batches up."""
+) -> tuple[GeneOrder, np.ndarray]:
+    """Find the model's genes among those of other cells, and look their batches up."""
     index = [str(name) for name in source.genes.index]
     often = Counter(index)
     if repeated := sorted(name for name in set(trained.genes) if often[name] > 1):
@@ -524,9 +537,8 @@ def _other_cells(
             f"{source.where}: genes of the model occur more than once ({', '.join(repeated[:5])}). "
             "Make the names unique (adata.var_names_make_unique()) as in the training data."
         )
-    counts_CG, measured_G = genes_in_order(
-        _read(source).astype(np.float32), index, trained.genes, read_W=trained.kept_G,
-        where=source.where,
+    order = gene_order(
+        index, trained.genes, read_W=trained.kept_G, where=source.where,
         remedy="Use the gene names of the training data, or leave model out to train here.",
     )  # fmt: skip
     code_C = np.full(source.n_cells, -1)
@@ -541,10 +553,19 @@ def _other_cells(
             "%s: %s cells are of no batch of the training: they get the mean of all.",
             source.where, f"{int((code_C < 0).sum()):,}",
         )  # fmt: skip
-    features_CF = None
-    if trained.bundle is not None:
-        features_CF = _vectors(source, trained.bundle)
-    return trained.of(counts_CG, code_C, measured_G, where=source.where, features_CF=features_CF)
+    return order, code_C
+
+
+def _other_cells(
+    trained: ImputationModel, source: Source, order: GeneOrder, code_C: np.ndarray, *, read: bool
+) -> ImputationModel:
+    """Give the model of other cells; of none where they are to be read in a stream."""
+    if not read:
+        empty = sp.csr_matrix((0, len(trained.genes)), dtype=np.float32)
+        return trained.of(empty, code_C[:0], order.there_W, where=source.where)
+    counts_CG = order.apply(_read(source).astype(np.float32))
+    features_CF = None if trained.bundle is None else _vectors(source, trained.bundle)
+    return trained.of(counts_CG, code_C, order.there_W, where=source.where, features_CF=features_CF)
 
 
 # -- the work ------------------------------------------------------------------------------------
@@ -581,13 +602,14 @@ def _in_memory(trained: ImputationModel, foreign: Unmeasured | None) -> Iterator
 
 
 def _streamed(
-    pretrained: PretrainedImputation, kept: list[ImputationModel] | None
+    made: Iterator[tuple[int, ImputationModel, VocabularyChunk | None]],
+    kept: list[ImputationModel] | None,
 ) -> Iterator[_Block]:
-    """Read cells block after block; ``kept`` gets them, where they are not too many."""
-    for model, chunk in pretrained.over():
+    """Go through cells as they are read; ``kept`` gets them, where they are not too many."""
+    for start, model, chunk in made:
         if kept is not None:
             kept.append(model)
-        yield _Block(chunk.start, model, slice(0, len(model)), chunk)
+        yield _Block(start, model, slice(0, len(model)), chunk)
 
 
 def _write(

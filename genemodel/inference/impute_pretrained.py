@@ -10,7 +10,7 @@ Axes: C cells, D width, G genes of the data that the model knows, S sampled cell
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -27,13 +27,16 @@ from genemodel.adapt.imputation import (
 )
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.sources import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.inference.cell_vectors import embedder
-from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk, blocks_of
 from genemodel.inference.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+type Bring = Callable[[sp.csr_matrix], sp.csr_matrix]
 
 # Cells that settle factors and dispersion, in so many stretches spread evenly over the data: files
 # are sorted by sample. At 2,000 cells the dispersion of a gene is as sure as its neighbours'.
@@ -165,36 +168,68 @@ class PretrainedImputation:
         )
         return np.concatenate([rows_CD for _, rows_CD in embedder(self.cells.bundle).over(chunks)])
 
-    def median_library(self) -> float:
-        """Median of the counts of known genes of all cells that have any, in one pass."""
-        parts = [self._known(counts_CG).sum(1) for _, counts_CG in self.cells.blocks()]
-        library_C = np.concatenate([np.asarray(part).ravel() for part in parts])
-        return float(np.median(library_C[library_C > 0]))
-
-    def _known(self, counts_CG: sp.csr_matrix) -> sp.csr_matrix:
+    def bring(self, counts_CG: sp.csr_matrix) -> sp.csr_matrix:
+        """Give the counts of the genes that the model knows."""
         known_CG = counts_CG[:, self.known_G].astype(np.float32)
         known_CG.sum_duplicates()
         return known_CG
 
-    def over(self) -> Iterator[tuple[ImputationModel, VocabularyChunk]]:
-        """Yield the model of every block of cells, in their order, and their counts by token."""
+
+def median_library(source: Source, bring: Bring) -> float:
+    """Median of the counts of the model's genes of all cells that have any, in one pass."""
+    parts = [np.asarray(bring(counts_CG).sum(1)).ravel() for _, counts_CG in blocks_of(source)]
+    library_C = np.concatenate(parts)
+    return float(np.median(library_C[library_C > 0]))
+
+
+def in_a_stream(
+    model: ImputationModel,
+    source: Source,
+    bring: Bring,
+    batch_C: np.ndarray,
+    measured_G: np.ndarray | None = None,
+) -> Iterator[tuple[int, ImputationModel, VocabularyChunk | None]]:
+    """Read cells block after block, and give the model of each.
+
+    Parameters
+    ----------
+    model
+        Trained, or of a bundle.
+    source
+        The cells.
+    bring
+        Brings their counts in the order of the model's genes.
+    batch_C, measured_G
+        As in :meth:`ImputationModel.of`, of all cells.
+
+    Yields
+    ------
+    Row of the first cell, the model of these cells, and their counts by token where a bundle reads
+    them.
+    """
+
+    def of(start: int, counts_CG: sp.csr_matrix, rows_CD: np.ndarray | None) -> ImputationModel:
+        code_C = batch_C[start : start + counts_CG.shape[0]]
+        return model.of(
+            bring(counts_CG), code_C, measured_G, where=source.where, features_CF=rows_CD
+        )
+
+    with Progress("impute", source.n_cells) as progress:
+        if model.bundle is None:
+            for start, counts_CG in blocks_of(source, BLOCK_CELLS):
+                yield start, of(start, counts_CG, None), None
+                progress.add(counts_CG.shape[0])
+            return
+        cells = VocabularyCells(source, model.bundle)
         held: deque[sp.csr_matrix] = deque()
 
         def chunks() -> Iterator[VocabularyChunk]:
-            for start, counts_CG in self.cells.blocks(BLOCK_CELLS):
-                held.append(self._known(counts_CG))
-                yield self.cells.over_vocabulary(start, counts_CG)
+            for start, counts_CG in cells.blocks(BLOCK_CELLS):
+                held.append(counts_CG)
+                yield cells.over_vocabulary(start, counts_CG)
 
-        with Progress("impute", len(self.cells)) as progress:
-            for chunk, rows_CD in embedder(self.cells.bundle).over(chunks(), progress.add):
-                yield self.of(held.popleft(), rows_CD), chunk
-
-    def of(self, known_CG: sp.csr_matrix, vectors_CD: np.ndarray) -> ImputationModel:
-        """Return the model of these cells."""
-        code_C = np.zeros(known_CG.shape[0], np.int64)
-        return self.model.of(
-            known_CG, code_C, where=self.cells.source.where, features_CF=vectors_CD
-        )
+        for chunk, rows_CD in embedder(model.bundle).over(chunks(), progress.add):
+            yield chunk.start, of(chunk.start, held.popleft(), rows_CD), chunk
 
 
 def joined(blocks: list[ImputationModel]) -> ImputationModel:
@@ -202,9 +237,12 @@ def joined(blocks: list[ImputationModel]) -> ImputationModel:
     vectors = [block.features_CF for block in blocks if block.features_CF is not None]
     counts_CG = sp.csr_matrix(sp.vstack([block.counts_CG for block in blocks], format="csr"))
     return blocks[0].of(
-        counts_CG, np.zeros(counts_CG.shape[0], np.int64), where=blocks[0].where,
-        features_CF=np.concatenate(vectors),
-    )  # fmt: skip
+        counts_CG,
+        np.concatenate([block.batch_C for block in blocks]),
+        blocks[0].measured_G,
+        where=blocks[0].where,
+        features_CF=np.concatenate(vectors) if vectors else None,
+    )
 
 
 @torch.no_grad()

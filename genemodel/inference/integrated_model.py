@@ -29,7 +29,7 @@ from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.gene_counts import genes_in_order, read_counts
+from genemodel.inference.gene_counts import gene_order, read_counts
 from genemodel.inference.obs_keys import INTEGRATED, batch_names
 from genemodel.model.count_encoder import CountEncoder, encoder_name
 from genemodel.settings import parse, some, to_values
@@ -143,10 +143,11 @@ class IntegratedModel:
         counts = read_counts(
             adata, bundle=self.bundle, vocabulary=self.vocabulary, layer=layer, species=species
         )
-        chosen_CG, measured_G = genes_in_order(
-            counts.counts_CG, counts.genes, self.genes, counts.measured_G, where="adata.var",
+        order = gene_order(
+            counts.genes, self.genes, counts.measured_G, where="adata.var",
             remedy="Use the gene names of the training data.",
         )  # fmt: skip
+        chosen_CG, measured_G = order.apply(counts.counts_CG), order.there_W
         latent_CD = self.net.encode(
             chosen_CG, counts.features_CF, None if measured_G.all() else measured_G
         )

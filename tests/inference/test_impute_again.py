@@ -10,6 +10,7 @@ from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
 from genemodel.errors import ConfigError, DataError
+from genemodel.inference import impute, impute_pretrained
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
 
@@ -98,6 +99,35 @@ def test_a_file_by_the_command_line(trained, cells, tmp_path, capsys):
     assert main(words) == 0
     one = ad.read_h5ad(tmp_path / "one.h5ad")
     np.testing.assert_array_equal(one.layers["imputed"][:, 0], out.layers["imputed"][:, 7])
+
+
+@pytest.mark.parametrize("beneath", [False, True])
+def test_a_file_is_read_in_a_stream(trained, cells, small_start, tmp_path, monkeypatch, beneath):
+    """With and without a transformer beneath, genes that are lacking, and a batch that is new."""
+    _, model = trained
+    if beneath:
+        bundle = gm.load(small_start / "run" / "bundle", device="cpu")
+        model = gm.impute(
+            cells.copy(), bundle, batch_key="batch", settings=QUICK, backbone="frozen"
+        )
+    other = cells[:70, 10:].copy()
+    other.obs["batch"] = other.obs["batch"].astype(str)
+    other.obs.loc[other.obs_names[50:], "batch"] = "tomorrow"
+    other.write_h5ad(tmp_path / "other.h5ad")
+    options = {"uncertainty": True, "library": "median"}
+    gm.impute(other, model, **options)
+    monkeypatch.setattr(impute, "_read", None)  # what takes up all counts at once
+    monkeypatch.setattr(impute_pretrained, "BLOCK_CELLS", 32)
+    found = gm.impute(tmp_path / "other.h5ad", model, output=tmp_path / "out.h5ad", **options)
+    assert len(found) == 0
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    for name in ("imputed", "imputed_sd"):
+        np.testing.assert_allclose(written.layers[name], other.layers[name], rtol=1e-4)
+    genes = [cells.var_names[3], other.var_names[3]]  # the first was not measured
+    gm.impute(tmp_path / "other.h5ad", model, output=tmp_path / "two.h5ad", genes=genes)
+    two = ad.read_h5ad(tmp_path / "two.h5ad")
+    assert two.var["measured"].tolist() == [False, True]
+    assert np.isfinite(two.layers["imputed"]).all() and (two.layers["imputed"] > 0).all()
 
 
 def test_nested_batches_are_told_apart(cells):
