@@ -21,11 +21,12 @@ import scipy.sparse as sp
 from safetensors.numpy import load_file, save_file
 
 from genemodel.cells.corpus import Corpus
-from genemodel.cells.corpus_kernels import fingerprints, summarise
+from genemodel.cells.corpus_kernels import PRINTS, fingerprints, summarise
 from genemodel.settings import parse, some
 
 FINGERPRINTS = "training.safetensors"
 _MOST_NAMED = 20
+_BLOCK_CELLS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,16 +216,20 @@ class TrainingManifest:
         name, file, licence, citation
             Of the source.
         """
-        counts_CV = sp.csr_matrix(counts_CV, copy=True)
-        counts_CV.sum_duplicates()
-        counts_CV.eliminate_zeros()
-        parts = counts_CV.indptr, counts_CV.indices, counts_CV.data.astype(np.int64)
-        n_tokens = counts_CV.shape[1]
-        checksum_C = summarise(*parts, np.zeros(n_tokens, bool))[2]
-        print_CP = fingerprints(*parts, n_tokens)
+        n_cells, n_tokens = counts_CV.shape
+        checksum_C = np.zeros(n_cells, np.uint64)
+        print_CP = np.zeros((n_cells, PRINTS), np.uint64)
+        for start in range(0, n_cells, _BLOCK_CELLS):
+            rows = slice(start, start + _BLOCK_CELLS)
+            block_CV = sp.csr_matrix(counts_CV[rows], copy=True)
+            block_CV.sum_duplicates()
+            block_CV.eliminate_zeros()
+            parts = block_CV.indptr, block_CV.indices, block_CV.data.astype(np.int64)
+            checksum_C[rows] = summarise(*parts, np.zeros(n_tokens, bool))[2]
+            print_CP[rows] = fingerprints(*parts, n_tokens)
         if species_C is None:
-            species_C = np.full(counts_CV.shape[0], "", dtype=object)
-        is_trained_C = np.zeros(counts_CV.shape[0], bool)
+            species_C = np.full(n_cells, "", dtype=object)
+        is_trained_C = np.zeros(n_cells, bool)
         is_trained_C[trained] = True
         sources, prints = [], []
         for species in sorted(set(species_C[is_trained_C])):

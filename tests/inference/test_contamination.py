@@ -13,6 +13,7 @@ import genemodel as gm
 from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.bundle import training_manifest
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
@@ -246,8 +247,9 @@ def test_a_head_over_the_built_in_vocabulary_and_held_out_cells(cells, tmp_path)
     assert result.training.sources[0].n_cells == 100
 
 
-def test_cells_in_memory_are_the_same_as_in_a_corpus(cells, random_bundle, tmp_path):
+def test_cells_in_memory_are_the_same_as_in_a_corpus(cells, random_bundle, tmp_path, monkeypatch):
     """Whoever trains a head on the cells of the bundle was not trained on more of them."""
+    monkeypatch.setattr(training_manifest, "_BLOCK_CELLS", 7)  # whatever is taken at once
     corpus = Corpus.build([own(cells)], tmp_path / "c", vocabulary=random_bundle.vocabulary)
     beneath = replace(random_bundle, training=TrainingManifest.of(corpus, np.arange(100)))
     model = head("integrate", own(cells), beneath)
