@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputOptions
 from genemodel.errors import DataError
 from genemodel.expression.components import principal_components
 from genemodel.expression.normalise import log_normalised
@@ -323,6 +324,7 @@ def tuned(
     *,
     label_key: str | None = None,
     model: "Bundle | None" = None,
+    **options: Unpack[InputOptions],
 ) -> np.ndarray:
     """Embed with `genemodel.integrate`, from scratch or from a pre-trained model."""
     from genemodel.inference.integrate import integrate
@@ -337,5 +339,6 @@ def tuned(
         label_key=label_key,
         model=model,
         seed=conditions.seed,
+        **options,
     )
     return np.asarray(cast(Any, copy.obsm[INTEGRATED]))

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
@@ -59,7 +60,7 @@ COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(InputSettings):
     """Settings of ``genemodel evaluate``, see ``configs/evaluate.yaml``."""
 
     data: Path
@@ -67,8 +68,6 @@ class EvaluateSettings:
     task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
-    missing_labels: tuple[str, ...] = ()
-    layer: str | None = None
     methods: tuple[str, ...] | None = None
     models: tuple[Path, ...] = ()
     obsm: tuple[str, ...] = ()
@@ -92,14 +91,13 @@ def run(settings: EvaluateSettings) -> str:
     return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
 
 
+@reads_cells
 def evaluate(
     data: "AnnData | str | Path",
     *,
     task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
     label_key: str | None = None,
-    missing_labels: Sequence[str] = (),
-    layer: str | None = None,
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
     models: "Sequence[str | Path | Bundle | IntegratedModel]" = (),
     obsm: Sequence[str] = (),
@@ -114,13 +112,14 @@ def evaluate(
     umaps: bool = True,
     n_jobs: int = 1,
     out: str | Path | None = None,
+    **options: Unpack[InputOptions],
 ) -> EvaluationResult:
     """Score models, published methods and controls on the same cells.
 
     Parameters
     ----------
     data
-        AnnData, or the path of an h5ad or zarr, with raw counts.
+        AnnData, or the path of a file or folder, with raw counts.
     task
         "integrate": embeddings, judged on biology kept and batch removed. "impute": denoised
         counts, judged on molecules set aside (molecular cross-validation) and, where ``mixture``
@@ -131,11 +130,6 @@ def evaluate(
         may be the species.
     label_key
         Column with cell types; needed to annotate. Without it only batch removal can be scored.
-    missing_labels
-        Texts in both columns that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
-    layer
-        Where the raw counts are; default ``X``.
     methods
         Names of the methods to run, or a mapping of names to your own functions AnnData -> array,
         or (reference, query, label_key) -> labels to annotate; default all there are. See
@@ -168,6 +162,8 @@ def evaluate(
         Threads that a method may use where it can be told.
     out
         Folder for the report and the tables; default: nothing is written.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -180,6 +176,7 @@ def evaluate(
     DataError
         A column, layer or file that is not there, or counts that are not raw.
     """
+    reading = InputSettings.given(options)
     seeds = tuple(seeds)
     if not seeds:
         raise ConfigError("seeds is empty: give at least one, seeds=[0]")
@@ -205,10 +202,11 @@ def evaluate(
     if out is not None:
         check_out_folder(Path(out))
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
-    cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
+    keys = [batch_key, label_key, *mixture]
+    cells, where, reading = _cells(data, reading, max_cells, keys, list(obsm))
     for key in filter(None, (batch_key, label_key)):
         cells.obs[key] = without_placeholders(
-            cells.obs[key], missing_labels, column=key, where=where
+            cells.obs[key], reading.missing_labels, column=key, where=where
         )
     if task == "integrate" and batch_key is None:
         raise ConfigError(
@@ -218,8 +216,8 @@ def evaluate(
     if task == "integrate":
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
     loaded = _loaded(models)
-    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded)
-    contaminations = _contaminations(loaded, cells)
+    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded, reading)
+    contaminations = _contaminations(loaded, cells, reading)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
     if task == "annotate":
@@ -311,17 +309,20 @@ def _refuse_batches(cells: "AnnData", batch_key: str, label_key: str | None, whe
 
 def _cells(
     data: "AnnData | str | Path",
-    layer: str | None,
+    reading: InputSettings,
     max_cells: int | None,
     keys: Sequence[str | None],
     obsm: Sequence[str],
-) -> "tuple[AnnData, str]":
-    """Read, prove the counts, check the columns, sample: AnnData with counts in X, and its name."""
+) -> "tuple[AnnData, str, InputSettings]":
+    """Read, prove the counts, check the columns, sample.
+
+    Returns an AnnData with counts in X, its name, and what is still to be said of how it is read.
+    """
     from anndata import AnnData
 
     from genemodel.cells.contract import find_counts
 
-    adata, where = _opened(data)
+    adata, where, reading = _opened(data, reading)
     known = [str(name) for name in adata.obs.columns]
     for key in keys:
         if key is not None and key not in adata.obs:
@@ -345,7 +346,7 @@ def _cells(
             raise DataError(
                 f"{where}: obsm has no {key!r}; it has {', '.join(map(repr, adata.obsm)) or 'none'}"
             )
-    counts = find_counts(adata, layer=layer, where=where)
+    counts = find_counts(adata, where=where, **reading.counting())
     rows = np.arange(adata.n_obs)
     if max_cells is not None and max_cells < adata.n_obs:
         rows = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:max_cells])
@@ -358,18 +359,27 @@ def _cells(
     kept = AnnData(matrix_CG, obs=obs, var=counts.genes.copy())
     for key in obsm:
         kept.obsm[key] = np.asarray(cast(Any, adata.obsm[key]))[rows]
-    return kept, where
+    species = reading.species
+    if species is not None and "species" not in keys:
+        if species.startswith("obs:"):
+            kept.obs["species"] = column(kept, species.removeprefix("obs:")).to_numpy()
+        else:
+            kept.obs["species"] = species
+    return kept, where, InputSettings(column=reading.column, min_fraction=reading.min_fraction)
 
 
-def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
+def _opened(
+    data: "AnnData | str | Path", reading: InputSettings
+) -> "tuple[AnnData, str, InputSettings]":
     from genemodel.cells.whole_file import read_anndata
 
     if not isinstance(data, str | Path):
-        return data, "AnnData"
+        return data, "AnnData", reading
     path = Path(data)
     if not path.exists():
         raise DataError(f"{path} does not exist; name a file of raw counts")
-    return read_anndata(path), str(path)
+    adata, reading = read_anndata(path, reading)
+    return adata, str(path), reading
 
 
 def _standing(key: str) -> Method:
@@ -400,7 +410,7 @@ def _loaded(
 
 
 def _contaminations(
-    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData"
+    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
 ) -> "dict[str, Contamination]":
     """How many of the cells each model was trained on, for those that can read them."""
     from genemodel.inference.contamination import contamination
@@ -408,14 +418,16 @@ def _contaminations(
     found = {}
     for name, model in models.items():
         try:
-            found[name] = contamination(cells, model)
+            found[name] = contamination(cells, model, **reading.options())
         except DataError:
             continue  # it will fail as a method, with the reason
         logger.info("%s: %s", name, found[name].text())
     return found
 
 
-def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str, Method]:
+def _model_methods(
+    models: "Mapping[str, Bundle | IntegratedModel]", reading: InputSettings
+) -> dict[str, Method]:
     """Methods for trained models."""
     from genemodel.inference.integrated_model import IntegratedModel
 
@@ -427,19 +439,23 @@ def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str
                 if model.bundle is not None
                 else "a network on counts; no transformer"
             )
-            found[name] = Method(_encoder(model), kind="ours", encoder=beside)
+            found[name] = Method(_encoder(model, reading), kind="ours", encoder=beside)
             continue
         bundle = model
         shape = bundle.model.settings
         transformer = f"the transformer ({shape.layers} × {shape.width})"
         found[name] = Method(
-            _embedder(bundle), kind="ours", encoder=f"{transformer} as it is, not trained here"
+            _embedder(bundle, reading),
+            kind="ours",
+            encoder=f"{transformer} as it is, not trained here",
         )
         found[f"{name} tuned"] = Method(
-            _tuner(bundle), kind="ours", seeded=True,
+            _tuner(bundle, reading), kind="ours", seeded=True,
             encoder=f"a network on counts, beside the cell vectors of {transformer}, frozen",
         )  # fmt: skip
-        found[f"{name} untrained"] = Method(_untrained(bundle), kind="control", seeded=True)
+        found[f"{name} untrained"] = Method(
+            _untrained(bundle, reading), kind="control", seeded=True
+        )
     return found
 
 
@@ -451,33 +467,33 @@ def _short_name(path: Path) -> str:
     return "/".join(parts[-2:]) if parts[-1] == "backbone" else parts[-1]
 
 
-def _encoder(model: "IntegratedModel") -> Any:
+def _encoder(model: "IntegratedModel", reading: InputSettings) -> Any:
     def encode(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return model.encode(adata)
+        return model.encode(adata, **reading.options())
 
     return encode
 
 
-def _embedder(bundle: "Bundle") -> Any:
+def _embedder(bundle: "Bundle", reading: InputSettings) -> Any:
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
         from genemodel.inference.embed import embed
         from genemodel.inference.obs_keys import EMBEDDED
 
         cells = adata.copy()
-        embed(cells, bundle)
+        embed(cells, bundle, **reading.options())
         return np.asarray(cast(Any, cells.obsm[EMBEDDED]))
 
     return embed
 
 
-def _tuner(bundle: "Bundle") -> Any:
+def _tuner(bundle: "Bundle", reading: InputSettings) -> Any:
     def tune(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return tuned(adata, conditions, model=bundle)
+        return tuned(adata, conditions, model=bundle, **reading.options())
 
     return tune
 
 
-def _untrained(bundle: "Bundle") -> Any:
+def _untrained(bundle: "Bundle", reading: InputSettings) -> Any:
     """Control: the same architecture with the matrices drawn anew."""
 
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
@@ -490,7 +506,7 @@ def _untrained(bundle: "Bundle") -> Any:
                 if weight.ndim >= 2:
                     noise = torch.randn(weight.shape, generator=draw)
                     weight.copy_(0.02 * noise.to(weight))
-        return np.asarray(_embedder(replace(bundle, model=model))(adata, conditions))
+        return np.asarray(_embedder(replace(bundle, model=model), reading)(adata, conditions))
 
     return embed
 

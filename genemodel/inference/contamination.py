@@ -6,11 +6,12 @@ Axes: C cells asked about, Q fingerprints of each.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.models import EMBED, model_for
@@ -84,12 +85,11 @@ class Contamination:
         }
 
 
+@reads_cells
 def contamination(
     adata: "AnnData | str | Path",
     model: Bundle | IntegratedModel | str | Path,
-    *,
-    layer: str | None = None,
-    species: str | None = None,
+    **options: Unpack[InputOptions],
 ) -> Contamination:
     """Tell which cells a model has been trained on.
 
@@ -100,10 +100,8 @@ def contamination(
     model
         From :func:`genemodel.load`, or the path of its folder; of a model made by
         :func:`genemodel.integrate` the pre-trained model beneath is asked.
-    layer
-        Where the raw counts are; default ``X``.
-    species
-        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -118,23 +116,22 @@ def contamination(
     Aligned anew, thinned, or cut down to variable genes it is another cell: nothing found is no
     proof that nothing was there.
     """
+    reading = InputSettings.given(options)
     loaded = model_for("tell its training cells", EMBED, model)
     bundle = loaded.bundle if isinstance(loaded, IntegratedModel) else loaded
     if bundle is None or bundle.training is None:
         return Contamination(None, 0, {}, False, 0.0)
-    return found_in(VocabularyCells(adata, bundle, layer=layer, species=species), bundle)
+    return found_in(VocabularyCells(adata, bundle, reading), bundle)
 
 
 def note_contamination(
     adata: "AnnData",
     model: Bundle | IntegratedModel,
     key: str,
-    *,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
 ) -> None:
     """Add to ``uns[key]`` how many cells were in the model's training, and say so."""
-    found = contamination(adata, model, layer=layer, species=species)
+    found = contamination(adata, model, **reading.options())
     adata.uns[key]["training"] = found.values()
     logger.info("The model: %s.", found.text())
 

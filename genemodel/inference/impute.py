@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,6 +30,7 @@ from genemodel.adapt.imputation_model import (
 )
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.contract import refuse_numbers
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
@@ -59,13 +60,12 @@ KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
 
 
+@reads_cells
 def impute(
     adata: "AnnData | str | Path",
     model: Bundle | ImputationModel | str | Path | None = None,
     *,
     batch_key: str | Sequence[str] | None = None,
-    layer: str | None = None,
-    species: str | None = None,
     key_added: str = KEY,
     uncertainty: bool = False,
     draws: int = 0,
@@ -81,7 +81,7 @@ def impute(
     backbone: Tune | TuningSettings | None = None,
     device: str | torch.device = "auto",
     run: HeadRun | None = None,
-    missing_labels: Sequence[str] = (),
+    **options: Unpack[InputOptions],
 ) -> ImputationModel:
     """Denoise counts: the expected count of every gene in every cell, and how sure that is.
 
@@ -105,10 +105,6 @@ def impute(
     batch_key
         obs column of the technical batch, or several nested ones; with a trained model by default
         its own. A batch that it was not trained on gets the mean of all offsets.
-    layer
-        Where the raw counts are; default ``X``. Anything but raw counts is refused.
-    species
-        As in :func:`genemodel.embed`; only read for unmeasured genes.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty
@@ -146,9 +142,8 @@ def impute(
         Where to train: ``auto`` takes a GPU where there is one.
     run
         Folder and devices of the training, instead of ``device``; what fine-tuning uses.
-    missing_labels
-        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a batch of one.
+    **options
+        How the cells are read. The species is only asked for unmeasured genes.
 
     Returns
     -------
@@ -170,6 +165,7 @@ def impute(
     multiple of its own. The counts are held in memory in sparse form, the dense result only where
     it is not written to a file.
     """
+    reading = InputSettings.given(options)
     check_key_added(key_added, "layers")
     check_seed(seed)
     layers = Layers(key_added, uncertainty, draws, tuple(quantiles))
@@ -192,7 +188,7 @@ def impute(
         _check_backbone(bundle, trained, tuning)
     beneath = bundle if trained is None else trained.bundle
     source = _open(
-        adata, beneath, layer, species, keys, missing_labels,
+        adata, beneath, reading, keys,
         keep=trained.batch_keys if trained is not None else (),
         needs_species=genes is not None or vectors or tuning is not None
         or (trained is not None and trained.bundle is not None),
@@ -206,14 +202,14 @@ def impute(
             # A column that bears a corpus's name is there even where the data have none.
             if not keys and all(k in source.obs and source.obs[k].notna().all() for k in own):
                 keys = own
-            trained = _other_cells(trained, source, keys)
+            trained = _other_cells(trained, source, keys, reading)
             codes_C, names = None, trained.batches
             columns = columns_of_model(trained, source, genes)
         else:
             codes_C, names = _batches(source, keys)
-            columns, cells = columns_of_data(source, genes, bundle)
+            columns, cells = columns_of_data(source, genes, bundle, reading)
             if vectors and bundle is not None:
-                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle))
+                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle, reading))
         check_batch(batch, names, source.where)
         if path is None:
             _refuse_too_large(source.n_cells, len(columns.names), layers)
@@ -239,7 +235,7 @@ def impute(
             if trained is None:
                 over = None
                 if tuning is not None and bundle is not None:
-                    cells = cells or VocabularyCells(source, bundle)
+                    cells = cells or VocabularyCells(source, bundle, reading)
                     over = _over_tokens(cells, tuning)
                 trained = ImputationModel.train(
                     counts_CG,
@@ -271,7 +267,7 @@ def impute(
                         if tuning is not None and tuning.tune != "frozen"
                         else bundle
                     )
-                    trained = trained.with_vectors(beneath, _vectors(source, beneath))
+                    trained = trained.with_vectors(beneath, _vectors(source, beneath, reading))
             if run is not None:
                 opened.enter_context(sink.open())
             _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
@@ -328,31 +324,23 @@ def _checked_output(output: str | Path | None, overwrite: bool, adata: object) -
 def _open(
     data: "AnnData | str | Path",
     model: Bundle | None,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     batch_keys: tuple[str, ...],
-    missing_labels: Sequence[str],
     *,
     keep: tuple[str, ...],
     needs_species: bool,
 ) -> Source:
     columns = {key: key for key in batch_keys}
-    if model is not None and species is None and len(model.species) == 1:
-        species = model.species[0]
+    if model is not None and reading.species is None and len(model.species) == 1:
+        reading = reading.but(species=model.species[0])
     try:
-        return open_source(
-            data, layer=layer, species=species, columns=columns, keep=keep,
-            missing_labels=missing_labels,
-        )  # fmt: skip
+        return open_source(data, columns=columns, keep=keep, **reading.opening())
     except ConfigError:
-        if species is not None or (model is not None and needs_species):
+        if reading.species is not None or (model is not None and needs_species):
             raise
     # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
-    species = next(iter(SPECIES))
-    source = open_source(
-        data, layer=layer, species=species, columns=columns, keep=keep,
-        missing_labels=missing_labels,
-    )  # fmt: skip
+    reading = reading.but(species=next(iter(SPECIES)))
+    source = open_source(data, columns=columns, keep=keep, **reading.opening())
     source.obs = source.obs.drop(columns="species")
     return source
 
@@ -408,8 +396,8 @@ def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbon
     )
 
 
-def _vectors(source: Source, bundle: Bundle) -> np.ndarray:
-    return embedding_of(VocabularyCells(source, bundle), bundle)
+def _vectors(source: Source, bundle: Bundle, reading: InputSettings) -> np.ndarray:
+    return embedding_of(VocabularyCells(source, bundle, reading), bundle)
 
 
 def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
@@ -458,7 +446,7 @@ def _read(source: Source) -> sp.csr_matrix:
 
 
 def _other_cells(
-    trained: ImputationModel, source: Source, keys: tuple[str, ...]
+    trained: ImputationModel, source: Source, keys: tuple[str, ...], reading: InputSettings
 ) -> ImputationModel:
     """Bring the genes of other cells in the model's order, and look their batches up."""
     index = [str(name) for name in source.genes.index]
@@ -487,7 +475,7 @@ def _other_cells(
         )  # fmt: skip
     features_CF = None
     if trained.bundle is not None:
-        features_CF = _vectors(source, trained.bundle)
+        features_CF = _vectors(source, trained.bundle, reading)
     return trained.of(counts_CG, code_C, measured_G, where=source.where, features_CF=features_CF)
 
 
@@ -600,8 +588,8 @@ def _provenance(
 
 
 @dataclass(frozen=True)
-class ImputeSettings:
-    """Denoise a file and write the result to another.
+class ImputeSettings(InputSettings):
+    """Denoise a file, read as :class:`InputSettings` say, and write the result to another.
 
     Attributes
     ----------
@@ -614,10 +602,6 @@ class ImputeSettings:
         genes that were not measured; empty for none.
     batch_key
         obs column of the technical batch, several for nested ones; empty for none.
-    layer
-        Where the raw counts are; empty for X.
-    species
-        One species for all cells or obs:COLUMN; empty for the obs column species.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty
@@ -630,9 +614,6 @@ class ImputeSettings:
         null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
     batch
         Empty for each cell's own, mean for batch-corrected, or the name of a batch.
-    missing_labels
-        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     genes
         Only these; empty for all measured ones.
     kind
@@ -649,15 +630,12 @@ class ImputeSettings:
     output: PathText
     model: PathText = ""
     batch_key: tuple[str, ...] = ()
-    layer: str = ""
-    species: str = ""
     key_added: str = KEY
     uncertainty: bool = False
     draws: int = 0
     quantiles: tuple[float, ...] = ()
     library: float | str | None = None
     batch: str = ""
-    missing_labels: tuple[str, ...] = ()
     genes: tuple[str, ...] = ()
     kind: Written = "posterior"
     seed: int = 0
@@ -679,8 +657,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         if settings.model
         else None,
         batch_key=settings.batch_key,
-        layer=settings.layer or None,
-        species=settings.species or None,
         key_added=settings.key_added,
         uncertainty=settings.uncertainty,
         draws=settings.draws,
@@ -693,6 +669,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         output=settings.output,
         overwrite=settings.overwrite,
         device=settings.device,
-        missing_labels=settings.missing_labels,
+        **settings.options(),
     )
     return Path(settings.output)

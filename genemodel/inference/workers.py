@@ -37,8 +37,7 @@ class Job:
 
     model: str
     input: str
-    layer: str | None
-    species: str | None
+    reading: dict[str, Any]
     batch_size: int | None
     compile: bool
     folder: str
