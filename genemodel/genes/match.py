@@ -564,7 +564,7 @@ def _refuse_too_few(
         share, name = max(better)
         message += f" {share:.0%} of these names are {name} genes: set species={name}."
     advice = _kind_of_names(cleaned.given, vocabulary)
-    if not advice and result.n_matched < enough:
+    if not advice and result.fraction >= min_fraction:
         advice = (
             f"Fewer than {enough:,} genes say too little of a cell: give a file with more genes; "
             "or, of a small panel, leave out of adata.var what is no gene."
