@@ -52,7 +52,7 @@ from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import KEY as LABEL
-from genemodel.inference.annotate import annotate, write_labels
+from genemodel.inference.annotate import UNKNOWN_BELOW, classify, write_labels
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
@@ -354,8 +354,8 @@ def _refuse_impossible(
             raise DataError(
                 f"data={settings.data} was built with vocabulary {mine.fingerprint[:12]}, and "
                 f"model={settings.model} reads {theirs.fingerprint[:12]}: build the corpus with "
-                f"vocabulary={Path(settings.model) / VOCABULARY}, or set warm_up=true, which lets "
-                "the model grow where it can."
+                f"the latter (corpus build: vocabulary={Path(settings.model) / VOCABULARY}), or "
+                "set warm_up=true, which lets the model grow where it can."
             )
     if bundle is not None:
         check_fits(settings.backbone, bundle.model.settings)
@@ -681,7 +681,7 @@ def _label(
     _add_curves(out / CURVES, "classify", pd.DataFrame(losses))
     labelled = ad.AnnData(obs=adata.obs)
     if adata.n_vars:
-        annotate(adata, model=bundle, **reading.options())
+        classify(adata, bundle, LABEL, UNKNOWN_BELOW, reading)
         labelled.uns[LABEL], labelled.obsm[f"{LABEL}_probability"] = (
             adata.uns[LABEL], adata.obsm[f"{LABEL}_probability"],
         )  # fmt: skip

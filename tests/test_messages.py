@@ -9,7 +9,6 @@ counts as called wherever a method of its name is, and its class is in use.
 import ast
 import dataclasses
 import functools
-import importlib
 import inspect
 import re
 import typing
@@ -20,8 +19,14 @@ from pathlib import Path
 import pytest
 
 import genemodel
-from genemodel import cli
-from genemodel.cells.input_settings import NAMES
+from genemodel import cli, config_files
+from genemodel.cells.input_settings import (
+    NAMES,
+    OF_ONE_FILE,
+    InputOptions,
+    InputSettings,
+    for_reference,
+)
 from genemodel.settings import _all_names, _members, setting_types
 
 PACKAGE = Path(genemodel.__file__).parent
@@ -35,13 +40,6 @@ CALLS = {
     "gm.Corpus.append": genemodel.Corpus.append,
     "IntegratedModel.embed": genemodel.IntegratedModel.embed,
 }  # fmt: skip
-# Verbs and calls that read cells.
-READ_CELLS = [
-    *("demo", "corpus build", "corpus append", "finetune", "embed", "impute", "annotate"),
-    *("evaluate", *(name for name in CALLS if name != "gm.load")),
-]
-
-
 # -- the code ------------------------------------------------------------------------------------
 
 
@@ -82,7 +80,11 @@ IMPLICIT = {
     "__getitem__", "forward",
 }  # fmt: skip
 # Of a list, a text and so on, where nothing says that it is of a class of ours.
-BUILTIN = {name for kind in (list, dict, set, str, Path, re.Pattern) for name in dir(kind)}
+BUILTIN = {name for kind in (list, dict, set, str) for name in dir(kind)}
+
+
+# Constants that are regular expressions, whose `match` is none of a vocabulary.
+PATTERNS: set[str] = set()
 
 
 @functools.cache
@@ -118,6 +120,8 @@ def code() -> Code:
                     for target in targets:
                         if isinstance(target, ast.Name):
                             nodes[f"{module}:{target.id}"] = Node(module, None, [item])
+                            if item.value is not None and "re.compile" in ast.unparse(item.value):
+                                PATTERNS.add(f"{module}:{target.id}")
     known = set(nodes)
     imports = {module: _imports(tree, known, trees) for module, tree in trees.items()}
     for cls, (module, found) in raw_bases.items():
@@ -172,7 +176,7 @@ def _look(
             inner = getattr(item, "body", None)
             if isinstance(inner, list) and inner and isinstance(inner[0], ast.Expr):
                 docstrings.add(id(inner[0].value))
-    hints = _hints(node, imports, known)
+    hints = _hints(node, imports, known, bases)
     stack = list(node.body)
     while stack:
         item = stack.pop()
@@ -189,7 +193,7 @@ def _look(
                     node.references.add(f"{at}:{attribute}")
                 elif at is not None and f"{at}.{attribute}" in known:
                     node.references.add(f"{at}.{attribute}")
-                else:
+                elif at not in PATTERNS:
                     for kind in hints.get(base, [None]):
                         node.attributes.add((kind, attribute))
             case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=attribute):
@@ -207,14 +211,16 @@ def _look(
     node.messages = list(_strings(node.body, docstrings))
 
 
-def _hints(node: Node, imports: dict[str, str], known: set[str]) -> dict[str, list[str]]:
+def _hints(
+    node: Node, imports: dict[str, str], known: set[str], bases: dict[str, list[str]]
+) -> dict[str, list[str | None]]:
     """Classes of ours that the parameters and variables of a function are said or seen to be."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str | None]] = {}
 
-    def classes(hint: ast.AST) -> list[str]:
+    def classes(hint: ast.AST) -> list[str | None]:
         text = ast.unparse(hint)
         names = [_resolve(word, node.module, imports, known) for word in re.findall(r"\w+", text)]
-        return [at for at in names if at is not None and ":" in at and at.split(":")[1][0].isupper()]
+        return [at for at in names if at in bases]
 
     for root in node.body:
         for item in ast.walk(root):
@@ -237,9 +243,7 @@ def _strings(roots: list[ast.AST], docstrings: set[int]) -> Iterator[tuple[int, 
         if isinstance(item, ast.JoinedStr):
             yield (
                 item.lineno,
-                "".join(
-                    str(v.value) if isinstance(v, ast.Constant) else "\0" for v in item.values
-                ),
+                "".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in item.values),
             )
             stack += [
                 inner
@@ -274,9 +278,7 @@ def reached(start: tuple[str, ...]) -> frozenset[str]:
             if name in BUILTIN and name not in IMPLICIT:
                 return set()
             return {methods[cls][name] for cls in classes if name in methods[cls]}
-        return {
-            methods[cls][name] for cls in heirs.get(kind, ()) if name in methods[cls]
-        }
+        return {methods[cls][name] for cls in heirs.get(kind, ()) if name in methods[cls]}
 
     while queue:
         name = queue.pop()
@@ -370,7 +372,34 @@ _SUBJECT = re.compile(r"^\n?(?:[\w.\0]+(?:, [\w.]+)?: )?([a-z][a-z_0-9.]*)(?:=| 
 # How settings are written, on the command line.
 _GRAMMAR = {"key", "group"}
 # Messages that a verb or call comes to by the code, but not with the arguments that it gives.
-NEVER_SHOWN: dict[str, dict[str, str]] = {}
+DROPPED = (
+    "genemodel.cells.building:FEW_GENES", "genemodel.cells.building:MUCH_MITO",
+    "genemodel.cells.building:BuildOptions.of",
+)  # fmt: skip
+NEVER_SHOWN: dict[str, dict[str, str]] = {
+    "any": {
+        "genemodel.genes.medians:NonzeroMedians.merge": "all parts are made with the same per_10k",
+    },
+    # Cells are dropped only where a building says so.
+    "demo": {
+        **dict.fromkeys(DROPPED, "nothing is dropped by default"),
+        "genemodel.cells.assembly:build": "a corpus that is there is opened",
+    },
+    "gm.evaluate": {
+        "genemodel.evaluation.metrics:_reference": "every comparison scores 'none'",
+        "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
+    },
+    "evaluate": {
+        "genemodel.evaluation.metrics:_reference": "every comparison scores 'none'",
+        "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
+    },
+    "finetune": {
+        **dict.fromkeys(DROPPED, "nothing is dropped by default"),
+        "genemodel.inference.impute:_checked_output": "an AnnData and a file are given",
+        "genemodel.inference.impute:_refuse_other_genes": "of results in memory",
+        "genemodel.inference.impute:_refuse_too_large": "of results in memory",
+    },
+}
 
 
 @functools.cache
@@ -441,3 +470,80 @@ def test_commands_in_messages_are_commands():
         if setting not in settings_of_verb(verb)
     ]
     assert not found
+
+
+# -- what is read by all ---------------------------------------------------------------------------
+
+# Verbs and calls that read cells.
+VERBS = [
+    "demo", "corpus build", "corpus append", "finetune", "embed", "impute", "annotate", "evaluate",
+]  # fmt: skip
+READING = [name for name in CALLS if name != "gm.load"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_reads_cells_has_all_input_settings_in_the_same_words(verb):
+    settings = cli._reach(cli.VERBS[verb].settings)
+    assert issubclass(settings, InputSettings)
+    own = {f.name: f.default for f in dataclasses.fields(settings)}
+    lines = {}
+    for name in ("corpus_build", cli.VERBS[verb].config):
+        entries = config_files.entries(config_files.config_folder() / f"{name}.yaml")
+        lines[name] = {e.key: (e.value, e.comment) for e in entries if e.key in NAMES}
+    for one in dataclasses.fields(InputSettings):
+        assert own[one.name] == one.default
+    assert lines["corpus_build"] == lines[cli.VERBS[verb].config]
+    assert list(lines["corpus_build"]) == list(NAMES)
+
+
+@pytest.mark.parametrize("call", READING)
+def test_a_call_that_reads_cells_takes_and_describes_all_input_settings(call):
+    function = CALLS[call]
+    parameters = inspect.signature(function).parameters
+    for one in dataclasses.fields(InputSettings):
+        assert parameters[one.name].default == one.default
+        assert f"\n{one.name}\n" in inspect.cleandoc(function.__doc__)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layr': did you mean 'layer'"):
+        InputSettings.given({"layr": "counts"})
+
+
+def test_the_options_of_calls_are_the_settings():
+    assert tuple(InputOptions.__annotations__) == NAMES
+
+
+@pytest.mark.parametrize("who", [*VERBS, *READING])
+def test_whoever_reads_cells_can_be_shown_what_readers_say(who):
+    """The graph of calls holds what it must; were it empty, nothing would ever be wrong."""
+    nodes = of_verb(who) if who in cli.VERBS else of_call(who)
+    assert {
+        "genemodel.cells.contract:_way_out", "genemodel.cells.contract:choose_counts",
+        "genemodel.genes.match:_refuse_too_few", "genemodel.genes.match:_kind_of_names",
+        "genemodel.cells.obs_columns:ColumnPlan.apply", "genemodel.genes.recognition:TURN_OBJECT",
+        "genemodel.cells.missing_labels:found",
+    } <= nodes  # fmt: skip
+
+
+def test_a_message_on_the_reference_names_the_settings_of_the_reference():
+    said = "x.h5ad: set layer=counts, or species=obs:COLUMN; allow_fractional=true rounds (column=)"
+    assert for_reference(said) == (
+        "x.h5ad: set reference_layer=counts, or reference_species=obs:COLUMN; "
+        "allow_fractional=true rounds (reference_column=)"
+    )
+    assert {f"reference_{name}" for name in OF_ONE_FILE} <= settings_of_verb("annotate")
+    assert for_reference(for_reference(said)) == for_reference(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "theirs"),
+    [
+        ("set layer=counts, or batch_key", {"layer", "batch_key"}, []),
+        ("\0: leave transpose out", {"transpose"}, []),
+        ("as with adata.obs.astype(dtype=str)", set(), []),
+        ("`genemodel species name=x out=...` adds it; species=x", {"species"},
+         [("species", "name"), ("species", "out")]),
+        ("leave them out (corpus build, corpus append: min_genes=3)", set(),
+         [("corpus build", "min_genes"), ("corpus append", "min_genes")]),
+    ],
+)  # fmt: skip
+def test_settings_in_a_text_are_found(text, own, theirs):
+    assert named(text) == (own, theirs)

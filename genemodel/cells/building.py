@@ -117,11 +117,13 @@ def match_source(
             raise DataError(
                 f"{source.where}: holds cells of {found}; the vocabulary knows "
                 f"{', '.join(vocabulary.species)}. Add the species to the vocabulary "
-                "(`genemodel species`), or leave these cells out with unknown_species=drop"
+                "(`genemodel species`), or leave these cells out "
+                "(corpus build, corpus append: unknown_species=drop)"
             )
         raise DataError(
             f"{source.where}: {missing:,} of {source.n_cells:,} cells have no species in obs. Fill "
-            "the column, set species=, or leave these cells out with unknown_species=drop"
+            "the column, set species=, or leave these cells out "
+            "(corpus build, corpus append: unknown_species=drop)"
         )
     if not known:
         raise DataError(

@@ -179,8 +179,7 @@ def annotate(
                 "reference is missing: give labelled cells, or a model that tells labels apart "
                 "itself (genemodel finetune task=classify)."
             )
-        _classify(query, model, key_added, unknown, reading)
-        note_contamination(query, model, key_added, reading)
+        classify(query, model, key_added, unknown, reading)
         return
     if model is None and transfer != "head":
         raise ConfigError(
@@ -364,7 +363,7 @@ def _named[T](what: str, read: Callable[[], T]) -> T:
         raise type(error)(f"{what}: {said}") from error
 
 
-def _classify(
+def classify(
     query: "AnnData",
     model: Bundle | IntegratedModel,
     key_added: str,
@@ -380,6 +379,7 @@ def _classify(
     cells = VocabularyCells(query, model, reading)
     probability_CL = probabilities_of(cells.chunks(), model, len(cells))
     write_labels(query, probability_CL, model, key_added=key_added, unknown=unknown)
+    note_contamination(query, model, key_added, reading)
 
 
 def write_labels(

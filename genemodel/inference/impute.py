@@ -387,7 +387,7 @@ def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbon
     if len(cells.matches) > 1:
         raise ConfigError(
             f"{cells.source.where}: holds several species, whose genes are other tokens in each: "
-            "impute one species at a time, or leave backbone out."
+            "impute one species at a time, or without the vectors of a model."
         )
     bundle = cells.bundle
     ((_, match),) = cells.matches.items()

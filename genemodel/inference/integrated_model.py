@@ -206,7 +206,9 @@ class IntegratedModel:
                     ", ".join(self.batch_keys),
                 )
             return np.full(adata.n_obs, "", dtype=object)
-        name_C = batch_names(adata.obs, self.batch_keys, missing_labels=None)
+        name_C = batch_names(
+            adata.obs, self.batch_keys, missing_labels=None, what="batch column of the model"
+        )
         unknown = sorted(set(name_C) - set(self.batches))
         if unknown and new_batch is False:
             raise DataError(
