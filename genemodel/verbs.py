@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import is_address, nearest
+from genemodel.settings import SpeciesText, is_address, nearest
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -228,11 +228,11 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
 class SpeciesSettings:
     """Settings of ``genemodel species``, see ``configs/species.yaml``."""
 
-    name: str
+    name: SpeciesText
     genes: Path
     orthologs: Path
     out: Path
-    to: str = "human"
+    to: SpeciesText = "human"
     vocabulary: Path | None = None
 
 

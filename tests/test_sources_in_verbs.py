@@ -45,7 +45,7 @@ def cells():
     counts_CG = rng.poisson(rate_LG[label_C])
     counts_CG[:, 0] += 1
     obs = pd.DataFrame(
-        {"type": np.array(["T cell", "B cell"])[label_C], "lane": ["a", "b"] * 0 + ["x"] * C},
+        {"type": np.array(["T cell", "B cell"])[label_C]},
         index=[f"ACGTACGTACGTAC{'ACGT'[i % 4]}-{i}" for i in range(C)],
     )
     obs["lane"] = np.array(["one", "two"])[np.arange(C) // (C // 2)]
@@ -64,6 +64,38 @@ def h5ad(cells: ad.AnnData, folder: Path) -> Path:
 def turned(cells: ad.AnnData, folder: Path) -> Path:
     cells.T.copy().write_h5ad(folder / "x.h5ad")
     return folder / "x.h5ad"
+
+
+def fractional(cells: ad.AnnData, folder: Path) -> Path:
+    """As ambient correction leaves counts: beside whole numbers."""
+    other = cells.copy()
+    noise_N = np.random.default_rng(1).normal(0, 0.05, other.X.nnz).clip(-0.4, 0.4)
+    other.X.data = other.X.data + noise_N.astype(np.float32)
+    return h5ad(other, folder)
+
+
+def named_in_a_column(cells: ad.AnnData, folder: Path) -> Path:
+    """The index holds genes too, but others."""
+    other = cells.copy()
+    other.var = pd.DataFrame({"right": list(cells.var_names)}, index=cells.var_names[::-1])
+    return h5ad(other, folder)
+
+
+def two_genomes(cells: ad.AnnData, folder: Path) -> Path:
+    names = pd.Index([f"ENSMUSG{n:011d}" for n in range(20)])
+    mouse = ad.AnnData(sp.csr_matrix(np.ones((C, 20), np.float32)), obs=cells.obs)
+    mouse.var = pd.DataFrame({"genome": "mm10"}, index=names)
+    human = ad.AnnData(cells.X, obs=cells.obs, var=cells.var.assign(genome="GRCh38"))
+    both = ad.concat([human, mouse], axis=1, merge="first")
+    both.obs = cells.obs
+    return h5ad(both, folder)
+
+
+def in_a_layer(cells: ad.AnnData, folder: Path) -> Path:
+    other = cells.copy()
+    other.layers["counts"] = cells.X.copy()
+    other.X = cells.X.log1p()
+    return h5ad(other, folder)
 
 
 def zarr(cells: ad.AnnData, folder: Path) -> Path:
@@ -190,6 +222,10 @@ def _bytes(name: str, content: bytes):
 WRITE = {
     "h5ad": h5ad,
     "h5ad, genes as rows": turned,
+    "h5ad, fractional": fractional,
+    "h5ad, names in a column": named_in_a_column,
+    "h5ad, two genomes": two_genomes,
+    "h5ad, counts in a layer": in_a_layer,
     "h5ad of MuDataSeurat": oddly_labelled,
     "zarr": zarr,
     "MuData": mudata,
@@ -206,9 +242,15 @@ WRITE = {
     "zip": _bytes("x.zip", b"PK\x03\x04" + b"\0" * 40),
     "numpy array": _bytes("x.npy", b"\x93NUMPY" + b"\0" * 40),
 }
-MATRIX = {
-    kind: {verb: REFUSED.get(kind, READ) for verb in VERBS} for kind in WRITE
+# What has to be said of a kind.
+SAID = {
+    "h5ad, genes as rows": "transpose=true",
+    "h5ad, fractional": "allow_fractional=true",
+    "h5ad, names in a column": "column=right",
+    "h5ad, two genomes": "genome=GRCh38",
+    "h5ad, counts in a layer": "layer=counts",
 }
+MATRIX = {kind: {verb: REFUSED.get(kind, READ) for verb in VERBS} for kind in WRITE}
 
 
 # -- what each verb makes of it --------------------------------------------------------------------
@@ -241,6 +283,13 @@ def words(verb: str, source: Path, out: Path, model: Path, reference: Path) -> l
     }[verb]  # fmt: skip
 
 
+def scored(table: pd.DataFrame) -> np.ndarray:
+    """Take what no clock decides."""
+    value_M = table[~table["metric"].isin(["seconds", "peak_mb"])]["value"].to_numpy()
+    assert np.unique(value_M).size > 5
+    return value_M
+
+
 def numbers(verb: str, out: Path) -> np.ndarray:
     """Read what a verb made."""
     match verb:
@@ -256,8 +305,7 @@ def numbers(verb: str, out: Path) -> np.ndarray:
         case "annotate":
             return ad.read_h5ad(out / "o.h5ad").obsm["genemodel_label_probability"]
         case _:
-            table = pd.read_csv(out / "scores/scores.csv")
-            return table.select_dtypes("number").iloc[:, :1].to_numpy()
+            return scored(pd.read_csv(out / "scores/scores.csv"))
 
 
 @pytest.fixture(scope="session")
@@ -267,19 +315,32 @@ def expected(cells, model, reference, tmp_path_factory):
     for verb in VERBS:
         out = tmp_path_factory.mktemp("expected")
         source = h5ad(cells, out)
-        assert main([*verb.split(), *words(verb, source, out, model, reference), "species=human"]) == 0
+        command = [*verb.split(), *words(verb, source, out, model, reference)]
+        assert main([*command, "species=human"]) == 0
         found[verb] = numbers(verb, out)
     return found
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("kind", list(WRITE))
+# One verb that streams and one that reads whole are asked of every kind; all of these.
+ALL_VERBS = ("10x h5", "csv", "MuData", "h5ad, fractional", "h5ad, genes as rows", "legacy h5ad")
+ASKED = [
+    pytest.param(
+        kind,
+        verb,
+        # Two minutes in all.
+        marks=() if verb in ("embed", "annotate") or kind in ALL_VERBS else pytest.mark.slow,
+    )
+    for kind in WRITE
+    for verb in VERBS
+]
+
+
+@pytest.mark.parametrize(("kind", "verb"), ASKED)
 def test_source_in_verb(kind, verb, cells, model, reference, expected, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     source = WRITE[kind](cells, tmp_path / "in")
     command = [*verb.split(), *words(verb, source, tmp_path, model, reference), "species=human"]
-    if kind == "h5ad, genes as rows":
-        command.append("transpose=true")
+    command += [SAID[kind]] if kind in SAID else []
     status, said = main(command), capsys.readouterr().err
     if MATRIX[kind][verb] == READ:
         assert status == 0, said
@@ -287,3 +348,114 @@ def test_source_in_verb(kind, verb, cells, model, reference, expected, tmp_path,
     else:
         assert status == 2
         assert REFUSED[kind] in said
+
+
+@pytest.mark.parametrize("kind", list(SAID))
+def test_who_does_not_say_it_is_told_what_to_say(kind, cells, reference, tmp_path, capsys):
+    """The refusal names the setting, where the kind can be seen."""
+    (tmp_path / "in").mkdir()
+    source = WRITE[kind](cells, tmp_path / "in")
+    status = main(["impute", f"input={source}", f"output={tmp_path}/o.h5ad", "species=human"])
+    said = capsys.readouterr().err
+    if kind in ("h5ad, names in a column", "h5ad, two genomes"):
+        assert status == 0  # both are genes: nobody can see which are meant
+    else:
+        assert status == 2 and SAID[kind] in said
+
+
+def test_the_page_on_inputs_says_the_matrix(repository):
+    page = (repository / "docs/inputs.md").read_text()
+    table = page.partition("| kind | all verbs |")[2]
+    for kind in WRITE:
+        if kind not in SAID or kind == "h5ad, genes as rows":
+            assert kind in table, kind
+
+
+# -- objects in memory -----------------------------------------------------------------------------
+
+
+def test_an_object_in_memory_in_every_call(cells, random_bundle, expected, tmp_path):
+    how = {"species": "NCBITaxon:9606", "column": "right", "layer": "counts"}
+    adata = cells.copy()
+    adata.var = pd.DataFrame({"right": list(cells.var_names)}, index=cells.var_names[::-1])
+    noise_N = np.random.default_rng(1).normal(0, 0.05, adata.X.nnz).clip(-0.4, 0.4)
+    adata.layers["counts"], adata.X = adata.X.copy(), adata.X.log1p()
+    adata.layers["counts"].data += noise_N.astype(np.float32)
+    how["allow_fractional"] = True
+    corpus = gm.Corpus.build([adata], tmp_path / "corpus", **how)
+    built = corpus.read(0, len(corpus)).to_csr(len(corpus.vocabulary)).toarray()
+    np.testing.assert_array_equal(built, expected["corpus build"])
+    gm.embed(adata, random_bundle, **how)
+    np.testing.assert_allclose(adata.obsm["X_genemodel"], expected["embed"], rtol=1e-5, atol=1e-5)
+    gm.impute(adata, device="cpu", **how)
+    np.testing.assert_allclose(adata.layers["imputed"], expected["impute"], rtol=1e-5)
+    gm.annotate(adata, cells, label_key="type", reference_species=9606, **how)
+    probability_CL = adata.obsm["genemodel_label_probability"]
+    np.testing.assert_allclose(probability_CL, expected["annotate"], rtol=1e-4, atol=1e-5)
+    found = gm.evaluate(adata, task="impute", methods=["none"], **how)
+    np.testing.assert_allclose(scored(found.table), expected["evaluate"], rtol=1e-5)
+    settings = gm.IntegrationSettings(steps=3)
+    gm.integrate(adata, batch_key="lane", settings=settings, device="cpu", **how)
+    assert np.isfinite(adata.obsm["X_integrated"]).all()
+    assert gm.contamination(adata, random_bundle, **how).n_found == 0
+
+
+CALLS = {
+    "embed": lambda adata, model: gm.embed(adata, model, species="human", transpose=True),
+    "impute": lambda adata, model: gm.impute(adata, transpose=True),
+    "integrate": lambda adata, model: gm.integrate(adata, batch_key="lane", transpose=True),
+    "annotate": lambda adata, model: gm.annotate(
+        adata, adata.copy(), label_key="type", transpose=True
+    ),
+    "evaluate": lambda adata, model: gm.evaluate(adata, task="impute", transpose=True),
+}
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+def test_an_object_in_memory_turns_itself(call, cells, random_bundle):
+    with pytest.raises(GenemodelError, match=r"turns with adata = adata\.T"):
+        CALLS[call](cells.copy(), random_bundle)
+    with pytest.raises(GenemodelError, match=r"its rows are genes. Turn it: adata = adata\.T"):
+        plain = cells.T.copy()
+        plain.obs = plain.obs.assign(lane="a", type="b")
+        if call == "evaluate":
+            gm.evaluate(plain, task="impute")
+        else:
+            gm.impute(plain)
+
+
+def test_few_known_genes_are_accepted_where_that_is_said(cells, model, tmp_path, capsys):
+    names = pd.Index([f"probe{n}" for n in range(3 * G)])
+    probes = ad.AnnData(sp.csr_matrix(np.ones((C, 3 * G), np.float32)), obs=cells.obs)
+    probes.var_names = names
+    both = ad.concat([cells, probes], axis=1)
+    both.obs = cells.obs
+    source = h5ad(both, tmp_path)
+    command = ["embed", f"input={source}", f"model={model}", f"output={tmp_path}/o.h5ad"]
+    assert main([*command, "species=human"]) == 2
+    assert "name the column of var that holds them with column=, or accept fewer with " in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    assert main([*command, "species=9606", "min_fraction=0.2"]) == 0
+    assert main(["corpus", "build", f"sources={source}", f"out={tmp_path}/c", "species=human",
+                 "min_fraction=0.2"]) == 0  # fmt: skip
+
+
+def test_a_sheet_says_it_of_each_source(cells, tmp_path):
+    rows = ["path\tspecies\tcolumn\ttranspose\tallow_fractional"]
+    for kind, line in {
+        "h5ad, genes as rows": "GRCh38\t\ttrue\t",
+        "h5ad, fractional": "9606\t\t\ttrue",
+        "h5ad, names in a column": "hsapiens\tright\tfalse\t",
+    }.items():
+        folder = tmp_path / kind.replace(" ", "_").replace(",", "")
+        folder.mkdir()
+        rows.append(f"{WRITE[kind](cells, folder).relative_to(tmp_path)}\t{line}")
+    (tmp_path / "sheet.tsv").write_text("\n".join(rows))
+    assert main(["corpus", "build", f"sheet={tmp_path}/sheet.tsv", f"out={tmp_path}/c"]) == 0
+    corpus = gm.Corpus.open(tmp_path / "c")
+    counts = corpus.read(0, len(corpus)).to_csr(len(corpus.vocabulary)).toarray()
+    np.testing.assert_array_equal(counts[:C], counts[C : 2 * C])
+    np.testing.assert_array_equal(counts[:C], counts[2 * C :])
+    (tmp_path / "sheet.tsv").write_text(rows[0] + "\n" + rows[1].replace("true", "perhaps"))
+    assert main(["corpus", "build", f"sheet={tmp_path}/sheet.tsv", f"out={tmp_path}/d"]) == 2

@@ -519,6 +519,15 @@ def _open_store(group: Any, path: Path, where: str, options: OpenOptions) -> Sou
     return _open_stored(group, path, "zarr", options, None)
 
 
+def refuse_old(table: Any, where: str) -> None:
+    """Refuse obs or var of an anndata that wrote them as one array of records."""
+    if not hasattr(table, "keys"):
+        raise DataError(
+            f"{where}: was written by an anndata older than 0.7. Read it once with "
+            "anndata.read_h5ad and write it again"
+        )
+
+
 def _open_stored(
     root: Any,
     path: Path,
@@ -533,11 +542,7 @@ def _open_stored(
     of_cells, of_genes = ("var", "obs") if options.transpose else ("obs", "var")
     with refuse_damage(f"{where}, {of_cells}"):
         obs_group = root[of_cells]
-        if not hasattr(obs_group, "keys"):
-            raise DataError(
-                f"{where}: was written by an anndata older than 0.7. Read it once with "
-                "anndata.read_h5ad and write it again"
-            )
+        refuse_old(obs_group, where)
         attributes = obs_group.attrs
         index = pd.Index(ad.io.read_elem(obs_group[attributes.get("_index", "_index")]))
         if "__categories" in obs_group:

@@ -15,7 +15,7 @@ from genemodel.cells import remote
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.obs_columns import ColumnPlan
-from genemodel.cells.sources import OpenOptions, modality_of, open_with, stem
+from genemodel.cells.sources import OpenOptions, modality_of, open_with, refuse_old, stem
 from genemodel.errors import DataError
 from genemodel.genes.recognition import TURN_FILE, refuse_turned
 
@@ -117,6 +117,7 @@ def _stored(path: Path) -> "AnnData | None":
                 root_of_genes = root
             else:
                 return None
+            refuse_old(root_of_genes["obs"], str(path))
             parts = {
                 key: ad.io.read_elem(root_of_genes[key]) for key in _PARTS if key in root_of_genes
             }

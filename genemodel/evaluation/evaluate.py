@@ -365,7 +365,15 @@ def _cells(
             kept.obs["species"] = column(kept, species.removeprefix("obs:")).to_numpy()
         else:
             kept.obs["species"] = species
-    return kept, where, InputSettings(column=reading.column, min_fraction=reading.min_fraction)
+    return (
+        kept,
+        where,
+        InputSettings(
+            column=reading.column,
+            min_fraction=reading.min_fraction,
+            missing_labels=reading.missing_labels,
+        ),
+    )
 
 
 def _opened(
