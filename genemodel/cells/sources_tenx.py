@@ -109,7 +109,9 @@ def _source(
     """Make the source."""
     where = path.name
     if options.layer not in (None, "X"):
-        raise DataError(f"{where}: a {kind} source has no layers, layer={options.layer} was asked")
+        raise DataError(
+            f"{where}: a {kind} source has no layers, layer={options.layer} was asked: leave it out"
+        )
     options.refuse_transpose(where, kind)
     present = [str(c) for c in cells.columns]
     obs = options.plan.apply(cells.index, present, cells.__getitem__, where, options.name)

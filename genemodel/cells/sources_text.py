@@ -69,7 +69,9 @@ def open_table(path: Path, options: OpenOptions) -> Source:
     """
     where = path.name
     if options.layer not in (None, "X"):
-        raise DataError(f"{where}: a text table has no layers, layer={options.layer} was asked")
+        raise DataError(
+            f"{where}: a text table has no layers, layer={options.layer} was asked: leave it out"
+        )
     with refuse_damage(where):
         table = _Table.of(path)
         is_long = table.is_long()
