@@ -36,9 +36,8 @@ from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
-from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import VOCABULARY, Bundle
-from genemodel.bundle.directory import sha256
+from genemodel.bundle.directory import file_of, sha256
 from genemodel.bundle.history import STEP
 from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
@@ -386,8 +385,11 @@ def _note(out: Path, about: dict[str, Any]) -> None:
 
 def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) -> None:
     """Refuse a folder with a run of other settings, data or model; clear it if that is wanted."""
-    for name, what in ((MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), (RUN, "a training run")):
-        if (out / name).is_file():
+    known = file_of(out)
+    for name, what in (
+        (known, "a corpus" if known == MANIFEST else "a model"), (RUN, "a training run"),
+    ):  # fmt: skip
+        if name is not None and (out / name).is_file():
             raise ConfigError(f"out={out} is {what} (it holds {name}): choose another folder.")
     there = [name for name in RESULTS if (out / name).exists()]
     parts = [name for name in (BACKBONE, HEADS) if (out / name).exists()]

@@ -278,13 +278,13 @@ def describe(settings: DescribeSettings) -> str:
     DataError
         It is none of those, or it is damaged.
     """
-    from genemodel.bundle.directory import PLACES, known_by, refusal
-    from genemodel.cells.manifest import MANIFEST
+    from genemodel.bundle.directory import CORPUS, PLACES, kind_of, refusal
 
     path = found_again(settings.path)
-    if known_by(path) == MANIFEST:
+    kind = kind_of(path)
+    if kind == CORPUS:
         return describe_corpus(CorpusDescribeSettings(path))
-    if known_by(path) is not None:
+    if kind is not None:
         from genemodel.inference.models import load
 
         model = load(path, device="cpu")
@@ -297,10 +297,10 @@ def describe(settings: DescribeSettings) -> str:
         return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
     if not path.exists():
         raise DataError(f"path={path} does not exist")
-    if any(known_by(path / place) for place in PLACES):
+    if any(kind_of(path / place) for place in PLACES):
         raise refusal(path)
     raise DataError(
         f"path={path} is no corpus (a folder with manifest.json), no model (a folder with "
-        "bundle.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
+        "model.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
         "OUT/imputation_model) and no vocabulary (.tsv.gz)"
     )

@@ -4,11 +4,9 @@ The work on all cells at once (integration, scores, labels) needs the object; wh
 the same as for a corpus.
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells import remote
@@ -23,22 +21,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _PARTS = ("X", "obs", "var", "uns", "obsm", "varm", "obsp", "varp", "layers")
-
-
-class _EveryColumn(ColumnPlan):
-    """Keeps obs as it is."""
-
-    def apply(
-        self,
-        index: pd.Index,
-        present: Sequence[str],
-        read: Callable[[str], Any],
-        where: str,
-        name: str,
-    ) -> pd.DataFrame:
-        """See :class:`ColumnPlan`."""
-        columns = {column: pd.Series(read(column)).array for column in present}
-        return pd.DataFrame(columns, index=pd.Index(index.astype(str), name=None))
 
 
 def read_anndata(
@@ -75,7 +57,7 @@ def read_anndata(
     import anndata as ad
 
     name = stem(Path(path) if remote.is_local(str(path)) else remote.name_of(str(path)))
-    plan = _EveryColumn({}, {}, None)
+    plan = ColumnPlan({}, {}, None, every=True)
     options = OpenOptions(plan=plan, name=name, **settings.counting())
     with open_with(path, options) as source:
         blocks = [chunk.counts_CG for chunk in source.chunks()]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,18 +25,20 @@ import scipy.sparse as sp
 
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.missing_labels import without_placeholders
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult
 from genemodel.inference.obs_keys import check_label_is_no_batch
+from genemodel.model.tuning import Tune
 from genemodel.settings import check_out_folder, check_seed, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.corpus import Corpus
     from genemodel.inference.contamination import Contamination
     from genemodel.inference.integrated_model import IntegratedModel
 
@@ -73,6 +75,10 @@ class EvaluateSettings(InputSettings):
     obsm: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     max_cells: int | None = None
+    sizes: tuple[int, ...] = ()
+    draws: int = 3
+    corpus: Path | None = None
+    backbones: tuple[Tune, ...] = ("frozen",)
     n_hvg: int = 2000
     n_comps: int = 30
     scvi_epochs: int | None = None
@@ -87,6 +93,12 @@ def run(settings: EvaluateSettings) -> str:
     """Run ``genemodel evaluate`` and return the table to print."""
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     data, out = values.pop("data"), values.pop("out")
+    sizes, draws = values.pop("sizes"), values.pop("draws")
+    if sizes:
+        from genemodel.evaluation.sizes import evaluate_sizes
+
+        by_size = evaluate_sizes(data, sizes=sizes, draws=draws, out=out, **values)
+        return f"{by_size.text()}\n\nWritten to {out}: sizes.csv, and a report of every draw"
     result = evaluate(data, out=out, **values)
     return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
 
@@ -103,6 +115,8 @@ def evaluate(
     obsm: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     max_cells: int | None = None,
+    corpus: "Corpus | str | Path | None" = None,
+    backbones: Sequence[Tune] = ("frozen",),
     n_hvg: int = 2000,
     n_comps: int = 30,
     scvi_epochs: int | None = None,
@@ -144,6 +158,11 @@ def evaluate(
         Seeds of the random methods, and of the molecular split.
     max_cells
         Take this many cells at random; default all.
+    corpus
+        Folder of a corpus: "corpus_pca", its principal components with these cells projected, is
+        what a model that was pre-trained on it has to beat without having been tuned.
+    backbones
+        How bundles are tuned on these cells: "frozen", "lora", "last", "full".
     n_hvg, n_comps
         Variable genes and principal components of the linear methods.
     scvi_epochs
@@ -201,6 +220,11 @@ def evaluate(
         check_label_is_no_batch((batch_key,), label_key)
     if out is not None:
         check_out_folder(Path(out))
+    for tune in backbones:
+        if tune not in get_args(Tune) or tune == "scratch":
+            raise ConfigError(
+                f"backbones={list(backbones)}: frozen, lora, last or full, not {tune!r}"
+            )
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     keys = [batch_key, label_key, *mixture]
     cells, where, reading = _cells(data, reading, max_cells, keys, list(obsm))
@@ -216,7 +240,8 @@ def evaluate(
     if task == "integrate":
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
     loaded = _loaded(models)
-    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded, reading)
+    own = _model_methods(loaded, backbones, reading)
+    given = {f"obsm:{key}": _standing(key) for key in obsm} | own
     contaminations = _contaminations(loaded, cells, reading)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
@@ -236,7 +261,10 @@ def evaluate(
         cells = annotation.shared_genes(cells, batch_key)
         size["genes that all batches have"] = cells.n_vars
     chosen |= given
+    if corpus is None:
+        chosen.pop("corpus_pca", None)
     conditions = Conditions(
+        corpus=None if corpus is None else _corpus(corpus),
         batch_key=batch_key,
         label_key=label_key,
         n_hvg=n_hvg,
@@ -322,7 +350,7 @@ def _cells(
 
     from genemodel.cells.contract import find_counts
 
-    adata, where, reading = _opened(data, reading)
+    adata, where, reading = read_cells(data, reading)
     known = [str(name) for name in adata.obs.columns]
     for key in keys:
         if key is not None and key not in adata.obs:
@@ -376,9 +404,10 @@ def _cells(
     )
 
 
-def _opened(
+def read_cells(
     data: "AnnData | str | Path", reading: InputSettings
 ) -> "tuple[AnnData, str, InputSettings]":
+    """Give the AnnData, read where a path is given, its name, and what is left to say of it."""
     from genemodel.cells.whole_file import read_anndata
 
     if not isinstance(data, str | Path):
@@ -388,6 +417,12 @@ def _opened(
         raise DataError(f"{path} does not exist; name a file of raw counts")
     adata, reading = read_anndata(path, reading)
     return adata, str(path), reading
+
+
+def _corpus(given: "Corpus | str | Path") -> "Corpus":
+    from genemodel.cells.corpus import Corpus
+
+    return given if isinstance(given, Corpus) else Corpus.open(given)
 
 
 def _standing(key: str) -> Method:
@@ -427,14 +462,16 @@ def _contaminations(
     for name, model in models.items():
         try:
             found[name] = contamination(cells, model, **reading.options())
-        except DataError:
+        except GenemodelError:
             continue  # it will fail as a method, with the reason
         logger.info("%s: %s", name, found[name].text())
     return found
 
 
 def _model_methods(
-    models: "Mapping[str, Bundle | IntegratedModel]", reading: InputSettings
+    models: "Mapping[str, Bundle | IntegratedModel]",
+    backbones: Sequence[Tune],
+    reading: InputSettings,
 ) -> dict[str, Method]:
     """Methods for trained models."""
     from genemodel.inference.integrated_model import IntegratedModel
@@ -457,10 +494,11 @@ def _model_methods(
             kind="ours",
             encoder=f"{transformer} as it is, not trained here",
         )
-        found[f"{name} tuned"] = Method(
-            _tuner(bundle, reading), kind="ours", seeded=True,
-            encoder=f"a network on counts, beside the cell vectors of {transformer}, frozen",
-        )  # fmt: skip
+        for tune in backbones:
+            found[f"{name} {'tuned' if tune == 'frozen' else tune}"] = Method(
+                _tuner(bundle, tune, reading), kind="ours", seeded=True,
+                encoder=f"a network on counts, beside the cell vectors of {transformer}, {tune}",
+            )  # fmt: skip
         found[f"{name} untrained"] = Method(
             _untrained(bundle, reading), kind="control", seeded=True
         )
@@ -494,9 +532,10 @@ def _embedder(bundle: "Bundle", reading: InputSettings) -> Any:
     return embed
 
 
-def _tuner(bundle: "Bundle", reading: InputSettings) -> Any:
+def _tuner(bundle: "Bundle", backbone: Tune, reading: InputSettings) -> Any:
     def tune(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return tuned(adata, conditions, model=bundle, **reading.options())
+        options = reading.options()
+        return tuned(adata, conditions, model=bundle, backbone=backbone, **options)
 
     return tune
 

@@ -116,15 +116,23 @@ class VocabularyCells:
         self, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
     ) -> Iterator[VocabularyChunk]:
         """Yield the cells of these rows in order; no chunk crosses a border of ``SHARD_CELLS``."""
+        for at, counts_CG in self.blocks(chunk_cells, start=start, stop=stop):
+            yield self.over_vocabulary(at, counts_CG)
+
+    def blocks(
+        self, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield the same cells by the source's own genes: row of the first, and counts."""
         stop = len(self) if stop is None else stop
         counts = self.source.counts
         while start < stop:
             most = min(chunk_cells, stop - start, SHARD_CELLS - start % SHARD_CELLS)
             end = counts.rows.stop_of(start, most)
-            yield self._over_vocabulary(start, counts.read(start, end))
+            yield start, counts.read(start, end)
             start = end
 
-    def _over_vocabulary(self, start: int, counts_CG: sp.csr_matrix) -> VocabularyChunk:
+    def over_vocabulary(self, start: int, counts_CG: sp.csr_matrix) -> VocabularyChunk:
+        """Bring counts of cells from row ``start`` on in the order of the vocabulary."""
         species_C = self.species_C[start : start + counts_CG.shape[0]]
         here = np.unique(species_C)
         if here.size == 1:

@@ -124,6 +124,14 @@ class GeneCounts:
         """Columns with at least one count, ascending."""
         return np.flatnonzero(self.counts_CG.getnnz(0) > 0)
 
+    def over(self, vocabulary: GeneVocabulary) -> sp.csr_matrix:
+        """Put the columns, which are tokens, back in their places among all of a vocabulary."""
+        token_G = np.array([int(name) for name in self.genes], np.int64)
+        csr = sp.csr_matrix(self.counts_CG)
+        return sp.csr_matrix(
+            (csr.data, token_G[csr.indices], csr.indptr), (csr.shape[0], len(vocabulary))
+        )
+
     def only(self, column_G: np.ndarray) -> "GeneCounts":
         """Return these columns alone."""
         return GeneCounts(
@@ -224,4 +232,9 @@ def _with_vocabulary(
         parts.append(match.project(counts_CG[:, own_G]))
         measured_V |= match.measured_V
     stacked_CV = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
-    return GeneCounts(stacked_CV, [str(token) for token in range(len(vocabulary))], measured_V)
+    return GeneCounts(
+        stacked_CV,
+        [str(token) for token in range(len(vocabulary))],
+        measured_V,
+        species_C=np.array([vocabulary.species.index(name) for name in species_C], np.int64),
+    )

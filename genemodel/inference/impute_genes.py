@@ -50,6 +50,17 @@ class Columns:
         return self.column_P >= 0
 
     @property
+    def predicted_P(self) -> np.ndarray:
+        """Which of the others a bundle's decoder predicts."""
+        return ~self.measured_P & (self.token_P >= 0)
+
+    def among(self, known_G: np.ndarray) -> "Columns":
+        """Count the columns of the data among these ones only; the others get nothing."""
+        place_G = np.full(max([*self.column_P.tolist(), *known_G.tolist(), -1]) + 2, -1)
+        place_G[known_G] = np.arange(known_G.size)
+        return Columns(self.names, place_G[self.column_P], self.token_P)
+
+    @property
     def unmeasured(self) -> list[str]:
         """Names of the others."""
         return [self.names[p] for p in np.flatnonzero(~self.measured_P)]
@@ -123,6 +134,7 @@ def columns_of_data(
         table = cells.bundle.vocabulary.genes
         known = [name for t in tables for name in t] + table["symbol"].astype(str).tolist()
         _refuse_unknown(source, unknown, known, model)
+    token_P[column_P >= 0] = -1  # measured after all, under another name
     columns = Columns(names, column_P, token_P)
     return columns, cells if columns.unmeasured else None
 

@@ -20,16 +20,17 @@ from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.history import STEP
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import corpus_vectors
 from genemodel.inference.collapse import collapse, warn_of_collapse
-from genemodel.inference.gene_counts import read_counts
+from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.models import model_for
 from genemodel.inference.obs_keys import (
@@ -201,7 +202,7 @@ def integrate_cells(
         genes, features_CF = counts.genes, counts.features_CF
         cells = TrainingCells.held(
             counts.counts_CG, code_C, label_C=label_C, held_out=held_out,
-            species_C=counts.species_C, seed=seed,
+            species_C=None if bundle is None else counts.species_C, seed=seed,
         )  # fmt: skip
     used_C = cells.used
     if len(used_C) < n_cells:
@@ -231,9 +232,15 @@ def integrate_cells(
         where=where,
         seed=seed,
     )
+    own = (
+        TrainingManifest.of(data, cells.train)
+        if isinstance(data, Corpus)
+        else _manifest(counts, cells.train, vocabulary, trained.gene_G, data.obs)
+    )
+    training = learnt_from(own, bundle)
     if trained.backbone is not None and bundle is not None:
         how = f"{tuning.tune}, beneath an integration of {len(used_C):,} cells"
-        bundle = beneath_of(bundle, trained.backbone, how, trained.history)
+        bundle = beneath_of(bundle, trained.backbone, how, trained.history, training)
     embedding_CD = np.full((n_cells, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
@@ -247,6 +254,7 @@ def integrate_cells(
         bundle=bundle,
         vocabulary=vocabulary,
         history=trained.history,
+        training=training,
     )
     result.provenance = {
         "genemodel": genemodel.__version__,
@@ -268,6 +276,23 @@ def integrate_cells(
     result.provenance["vanished"] = _guard(trained, cells, labels, seed)
     warn_of_collapse(result.provenance, "integrate")
     return result, embedding_CD
+
+
+def _manifest(
+    counts: GeneCounts,
+    train: np.ndarray,
+    vocabulary: GeneVocabulary | None,
+    gene_G: np.ndarray,
+    obs: "pd.DataFrame",
+) -> TrainingManifest:
+    """Take down cells in memory: over the vocabulary, or over the genes that the model reads."""
+    told = sorted(set(obs["dataset"].dropna().astype(str))) if "dataset" in obs else []
+    name = told[0] if len(told) == 1 else "AnnData"
+    if vocabulary is None:
+        return TrainingManifest.of_counts(counts.counts_CG[:, gene_G], train, name=name)
+    assert counts.species_C is not None
+    species_C = np.array(vocabulary.species, dtype=object)[counts.species_C]
+    return TrainingManifest.of_counts(counts.over(vocabulary), train, species_C, name=name)
 
 
 def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:

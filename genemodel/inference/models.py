@@ -5,28 +5,26 @@ from typing import overload
 
 import torch
 
-from genemodel.adapt.imputation_model import ABOUT as IMPUTATION
 from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.bundle.bundle import ABOUT as BUNDLE
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import known_by, refusal
+from genemodel.bundle.directory import BUNDLE, IMPUTATION, INTEGRATION, kind_of, refusal
 from genemodel.errors import ConfigError
-from genemodel.inference.integrated_model import ABOUT as INTEGRATED
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.model.devices import device_of
 from genemodel.writing import found_again
 
 type Model = Bundle | IntegratedModel | ImputationModel
 
-# By the file that a folder is known by.
+# By what a folder says that it is.
 MODELS: dict[str, type[Model]] = {
     BUNDLE: Bundle,
-    INTEGRATED: IntegratedModel,
+    INTEGRATION: IntegratedModel,
     IMPUTATION: ImputationModel,
 }
 # Of these kinds are the models that can do it; `genemodel.load` gives any of them.
 EMBED = (Bundle, IntegratedModel)
 IMPUTE = (ImputationModel, Bundle)
+TOLD = (Bundle, IntegratedModel, ImputationModel)
 
 
 def load(path: str | Path, *, device: str | torch.device = "auto") -> Model:
@@ -64,6 +62,14 @@ def model_for[A](
 def model_for[A, B](
     verb: str, kinds: tuple[type[A], type[B]], model: object, *, device: str | torch.device = ...
 ) -> A | B: ...
+@overload
+def model_for[A, B, C](
+    verb: str,
+    kinds: tuple[type[A], type[B], type[C]],
+    model: object,
+    *,
+    device: str | torch.device = ...,
+) -> A | B | C: ...
 def model_for(
     verb: str, kinds: tuple[type, ...], model: object, *, device: str | torch.device = "auto"
 ) -> object:
@@ -102,7 +108,7 @@ def model_for(
 
 def _kind_of(path: str | Path) -> type[Model]:
     path = found_again(Path(path))
-    kind = MODELS.get(known_by(path) or "")
+    kind = MODELS.get(kind_of(path) or "")
     if kind is None:
         raise refusal(path)
     return kind

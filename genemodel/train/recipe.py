@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import genemodel
-from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import file_of
 from genemodel.bundle.history import STEP, no_history
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
@@ -280,11 +280,13 @@ def _job(plan: _Plan) -> Job:
 def refuse_folder(run: Path) -> None:
     """Refuse to write a run into what is something else, or cannot be written."""
     check_out_folder(run)
+    known = file_of(run)
     others = (
-        (MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), ("finetune.json", "a fine-tuning run"),
-    )  # fmt: skip
+        (known, "a corpus" if known == MANIFEST else "a model"),
+        ("finetune.json", "a fine-tuning run"),
+    )
     for name, what in others:
-        if (run / name).is_file():
+        if name is not None and (run / name).is_file():
             raise ConfigError(f"out={run} is {what} (it holds {name}): choose another folder.")
 
 
