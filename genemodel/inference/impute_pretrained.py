@@ -50,8 +50,8 @@ def refuse_without_decoder(bundle: Bundle) -> None:
     raise ConfigError(
         f"model is a Bundle without a count decoder (it has {has}), so it imputes nothing by "
         "itself: pre-train one that does (pretrain: task.decode_counts.weight=1), or train on "
-        "these cells: leave model out, or read its cell vectors with `genemodel finetune task=impute`, "
-        "in Python gm.impute(…, backbone='frozen')."
+        "these cells: leave model out, or read its cell vectors with "
+        "`genemodel finetune task=impute`, in Python gm.impute(…, backbone='frozen')."
     )
 
 

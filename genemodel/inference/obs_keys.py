@@ -56,7 +56,7 @@ def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.S
         raise DataError(
             f"{where}.obs has no column {key!r} ({what})"
             + (f": did you mean {near!r}? " if near else ". ")
-            + f"It has {', '.join(known) or 'no columns'}."
+            + f"It has {', '.join(known) or 'no columns: give an h5ad whose obs has it'}."
         )
     return obs[key]
 
