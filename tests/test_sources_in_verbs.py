@@ -397,7 +397,6 @@ def test_an_object_in_memory_in_every_call(cells, random_bundle, expected, tmp_p
     settings = gm.IntegrationSettings(steps=3)
     gm.integrate(adata, batch_key="lane", settings=settings, device="cpu", **how)
     assert np.isfinite(adata.obsm["X_integrated"]).all()
-    assert gm.contamination(adata, random_bundle, **how).n_found == 0
 
 
 CALLS = {
