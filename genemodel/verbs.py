@@ -127,7 +127,7 @@ def verify_corpus(settings: CorpusVerifySettings) -> str:
     DataError
         Something is broken; all of it is named.
     """
-    from genemodel.cells.verification import verify_corpus as broken_in
+    from genemodel.cells.corpus import verify_corpus as broken_in
 
     if broken := broken_in(settings.path):
         raise DataError(

@@ -203,6 +203,7 @@ class ImputationModel:
     """
 
     KIND: ClassVar[str] = "imputation model"
+    FOLDER: ClassVar[str] = IMPUTATION
 
     def __init__(
         self,
@@ -495,7 +496,7 @@ class ImputationModel:
             Unknown batch or kind, impossible library, or more than 4 GB of output.
         """
         check_kind(kind)
-        at_C = np.arange(len(self))[slice(None) if rows is None else rows]
+        at_C = _numbers(rows, len(self))
         at_G = np.arange(self.counts_CG.shape[1]) if genes is None else np.asarray(genes)
         size = 2.0 * 8 * len(at_C) * len(at_G)
         if size > LARGEST_IN_MEMORY:
@@ -703,6 +704,13 @@ def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name in ("mean_F", "sd_F"):  # before format 3 there were none
             named.setdefault(f"decoder.encoder.beside.{name}", torch.zeros(0))
     return named
+
+
+def _numbers(rows: Selection, n: int) -> NDArray[np.integer]:
+    """Row numbers of a selection; of a slice without numbering all of many cells."""
+    if rows is None or isinstance(rows, slice):
+        return np.arange(*(rows or slice(None)).indices(n))
+    return np.arange(n)[rows]
 
 
 def check_kind(kind: str) -> None:

@@ -68,6 +68,7 @@ class Bundle:
     """
 
     KIND: ClassVar[str] = "model"
+    FOLDER: ClassVar[str] = BUNDLE
 
     model: GeneModel
     vocabulary: GeneVocabulary

@@ -44,6 +44,8 @@ KINDS = {
     IMPUTATION: "an imputation model",
     CORPUS: "a corpus",
 }
+# The class of what the folder of a model holds.
+CLASSES = {BUNDLE: "Bundle", INTEGRATION: "IntegratedModel", IMPUTATION: "ImputationModel"}
 # The file by which a folder was known before format 4, and a corpus is.
 _BY_FILE = {
     "bundle.json": BUNDLE,

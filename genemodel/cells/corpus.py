@@ -558,10 +558,8 @@ class Corpus:
         -------
         list of str
             What is broken, by name; empty where all is well. For a corpus that cannot be opened
-            use :func:`~genemodel.cells.verification.verify_corpus`.
+            use :func:`verify_corpus`.
         """
-        from genemodel.cells.verification import verify_corpus
-
         return verify_corpus(self.path)
 
     def describe(self) -> "CorpusReport":
@@ -569,6 +567,34 @@ class Corpus:
         from genemodel.cells.corpus_report import CorpusReport
 
         return CorpusReport.of(self)
+
+
+def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
+    """List everything that is wrong with a corpus.
+
+    Parameters
+    ----------
+    path
+        Folder of the corpus; it need not be openable.
+    contents
+        Besides the checksums of all files, read all counts and compare the per-cell index and the
+        gene statistics with them.
+
+    Returns
+    -------
+    list of str
+        One line per fault, each with the file's name; empty where all is well.
+    """
+    from genemodel.cells.verification import broken_files, contradictions
+
+    path = found_again(Path(path))
+    problems = broken_files(path)
+    if contents and not problems:
+        try:
+            problems = contradictions(Corpus.open(path))
+        except DataError as error:
+            problems = [str(error)]
+    return problems
 
 
 def _options(

@@ -89,20 +89,6 @@ class EvaluateSettings(InputSettings):
     n_jobs: int = 1
 
 
-def run(settings: EvaluateSettings) -> str:
-    """Run ``genemodel evaluate`` and return the table to print."""
-    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    data, out = values.pop("data"), values.pop("out")
-    sizes, draws = values.pop("sizes"), values.pop("draws")
-    if sizes:
-        from genemodel.evaluation.sizes import evaluate_sizes
-
-        by_size = evaluate_sizes(data, sizes=sizes, draws=draws, out=out, **values)
-        return f"{by_size.text()}\n\nWritten to {out}: sizes.csv, and a report of every draw"
-    result = evaluate(data, out=out, **values)
-    return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
-
-
 @reads_cells
 def evaluate(
     data: "AnnData | str | Path",
@@ -436,7 +422,8 @@ def _loaded(
     models: "Sequence[str | Path | Bundle | IntegratedModel]",
 ) -> "dict[str, Bundle | IntegratedModel]":
     """Trained models by name, loaded now: a wrong path is refused before anything runs."""
-    from genemodel.inference.models import EMBED, model_for
+    from genemodel.bundle.given import model_for
+    from genemodel.inference.models import EMBED
 
     found: dict[str, Bundle | IntegratedModel] = {}
     for number, given in enumerate(models):
@@ -470,10 +457,11 @@ def _contaminations(
 
 def _model_methods(
     models: "Mapping[str, Bundle | IntegratedModel]",
-    backbones: Sequence[Tune],
-    reading: InputSettings,
+    backbones: Sequence[Tune] = ("frozen",),
+    reading: InputSettings | None = None,
 ) -> dict[str, Method]:
     """Methods for trained models."""
+    reading = reading or InputSettings()
     from genemodel.inference.integrated_model import IntegratedModel
 
     found: dict[str, Method] = {}

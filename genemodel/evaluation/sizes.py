@@ -15,7 +15,7 @@ import pandas as pd
 
 from genemodel.cells.input_settings import NAMES, InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation.evaluate import MIN_CELLS, evaluate, read_cells
+from genemodel.evaluation.evaluate import MIN_CELLS, EvaluateSettings, evaluate, read_cells
 from genemodel.evaluation.result import COLUMNS
 from genemodel.settings import check_out_folder
 
@@ -163,3 +163,15 @@ def evaluate_sizes(
     if not tables:
         raise DataError(f"{where}: nothing could be scored on any draw: {skipped}")
     return SizesResult(task, pd.concat(tables, ignore_index=True), skipped, encoders)
+
+
+def run(settings: EvaluateSettings) -> str:
+    """Run ``genemodel evaluate`` and return the table to print."""
+    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    data, out = values.pop("data"), values.pop("out")
+    sizes, draws = values.pop("sizes"), values.pop("draws")
+    if sizes:
+        by_size = evaluate_sizes(data, sizes=sizes, draws=draws, out=out, **values)
+        return f"{by_size.text()}\n\nWritten to {out}: sizes.csv, and a report of every draw"
+    result = evaluate(data, out=out, **values)
+    return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"

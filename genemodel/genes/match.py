@@ -13,7 +13,6 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
-from genemodel.genes.recognition import APPENDED
 from genemodel.genes.species import ASSEMBLY_PREFIX, SPECIES, assembly_species
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What scanpy ("-1"), pandas and R (".1") append to a name that was there before.
+APPENDED = re.compile(r"^(.+)[-._](\d{1,3})$")
 # Columns of `var` in which gene names are usually kept, besides its index.
 USUAL_COLUMNS = (
     "gene_ids",

@@ -16,6 +16,7 @@ import pandas as pd
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.cells.input_settings import (
     OF_ONE_FILE,
     InputOptions,
@@ -36,7 +37,7 @@ from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.label_head import label_counts
 from genemodel.inference.labels import label_names, probabilities_of
-from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import (
     batch_names,
     check_key_added,

@@ -13,13 +13,14 @@ import numpy as np
 import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.cells.corpus_kernels import PRINTS, fingerprints
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.whole_file import read_anndata
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import TOLD, Model, model_for
+from genemodel.inference.models import TOLD, Model
 
 if TYPE_CHECKING:
     from anndata import AnnData

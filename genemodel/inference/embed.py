@@ -18,6 +18,7 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.sources import Source
 from genemodel.cells.whole_file import read_anndata
@@ -29,7 +30,7 @@ from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
 from genemodel.inference.forward import Compile, compiles
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank

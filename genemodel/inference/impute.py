@@ -30,6 +30,7 @@ from genemodel.adapt.imputation_model import (
     check_library,
 )
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
@@ -52,7 +53,6 @@ from genemodel.inference.impute_pretrained import (
     joined,
     refuse_without_decoder,
 )
-from genemodel.inference.models import IMPUTE, model_for
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
@@ -60,6 +60,9 @@ from genemodel.settings import PathText, check_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+# Models that impute without being trained on the cells.
+IMPUTE = (ImputationModel, Bundle)
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +264,7 @@ def impute(
                 trained, read = pretrained.model, columns.among(pretrained.known_G)
                 if library == MEDIAN_LIBRARY:
                     asked = pretrained.median_library()
-                blocks = _streamed(pretrained, kept if path is None else None)
+                blocks = _streamed(pretrained, None if isinstance(adata, str | Path) else kept)
             elif trained is None:
                 over = None
                 if tuning is not None and bundle is not None:

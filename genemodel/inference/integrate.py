@@ -19,6 +19,7 @@ from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.bundle.history import STEP
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
@@ -32,7 +33,6 @@ from genemodel.inference.cell_vectors import corpus_vectors
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import model_for
 from genemodel.inference.obs_keys import (
     INTEGRATED,
     batch_names,

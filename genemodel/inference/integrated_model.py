@@ -76,6 +76,7 @@ class IntegratedModel:
     """
 
     KIND: ClassVar[str] = "integration model"
+    FOLDER: ClassVar[str] = INTEGRATION
 
     net: IntegrationNet
     correction: SharedClusterCorrection | None

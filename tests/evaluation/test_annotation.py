@@ -10,8 +10,9 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation
 from genemodel.evaluation.annotation import Called, Direction
 from genemodel.evaluation.baselines import Conditions
-from genemodel.evaluation.evaluate import EvaluateSettings, evaluate, run
+from genemodel.evaluation.evaluate import EvaluateSettings, evaluate
 from genemodel.evaluation.methods import Method
+from genemodel.evaluation.sizes import run
 from genemodel.genes.vocabulary import GeneVocabulary
 
 

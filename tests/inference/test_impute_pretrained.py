@@ -12,6 +12,7 @@ import genemodel as gm
 from genemodel.adapt.imputation import DecoderSettings, ImputationHead
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.posterior import posterior_gamma, randomised_pit, tally_coverage
+from genemodel.cells.corpus import Corpus
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
@@ -21,7 +22,10 @@ from genemodel.inference import impute as module
 from genemodel.inference import impute_pretrained
 from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
+from genemodel.settings import parse
 from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.train.recipe import pretrain
+from genemodel.train.settings import PretrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +181,8 @@ def test_a_file_is_read_in_a_stream_and_holds_what_memory_would(
     for name in ("imputed", "imputed_sd", "imputed_draw0"):
         np.testing.assert_array_equal(written.layers[name], adata.layers[name])
     assert written.var["measured"].all() and written.uns["imputed"]["library"] == "median"
+    held = gm.impute(adata, bundle, output=tmp_path / "again.h5ad")  # no path: it is in memory
+    assert len(held) == 120 and "imputed_draw1" not in adata.layers
     median = float(np.median(np.asarray(cells.X.sum(1))))
     number = cells.copy()
     gm.impute(number, bundle, library=median)
@@ -230,16 +236,25 @@ def test_cells_without_counts(cells, bundle, caplog):
 def test_many_cells_are_settled_by_some_from_everywhere(cells, bundle, monkeypatch):
     monkeypatch.setattr(impute_pretrained, "_SETTLED", 32)
     monkeypatch.setattr(impute_pretrained, "_STRETCHES", 4)
-    found = []
+    found, read = [], []
     settle = impute_pretrained.settle_factors
+    vectors = impute_pretrained.PretrainedImputation._vectors
 
     def noted(head, latent, seen):
-        found.append(seen.shape[0])
+        found.append((seen.shape[0], seen.sum()))
         settle(head, latent, seen)
 
+    def watched(self, counts):
+        read.append(counts.sum())
+        return vectors(self, counts)
+
     monkeypatch.setattr(impute_pretrained, "settle_factors", noted)
+    monkeypatch.setattr(impute_pretrained.PretrainedImputation, "_vectors", watched)
     model = gm.impute(cells.copy(), bundle)
-    assert found == [32] and model.provenance["cells"] == 32 and len(model) == 120
+    rows = np.concatenate([np.arange(start, start + 8) for start in (0, 37, 74, 112)])
+    # Neither vectors nor factors see the tenth that is set aside.
+    assert read == [found[0][1]] and 0.85 < read[0] / cells.X[rows].sum() < 0.95
+    assert found[0][0] == 32 and model.provenance["cells"] == 32 and len(model) == 120
 
 
 def test_refusals(cells, random_bundle, bundle):
@@ -256,3 +271,56 @@ def test_refusals(cells, random_bundle, bundle):
     mixed = ad.concat([both["human"], both["mouse"]], join="outer")
     with pytest.raises(ConfigError, match="several species.*one species at a time"):
         gm.impute(mixed, replace(random_bundle, heads=heads), species="obs:species")
+
+
+@pytest.mark.slow
+def test_cells_of_another_chemistry_without_training(shared_data, tmp_path):
+    """Pre-trained for a moment on one set of blood cells, asked about another one.
+
+    The measured share of intervals is of molecules that no one has seen; it has to beat the mean of
+    each gene, which knows these cells as well.
+    """
+    start, query = (
+        ad.read_h5ad(shared_data / f"{name}.h5ad")
+        for name in ("human_pbmc4k_10xv2", "human_pbmc_1k_v3")
+    )
+    often = np.asarray(start.X.sum(0)).ravel()
+    kept = set(start.var_names[np.argsort(-often)[:2000]])
+    start = start[:600, [name in kept for name in start.var_names]].copy()
+    query = query[:200, [name in kept for name in query.var_names]].copy()
+    Corpus.build([start], tmp_path / "corpus")
+    pretrain(
+        parse(
+            PretrainSettings,
+            {
+                "corpus": str(tmp_path / "corpus"), "out": str(tmp_path / "run"),
+                "tokens": {"context": 128, "budget": 2048},
+                "model": {"layers": 2, "width": 32, "heads": 2, "ffn": 64, "components": 16},
+                "task": {
+                    "masked_gene": {"weight": 0.0}, "masked_value": {"weight": 0.0},
+                    "decode_counts": {"keep_min": 0.3, "keep_max": 0.9},
+                },
+                "optim": {"lr": 2e-3, "warmup_steps": 5},
+                "holdout": {"by": ""},
+                "trainer": {"max_steps": 80, "validate_every": 80, "accelerator": "cpu"},
+            },
+        )
+    )  # fmt: skip
+    seen, held = split_molecules(query.X, 0.9, np.random.default_rng(0))
+    adata = ad.AnnData(seen, obs=query.obs.copy(), var=query.var.copy())
+    model = gm.impute(adata, tmp_path / "run" / "bundle")
+    posterior = model.posterior()
+    known = np.isin(adata.var_names, model.genes)
+    assert known.mean() > 0.95
+    seen, truth = seen[:, known], held[:, known].toarray()
+    rng = np.random.default_rng(1)
+    pit = randomised_pit(truth, posterior.shape_CG, posterior.rate_CG, 1 / 9, rng)
+    inside, entries = tally_coverage(pit, np.digitize(posterior.mean / 9, [0.3]), 2)
+    assert np.all(np.abs(inside / entries - 0.9) < 0.015), inside / entries
+    library = np.asarray(seen.sum(1))
+    mean = library * np.asarray(seen.sum(0)).ravel() / library.sum() / 9
+
+    def loss(rate):
+        return float((rate - truth * np.log(np.maximum(rate, 1e-9))).mean())
+
+    assert loss(posterior.mean / 9) < 0.97 * loss(mean)

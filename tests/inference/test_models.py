@@ -19,12 +19,14 @@ from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import CORPUS, KINDS, sealed, sha256
+from genemodel.bundle.given import model_for
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.embed import EmbedSettings, embed_file
+from genemodel.inference.impute import IMPUTE
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED, IMPUTE, MODELS, load, model_for
+from genemodel.inference.models import EMBED, MODELS, load
 from genemodel.tasks.decode_counts import CountDecoder
 from genemodel.verbs import DescribeSettings, describe
 
