@@ -503,7 +503,7 @@ class ImputationModel:
             raise ConfigError(
                 f"posterior of {len(at_C):,} cells × {len(at_G):,} genes takes {size / 1e9:.1f} GB "
                 f"(most is {LARGEST_IN_MEMORY / 1e9:.0f} GB): ask for fewer rows at a time, or for "
-                "genes=."
+                "fewer genes."
             )
         own_CG = self._fraction(at_C, at_G, self.batch_C[at_C])
         prior_mean_CG = own_CG * self.library_C[at_C, None]

@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputOptions, InputSettings
 from genemodel.errors import DataError
 from genemodel.expression.components import principal_components
 from genemodel.expression.normalise import log_normalised
@@ -60,6 +61,8 @@ class Conditions:
         Epochs of scVI; ``None`` = its own heuristic (400 below 20,000 cells).
     corpus
         Whose principal components the cells are projected on; ``None`` where there is none.
+    reading
+        How genes are named in ``adata``.
     shared
         What one method left for another in the same comparison (the scVI model for scANVI).
     borrowed_seconds
@@ -74,6 +77,7 @@ class Conditions:
     n_jobs: int = 1
     scvi_epochs: int | None = None
     corpus: "Corpus | None" = None
+    reading: InputSettings = field(default_factory=InputSettings)
     shared: dict[str, Any] = field(default_factory=dict)
     borrowed_seconds: float = 0.0
 
@@ -153,8 +157,10 @@ def corpus_pca(adata: "AnnData", conditions: Conditions) -> np.ndarray:
             corpus, np.arange(len(corpus)), conditions.n_comps
         )
     found: PrincipalGenes = conditions.shared[key]
-    counts = read_counts(adata, bundle=None, vocabulary=corpus.vocabulary, layer=None, species=None)
-    species = open_source(adata).obs["species"].astype(str)
+    counts = read_counts(
+        adata, bundle=None, vocabulary=corpus.vocabulary, reading=conditions.reading
+    )
+    species = open_source(adata, column=conditions.reading.column).obs["species"].astype(str)
     species_C = np.array([corpus.vocabulary.species.index(name) for name in species])
     # Scores as those of a PCA: of unequal variance, the first component's the largest.
     loading_VK = found.loading_VK * np.linalg.norm(found.deviation_VK, axis=0)
@@ -357,6 +363,7 @@ def tuned(
     label_key: str | None = None,
     model: "Bundle | None" = None,
     backbone: "Tune" = "frozen",
+    **options: Unpack[InputOptions],
 ) -> np.ndarray:
     """Embed with `genemodel.integrate`, from scratch or from a pre-trained model."""
     from genemodel.inference.integrate import integrate
@@ -372,5 +379,6 @@ def tuned(
         model=model,
         backbone=backbone,
         seed=conditions.seed,
+        **options,
     )
     return np.asarray(cast(Any, copy.obsm[INTEGRATED]))

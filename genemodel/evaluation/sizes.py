@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.input_settings import NAMES, InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation.evaluate import MIN_CELLS, EvaluateSettings, evaluate, read_cells
 from genemodel.evaluation.result import COLUMNS
@@ -130,7 +131,9 @@ def evaluate_sizes(
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out_folder(folder)
-    adata, where = read_cells(data)
+    how = {name: options.pop(name) for name in NAMES if name in options}
+    adata, where, reading = read_cells(data, InputSettings.given(how))
+    options |= reading.options()
     if wanted[-1] > adata.n_obs:
         raise ConfigError(f"sizes={wanted}: {where} has {adata.n_obs:,} cells")
     task = str(options.get("task", "integrate"))

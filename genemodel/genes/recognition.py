@@ -125,7 +125,14 @@ def without_appended(names: Sequence[str]) -> list[str]:
     return [found.get(name, name) for name in names]
 
 
-def refuse_turned(cells: Sequence[object], genes: Sequence[object], where: str) -> None:
+# The way out for an AnnData that is in memory, and for a file.
+TURN_OBJECT = "Turn it: adata = adata.T"
+TURN_FILE = "Turn it: transpose=true"
+
+
+def refuse_turned(
+    cells: Sequence[object], genes: Sequence[object], where: str, remedy: str = TURN_OBJECT
+) -> None:
     """Refuse a matrix whose rows are the genes.
 
     Raises
@@ -137,5 +144,5 @@ def refuse_turned(cells: Sequence[object], genes: Sequence[object], where: str) 
         return
     raise DataError(
         f"{where}: obs_names hold gene names ({', '.join(some_of(cells, 3))}), var_names do not "
-        f"({', '.join(some_of(genes, 3))}): its rows are genes. Turn it: adata = adata.T"
+        f"({', '.join(some_of(genes, 3))}): its rows are genes. {remedy}"
     )

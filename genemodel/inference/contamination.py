@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.corpus_kernels import PRINTS, fingerprints
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.whole_file import read_anndata
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.gene_counts import gene_order, read_counts
@@ -90,12 +91,11 @@ class Contamination:
         }
 
 
+@reads_cells
 def contamination(
     adata: "AnnData | str | Path",
     model: Model | str | Path,
-    *,
-    layer: str | None = None,
-    species: str | None = None,
+    **options: Unpack[InputOptions],
 ) -> Contamination:
     """Tell which cells a model has been trained on.
 
@@ -106,10 +106,8 @@ def contamination(
     model
         From :func:`genemodel.load`, or the path of its folder. Of a head both are asked: the cells
         that it was trained on, and those of the pre-trained model beneath or before it.
-    layer
-        Where the raw counts are; default ``X``.
-    species
-        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -125,6 +123,7 @@ def contamination(
     proof that nothing was there. A head without a vocabulary knows cells by the gene names in its
     training data.
     """
+    reading = InputSettings.given(options)
     loaded = model_for("tell its training cells", TOLD, model)
     training = loaded.training
     if training is None:
@@ -134,7 +133,7 @@ def contamination(
     sizes = sorted({source.n_tokens for source in training.sources})
     parts = {size: [np.zeros((0, n_asked), np.uint64)] for size in sizes}
     n_all = 0
-    for counts_CV in _counts(adata, loaded, layer, species):
+    for counts_CV in _counts(adata, loaded, reading):
         n_all += counts_CV.shape[0]
         for size in sizes:
             asked = [
@@ -159,19 +158,18 @@ def contamination(
 
 
 def _counts(
-    adata: "AnnData | str | Path", model: Model, layer: str | None, species: str | None
+    adata: "AnnData | str | Path", model: Model, reading: InputSettings
 ) -> Iterator[sp.csr_matrix]:
     """Read cells over what the fingerprints are of: a vocabulary, or the model's own genes."""
     bundle = model if isinstance(model, Bundle) else model.bundle
     if bundle is not None:
-        cells = VocabularyCells(adata, bundle, layer=layer, species=species)
+        cells = VocabularyCells(adata, bundle, reading)
         yield from (chunk.counts_CV for chunk in cells.chunks())
         return
     assert not isinstance(model, Bundle)
-    held = read_anndata(adata) if isinstance(adata, str | Path) else adata
-    counts = read_counts(
-        held, bundle=None, vocabulary=model.vocabulary, layer=layer, species=species
-    )
+    if isinstance(adata, str | Path):
+        adata, reading = read_anndata(adata, reading)
+    counts = read_counts(adata, bundle=None, vocabulary=model.vocabulary, reading=reading)
     counts_CG = counts.counts_CG
     if model.vocabulary is None:
         order = gene_order(
@@ -189,11 +187,9 @@ def note_contamination(
     adata: "AnnData",
     model: Bundle | IntegratedModel,
     key: str,
-    *,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
 ) -> None:
     """Add to ``uns[key]`` how many cells were in the model's training, and say so."""
-    found = contamination(adata, model, layer=layer, species=species)
+    found = contamination(adata, model, **reading.options())
     adata.uns[key]["training"] = found.values()
     logger.info("The model: %s.", found.text())

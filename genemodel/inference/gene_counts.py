@@ -14,6 +14,7 @@ import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.contract import find_counts, refuse_numbers
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.sources import CHUNK_CELLS, open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import written_as_others
@@ -161,8 +162,7 @@ def read_counts(
     *,
     bundle: Bundle | None,
     vocabulary: GeneVocabulary | None,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     features: bool = True,
 ) -> GeneCounts:
     """Read proven counts in the columns that an integration works on.
@@ -172,10 +172,10 @@ def read_counts(
     of two species share a column; with neither they are the genes of the data.
     """
     if bundle is not None:
-        return _with_bundle(adata, bundle, layer, species, features=features)
+        return _with_bundle(adata, bundle, reading, features=features)
     if vocabulary is not None:
-        return _with_vocabulary(adata, vocabulary, layer, species)
-    counts = find_counts(adata, layer=layer)
+        return _with_vocabulary(adata, vocabulary, reading)
+    counts = find_counts(adata, **reading.counting())
     refuse_numbers(counts.genes, "adata")
     blocks = [
         counts.read(start, min(start + CHUNK_CELLS, counts.shape[0]))
@@ -193,9 +193,9 @@ def read_counts(
 
 
 def _with_bundle(
-    adata: "AnnData", bundle: Bundle, layer: str | None, species: str | None, *, features: bool
+    adata: "AnnData", bundle: Bundle, reading: InputSettings, *, features: bool
 ) -> GeneCounts:
-    cells = VocabularyCells(adata, bundle, layer=layer, species=species)
+    cells = VocabularyCells(adata, bundle, reading)
     blocks, vectors = [], []
     if features:
         with Progress("embed", len(cells)) as progress:
@@ -214,14 +214,14 @@ def _with_bundle(
 
 
 def _with_vocabulary(
-    adata: "AnnData", vocabulary: GeneVocabulary, layer: str | None, species: str | None
+    adata: "AnnData", vocabulary: GeneVocabulary, reading: InputSettings
 ) -> GeneCounts:
-    source = open_source(adata, layer=layer, species=species)
+    source = open_source(adata, **reading.opening())
     species_C = source.obs["species"].astype(object).to_numpy()
     refuse_unknown_species(
         {str(name) for name in species_C},
         vocabulary.species,
-        species,
+        reading.species,
         source.where,
         "the vocabulary",
     )
@@ -236,7 +236,10 @@ def _with_vocabulary(
         )
         own_G = np.flatnonzero((counts_CG.getnnz(0) > 0) | ~foreign_G)
         try:
-            match = vocabulary.match(source.genes.iloc[own_G], species=name)
+            match = vocabulary.match(
+                source.genes.iloc[own_G], species=name, column=source.column,
+                min_fraction=reading.min_fraction,
+            )  # fmt: skip
         except DataError as error:
             raise DataError(f"{source.where}: {error}") from error
         logger.info("%s: %s", source.where, match.summary())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -33,6 +33,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
@@ -72,13 +73,12 @@ KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
 
 
+@reads_cells
 def impute(
     adata: "AnnData | str | Path",
     model: Bundle | ImputationModel | str | Path | None = None,
     *,
     batch_key: str | Sequence[str] | None = None,
-    layer: str | None = None,
-    species: str | None = None,
     key_added: str = KEY,
     uncertainty: bool = False,
     draws: int = 0,
@@ -94,7 +94,7 @@ def impute(
     backbone: Tune | TuningSettings | None = None,
     device: str | torch.device = "auto",
     run: HeadRun | None = None,
-    missing_labels: Sequence[str] = (),
+    **options: Unpack[InputOptions],
 ) -> ImputationModel:
     """Denoise counts: the expected count of every gene in every cell, and how sure that is.
 
@@ -119,11 +119,8 @@ def impute(
         ``backbone`` says so. Either may be the path of its folder.
     batch_key
         obs column of the technical batch, or several nested ones; with a trained model by default
-        its own. A batch that it was not trained on gets the mean of all offsets.
-    layer
-        Where the raw counts are; default ``X``. Anything but raw counts is refused.
-    species
-        As in :func:`genemodel.embed`; only read for unmeasured genes.
+        its own. A batch that it was not trained on gets the mean of all offsets, and so do all with a
+        bundle alone, which knows the batches of its pre-training only.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty
@@ -161,9 +158,8 @@ def impute(
         Where to train: ``auto`` takes a GPU where there is one.
     run
         Folder and devices of the training, instead of ``device``; what fine-tuning uses.
-    missing_labels
-        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a batch of one.
+    **options
+        How the cells are read. The species is only asked for where a bundle is.
 
     Returns
     -------
@@ -186,6 +182,7 @@ def impute(
     multiple of its own. The counts are held in memory in sparse form (but of a file, where nothing
     is trained), the dense result only where it is not written to a file.
     """
+    reading = InputSettings.given(options)
     check_key_added(key_added, "layers")
     check_seed(seed)
     layers = Layers(key_added, uncertainty, draws, tuple(quantiles))
@@ -211,7 +208,7 @@ def impute(
         _check_backbone(bundle, trained, tuning)
     beneath = bundle if trained is None else trained.bundle
     source = _open(
-        adata, beneath, layer, species, keys, missing_labels,
+        adata, beneath, reading, keys,
         keep=trained.batch_keys if trained is not None else (),
         needs_species=genes is not None or vectors or tuning is not None or as_it_is
         or (trained is not None and trained.bundle is not None),
@@ -227,15 +224,18 @@ def impute(
             if not keys and all(k in source.obs and source.obs[k].notna().all() for k in own):
                 keys = own
             order, code_C = _order(trained, source, keys)
-            of_file = isinstance(adata, str | Path)
-            trained = _other_cells(trained, source, order, code_C, read=not of_file)
+            if isinstance(adata, str | Path):  # read in a stream: the model is of none yet
+                counts_CG = sp.csr_matrix((0, len(trained.genes)), dtype=np.float32)
+                trained = trained.of(counts_CG, code_C[:0], order.there_W, where=source.where)
+            else:
+                trained = _other_cells(trained, source, order, code_C, reading)
             codes_C, names = None, trained.batches
             columns = columns_of_model(trained, source, genes)
         else:
             codes_C, names = _batches(source, keys)
-            columns, cells = columns_of_data(source, genes, bundle)
+            columns, cells = columns_of_data(source, genes, bundle, reading)
             if vectors and bundle is not None:
-                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle))
+                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle, reading))
             if as_it_is and keys:
                 logger.info(
                     "%s: the batches of %s are unknown to the pre-trained decoder: it decodes the "
@@ -270,16 +270,17 @@ def impute(
             stream: tuple[Bring, np.ndarray, np.ndarray | None] | None = None
             if order is not None and isinstance(adata, str | Path):
                 stream = (order.apply, code_C, order.there_W)
+                if beneath is not None:
+                    cells = VocabularyCells(source, beneath, reading)
             if as_it_is:
-                pretrained = PretrainedImputation(
-                    cells or VocabularyCells(source, cast(Bundle, bundle)), seed=seed
-                )
+                cells = cells or VocabularyCells(source, cast(Bundle, bundle), reading)
+                pretrained = PretrainedImputation(cells, seed=seed)
                 trained, read = pretrained.model, columns.among(pretrained.known_G)
                 stream = (pretrained.bring, np.zeros(source.n_cells, np.int64), None)
             elif trained is None:
                 over = None
                 if tuning is not None and bundle is not None:
-                    cells = cells or VocabularyCells(source, bundle)
+                    cells = cells or VocabularyCells(source, bundle, reading)
                     over = _over_tokens(cells, tuning)
                 trained = ImputationModel.train(
                     counts_CG,
@@ -299,7 +300,7 @@ def impute(
                 trained.provenance["backbone"] = "" if tuning is None else tuning.tune
                 start = bundle if vectors or tuning is not None else None
                 if start is not None and cells is None:
-                    cells = VocabularyCells(source, start)
+                    cells = VocabularyCells(source, start, reading)
                 told = _manifest(source, trained, cells if start is not None else None)
                 trained.training = learnt_from(told, start)
                 trained.vocabulary = None if start is None else start.vocabulary
@@ -317,13 +318,13 @@ def impute(
                         if tuning is not None and tuning.tune != "frozen"
                         else bundle
                     )
-                    trained = trained.with_vectors(beneath, _vectors(source, beneath))
+                    trained = trained.with_vectors(beneath, _vectors(source, beneath, reading))
             if run is not None:
                 opened.enter_context(sink.open())
             if stream is not None:
                 if library == MEDIAN_LIBRARY:
                     asked = median_library(source, stream[0])
-                made = in_a_stream(trained, source, *stream)
+                made = in_a_stream(trained, source, cells, *stream)
                 blocks = _streamed(made, None if isinstance(adata, str | Path) else kept)
             else:
                 blocks = _in_memory(trained, foreign)
@@ -382,31 +383,23 @@ def _checked_output(output: str | Path | None, overwrite: bool, adata: object) -
 def _open(
     data: "AnnData | str | Path",
     model: Bundle | None,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     batch_keys: tuple[str, ...],
-    missing_labels: Sequence[str],
     *,
     keep: tuple[str, ...],
     needs_species: bool,
 ) -> Source:
     columns = {key: key for key in batch_keys}
-    if model is not None and species is None and len(model.species) == 1:
-        species = model.species[0]
+    if model is not None and reading.species is None and len(model.species) == 1:
+        reading = reading.but(species=model.species[0])
     try:
-        return open_source(
-            data, layer=layer, species=species, columns=columns, keep=keep,
-            missing_labels=missing_labels,
-        )  # fmt: skip
+        return open_source(data, columns=columns, keep=keep, **reading.opening())
     except ConfigError:
-        if species is not None or (model is not None and needs_species):
+        if reading.species is not None or (model is not None and needs_species):
             raise
     # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
-    species = next(iter(SPECIES))
-    source = open_source(
-        data, layer=layer, species=species, columns=columns, keep=keep,
-        missing_labels=missing_labels,
-    )  # fmt: skip
+    reading = reading.but(species=next(iter(SPECIES)))
+    source = open_source(data, columns=columns, keep=keep, **reading.opening())
     source.obs = source.obs.drop(columns="species")
     return source
 
@@ -453,7 +446,7 @@ def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbon
     if len(cells.matches) > 1:
         raise ConfigError(
             f"{cells.source.where}: holds several species, whose genes are other tokens in each: "
-            "impute one species at a time, or leave backbone out."
+            "impute one species at a time, or without the vectors of a model."
         )
     bundle = cells.bundle
     ((_, match),) = cells.matches.items()
@@ -477,8 +470,8 @@ def _manifest(
     )  # fmt: skip
 
 
-def _vectors(source: Source, bundle: Bundle) -> np.ndarray:
-    return embedding_of(VocabularyCells(source, bundle), bundle)
+def _vectors(source: Source, bundle: Bundle, reading: InputSettings) -> np.ndarray:
+    return embedding_of(VocabularyCells(source, bundle, reading), bundle)
 
 
 def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
@@ -557,14 +550,15 @@ def _order(
 
 
 def _other_cells(
-    trained: ImputationModel, source: Source, order: GeneOrder, code_C: np.ndarray, *, read: bool
+    trained: ImputationModel,
+    source: Source,
+    order: GeneOrder,
+    code_C: np.ndarray,
+    reading: InputSettings,
 ) -> ImputationModel:
-    """Give the model of other cells; of none where they are to be read in a stream."""
-    if not read:
-        empty = sp.csr_matrix((0, len(trained.genes)), dtype=np.float32)
-        return trained.of(empty, code_C[:0], order.there_W, where=source.where)
+    """Read other cells into memory and give the model of them."""
     counts_CG = order.apply(_read(source).astype(np.float32))
-    features_CF = None if trained.bundle is None else _vectors(source, trained.bundle)
+    features_CF = None if trained.bundle is None else _vectors(source, trained.bundle, reading)
     return trained.of(counts_CG, code_C, order.there_W, where=source.where, features_CF=features_CF)
 
 
@@ -710,8 +704,8 @@ def _provenance(
 
 
 @dataclass(frozen=True)
-class ImputeSettings:
-    """Denoise a file and write the result to another.
+class ImputeSettings(InputSettings):
+    """Denoise a file, read as :class:`InputSettings` say, and write the result to another.
 
     Attributes
     ----------
@@ -724,10 +718,6 @@ class ImputeSettings:
         is trained; empty to train on these cells.
     batch_key
         obs column of the technical batch, several for nested ones; empty for none.
-    layer
-        Where the raw counts are; empty for X.
-    species
-        One species for all cells or obs:COLUMN; empty for the obs column species.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty
@@ -740,9 +730,6 @@ class ImputeSettings:
         null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
     batch
         Empty for each cell's own, mean for batch-corrected, or the name of a batch.
-    missing_labels
-        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     genes
         Only these; empty for all measured ones.
     kind
@@ -759,15 +746,12 @@ class ImputeSettings:
     output: PathText
     model: PathText = ""
     batch_key: tuple[str, ...] = ()
-    layer: str = ""
-    species: str = ""
     key_added: str = KEY
     uncertainty: bool = False
     draws: int = 0
     quantiles: tuple[float, ...] = ()
     library: float | str | None = None
     batch: str = ""
-    missing_labels: tuple[str, ...] = ()
     genes: tuple[str, ...] = ()
     kind: Written = "posterior"
     seed: int = 0
@@ -789,8 +773,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         if settings.model
         else None,
         batch_key=settings.batch_key,
-        layer=settings.layer or None,
-        species=settings.species or None,
         key_added=settings.key_added,
         uncertainty=settings.uncertainty,
         draws=settings.draws,
@@ -803,6 +785,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         output=settings.output,
         overwrite=settings.overwrite,
         device=settings.device,
-        missing_labels=settings.missing_labels,
+        **settings.options(),
     )
     return Path(settings.output)

@@ -16,6 +16,7 @@ from torch import Tensor
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.batch import CellBatch
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.sources import Source
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
@@ -92,7 +93,7 @@ def columns_of_model(
 
 
 def columns_of_data(
-    source: Source, genes: Sequence[str] | None, model: Bundle | None
+    source: Source, genes: Sequence[str] | None, model: Bundle | None, reading: InputSettings
 ) -> tuple[Columns, VocabularyCells | None]:
     """Find the genes asked for in the data, then in the model's vocabulary."""
     index = [str(name) for name in source.genes.index]
@@ -123,7 +124,7 @@ def columns_of_data(
     if model is None:
         known = [name for table in tables for name in table]
         _refuse_unknown(source, [names[p] for p in missing], known, model)
-    cells = VocabularyCells(source, cast(Bundle, model))
+    cells = VocabularyCells(source, cast(Bundle, model), reading)
     token_P[missing] = _tokens(cells, [names[p] for p in missing])
     column_V = {int(t): g for m in cells.matches.values() for g, t in enumerate(m.token_G)}
     for p in missing.tolist():

@@ -52,9 +52,9 @@ def refuse_without_decoder(bundle: Bundle) -> None:
     has = ", ".join(sorted({name.split(".")[0] for name in bundle.heads})) or "no heads"
     raise ConfigError(
         f"model is a Bundle without a count decoder (it has {has}), so it imputes nothing by "
-        "itself: pre-train with task.decode_counts.weight=1, or train on these cells: leave model "
-        "out, or read its cell vectors with `genemodel finetune task=impute`, in Python with "
-        "backbone='frozen'."
+        "itself: pre-train one that does (pretrain: task.decode_counts.weight=1), or train on "
+        "these cells: leave model out, or read its cell vectors with "
+        "`genemodel finetune task=impute`, in Python gm.impute(…, backbone='frozen')."
     )
 
 
@@ -185,6 +185,7 @@ def median_library(source: Source, bring: Bring) -> float:
 def in_a_stream(
     model: ImputationModel,
     source: Source,
+    cells: VocabularyCells | None,
     bring: Bring,
     batch_C: np.ndarray,
     measured_G: np.ndarray | None = None,
@@ -197,6 +198,8 @@ def in_a_stream(
         Trained, or of a bundle.
     source
         The cells.
+    cells
+        The same over the vocabulary of the model's bundle, if it has one.
     bring
         Brings their counts in the order of the model's genes.
     batch_C, measured_G
@@ -220,13 +223,14 @@ def in_a_stream(
                 yield start, of(start, counts_CG, None), None
                 progress.add(counts_CG.shape[0])
             return
-        cells = VocabularyCells(source, model.bundle)
+        assert cells is not None, "cells over the vocabulary of the bundle"
+        over = cells
         held: deque[sp.csr_matrix] = deque()
 
         def chunks() -> Iterator[VocabularyChunk]:
-            for start, counts_CG in cells.blocks(BLOCK_CELLS):
+            for start, counts_CG in over.blocks(BLOCK_CELLS):
                 held.append(counts_CG)
-                yield cells.over_vocabulary(start, counts_CG)
+                yield over.over_vocabulary(start, counts_CG)
 
         for chunk, rows_CD in embedder(model.bundle).over(chunks(), progress.add):
             yield chunk.start, of(chunk.start, held.popleft(), rows_CD), chunk

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from genemodel.bundle.given import model_for
 from genemodel.bundle.history import STEP
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 MIN_CELLS = 50
 
 
+@reads_cells
 def integrate(
     adata: "AnnData",
     *,
@@ -60,13 +62,11 @@ def integrate(
     label_key: str | None = None,
     model: Bundle | str | Path | None = None,
     backbone: Tune | TuningSettings = "frozen",
-    layer: str | None = None,
-    species: str | None = None,
     key_added: str = INTEGRATED,
     settings: IntegrationSettings | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
-    missing_labels: Sequence[str] = (),
+    **options: Unpack[InputOptions],
 ) -> IntegratedModel:
     """Train an embedding that is free of the technical batch, and embed the cells with it.
 
@@ -85,13 +85,6 @@ def integrate(
     backbone
         What of the model learns: ``"frozen"``, nothing, so that its vectors are made once; or
         ``"lora"``, ``"last"`` or ``"full"``, which the loss of the embedding then reaches.
-    layer
-        Where the raw counts are; default ``X``. Anything but raw counts is refused.
-    species
-        One species for all cells, or ``"obs:COLUMN"``. With a model it is looked up in the obs
-        column ``species`` by default. Without a model it may be left out: genes are then known by
-        the data's own names; where it is given, by the built-in vocabulary, in which orthologs of
-        human and mouse are one.
     key_added
         Key in ``obsm`` and ``uns``.
     settings
@@ -100,9 +93,8 @@ def integrate(
         Where to train: ``auto`` takes a GPU where there is one.
     seed
         Of initial weights, order, thinning and clustering.
-    missing_labels
-        Texts in these columns that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -118,6 +110,9 @@ def integrate(
 
     Notes
     -----
+    Without a model the species may be left out: genes are then known by the data's own names; where
+    it is given, by the built-in vocabulary, in which orthologs of human and mouse are one.
+
     ``obsm[key_added]`` is float32 (n_obs, latent), in input order; NaN for cells without counts.
     A warning names populations of one batch that have moved onto others.
     """
@@ -126,8 +121,8 @@ def integrate(
     tuning = backbone if isinstance(backbone, TuningSettings) else TuningSettings(tune=backbone)
     result, embedding_CD = integrate_cells(
         adata, keys_of(batch_key), label_key, bundle, tuning,
-        layer=layer, species=species, settings=settings or IntegrationSettings(),
-        where=HeadRun(device=device), seed=seed, missing_labels=missing_labels,
+        reading=InputSettings.given(options), settings=settings or IntegrationSettings(),
+        where=HeadRun(device=device), seed=seed,
     )  # fmt: skip
     adata.obsm[key_added] = embedding_CD
     adata.uns[key_added] = dict(result.provenance)
@@ -141,30 +136,28 @@ def integrate_cells(
     bundle: Bundle | None,
     tuning: TuningSettings,
     *,
-    layer: str | None = None,
-    species: str | None = None,
+    reading: InputSettings,
     settings: IntegrationSettings,
     where: HeadRun,
     seed: int,
     held_out: np.ndarray | None = None,
-    missing_labels: Sequence[str] = (),
 ) -> tuple[IntegratedModel, np.ndarray]:
     """Train on cells in memory or on a corpus, which may be larger; see :func:`integrate`.
 
     Parameters
     ----------
     data
-        The cells; ``layer`` and ``species`` are for those in memory.
+        The cells; a corpus is read, and of ``reading`` only ``missing_labels`` says something.
     keys, label_key
         Columns of batches and labels.
     bundle, tuning
         Model beneath, and what of it learns.
+    reading
+        How the cells are read.
     settings, where, seed
         Of the training.
     held_out
         Numbers of cells that are looked at and not trained on.
-    missing_labels
-        As in :func:`integrate`.
 
     Returns
     -------
@@ -172,6 +165,7 @@ def integrate_cells(
         The model, and the embedding of all cells, (C, D), NaN for cells without counts.
     """
     start = time.perf_counter()
+    missing_labels = reading.missing_labels
     check_seed(seed)
     _check_tuning(bundle, tuning)
     check_label_is_no_batch(keys, label_key)
@@ -197,11 +191,10 @@ def integrate_cells(
     else:
         if bundle is not None:
             vocabulary = bundle.vocabulary
-        elif species is not None:
+        elif reading.species is not None:
             vocabulary = GeneVocabulary.builtin()
         counts = read_counts(
-            data, bundle=bundle, vocabulary=vocabulary, layer=layer, species=species,
-            features=not live,
+            data, bundle=bundle, vocabulary=vocabulary, reading=reading, features=not live,
         )  # fmt: skip
         if vocabulary is not None and not live:
             # Most of a vocabulary is in no single data set, and would only take memory.

@@ -13,7 +13,7 @@ Axes: C cells, D latent, G genes read.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import INTEGRATION, read_model, write_model
 from genemodel.bundle.history import no_history
 from genemodel.bundle.training_manifest import TrainingManifest
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -100,13 +101,13 @@ class IntegratedModel:
 
     # -- embedding --------------------------------------------------------------------------
 
+    @reads_cells
     def encode(
         self,
         adata: "AnnData",
         *,
         new_batch: bool | None = None,
-        layer: str | None = None,
-        species: str | None = None,
+        **options: Unpack[InputOptions],
     ) -> np.ndarray:
         """Embed cells without training; float32 (C, D), in input order.
 
@@ -118,10 +119,8 @@ class IntegratedModel:
             None looks at the batch columns: cells of a batch that was trained on get its offsets,
             every other batch is mapped onto the trained cells; without these columns all cells
             are one new batch. True takes all cells as one new batch, False demands known ones.
-        layer
-            Where the raw counts are; default ``X``.
-        species
-            As in :func:`genemodel.embed`; only for a model over a vocabulary.
+        **options
+            How the cells are read. The species is only asked for by a model over a vocabulary.
 
         Raises
         ------
@@ -134,15 +133,15 @@ class IntegratedModel:
         Cells without any count get NaN. A cell of the training data lands close to, not exactly
         on, its row from :func:`genemodel.integrate`, which saw all cells at once.
         """
+        reading = InputSettings.given(options)
         name_C = self._names_of_batches(adata, new_batch)
+        species = reading.species
         if self.vocabulary is None and self.bundle is None and species is not None:
             raise DataError(
                 f"species={species!r} says nothing to this model, which reads genes by the names "
                 "in its training data: leave it out, or integrate with species= in the first place."
             )
-        counts = read_counts(
-            adata, bundle=self.bundle, vocabulary=self.vocabulary, layer=layer, species=species
-        )
+        counts = read_counts(adata, bundle=self.bundle, vocabulary=self.vocabulary, reading=reading)
         order = gene_order(
             counts.genes, self.genes, counts.measured_G, where="adata.var",
             remedy="Use the gene names of the training data.",
@@ -168,19 +167,27 @@ class IntegratedModel:
         out_CD[empty_C] = np.nan
         return out_CD
 
+    @reads_cells
     def embed(
         self,
         adata: "AnnData",
         *,
         new_batch: bool | None = None,
-        layer: str | None = None,
-        species: str | None = None,
         key_added: str = INTEGRATED,
+        **options: Unpack[InputOptions],
     ) -> None:
-        """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``."""
-        adata.obsm[key_added] = self.encode(
-            adata, new_batch=new_batch, layer=layer, species=species
-        )
+        """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``.
+
+        Parameters
+        ----------
+        adata, new_batch
+            As in :meth:`encode`.
+        key_added
+            Key in ``obsm`` and ``uns``.
+        **options
+            How the cells are read.
+        """
+        adata.obsm[key_added] = self.encode(adata, new_batch=new_batch, **options)
         adata.uns[key_added] = {**self.provenance, "embedded": "without retraining"}
 
     def _names_of_batches(self, adata: "AnnData", new_batch: bool | None) -> np.ndarray:
@@ -193,7 +200,9 @@ class IntegratedModel:
                     ", ".join(self.batch_keys),
                 )
             return np.full(adata.n_obs, "", dtype=object)
-        name_C = batch_names(adata.obs, self.batch_keys, missing_labels=None)
+        name_C = batch_names(
+            adata.obs, self.batch_keys, missing_labels=None, what="batch column of the model"
+        )
         unknown = sorted(set(name_C) - set(self.batches))
         if unknown and new_batch is False:
             raise DataError(

@@ -304,7 +304,7 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
         raise ConfigError(
             f"{run} holds a run of {checkpoint.step:,} steps that another version of genemodel "
             "began, which read the cells in another order: finish it with that version, or begin "
-            f"a new run from its model with start={run / 'bundle'} and another out=."
+            f"a new run from its model in another folder (pretrain: start={run / 'bundle'} out=…)."
         )
     # A setting that is newer than the run had its default then.
     before = to_values(parse(PretrainSettings, earlier["settings"]))

@@ -280,7 +280,7 @@ def test_trained_models_read_all_genes(cells, monkeypatch):
     monkeypatch.setattr("genemodel.evaluation.evaluate._loaded", lambda models: {})
     monkeypatch.setattr(
         "genemodel.evaluation.evaluate._model_methods",
-        lambda models: {"model mine": Method(embed, kind="ours")},
+        lambda *models: {"model mine": Method(embed, kind="ours")},
     )
     result = evaluate(
         cells, task="annotate", batch_key="species", label_key="kind", methods=["majority"],
