@@ -119,8 +119,8 @@ def impute(
         ``backbone`` says so. Either may be the path of its folder.
     batch_key
         obs column of the technical batch, or several nested ones; with a trained model by default
-        its own. A batch that it was not trained on gets the mean of all offsets, and so do all with a
-        bundle alone, which knows the batches of its pre-training only.
+        its own. A batch that it was not trained on gets the mean of all offsets; a bundle alone
+        knows the batches of its pre-training only, and all get the average of those.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty

@@ -16,6 +16,7 @@ from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle import training_manifest
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.synthetic import synthetic
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.integrate import integrate_cells
@@ -240,7 +241,7 @@ def test_a_head_over_the_built_in_vocabulary_and_held_out_cells(cells, tmp_path)
     assert [source.species for source in model.training.sources] == ["human"]
     result, _ = integrate_cells(
         own(cells), ("batch",), None, None, TuningSettings(tune="frozen"), settings=SHORT,
-        where=HeadRun(), seed=0, held_out=np.arange(60, 100),
+        where=HeadRun(), seed=0, held_out=np.arange(60, 100), reading=InputSettings(),
     )  # fmt: skip
     found = gm.contamination(cells, result)
     np.testing.assert_array_equal(np.flatnonzero(found.found_C), np.arange(200, 260))
