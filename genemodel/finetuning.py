@@ -45,7 +45,8 @@ from genemodel.cells.grouped import GroupedCells
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.obs_columns import COLUMNS
-from genemodel.cells.sources import Source, open_source
+from genemodel.cells.source import Source
+from genemodel.cells.sources import open_source
 from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError

@@ -28,8 +28,8 @@ from genemodel.cells.engines import Engine, EngineSettings, OneProcess
 from genemodel.cells.manifest import GroupRecord, Manifest, ObjectRecord, SourceRecord
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.remote import is_local
+from genemodel.cells.source import Source
 from genemodel.cells.source_names import Nameless, told_apart
-from genemodel.cells.sources import Source
 from genemodel.cells.units import (
     HELD,
     MEDIANS,

@@ -14,7 +14,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.sources import CHUNK_CELLS, GROUP_CELLS, Source, SourceFile, open_source
+from genemodel.cells.source import CHUNK_CELLS, Source
+from genemodel.cells.sources import GROUP_CELLS, SourceFile, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.genes.medians import NonzeroMedians

@@ -23,7 +23,8 @@ from genemodel.cells.manifest import Manifest, SourceRecord
 from genemodel.cells.mapped import mapped_once
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.reading import CountsBlock, CountsReader
-from genemodel.cells.sources import CHUNK_CELLS, GROUP_CELLS
+from genemodel.cells.source import CHUNK_CELLS
+from genemodel.cells.sources import GROUP_CELLS
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.settings import refuse_address
@@ -109,7 +110,7 @@ class Corpus:
         Parameters
         ----------
         sources
-            Files, AnnData objects or :class:`~genemodel.cells.sources.Source`; or name -> source.
+            Files, AnnData objects or :class:`~genemodel.cells.source.Source`; or name -> source.
         out
             Folder of the corpus.
         vocabulary

@@ -21,7 +21,7 @@ from genemodel.cells.matrices import (
     numeric,
     refuse_damage,
 )
-from genemodel.cells.sources import OpenOptions, Source
+from genemodel.cells.source import OpenOptions, Source
 from genemodel.errors import DataError
 from genemodel.genes.recognition import refuse_turned
 

@@ -21,7 +21,7 @@ from genemodel.cells.matrices import (
     refuse_damage,
     rows_of,
 )
-from genemodel.cells.sources import OpenOptions, Source
+from genemodel.cells.source import OpenOptions, Source
 from genemodel.cells.sources_tenx import is_gzip
 from genemodel.errors import DataError
 from genemodel.genes.recognition import (

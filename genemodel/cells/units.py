@@ -28,7 +28,8 @@ from genemodel.cells.building import BuildOptions, Columns, Streamed, UnitWriter
 from genemodel.cells.corpus_statistics import mitochondrial_V, write_medians
 from genemodel.cells.manifest import ObjectRecord
 from genemodel.cells.matrices import ColumnRows, SelectedColumns
-from genemodel.cells.sources import Source, SourceFile
+from genemodel.cells.source import Source
+from genemodel.cells.sources import SourceFile
 from genemodel.cells.sources_tenx import is_market
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch

@@ -13,7 +13,8 @@ from genemodel.cells import remote
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.obs_columns import ColumnPlan
-from genemodel.cells.sources import OpenOptions, modality_of, open_with, refuse_old, stem
+from genemodel.cells.source import OpenOptions
+from genemodel.cells.sources import modality_of, open_with, refuse_old, stem
 from genemodel.errors import DataError
 from genemodel.genes.recognition import TURN_FILE, refuse_turned
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from genemodel.cells.matrices import refuse_damage
-from genemodel.cells.sources import Source
+from genemodel.cells.source import Source
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -17,7 +17,8 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.loader import Window
-from genemodel.cells.sources import Source, open_source
+from genemodel.cells.source import Source
+from genemodel.cells.sources import open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.model.devices import calculates_in_half

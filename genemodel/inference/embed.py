@@ -20,7 +20,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
-from genemodel.cells.sources import Source
+from genemodel.cells.source import Source
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.annotations import KEPT, copy_annotations, read_annotations

@@ -15,7 +15,8 @@ import scipy.sparse as sp
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.contract import find_counts, refuse_numbers
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.sources import CHUNK_CELLS, open_source
+from genemodel.cells.source import CHUNK_CELLS
+from genemodel.cells.sources import open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import written_as_others
 from genemodel.genes.recognition import without_appended

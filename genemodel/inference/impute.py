@@ -34,7 +34,8 @@ from genemodel.bundle.given import model_for
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
-from genemodel.cells.sources import Source, open_source
+from genemodel.cells.source import Source
+from genemodel.cells.sources import open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import SPECIES
 from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from

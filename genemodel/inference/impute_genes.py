@@ -17,7 +17,7 @@ from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.batch import CellBatch
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.sources import Source
+from genemodel.cells.source import Source
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import USUAL_COLUMNS

@@ -14,7 +14,7 @@ import pandas as pd
 
 from genemodel.adapt.imputation import BLOCK_CELLS
 from genemodel.adapt.imputation_model import GammaPosterior
-from genemodel.cells.sources import Source
+from genemodel.cells.source import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.impute_genes import Columns
 from genemodel.writing import whole

@@ -27,7 +27,7 @@ from genemodel.adapt.imputation import (
 )
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.sources import Source
+from genemodel.cells.source import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.inference.cell_vectors import embedder
