@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     mutant(
         "number-names", "cells/contract.py",
-        "genes = _named(genes, where)", "genes = genes",
+        "genes = _named(genes, where, column)", "genes = genes",
         "numbers are gene names although a column holds names",
         "genes/test_recognition.py::test_the_column_of_names_is_found_under_any_name",
     ),
