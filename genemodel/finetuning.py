@@ -6,12 +6,12 @@
     out/backbone/          a training run of the backbone alone: corpus/, metrics.csv, checkpoints/,
                            bundle/
     out/heads/integrate/   a training run of a head: metrics.csv, checkpoints/, …
-    out/embedded.h5ad      task integrate: obs, embedding
+    out/embedded.h5ad      task integrate: all that the data hold but counts, embedding
     out/model/             … the IntegratedModel
-    out/imputed.h5ad       task impute: obs, var, layers with mean and standard deviation
+    out/imputed.h5ad       task impute: … layers with mean and standard deviation
     out/imputation_model/  … the ImputationModel
     out/classifier/        task classify: a bundle that tells the labels apart, calibrated
-    out/labels.h5ad        … obs with labels and confidence of all cells
+    out/labels.h5ad        … all that the data hold but counts, labels and confidence
     out/curves.csv         losses of the heads
     out/report.html        all of these curves, with the losses on held-out cells
 
@@ -52,6 +52,7 @@ from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import KEY as LABEL
 from genemodel.inference.annotate import annotate, write_labels
+from genemodel.inference.annotations import without_counts
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
@@ -336,7 +337,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             bundle = _adapt(settings, bundle, corpus, adata, about)
         _note(out, about)
         if settings.classifies and bundle is not None:
-            _label(settings, adata, bundle)
+            _label(settings, corpus, adata, bundle)
         if settings.integrates and not (out / EMBEDDED).exists():
             _integrate(settings, corpus, adata, bundle, about)
         if settings.imputes and not (out / IMPUTATION_MODEL).exists():
@@ -623,8 +624,6 @@ def _integrate(
     bundle: Bundle | None,
     about: dict[str, Any],
 ) -> None:
-    import anndata as ad
-
     out = Path(settings.out)
     result, embedding_CD = integrate_cells(
         adata if corpus is None else corpus,
@@ -642,17 +641,17 @@ def _integrate(
     )
     _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
-    embedded = ad.AnnData(obs=adata.obs)
+    embedded = without_counts(adata)
     embedded.obsm[settings.key_added] = embedding_CD
     embedded.uns[settings.key_added] = dict(result.provenance)
     write_whole(embedded, out / EMBEDDED)
     logger.info("%s: %d cells embedded without their batch.", out / EMBEDDED, embedded.n_obs)
 
 
-def _label(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle) -> None:
+def _label(
+    settings: FinetuneSettings, given: Corpus | None, adata: "AnnData", bundle: Bundle
+) -> None:
     """Calibrate on held-out cells, and label all cells."""
-    import anndata as ad
-
     out = Path(settings.out)
     run = out / BACKBONE
     made = parse(PretrainSettings, json.loads((run / RUN).read_text()))
@@ -672,15 +671,12 @@ def _label(settings: FinetuneSettings, adata: "AnnData", bundle: Bundle) -> None
     curve = pd.read_csv(run / METRICS)
     losses = {STEP: curve["step"], "cross-entropy": curve["train/labels"]}
     _add_curves(out / CURVES, "classify", pd.DataFrame(losses))
-    labelled = ad.AnnData(obs=adata.obs)
-    if adata.n_vars:
+    if given is None:
         annotate(
             adata, model=bundle, layer=settings.layer or None, species=settings.species or None
         )
-        labelled.uns[LABEL], labelled.obsm[f"{LABEL}_probability"] = (
-            adata.uns[LABEL], adata.obsm[f"{LABEL}_probability"],
-        )  # fmt: skip
-    else:
+    labelled = without_counts(adata)
+    if given is not None:
         every = np.arange(len(corpus))
         chunks = corpus_chunks(corpus, every, bundle)
         write_labels(labelled, probabilities_of(chunks, bundle, every.size), bundle)

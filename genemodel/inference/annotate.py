@@ -21,6 +21,7 @@ from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
 from genemodel.genes.species import species_name
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.annotations import without_counts
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.contamination import note_contamination
 from genemodel.inference.counts import VocabularyCells
@@ -614,11 +615,11 @@ class AnnotateSettings:
     Attributes
     ----------
     query
-        h5ad with raw counts.
+        File with raw counts.
     output
-        h5ad to write: obs with labels and confidence, without counts.
+        h5ad to write: all that the query holds but its counts, with labels and confidence.
     reference
-        h5ad with raw counts and labels; empty for a model that tells labels apart itself.
+        File with raw counts and labels; empty for a model that tells labels apart itself.
     model
         Bundle directory, or what finetune wrote to <out>/model or <out>/classifier; empty to label
         by the reference's counts alone.
@@ -679,8 +680,6 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     -------
     The output path.
     """
-    import anndata as ad
-
     output = writable_h5ad(
         settings.output,
         overwrite=settings.overwrite,
@@ -716,11 +715,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         seed=settings.seed,
         missing_labels=settings.missing_labels,
     )
-    labelled = ad.AnnData(obs=cells["query"].obs)
-    labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]
-    probability = f"{settings.key_added}_probability"
-    if probability in cells["query"].obsm:
-        labelled.obsm[probability] = cells["query"].obsm[probability]
+    labelled = without_counts(cells["query"])
     write_whole(labelled, output)
     logger.info(
         "%s: %d cells labelled, %.1f %% unknown.",

@@ -21,7 +21,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.sources import Source
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.annotations import KEPT, copy_annotations, read_annotations
+from genemodel.inference.annotations import copy_annotations, read_annotations, without_counts
 from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
@@ -135,7 +135,7 @@ def embed(
         target = adata if isinstance(adata, ad.AnnData) else _read_whole(Path(adata))
         key = key_added or INTEGRATED
         model.embed(target, new_batch=new_batch, layer=layer, species=species, key_added=key)
-        return None if given else _without_counts(target)
+        return None if given else without_counts(target)
     if new_batch is not None:
         raise ConfigError(
             f"new_batch={new_batch} says nothing to a Bundle, which knows of no batches: leave it "
@@ -190,13 +190,6 @@ def _read_whole(path: Path) -> "AnnData":
     if not path.exists():
         raise DataError(f"{path} does not exist.")
     return read_anndata(path)
-
-
-def _without_counts(adata: "AnnData") -> "AnnData":
-    """Return all of an AnnData but X, layers and raw."""
-    import anndata as ad
-
-    return ad.AnnData(**{name: getattr(adata, name) for name in KEPT})
 
 
 def _there(model: Bundle, device: torch.device) -> Bundle:
@@ -335,9 +328,11 @@ def writable_h5ad(output: str, *, overwrite: bool, inputs: Sequence[str] = ()) -
 
 def write_whole(adata: "AnnData", output: Path) -> None:
     """Write an h5ad, whole or not at all."""
-    arrays = (np.asarray(array) for array in adata.obsm.values())
-    with whole(output, needed=sum(array.nbytes for array in arrays)) as partial:
-        adata.write_h5ad(partial)
+    # Of tables and sparse matrices nobody knows it.
+    needed = sum(int(getattr(array, "nbytes", 0)) for array in adata.obsm.values())
+    with whole(output, needed=needed) as partial:
+        # What is text stays text: anndata would make categories of it.
+        adata.write_h5ad(partial, convert_strings_to_categoricals=False)
 
 
 def embed_file(settings: EmbedSettings) -> Path:
@@ -422,7 +417,7 @@ def _embed_in_memory(
         adata, layer=settings.layer or None, species=settings.species or None, key_added=key
     )
     _warn_of_empty(_empty(adata.obsm[key]), settings.input, adata.n_obs, "counts")
-    write_whole(_without_counts(adata), output)
+    write_whole(without_counts(adata), output)
     return output
 
 

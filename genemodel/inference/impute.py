@@ -43,7 +43,7 @@ from genemodel.inference.impute_genes import (
     columns_of_data,
     columns_of_model,
 )
-from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
+from genemodel.inference.impute_output import InPlace, Layers, Sink, Tables, ToFile
 from genemodel.inference.models import IMPUTE, model_for
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
@@ -226,9 +226,10 @@ def impute(
                 column_P=source.counts.column_G,
             )  # fmt: skip
         else:
-            tables = output_tables(
-                adata, source, columns, every=genes is None, trained=trained is not None
-            )
+            tables = Tables.of_input(
+                adata, source, columns,
+                key=key_added, every=genes is None, trained=trained is not None,
+            )  # fmt: skip
             sink = ToFile(path, overwrite, tables, layers)
         counts_CG = _read(source) if trained is None else None
         with ExitStack() as opened, np.errstate(invalid="ignore"):
@@ -608,7 +609,7 @@ class ImputeSettings:
     input
         File or folder with raw counts.
     output
-        h5ad or zarr to write: obs, var, layers and provenance, without counts.
+        h5ad or zarr to write: all that the input holds but its counts, with layers and provenance.
     model
         Folder of an imputation model, which is then used and not trained again; or of a bundle, for
         genes that were not measured; empty for none.
