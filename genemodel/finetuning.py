@@ -50,7 +50,6 @@ from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotate import KEY as LABEL
 from genemodel.inference.annotate import annotate, write_labels
 from genemodel.inference.annotations import without_counts
 from genemodel.inference.counts import corpus_chunks

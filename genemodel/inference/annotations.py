@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # All of an AnnData but its counts (X, layers, raw).
 KEPT = ("obs", "var", "uns", "obsm", "varm", "obsp", "varp")
+# Where each stands in a file whose rows are the genes.
+_TURNED = {"obs": "var", "var": "obs", "obsm": "varm", "varm": "obsm", "obsp": "varp",
+           "varp": "obsp"}  # fmt: skip
 
 
 def without_counts(adata: "AnnData") -> "AnnData":
@@ -46,7 +49,10 @@ def annotations_of(
 
     with _stored(Path(data), source) as group:
         if group is not None:
-            return {key: ad.io.read_elem(group[key]) for key in only if key in group}
+            there = {key: _place(key, source) for key in only}
+            return {
+                key: ad.io.read_elem(group[name]) for key, name in there.items() if name in group
+            }
     return {"obs": _obs_of(Path(data), source), "var": source.genes.copy()}
 
 
@@ -65,13 +71,14 @@ def copy_annotations(
     with _stored(Path(data) if isinstance(data, str) else data, source) as group:
         if isinstance(group, h5py.Group) and isinstance(root, h5py.Group):
             for key in wanted:
-                if key not in group:
+                name = _place(key, source)
+                if name not in group:
                     write_element(root, key, {})
-                elif "__categories" in group[key]:
+                elif "__categories" in group[name]:
                     # Old tables point at their categories by references, which a copy would lose.
-                    write_element(root, key, ad.io.read_elem(group[key]))
+                    write_element(root, key, ad.io.read_elem(group[name]))
                 else:
-                    group.copy(group[key], root, name=key)
+                    group.copy(group[name], root, name=key)
         else:
             elements = annotations_of(data, source)
             for key in wanted:
@@ -87,6 +94,13 @@ def write_element(root: Any, key: str, value: Any) -> None:
     DataError
         It, or a column or entry of it, has no place in a file of anndata.
     """
+    error = _refusal(root, key, value)
+    if error is not None:
+        raise DataError(_unwritable(key, value, error)) from error
+
+
+def _refusal(root: Any, key: str, value: Any) -> Exception | None:
+    """Write an element; returns what anndata or the format has against it."""
     import anndata as ad
 
     try:
@@ -96,7 +110,8 @@ def write_element(root: Any, key: str, value: Any) -> None:
         foreign = type(error).__module__.partition(".")[0] == "anndata"
         if not foreign and not isinstance(error, TypeError | ValueError):
             raise
-        raise DataError(_unwritable(key, value, error)) from error
+        return error
+    return None
 
 
 def _unwritable(key: str, value: Any, error: Exception) -> str:
@@ -128,18 +143,13 @@ def _unwritable(key: str, value: Any, error: Exception) -> str:
 
 def _fits(value: Any, column: int | None = None) -> bool:
     """Whether a part of an element can be written: tried in memory."""
-    import anndata as ad
     import h5py
 
     if column is not None:
         value = value.iloc[:, [column]].reset_index(drop=True)
         value.index = value.index.astype(str)
     with h5py.File("trial", "w", driver="core", backing_store=False) as file:
-        try:
-            ad.io.write_elem(file, "value", value)
-        except Exception:
-            return False
-    return True
+        return _refusal(file, "value", value) is None
 
 
 # -- parts along the genes -------------------------------------------------------------------------
@@ -185,7 +195,8 @@ def _with_gaps(table: pd.DataFrame, row_P: np.ndarray) -> pd.DataFrame:
 @contextmanager
 def _stored(data: Any, source: Source) -> Iterator[Any]:
     """Open the group of a file that anndata wrote; None for anything else."""
-    if not isinstance(data, Path) or source.kind not in ("h5ad", "zarr", "h5mu"):
+    kind = source.kind.partition(",")[0]
+    if not isinstance(data, Path) or kind not in ("h5ad", "zarr", "h5mu"):
         yield None
         return
     with refuse_damage(source.where):
@@ -198,10 +209,15 @@ def _stored(data: Any, source: Source) -> Iterator[Any]:
 
             root = h5py.File(data, "r")
         try:
-            yield root["mod"][modality_of(root, data)] if source.kind == "h5mu" else root
+            yield root["mod"][modality_of(root, data)] if kind == "h5mu" else root
         finally:
             if not data.is_dir():
                 root.close()
+
+
+def _place(key: str, source: Source) -> str:
+    """Name under which the file has it; ``h5ad, turned`` has genes as rows."""
+    return _TURNED.get(key, key) if source.kind.endswith("turned") else key
 
 
 def _of_memory(adata: "AnnData", only: Sequence[str] = KEPT) -> dict[str, Any]:

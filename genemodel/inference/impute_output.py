@@ -104,6 +104,7 @@ class Tables:
     @classmethod
     def of_corpus(cls, obs: pd.DataFrame, var: pd.DataFrame) -> Self:
         """Make those of cells of which a corpus knows obs alone."""
+
         def write_rest(root: Any) -> None:
             import anndata as ad
 
@@ -269,9 +270,7 @@ class ToFile:
             layers = self.root["layers"]
             if self.path.suffix == ".zarr":
                 chunks = (min(BLOCK_CELLS, self.shape[0]), self.shape[1])
-                array = layers.create_array(
-                    name, shape=self.shape, chunks=chunks, dtype="float32"
-                )
+                array = layers.create_array(name, shape=self.shape, chunks=chunks, dtype="float32")
             else:
                 array = layers.create_dataset(name, shape=self.shape, dtype="float32")
             array.attrs["encoding-type"] = "array"

@@ -152,6 +152,16 @@ def test_whole_donors_are_held_out():
     assert len(np.unique(fold[label == 1])) == 3  # three cells of a type are three folds
 
 
+def test_a_batch_of_one_cell_is_no_other_batch():
+    """Held out against it, hundreds of cells would be judged by what one can teach."""
+    label = np.arange(201) % 2
+    fold, by_batch = folds_of(label, np.array(["lone"] + ["large"] * 200), seed=0)
+    assert not by_batch and len(np.unique(fold)) == 5
+    batch = np.array(["lone"] + ["left", "right"] * 100)
+    fold, by_batch = folds_of(label, batch, seed=0)
+    assert by_batch and len(np.unique(fold[batch == "left"])) == 1
+
+
 def test_another_condition_is_taken_off_where_types_agree(reference):
     profile_LG = profiles(5, 0.7)
     label_C = np.random.default_rng(9).integers(0, 5, 600)
