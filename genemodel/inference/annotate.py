@@ -35,6 +35,7 @@ from genemodel.inference.obs_keys import (
     batch_names,
     check_key_added,
     check_label_is_no_batch,
+    column,
     keys_of,
     label_codes,
 )
@@ -343,7 +344,8 @@ def _species_of(adata: "AnnData", species: str | None) -> set[str]:
     key = "species" if species is None else species.removeprefix("obs:")
     if key not in adata.obs:
         return set()
-    return {species_name(str(name)) for name in pd.unique(adata.obs[key].dropna())}
+    names = column(adata.obs, key, "species").dropna()
+    return {species_name(str(name)) for name in pd.unique(names)}
 
 
 def _named[T](what: str, read: Callable[[], T]) -> T:

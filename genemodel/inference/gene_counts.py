@@ -162,12 +162,22 @@ def read_counts(
     # What scanpy calls GENE-1 is a second row of GENE.
     names = without_appended([str(name) for name in counts.genes.index])
     stacked_CG = sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(counts.shape)
+    stacked_CG, unique = summed_by_name(stacked_CG, names)
+    return GeneCounts(stacked_CG, unique, np.ones(len(unique), bool))
+
+
+def summed_by_name(
+    counts_CG: sp.csr_matrix, names: Sequence[str]
+) -> tuple[sp.csr_matrix, list[str]]:
+    """Sum the columns of one name; names come in the order in which they are met."""
     code_G, unique = pd.factorize(np.array(names, dtype=object))
     if len(unique) < len(names):
         logger.info("%d gene names occur more than once: summed.", len(names) - len(unique))
-        onto = sp.csr_matrix((np.ones(len(names)), (np.arange(len(names)), code_G)))
-        stacked_CG = (stacked_CG @ onto).tocsr()
-    return GeneCounts(stacked_CG, [str(name) for name in unique], np.ones(len(unique), bool))
+        onto = sp.csr_matrix(
+            (np.ones(len(names), counts_CG.dtype), (np.arange(len(names)), code_G))
+        )
+        counts_CG = (counts_CG @ onto).tocsr()
+    return counts_CG, [str(name) for name in unique]
 
 
 def _with_bundle(

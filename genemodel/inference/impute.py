@@ -32,11 +32,12 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.contract import refuse_numbers
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
+from genemodel.genes.recognition import without_appended
 from genemodel.genes.species import SPECIES
 from genemodel.inference.beneath import backbone_of, beneath_of
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
-from genemodel.inference.gene_counts import genes_in_order
+from genemodel.inference.gene_counts import genes_in_order, summed_by_name
 from genemodel.inference.impute_genes import (
     Columns,
     Unmeasured,
@@ -469,16 +470,23 @@ def _other_cells(
             f"{source.where}: genes of the model occur more than once ({', '.join(repeated[:5])}). "
             "Make the names unique (adata.var_names_make_unique()) as in the training data."
         )
+    # What scanpy calls GENE-1 is a second row of GENE, unless the model knows it by that name.
+    known = set(trained.genes)
+    merged = [
+        name if name in known else first
+        for name, first in zip(index, without_appended(index), strict=True)
+    ]
+    counts_CG, names = summed_by_name(_read(source).astype(np.float32), merged)
     counts_CG, measured_G = genes_in_order(
-        _read(source).astype(np.float32), index, trained.genes, read_W=trained.kept_G,
+        counts_CG, names, trained.genes, read_W=trained.kept_G,
         where=source.where,
         remedy="Use the gene names of the training data, or leave model out to train here.",
     )  # fmt: skip
     code_C = np.full(source.n_cells, -1)
     if keys and trained.batches:
         name_C = _batch_names(source, keys)
-        known = {name: code for code, name in enumerate(trained.batches)}
-        code_C = np.array([known.get(name, -1) for name in name_C])
+        place = {name: code for code, name in enumerate(trained.batches)}
+        code_C = np.array([place.get(name, -1) for name in name_C])
     elif not trained.batches:
         code_C[:] = 0
     if (code_C < 0).any():

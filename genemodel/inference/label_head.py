@@ -586,6 +586,10 @@ class _Chooser:
         self.counts_RG, self.log_RG, self.label_R = counts_RG[rows], log_RG[rows], label_R[rows]
         self.vector_RD = None if vector_RD is None else vector_RD[rows]
         self.fold_R, self.by_batch = folds_of(self.label_R, batch_R[rows], seed)
+        if self.by_batch and next(self._split(), None) is None:
+            # No label of a batch is known outside of it: batches can be asked for nothing.
+            one_R = np.zeros(len(rows), np.int64)
+            self.fold_R, self.by_batch = folds_of(self.label_R, one_R, seed)
 
     def _asked(self, rows_R: np.ndarray, number: int) -> sp.csr_matrix:
         """Log counts of held-out cells, as another batch would have them."""

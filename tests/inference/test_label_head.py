@@ -338,3 +338,22 @@ def test_what_is_missing_is_said(reference, query):
     odd.obs["donor"] = odd.obs["donor"].where(np.arange(odd.n_obs) > 0, None)
     with pytest.raises(DataError, match="'donor'.*missing in 1 of 700"):
         gm.annotate(query.copy(), odd, label_key="kind", batch_key="donor")
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_a_batch_for_every_type_is_no_traceback(labels):
+    """Held out, a batch would leave no cell of its own types to learn from: cells are instead."""
+    reference, query = study(160, labels, seed=1), study(60, labels, seed=2)
+    half = [f"type {code}" for code in range(labels // 2)]
+    reference.obs["donor"] = np.where(reference.obs["kind"].isin(half), "left", "right")
+    gm.annotate(query, reference, label_key="kind", batch_key="donor")
+    assert query.uns["genemodel_label"]["calibrated_on"] == "cells"
+    assert (query.obs["genemodel_label"] == query.obs["kind"]).mean() > 0.5
+
+
+def test_two_columns_of_species_are_refused():
+    reference, query = study(80, 2, seed=1), study(40, 2, seed=2)
+    query.obs["species"] = "human"
+    query.obs = pd.concat([query.obs, query.obs[["species"]]], axis=1)
+    with pytest.raises(DataError, match="two columns of the name 'species'"):
+        gm.annotate(query, reference, label_key="kind")
