@@ -120,9 +120,13 @@ class IntegrationHead(nn.Module):
     mean_share_G
         Mean share of every gene in a cell's counts: initial intercept of the decoder, and what a
         predictor knows that ignores the cell.
+    share_B
+        Share of the cells in each batch, which a cell of unknown batch is decoded at: a batch of
+        one cell says next to nothing. The same for all by default.
     """
 
     place_V: Tensor
+    share_B: Tensor
     label_N: Tensor | None
     trivial_G: Tensor
 

@@ -68,8 +68,8 @@ class TrainingCells:
     def share_B(self) -> Tensor:
         """Share of the cells trained on that are of each batch, float32 (B,)."""
         code = self.batch_C[self.train]
-        n_B = np.bincount(code[code >= 0], minlength=self.n_batches)
-        return torch.from_numpy((n_B / max(n_B.sum(), 1)).astype(np.float32))
+        n_B = np.bincount(code[code >= 0], minlength=self.n_batches).astype(np.float64)
+        return torch.from_numpy((n_B / max(float(n_B.sum()), 1.0)).astype(np.float32))
 
     def only(self, gene_G: np.ndarray) -> Self:
         """Leave out all other genes of cells in memory; a stream leaves out those of a corpus."""

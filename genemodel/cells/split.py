@@ -272,9 +272,10 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
     elif groups:
         found = f"of which each group is the only one of a species ({_shown(groups)})"
     return (
-        f"corpus {corpus.path}: cannot hold out by {by}, {found}. "
-        + (f"Set holdout.by to {', '.join(others)}; " if others else "")
-        + "set holdout.by='' to hold nothing out; or add sources, and map their column "
+        f"corpus {corpus.path}: cannot hold out by {by}, {found}. Set holdout=auto "
+        "(holdout.by='auto') to hold out by what there is; "
+        + (f"holdout.by to {', '.join(others)}; " if others else "")
+        + "or holdout.by='' to hold nothing out. Or add sources, and map their column "
         f"(columns={{'{by}': ...}}) when building the corpus"
     )
 
