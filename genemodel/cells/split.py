@@ -272,11 +272,11 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
     elif groups:
         found = f"of which each group is the only one of a species ({_shown(groups)})"
     return (
-        f"corpus {corpus.path}: cannot hold out by {by}, {found}. Set holdout=auto "
-        "(holdout.by='auto') to hold out by what there is; "
-        + (f"holdout.by to {', '.join(others)}; " if others else "")
-        + "or holdout.by='' to hold nothing out. Or add sources, and map their column "
-        f"(columns={{'{by}': ...}}) when building the corpus"
+        f"corpus {corpus.path}: cannot hold out by {by}, {found}. "
+        + (f"Set holdout.by to {', '.join(others)}; " if others else "")
+        + "set holdout=auto (holdout.by='auto') to hold out by what there is, or holdout.by='' to "
+        f"hold nothing out; or add sources, and map their column (columns={{'{by}': ...}}) when "
+        "building the corpus"
     )
 
 
