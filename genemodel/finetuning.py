@@ -734,12 +734,29 @@ def _add_curves(path: Path, task: str, history: pd.DataFrame) -> None:
             writer.writerows([task, step, name, f"{value:.6g}"] for name, value in row.items())
 
 
+def encoder_of(settings: FinetuneSettings) -> str:
+    """Say which encoder a result is of: a transformer is one only where it is read."""
+    tune = settings.backbone.tune
+    origin = settings.model or f"new weights ({settings.size})"
+    learnt = {
+        "frozen": "nothing of which learnt here",
+        "scratch": "trained on these cells alone",
+        "full": "all of which learnt here",
+    }.get(tune, f"of which {tune} learnt here")
+    if settings.classifies:
+        return f"the transformer of {origin}, {learnt}"
+    if not settings.model and tune != "scratch":
+        return "a network on counts, trained here; no transformer"
+    return f"a network on counts, beside the cell vectors of the transformer of {origin}, {learnt}"
+
+
 def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
     """Draw all curves on one page."""
     from genemodel.evaluation.finetune_report import write_finetune_report
 
     out = Path(settings.out)
-    facts = {}
+    facts = {"what reads the cells": encoder_of(settings)}
+    logger.info("%s: the cells were read by %s.", out, facts["what reads the cells"])
     if settings.integrates:
         about = IntegratedModel.load(out / MODEL, device="cpu").provenance
         facts["embedding"] = (
