@@ -1,5 +1,7 @@
 """What the user knows of cells and genes comes out of every verb as it went in, plus ours."""
 
+from dataclasses import replace
+
 import anndata as ad
 import h5py
 import numpy as np
@@ -10,9 +12,11 @@ import scipy.sparse as sp
 import genemodel as gm
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.cells.sources import open_source
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
 from genemodel.errors import DataError
+from genemodel.inference.annotations import copy_annotations, read_annotations
 
 BRIEF = IntegrationSettings(steps=4, passes=0, hidden=8, rank=4, latent=5)
 TINY = [f"integration.{word}" for word in ("steps=4", "passes=0", "hidden=8", "rank=4", "latent=5")]
@@ -374,3 +378,19 @@ def test_two_columns_of_one_name_and_odd_notes_are_named(awkward, tmp_path):
     with pytest.raises(DataError, match=r"uns\['model'\] of the input cannot be written"):
         gm.impute(odd, output=tmp_path / "o.h5ad", settings=QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+def test_of_a_file_with_genes_as_rows_the_tables_change_places(awkward, file, tmp_path, ending):
+    path = tmp_path / f"turned.{ending}"
+    turned = awkward.T.copy()
+    if ending == "h5ad":
+        turned.write_h5ad(path, convert_strings_to_categoricals=False)
+    else:
+        turned.write_zarr(path, convert_strings_to_categoricals=False)
+    source = replace(open_source(file), kind=f"{ending}, turned")
+    with h5py.File(tmp_path / "out.h5ad", "w") as root:
+        copy_annotations(path, source, root)
+    source.close()
+    kept(ad.read_h5ad(tmp_path / "out.h5ad"), awkward)
+    kept(read_annotations(path, source), awkward)
