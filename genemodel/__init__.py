@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from genemodel.cells.tokens import TokenSettings as TokenSettings
     from genemodel.evaluation import pl as pl
     from genemodel.evaluation.evaluate import evaluate as evaluate
+    from genemodel.evaluation.sizes import evaluate_sizes as evaluate_sizes
     from genemodel.finetuning import FinetuneSettings as FinetuneSettings
     from genemodel.finetuning import finetune as finetune
     from genemodel.genes import GeneVocabulary as GeneVocabulary
@@ -64,6 +65,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "contamination": ("genemodel.inference.contamination", "contamination"),
     "embed": ("genemodel.inference.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
+    "evaluate_sizes": ("genemodel.evaluation.sizes", "evaluate_sizes"),
     "finetune": ("genemodel.finetuning", "finetune"),
     "impute": ("genemodel.inference.impute", "impute"),
     "integrate": ("genemodel.inference.integrate", "integrate"),
@@ -97,6 +99,7 @@ __all__ = [
     "contamination",
     "embed",
     "evaluate",
+    "evaluate_sizes",
     "finetune",
     "impute",
     "integrate",

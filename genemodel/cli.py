@@ -152,7 +152,7 @@ VERBS: dict[str, Verb] = {
         summary="score models, published methods and controls on the same cells",
         config="evaluate",
         settings="genemodel.evaluation.evaluate:EvaluateSettings",
-        function="genemodel.evaluation.evaluate:run",
+        function="genemodel.evaluation.sizes:run",
         examples=(
             "evaluate data=lung.h5ad batch_key=donor label_key=cell_type out=scores/lung "
             "models=runs/small/bundle",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.settings import PathText
 from genemodel.writing import whole
@@ -23,8 +24,8 @@ SHOWN_CELLS = 3000
 
 
 @dataclass(frozen=True)
-class DemoSettings:
-    """What the demo runs on.
+class DemoSettings(InputSettings):
+    """What the demo runs on; how your own files are read is said by :class:`InputSettings`.
 
     Attributes
     ----------
@@ -33,10 +34,6 @@ class DemoSettings:
         with raw counts.
     out
         Directory for corpus, run and report.
-    species
-        Of your files, or ``obs:COLUMN``; empty for the obs column ``species``.
-    layer
-        Where the raw counts of your files are; empty for X.
     vocabulary
         Vocabulary file for species beyond human and mouse; empty for the built-in one.
     cells
@@ -49,8 +46,6 @@ class DemoSettings:
 
     data: tuple[PathText, ...] = (GENERATED,)
     out: PathText = "runs/demo"
-    species: str = ""
-    layer: str = ""
     vocabulary: PathText = ""
     cells: int = 6000
     steps: int = 200
@@ -90,8 +85,7 @@ def demo(settings: DemoSettings) -> str:
             files,
             corpus_path,
             vocabulary=vocabulary,
-            species=settings.species or None,
-            layer=settings.layer or None,
+            **settings.options(),
         )
     description = corpus.describe()
     description.to_html(out / "corpus.html")

@@ -36,13 +36,13 @@ from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import DecoderSettings
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
-from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import VOCABULARY, Bundle
-from genemodel.bundle.directory import sha256
+from genemodel.bundle.directory import file_of, sha256
 from genemodel.bundle.history import STEP
 from genemodel.cells.contract import find_counts
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.grouped import GroupedCells
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.sources import Source, open_source
@@ -50,7 +50,8 @@ from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotate import annotate, write_labels
+from genemodel.inference.annotate import KEY as LABEL
+from genemodel.inference.annotate import UNKNOWN_BELOW, classify, write_labels
 from genemodel.inference.annotations import without_counts
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.embed import write_whole
@@ -110,13 +111,13 @@ _FREE = ("out", "overwrite", "device", "data", "model", *FREE_ON_RESUME)
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """Fine-tune on a file or a corpus.
+class FinetuneSettings(InputSettings):
+    """Fine-tune on a file, read as :class:`InputSettings` say, or on a corpus.
 
     Attributes
     ----------
     data
-        h5ad with raw counts, or the folder of a corpus of one species.
+        File or folder with raw counts, or the folder of a corpus of one species.
     out
         Folder of the results. If it holds an unfinished run with the same settings, that goes on.
     task
@@ -132,14 +133,6 @@ class FinetuneSettings:
     size
         Shape of new weights where ``backbone.tune`` is scratch and there is no ``model``: a choice
         of the group ``model`` of pre-training.
-    layer
-        Where the raw counts are; empty for X.
-    species
-        One species for all cells or obs:COLUMN; empty for the obs column species (with a model)
-        or the data's own gene names (without).
-    missing_labels
-        Texts in both columns that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     key_added
         Key in obsm.
     device
@@ -173,9 +166,6 @@ class FinetuneSettings:
     label_key: str = ""
     model: PathText = ""
     size: str = "tiny"
-    layer: str = ""
-    species: str = ""
-    missing_labels: tuple[str, ...] = ()
     key_added: str = INTEGRATED
     device: str = "auto"
     seed: int = 0
@@ -200,6 +190,7 @@ class FinetuneSettings:
     imputation: DecoderSettings = field(default_factory=DecoderSettings)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         check_key_added(self.key_added)
         tune = self.backbone.tune
@@ -307,7 +298,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     check_out_folder(out)
     device_of(settings.device)
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
-    corpus, adata, content = _read(settings)
+    corpus, adata, reading, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
     if settings.classifies:
         label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
@@ -318,7 +309,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     elif settings.batch_key:
         batch_names(adata.obs, keys_of(settings.batch_key), missing_labels=settings.missing_labels)
     if corpus is None:
-        find_counts(adata, layer=settings.layer or None, where=settings.data)
+        find_counts(adata, where=settings.data, **reading.counting())
     _refuse_impossible(settings, bundle, corpus, adata)
     values = to_values(settings)
     about = {
@@ -333,14 +324,14 @@ def finetune(settings: FinetuneSettings) -> Path:
     new = not out.exists()
     try:
         if settings.trains_alone:
-            bundle = _adapt(settings, bundle, corpus, adata, about)
+            bundle = _adapt(settings, bundle, corpus, adata, reading, about)
         _note(out, about)
         if settings.classifies and bundle is not None:
-            _label(settings, corpus, adata, bundle)
+            _label(settings, corpus, adata, reading, bundle)
         if settings.integrates and not (out / EMBEDDED).exists():
-            _integrate(settings, corpus, adata, bundle, about)
+            _integrate(settings, corpus, adata, reading, bundle, about)
         if settings.imputes and not (out / IMPUTATION_MODEL).exists():
-            _impute(settings, corpus, adata, bundle, about)
+            _impute(settings, corpus, adata, reading, bundle, about)
     except GenemodelError:
         # A refusal that only the genes or the counts deep in the file could give.
         if new and out.is_dir() and [path.name for path in out.iterdir()] == [ABOUT]:
@@ -363,8 +354,8 @@ def _refuse_impossible(
             raise DataError(
                 f"data={settings.data} was built with vocabulary {mine.fingerprint[:12]}, and "
                 f"model={settings.model} reads {theirs.fingerprint[:12]}: build the corpus with "
-                f"vocabulary={Path(settings.model) / VOCABULARY}, or set warm_up=true, which lets "
-                "the model grow where it can."
+                f"the latter (corpus build: vocabulary={Path(settings.model) / VOCABULARY}), or "
+                "set warm_up=true, which lets the model grow where it can."
             )
     if bundle is not None:
         check_fits(settings.backbone, bundle.model.settings)
@@ -395,8 +386,11 @@ def _note(out: Path, about: dict[str, Any]) -> None:
 
 def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) -> None:
     """Refuse a folder with a run of other settings, data or model; clear it if that is wanted."""
-    for name, what in ((MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), (RUN, "a training run")):
-        if (out / name).is_file():
+    known = file_of(out)
+    for name, what in (
+        (known, "a corpus" if known == MANIFEST else "a model"), (RUN, "a training run"),
+    ):  # fmt: skip
+        if name is not None and (out / name).is_file():
             raise ConfigError(f"out={out} is {what} (it holds {name}): choose another folder.")
     there = [name for name in RESULTS if (out / name).exists()]
     parts = [name for name in (BACKBONE, HEADS) if (out / name).exists()]
@@ -441,28 +435,33 @@ def _refuse_another_run(out: Path, about: dict[str, Any], *, overwrite: bool) ->
 # -- data ------------------------------------------------------------------------------------------
 
 
-def _read(settings: FinetuneSettings) -> tuple[Corpus | None, "AnnData", str]:
-    """Read the cells; the last is a fingerprint of what was read."""
+def _read(
+    settings: FinetuneSettings,
+) -> tuple[Corpus | None, "AnnData", InputSettings, str]:
+    """Read the cells, and say how their counts are; the last is a fingerprint of what was read."""
     import anndata as ad
 
     data = Path(settings.data)
     if (data / MANIFEST).is_file():
         corpus = Corpus.open(data)
-        if settings.layer or settings.species:
+        reading = settings.reading
+        if settled := [name for name in reading.changed if name != "missing_labels"]:
             raise ConfigError(
-                f"data={data} is a corpus, whose layer and species were settled when it was built: "
-                "leave layer and species out."
+                f"data={data} is a corpus, whose {' and '.join(settled)} "
+                f"{'was' if len(settled) == 1 else 'were'} settled when it was built: leave "
+                f"{' and '.join(settled)} out."
             )
         # The corpus is streamed: what is said of its cells is enough.
         obs = corpus.obs()
         obs.index = obs.index.astype(str)
-        return corpus, ad.AnnData(obs=obs), corpus.fingerprint
+        return corpus, ad.AnnData(obs=obs), reading, corpus.fingerprint
     if not data.exists():
         raise DataError(
             f"data={data} is no file: name a file of raw counts, or the folder of a corpus."
         )
     files = sorted(p for p in data.rglob("*") if p.is_file()) if data.is_dir() else [data]
-    return None, read_anndata(data), "".join(sha256(file) for file in files)
+    adata, reading = read_anndata(data, settings.reading)
+    return None, adata, reading, "".join(sha256(file) for file in files)
 
 
 # -- the backbone alone ----------------------------------------------------------------------------
@@ -473,6 +472,7 @@ def _adapt(
     bundle: Bundle | None,
     corpus: Corpus | None,
     adata: "AnnData",
+    reading: InputSettings,
     about: dict[str, Any],
 ) -> Bundle:
     """Go on with pre-training on the user's cells; returns the adapted bundle."""
@@ -480,7 +480,7 @@ def _adapt(
     _note(Path(settings.out), about)
     batch_column = "batch"
     if corpus is None:
-        corpus = _corpus(settings, bundle, adata, run / "corpus")
+        corpus = _corpus(settings, bundle, adata, reading, run / "corpus")
     elif len(settings.batch_key) > 1:
         raise ConfigError(
             f"batch_key={list(settings.batch_key)}: a corpus has one technical batch. Name one "
@@ -543,15 +543,25 @@ def _only_labels(task: PretrainingSettings, label_key: str) -> PretrainingSettin
 
 
 def _corpus(
-    settings: FinetuneSettings, bundle: Bundle | None, adata: "AnnData", path: Path
+    settings: FinetuneSettings,
+    bundle: Bundle | None,
+    adata: "AnnData",
+    reading: InputSettings,
+    path: Path,
 ) -> Corpus:
     """Build a corpus of the cells, or open the one that is there."""
     if path.exists():
         return Corpus.open(path)
     vocabulary = bundle.vocabulary if bundle is not None else GeneVocabulary.builtin()
     path.parent.mkdir(parents=True, exist_ok=True)
-    source = _source(settings, vocabulary, adata)
-    return Corpus.build([source], path, vocabulary=vocabulary, keep=_kept(settings))
+    source = _source(settings, vocabulary, adata, reading)
+    return Corpus.build(
+        [source],
+        path,
+        vocabulary=vocabulary,
+        keep=_kept(settings),
+        min_fraction=reading.min_fraction,
+    )
 
 
 def _kept(settings: FinetuneSettings) -> tuple[str, ...]:
@@ -560,19 +570,18 @@ def _kept(settings: FinetuneSettings) -> tuple[str, ...]:
     return (*by, settings.label_key) if settings.classifies else by
 
 
-def _source(settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnData") -> Source:
+def _source(
+    settings: FinetuneSettings, vocabulary: GeneVocabulary, adata: "AnnData", reading: InputSettings
+) -> Source:
     """Open the cells for a corpus, with the technical batch under the corpus's name for it."""
-    species = settings.species or None
-    if species is None and len(vocabulary.species) == 1:
-        species = vocabulary.species[0]
+    if reading.species is None and len(vocabulary.species) == 1:
+        reading = reading.but(species=vocabulary.species[0])
     source = open_source(
         adata,
-        layer=settings.layer or None,
-        species=species,
+        **reading.opening(),
         # Not kept as it is: what stands for a missing label is none.
         columns={settings.label_key: settings.label_key} if settings.classifies else None,
         keep=_kept(settings),
-        missing_labels=settings.missing_labels,
         name=Path(settings.data).stem,
     )
     if settings.batch_key:
@@ -620,6 +629,7 @@ def _integrate(
     settings: FinetuneSettings,
     corpus: Corpus | None,
     adata: "AnnData",
+    reading: InputSettings,
     bundle: Bundle | None,
     about: dict[str, Any],
 ) -> None:
@@ -630,13 +640,11 @@ def _integrate(
         settings.label_key or None,
         bundle,
         _tuning(settings),
-        layer=settings.layer or None,
-        species=settings.species or None,
+        reading=reading,
         settings=settings.integration,
         where=_head_run(settings, "integrate", about),
         seed=settings.seed,
         held_out=_held_out(settings, corpus, adata),
-        missing_labels=settings.missing_labels,
     )
     _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
@@ -648,7 +656,11 @@ def _integrate(
 
 
 def _label(
-    settings: FinetuneSettings, given: Corpus | None, adata: "AnnData", bundle: Bundle
+    settings: FinetuneSettings,
+    given: Corpus | None,
+    adata: "AnnData",
+    reading: InputSettings,
+    bundle: Bundle,
 ) -> None:
     """Calibrate on held-out cells, and label all cells."""
     out = Path(settings.out)
@@ -671,9 +683,7 @@ def _label(
     losses = {STEP: curve["step"], "cross-entropy": curve["train/labels"]}
     _add_curves(out / CURVES, "classify", pd.DataFrame(losses))
     if given is None:
-        annotate(
-            adata, model=bundle, layer=settings.layer or None, species=settings.species or None
-        )
+        classify(adata, bundle, LABEL, UNKNOWN_BELOW, reading)
     labelled = without_counts(adata)
     if given is not None:
         every = np.arange(len(corpus))
@@ -687,6 +697,7 @@ def _impute(
     settings: FinetuneSettings,
     corpus: Corpus | None,
     adata: "AnnData",
+    reading: InputSettings,
     bundle: Bundle | None,
     about: dict[str, Any],
 ) -> None:
@@ -703,8 +714,6 @@ def _impute(
             adata,
             bundle,
             batch_key=settings.batch_key,
-            layer=settings.layer or None,
-            species=settings.species or None,
             uncertainty=True,
             settings=settings.imputation,
             seed=settings.seed,
@@ -712,7 +721,7 @@ def _impute(
             overwrite=True,
             backbone=tuning,
             run=run,
-            missing_labels=settings.missing_labels,
+            **reading.options(),
         )
     _add_curves(out / CURVES, "impute", result.history)
     result.save(out / IMPUTATION_MODEL)

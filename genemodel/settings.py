@@ -25,6 +25,8 @@ _NONE = type(None)
 
 # A setting that holds the path of a file or folder and stays a text; `Path` says the same.
 type PathText = str
+# A setting that names a species; taxa are numbers, and stay texts too.
+type SpeciesText = str
 
 # What stands before the colon of an address that may lack slashes (`s3:bucket`).
 _SCHEMES = frozenset(
@@ -339,6 +341,8 @@ def _parse_value(hint: Any, value: object, where: str, missing: list[str], root:
         return None
     if isinstance(value, str | Path) and _is_path(hint):
         refuse_address(where, value)
+    if type(value) is int and SpeciesText in (hint, *typing.get_args(hint)):
+        value = str(value)
     rest = tuple(member for member in members if member is not _NONE)
     if not rest:
         raise ConfigError(f"{_named(where)} must be {_expected(hint)}, not {_shown(value)}")

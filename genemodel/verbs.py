@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import is_address, nearest
+from genemodel.settings import SpeciesText, is_address, nearest
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
@@ -18,24 +19,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceSettings:
+class SourceSettings(InputSettings):
     """How sources are read, the same for building and appending; see ``configs/corpus_*.yaml``."""
 
     sources: tuple[str, ...] = ()
     sheet: Path | None = None
-    layer: str | None = None
-    species: str | None = None
     batch_key: str | None = None
     donor_key: str | None = None
     label_key: str | None = None
     columns: dict[str, str] | None = None
     keep: tuple[str, ...] = ()
-    min_fraction: float = 0.3
     min_genes: int = 0
     max_mito: float | None = None
-    allow_fractional: bool = False
     unknown_species: Literal["refuse", "drop"] = "refuse"
-    missing_labels: tuple[str, ...] = ()
     chunk_cells: int = 8192
     group_cells: int = 65_536
     workers: int = 1
@@ -43,6 +39,7 @@ class SourceSettings:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.sources) == (self.sheet is not None):
             raise ConfigError(
                 "give either sources=[a.h5ad,b.h5ad] (patterns such as data/*.h5ad are expanded) "
@@ -83,9 +80,10 @@ class CorpusDescribeSettings:
 
 # Columns of a sheet beside `path`; an empty field means what the settings say for all sources.
 _SHEET_COLUMNS = (
-    "name", "species", "layer", "batch_key", "donor_key", "label_key", "genome", "licence",
-    "citation",
+    "name", "species", "layer", "column", "genome", "transpose", "allow_fractional",
+    "batch_key", "donor_key", "label_key", "licence", "citation",
 )  # fmt: skip
+_YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def build_corpus(settings: CorpusBuildSettings) -> str:
@@ -129,7 +127,7 @@ def verify_corpus(settings: CorpusVerifySettings) -> str:
     DataError
         Something is broken; all of it is named.
     """
-    from genemodel.cells.verification import verify_corpus as broken_in
+    from genemodel.cells.corpus import verify_corpus as broken_in
 
     if broken := broken_in(settings.path):
         raise DataError(
@@ -196,6 +194,10 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
         own: dict[str, Any] = {
             key: row.get(key) or getattr(settings, key, None) for key in _SHEET_COLUMNS
         }
+        for key in ("transpose", "allow_fractional"):
+            own[key] = _YES_OR_NO.get(str(own[key]).lower())
+            if own[key] is None:
+                raise DataError(f"sheet {sheet}: {key} is {row[key]!r}: write true or false")
         named = {"batch": "batch_key", "donor": "donor_key", "cell_type": "label_key"}
         columns = {column: own[key] for column, key in named.items() if own[key]}
         # Paths in a sheet are relative to the sheet, so that both can move together.
@@ -210,11 +212,13 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 columns={**(settings.columns or {}), **columns},
                 keep=settings.keep,
                 name=own["name"],
-                allow_fractional=settings.allow_fractional,
+                allow_fractional=own["allow_fractional"],
                 genome=own["genome"],
+                transpose=own["transpose"],
                 licence=own["licence"],
                 citation=own["citation"],
                 missing_labels=settings.missing_labels,
+                column=own["column"],
             )
         )
     return found
@@ -224,11 +228,11 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
 class SpeciesSettings:
     """Settings of ``genemodel species``, see ``configs/species.yaml``."""
 
-    name: str
+    name: SpeciesText
     genes: Path
     orthologs: Path
     out: Path
-    to: str = "human"
+    to: SpeciesText = "human"
     vocabulary: Path | None = None
 
 
@@ -274,13 +278,13 @@ def describe(settings: DescribeSettings) -> str:
     DataError
         It is none of those, or it is damaged.
     """
-    from genemodel.bundle.directory import PLACES, known_by, refusal
-    from genemodel.cells.manifest import MANIFEST
+    from genemodel.bundle.directory import CORPUS, PLACES, kind_of, refusal
 
     path = found_again(settings.path)
-    if known_by(path) == MANIFEST:
+    kind = kind_of(path)
+    if kind == CORPUS:
         return describe_corpus(CorpusDescribeSettings(path))
-    if known_by(path) is not None:
+    if kind is not None:
         from genemodel.inference.models import load
 
         model = load(path, device="cpu")
@@ -293,10 +297,10 @@ def describe(settings: DescribeSettings) -> str:
         return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
     if not path.exists():
         raise DataError(f"path={path} does not exist")
-    if any(known_by(path / place) for place in PLACES):
+    if any(kind_of(path / place) for place in PLACES):
         raise refusal(path)
     raise DataError(
         f"path={path} is no corpus (a folder with manifest.json), no model (a folder with "
-        "bundle.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
+        "model.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
         "OUT/imputation_model) and no vocabulary (.tsv.gz)"
     )

@@ -20,8 +20,8 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.genes.orthologs import RIVAL_SHARE, one_to_one
-from genemodel.genes.tables import read_table
-from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary, kept_biotype
+from genemodel.genes.tables import kept_biotype, read_table
+from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary
 
 log = logging.getLogger("build_gene_table")
 

@@ -43,9 +43,8 @@ from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import Fingerprints, TrainedSource, TrainingManifest
-from genemodel.cells.corpus import Corpus
+from genemodel.cells.corpus import Corpus, verify_corpus
 from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.verification import verify_corpus
 from genemodel.errors import DataError
 from genemodel.genes import GeneVocabulary
 from genemodel.inference.integrate import integrate
@@ -186,10 +185,15 @@ def of_bundle(found: Bundle) -> Any:
     return (
         found.fingerprint, found.medians_V, to_values(found.model.settings),
         to_values(found.tokens), found.settings, found.provenance,
-        None if found.training is None else (
-            found.training.about(), [prints.values() for prints in found.training.fingerprints]
-        ),
+        of_training(found.training),
     )  # fmt: skip
+
+
+def of_training(training: TrainingManifest | None) -> Any:
+    """List the cells that a model was trained on."""
+    if training is None:
+        return None
+    return training.about(), [prints.values() for prints in training.fingerprints]
 
 
 def read_integrated(path: Path) -> Any:
@@ -199,7 +203,7 @@ def read_integrated(path: Path) -> Any:
     within = of_bundle(found.bundle) if found.bundle is not None else None
     return (
         found.net.state_dict(), fitted, found.genes, to_values(found.settings), found.batches,
-        found.batch_keys, found.labels, within, found.provenance,
+        found.batch_keys, found.labels, within, found.provenance, of_training(found.training),
     )  # fmt: skip
 
 
@@ -211,6 +215,7 @@ def read_imputation(path: Path) -> Any:
         trained.decoder.state_dict(), found.dispersion_G, found.kept_G, found.genes,
         to_values(found.settings), found.batches, found.batch_keys, found.unseen_share,
         trained.heldout_nats, trained.history, dataclasses.asdict(trained.coverage),
+        found.provenance, of_training(found.training),
     )  # fmt: skip
 
 

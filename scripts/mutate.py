@@ -499,9 +499,31 @@ MUTANTS = (
     ),
     mutant(
         "same-draws", "inference/impute.py",
-        "np.random.default_rng((seed, start))", "np.random.default_rng(seed)",
+        "np.random.default_rng((seed, block.start))", "np.random.default_rng(seed)",
         "every block of cells gets the same posterior draws",
         "inference/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
+    ),
+    mutant(
+        "pretrained-factors", "inference/impute_pretrained.py",
+        "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
+        "a pre-trained decoder expects of other chemistries what it expected of its own",
+        "inference/test_impute_pretrained.py"
+        "::test_factors_are_found_where_there_are_counts_and_stay_where_there_are_none",
+    ),
+    mutant(
+        "pretrained-aside", "inference/impute_pretrained.py",
+        "self._vectors(seen_SG))", "self._vectors(sample_SG))",
+        "the vectors have seen the molecules that settle the dispersion",
+        "inference/test_impute_pretrained.py"
+        "::test_many_cells_are_settled_by_some_from_everywhere",
+    ),
+    mutant(
+        "head-manifest", "inference/beneath.py",
+        "return own if bundle is None else TrainingManifest.after(bundle.training, own)",
+        "return own if bundle is None else bundle.training",
+        "a head does not tell the cells that it was trained on itself",
+        "inference/test_contamination.py"
+        "::test_a_head_on_a_bundle_tells_its_own_cells_and_those_of_the_bundle",
     ),
     mutant(
         "posterior-evidence", "adapt/posterior.py",

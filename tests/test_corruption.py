@@ -22,22 +22,22 @@ def test_the_matrix_sees_what_is_silent_and_what_crashes(corruption, tmp_path, m
         return corruption.judge("bundle", path, corruption.Case(file, damage, place), whole)[0]
 
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    bit = 8 * before["bundle.json"].index(b'"steps": 7') + 8 * len('"steps": ')
-    assert judge("bundle.json", "flip", bit) == "refused"
+    bit = 8 * before["model.json"].index(b'"steps": 7') + 8 * len('"steps": ')
+    assert judge("model.json", "flip", bit) == "refused"
     assert judge("weights.safetensors", "missing") == "refused"
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     # As bundles were before they held a checksum of what they say.
-    about = {k: v for k, v in json.loads(before["bundle.json"]).items() if k != "self"}
-    (path / "bundle.json").write_text(json.dumps(about | {"format": 1}, indent=1, sort_keys=True))
-    bit = 8 * (path / "bundle.json").read_bytes().index(b'"steps": 7') + 8 * len('"steps": ')
-    assert judge("bundle.json", "flip", bit) == "silent"
-    assert judge("bundle.json", "longer") == "refused"  # a byte 0 is no JSON
+    about = {k: v for k, v in json.loads(before["model.json"]).items() if k != "self"}
+    (path / "model.json").write_text(json.dumps(about | {"format": 1}, indent=1, sort_keys=True))
+    bit = 8 * (path / "model.json").read_bytes().index(b'"steps": 7') + 8 * len('"steps": ')
+    assert judge("model.json", "flip", bit) == "silent"
+    assert judge("model.json", "longer") == "refused"  # a byte 0 is no JSON
 
     def broken(path):
         raise KeyError("x")
 
     monkeypatch.setitem(corruption.KINDS, "bundle", (corruption.make_bundle, broken))
-    assert judge("bundle.json", "missing") == "crash"
+    assert judge("model.json", "missing") == "crash"
 
 
 @pytest.mark.slow

@@ -157,6 +157,73 @@ def test_no_pickle_no_prints_no_silent_environment(path: Path) -> None:
                 assert not ast.unparse(target).startswith("os.environ["), f"{path}:{node.lineno}"
 
 
+# Files that import each other when they run, those inside functions included; what only a type
+# checker reads is left out. The aim is none: whoever breaks one takes it off this list.
+CIRCLES: set[frozenset[str]] = {
+    frozenset({"cells.sources", "cells.sources_tenx", "cells.sources_text"}),
+}
+
+
+def _graph(package: Path) -> dict[str, set[str]]:
+    """Which module imports which, by names within the package."""
+    modules = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        if "configs" not in parts and parts[-1] != "__init__":
+            modules[".".join(parts)] = path
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                node.body = []
+        found: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module or "", *(f"{node.module}.{a.name}" for a in node.names)}
+        graph[name] = {one.removeprefix("genemodel.") for one in found} & set(modules) - {name}
+    return graph
+
+
+def _circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Modules that reach each other: the strongly connected components of more than one."""
+    reach = {name: set(found) for name, found in graph.items()}
+    grew = True
+    while grew:
+        grew = False
+        for name, found in reach.items():
+            more = found.union(*(reach[one] for one in found))
+            grew |= len(more) > len(found)
+            reach[name] = more
+    return {
+        frozenset(one for one in found if name in reach[one])
+        for name, found in reach.items() if name in found
+    }  # fmt: skip
+
+
+def test_no_files_import_each_other() -> None:
+    found = _circles(_graph(PACKAGE))
+    assert found == CIRCLES, [sorted(circle) for circle in found ^ CIRCLES]
+
+
+def test_circles_are_found_wherever_they_close(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    (room / "a.py").write_text("from genemodel.room.b import f\n")
+    (room / "b.py").write_text("def f():\n    from genemodel.room import c\n")
+    (room / "c.py").write_text("import genemodel.room.a\n")
+    (room / "d.py").write_text(
+        "from typing import TYPE_CHECKING\nimport genemodel.room.e\n"
+        "if TYPE_CHECKING:\n    from genemodel.room.a import f\n"
+    )
+    (room / "e.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from genemodel.room.d import g\n"
+    )
+    assert _circles(_graph(tmp_path)) == {frozenset({"room.a", "room.b", "room.c"})}
+
+
 def test_the_reader_of_imports_sees_what_it_must(tmp_path: Path) -> None:
     """The tests above prove nothing if the reader misses an import."""
     package = tmp_path / "genemodel" / "cells"

@@ -59,7 +59,7 @@ class Backbone:
         model = copy.deepcopy(self.model)
         beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection)).eval()
         with torch.no_grad():
-            counts.standardise_features(torch.cat([beside.vectors(batch) for batch in some]))
+            counts.beside.standardise(torch.cat([beside.vectors(batch) for batch in some]))
         tune(model, self.tuning)
         shares = {f"backbone.{k}": v for k, v in rate_shares(model, self.tuning).items()}
         return Built(beside.train(), head, shares)

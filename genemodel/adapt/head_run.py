@@ -241,7 +241,7 @@ def _refuse_another(
     if changed:
         raise ConfigError(
             f"{run} holds a run with other settings:\n  " + "\n  ".join(changed)
-            + "\nSet them back to go on with that run, or choose another out= for a new one."
+            + "\nSet them back to go on with that run, or choose another folder for a new one."
         )  # fmt: skip
 
 

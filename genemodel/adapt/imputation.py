@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ from genemodel.cells.views import View
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.likelihood import MultinomialLoss
 from genemodel.expression.normalise import depth_factor
+from genemodel.model.count_encoder import VectorsBeside
 from genemodel.model.flops import encoder_flops
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.settings import to_values
@@ -162,7 +164,7 @@ class SparseCountEncoder(nn.Module):
         self.n_genes = n_genes
         self.input_GH = nn.Parameter(torch.randn(n_genes, hidden) * 0.02)
         self.input_bias_H = nn.Parameter(torch.zeros(hidden))
-        self.features_in = nn.Linear(n_features, hidden, bias=False) if n_features else None
+        self.beside = VectorsBeside(n_features, hidden, bias=False)
         self.trunk = nn.Sequential(
             nn.LayerNorm(hidden),
             nn.Dropout(settings.dropout),
@@ -174,15 +176,6 @@ class SparseCountEncoder(nn.Module):
         place_V = torch.full((n_all,), n_genes)
         place_V[torch.from_numpy(np.asarray(gene_G, np.int64))] = torch.arange(n_genes)
         self.register_buffer("place_V", place_V, persistent=False)
-        self.feature_mean_F = nn.Buffer(torch.zeros(n_features))
-        self.feature_sd_F = nn.Buffer(torch.ones(n_features))
-
-    @torch.no_grad()
-    def standardise_features(self, features_CF: Tensor) -> None:
-        """Take up mean and standard deviation of the vectors; rows with NaN are left out."""
-        whole_CF = features_CF[torch.isfinite(features_CF).all(1)]
-        self.feature_mean_F.copy_(whole_CF.mean(0))
-        self.feature_sd_F.copy_(whole_CF.std(0, unbiased=False))
 
     def forward(self, batch: CellBatch, features_CF: Tensor | None = None) -> Encoded:
         """Latent of every real cell from the molecules shown; there are no token states."""
@@ -211,11 +204,26 @@ class SparseCountEncoder(nn.Module):
         summed_CH = functional.embedding_bag(
             gene_N, self.input_GH, starts_C, mode="sum", per_sample_weights=weight_N
         )
-        hidden_CH = summed_CH + self.input_bias_H
-        if self.features_in is not None and features_CF is not None:
-            centred_CF = (features_CF - self.feature_mean_F) / (self.feature_sd_F + 1e-6)
-            hidden_CH = hidden_CH + self.features_in(torch.nan_to_num(centred_CF))
-        return self.trunk(hidden_CH)
+        return self.trunk(self.beside(summed_CH + self.input_bias_H, features_CF))
+
+
+class VectorEncoder(nn.Module):
+    """The latent is a pre-trained model's vector of the cell: nothing of the counts is read here.
+
+    With it :class:`Decoder` is the count decoder of a bundle, cut to the genes of some data.
+    """
+
+    def read(
+        self,
+        gene_N: Tensor,
+        cell_N: Tensor,
+        count_N: Tensor,
+        n_cells: int,
+        features_CF: Tensor | None = None,
+    ) -> Tensor:
+        """Vectors of the cells; a cell without one is at the origin."""
+        assert features_CF is not None, "vectors of the cells"
+        return torch.nan_to_num(features_CF)
 
 
 class _Prepared:
@@ -343,7 +351,10 @@ def _alike_before(head: nn.Module, state: dict[str, Tensor], prefix: str, *_: ob
 class Decoder(nn.Module):
     """Encoder of sparse counts, and the head that decodes them."""
 
-    def __init__(self, encoder: SparseCountEncoder, head: ImputationHead) -> None:
+    encoder: SparseCountEncoder | VectorEncoder
+    head: ImputationHead
+
+    def __init__(self, encoder: SparseCountEncoder | VectorEncoder, head: ImputationHead) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
@@ -354,6 +365,17 @@ class Decoder(nn.Module):
         """Make one of new weights, to be given others."""
         encoder = SparseCountEncoder(np.arange(n_genes), n_genes, settings, n_features)
         return cls(encoder, ImputationHead(np.full(n_genes, 1 / n_genes), n_batches, settings))
+
+    @classmethod
+    def of_vectors(cls, gene_GD: Tensor, bias_G: Tensor) -> "Decoder":
+        """Make one that decodes vectors of a pre-trained model."""
+        n_genes, width = gene_GD.shape
+        settings = DecoderSettings(latent=width)
+        head = ImputationHead(np.full(n_genes, 1 / n_genes), 1, settings)
+        with torch.no_grad():
+            head.gene_GD.copy_(gene_GD)
+            head.bias_G.copy_(bias_G)
+        return cls(VectorEncoder(), head).requires_grad_(False)
 
     def encode(self, count_CG: sp.csr_matrix, features_CF: Floats | None = None) -> Tensor:
         """Latent vector of every cell, (C, D)."""
@@ -540,6 +562,11 @@ class TrainedDecoder:
     coverage: Coverage
     history: list[tuple[int, float]] = field(default_factory=list)
     backbone: GeneModel | None = None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The history as a table that goes with a model; a ``step`` is a pass over the cells."""
+        return pd.DataFrame(self.history, columns=[STEP, ImputationHead.LOSS])
 
     def __repr__(self) -> str:
         return (
@@ -758,8 +785,36 @@ def _calibrated(
         numbers.append(batch.cell_C[: batch.n_cells].cpu())
     latent_SD = torch.cat(latents)[torch.argsort(torch.cat(numbers))]
     code_S = torch.from_numpy(np.asarray(data.batch_C[cells], np.int64))
+    return calibrated(
+        head.cpu(), latent_SD, code_S, seen_SG, held_SG, settings.calibration_fraction, seed
+    )
+
+
+def calibrated(
+    head: ImputationHead,
+    latent_SD: Tensor,
+    code_S: Tensor,
+    seen_SG: sp.csr_matrix,
+    held_SG: sp.csr_matrix,
+    fraction: float,
+    seed: int,
+) -> tuple[NDArray[np.float64], Coverage]:
+    """Dispersion of every gene around a decoder's answer, and what its intervals then hold.
+
+    Parameters
+    ----------
+    head
+        Decodes the latents.
+    latent_SD, code_S
+        Of some cells, made without the molecules set aside, and their batches.
+    seen_SG, held_SG
+        Molecules that were shown, and set aside.
+    fraction
+        Share of the molecules that was set aside.
+    seed
+        Of the randomised intervals.
+    """
     library_S = np.asarray(seen_SG.sum(axis=1), dtype=np.float32).ravel()
-    head.cpu()
 
     def prior_mean(rows: slice) -> Floats:
         with torch.no_grad():
@@ -767,7 +822,7 @@ def _calibrated(
         # A cell whose every molecule was set aside has seen nothing and predicts nothing.
         return np.maximum(fraction_CG * library_S[rows, None], 1e-12)
 
-    ratio = settings.calibration_fraction / (1.0 - settings.calibration_fraction)
+    ratio = fraction / (1.0 - fraction)
     dispersion_G = calibrate_dispersion(prior_mean, seen_SG, held_SG, ratio)
     coverage = measure_coverage(
         prior_mean, dispersion_G, seen_SG, held_SG, ratio, np.random.default_rng(seed)

@@ -1,11 +1,11 @@
 """A trained decoder with the counts it explains: the posterior of any cell and gene on demand.
 
-On disk it has the decoder and not the counts, and is given further cells with
-:meth:`ImputationModel.of`::
+On disk (:mod:`genemodel.bundle.directory`) it has the decoder and not the counts, and is given
+further cells with :meth:`ImputationModel.of`::
 
-    imputation.json      format, settings, batches, calibration, checksums
     weights.safetensors  decoder ("decoder.*"), dispersion of every gene, which genes have counts
     genes.txt            names of the genes, one a line
+    vocabulary.tsv.gz    only where a vocabulary tells its training cells and there is no bundle
     bundle/              only where cell vectors of a pre-trained model are read
 
 Axes: C cells, G genes, M posterior draws, Q quantile levels.
@@ -23,7 +23,6 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 import genemodel
 from genemodel.adapt.backbone import Backbone
@@ -34,6 +33,7 @@ from genemodel.adapt.imputation import (
     Decoder,
     DecoderSettings,
     TrainedDecoder,
+    VectorEncoder,
     decode_fraction,
     train_decoder,
 )
@@ -44,22 +44,21 @@ from genemodel.adapt.posterior import (
     rate_quantiles,
 )
 from genemodel.adapt.training_cells import TrainingCells
-from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
-from genemodel.bundle.history import STEP
+from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.bundle.directory import IMPUTATION, read_model, write_model
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import depth_factor
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.model.count_encoder import encoder_name
 from genemodel.settings import nearest, parse, some, to_values
-from genemodel.writing import found_again
 
 Kind = Literal["posterior", "decoder"]
 """Whose rates: this cell's, or those of cells like it."""
 Library = float | str | None
 Selection = slice | Sequence[int] | NDArray[np.integer] | NDArray[np.bool_] | None
 
-# From 2 on imputation.json holds a checksum of itself; from 3 on encoder and head have names.
-FORMAT = 3
-ABOUT, WEIGHTS, GENES, BUNDLE = "imputation.json", "weights.safetensors", "genes.txt", "bundle"
+GENES, BENEATH = "genes.txt", "bundle"
 
 MEAN_BATCH = "mean"
 MEDIAN_LIBRARY = "median"
@@ -197,9 +196,14 @@ class ImputationModel:
     ----------
     provenance
         How it was made, plain values.
+    training
+        The cells it was trained on, those of the model beneath first; None where nobody knows.
+    vocabulary
+        What names the genes of ``training``; None where they are the model's own.
     """
 
     KIND: ClassVar[str] = "imputation model"
+    FOLDER: ClassVar[str] = IMPUTATION
 
     def __init__(
         self,
@@ -223,6 +227,8 @@ class ImputationModel:
         self.batch_keys = batch_keys
         self.settings = settings
         self.provenance: dict[str, Any] = {}
+        self.training: TrainingManifest | None = None
+        self.vocabulary: GeneVocabulary | None = None if bundle is None else bundle.vocabulary
         self.genes = list(genes) or [str(gene) for gene in range(counts_CG.shape[1])]
         self._explain(counts_CG, batch_C, None, where, features_CF)
         self.unseen_share = _UNSEEN / max(float(self.library_C.sum()), 1.0)
@@ -370,28 +376,45 @@ class ImputationModel:
             trained, counts_CG, kept_G, codes_C, batches, settings,
             genes=genes, batch_keys=batch_keys, where=where,
         )  # fmt: skip
-        model.provenance = {
+        model.tell(len(kept_C), seed=seed)
+        return model
+
+    def tell(self, n_cells: int, *, seed: int, model: str = "", tune: str = "") -> None:
+        """Write down how it was made, as :attr:`provenance`.
+
+        Parameters
+        ----------
+        n_cells
+            Cells that were learnt from.
+        seed
+            Of the training.
+        model, tune
+            Fingerprint of the bundle that took part, and what of it learnt.
+        """
+        self.provenance = {
             "genemodel": genemodel.__version__,
             "task": "impute",
-            "batch_key": list(batch_keys),
-            "settings": to_values(settings),
+            "batch_key": list(self.batch_keys),
+            "settings": to_values(self.settings),
             "seed": seed,
-            "cells": len(kept_C),
-            "genes": len(kept_G),
-            "heldout_nats_per_molecule": trained.heldout_nats,
+            "cells": n_cells,
+            "genes": len(self.kept_G),
+            "heldout_nats_per_molecule": self.trained.heldout_nats,
+            "model": model,
+            "backbone": tune,
         }
-        return model
 
     def with_vectors(self, bundle: Bundle, features_CF: NDArray[np.floating]) -> Self:
         """Return the same model with the transformer beneath, and its vectors of the cells."""
         other = copy.copy(self)
         other.bundle, other.features_CF = bundle, features_CF
+        other.vocabulary = bundle.vocabulary
         return other
 
     @property
     def history(self) -> pd.DataFrame:
         """Nats a molecule set aside at every check; a ``step`` is a pass over the cells."""
-        return pd.DataFrame(self.trained.history, columns=[STEP, "nats_per_molecule"])
+        return self.trained.table
 
     def __len__(self) -> int:
         return self.counts_CG.shape[0]
@@ -411,11 +434,12 @@ class ImputationModel:
                 f"batches ({', '.join(self.batch_keys) or 'none named'}): {some(self.batches)}",
                 f"{self.trained.heldout_nats:.4f} nats a molecule set aside",
                 str(self.trained.coverage),
+                "trained on: unknown" if self.training is None else self.training.describe(),
                 *(f"{key}: {self.provenance[key]}" for key in told if key in self.provenance),
             ]
         )
 
-    def library_ratio(self, library: Library) -> NDArray[np.float64]:
+    def library_ratio(self, library: Library, rows: Selection = None) -> NDArray[np.float64]:
         """Return the requested library over each own, (C,); NaN for a cell without counts.
 
         Parameters
@@ -423,18 +447,22 @@ class ImputationModel:
         library
             None for the cell's own, ``"0.5x"`` for half of it (any factor), ``"median"`` for the
             median of the cells with counts, or a number of counts per cell.
+        rows
+            Cells; all by default.
         """
         check_library(library)
+        own_C = self.library_C[slice(None) if rows is None else rows]
         if library is None:
-            return np.ones(len(self))
+            return np.ones(len(own_C))
         if isinstance(library, str) and (factor := _OWN_LIBRARY.fullmatch(library)):
-            return np.full(len(self), float(factor[1]))
-        if library == MEDIAN_LIBRARY:
-            wanted = float(np.median(self.library_C[self.library_C > 0]))
-        else:
-            wanted = float(library)
-        own_C = np.where(self.library_C > 0, self.library_C, np.nan)
-        return wanted / own_C
+            return np.full(len(own_C), float(factor[1]))
+        wanted = self.median_library if library == MEDIAN_LIBRARY else float(library)
+        return wanted / np.where(own_C > 0, own_C, np.nan)
+
+    @property
+    def median_library(self) -> float:
+        """Median of the cells with counts."""
+        return float(np.median(self.library_C[self.library_C > 0]))
 
     def posterior(
         self,
@@ -468,15 +496,14 @@ class ImputationModel:
             Unknown batch or kind, impossible library, or more than 4 GB of output.
         """
         check_kind(kind)
-        ratio_C = self.library_ratio(library)
-        at_C = np.arange(len(self))[slice(None) if rows is None else rows]
+        at_C = _numbers(rows, len(self))
         at_G = np.arange(self.counts_CG.shape[1]) if genes is None else np.asarray(genes)
         size = 2.0 * 8 * len(at_C) * len(at_G)
         if size > LARGEST_IN_MEMORY:
             raise ConfigError(
                 f"posterior of {len(at_C):,} cells × {len(at_G):,} genes takes {size / 1e9:.1f} GB "
                 f"(most is {LARGEST_IN_MEMORY / 1e9:.0f} GB): ask for fewer rows at a time, or for "
-                "genes=."
+                "fewer genes."
             )
         own_CG = self._fraction(at_C, at_G, self.batch_C[at_C])
         prior_mean_CG = own_CG * self.library_C[at_C, None]
@@ -491,7 +518,7 @@ class ImputationModel:
             # What the counts say about a cell, as a factor on the prior, holds in any batch.
             wanted_CG = self._fraction(at_C, at_G, np.full(len(at_C), code))
             rate_CG *= own_CG / np.maximum(wanted_CG, 1e-30)
-        rate_CG /= ratio_C[at_C, None]
+        rate_CG /= self.library_ratio(library, at_C)[:, None]
         return GammaPosterior(shape_CG, rate_CG)
 
     def draws(
@@ -567,25 +594,23 @@ class ImputationModel:
         """
         trained = self.trained
         weights = {f"decoder.{k}": v for k, v in trained.decoder.state_dict().items()}
-        weights = {k: v.detach().contiguous() for k, v in weights.items()}
         weights["dispersion_G"] = torch.from_numpy(np.ascontiguousarray(self.dispersion_G))
         weights["kept_G"] = torch.from_numpy(np.asarray(self.kept_G, np.int64))
 
         def fill(folder: Path) -> None:
-            save_file(weights, folder / WEIGHTS)
             (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
             if self.bundle is not None:
-                self.bundle.save(folder / BUNDLE)
+                self.bundle.save(folder / BENEATH)
+            elif self.vocabulary is not None:
+                self.vocabulary.save(folder / VOCABULARY)
 
         about = {
-            "format": FORMAT,
             "settings": to_values(self.settings),
             "batches": list(self.batches),
             "batch_keys": list(self.batch_keys),
             "unseen_share": self.unseen_share,
+            "pretrained": isinstance(trained.decoder.encoder, VectorEncoder),
             "heldout_nats": trained.heldout_nats,
-            "history": [list(row) for row in trained.history],
-            "provenance": self.provenance,
             "bundle": None if self.bundle is None else self.bundle.fingerprint,
             "coverage": {
                 "overall": trained.coverage.overall,
@@ -593,8 +618,10 @@ class ImputationModel:
                 "by_mean": [list(row) for row in trained.coverage.by_mean],
             },
         }
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
+        write_model(
+            path, IMPUTATION, about, weights, provenance=self.provenance, history=self.history,
+            training=self.training, fill=fill,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -607,32 +634,39 @@ class ImputationModel:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = found_again(Path(path))
-        if not (path / ABOUT).is_file():
-            raise refusal(path, ABOUT)
-        wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "history"}
-        about = read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted | {"coverage"})
-        settings = parse(DecoderSettings, about["settings"], where=f"{path / ABOUT}: settings")
-        weights = read_tensors(path / WEIGHTS)
+        wanted = {"settings", "batches", "batch_keys", "unseen_share", "heldout_nats", "coverage"}
+        stored = read_model(path, IMPUTATION, wanted)
+        about, path = stored.about, stored.path
+        settings = parse(DecoderSettings, about["settings"], where=f"{stored.where}: settings")
+        weights = stored.weights
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
         kept_G = weights["kept_G"].numpy()
         dispersion_G = weights["dispersion_G"].numpy()
         weights = _as_now(weights)
-        n_batches = weights["decoder.head.offset_BD"].shape[0]
-        n_features = weights["decoder.encoder.feature_mean_F"].shape[0]
-        decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
+        if about.get("pretrained", False):
+            head = (weights["decoder.head.gene_GD"], weights["decoder.head.bias_G"])
+            decoder = Decoder.of_vectors(*head)
+        else:
+            n_batches = weights["decoder.head.offset_BD"].shape[0]
+            n_features = weights["decoder.encoder.beside.mean_F"].shape[0]
+            decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
         decoder.load_state_dict(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
         )
         bundle = None
         if about.get("bundle") is not None:
-            bundle = Bundle.load(path / BUNDLE, device=device)
+            bundle = Bundle.load(path / BENEATH, device=device)
+        vocabulary = None if bundle is None else bundle.vocabulary
+        if (path / VOCABULARY).is_file():
+            vocabulary = GeneVocabulary.read(path / VOCABULARY)
         coverage = Coverage(
             overall=about["coverage"]["overall"],
             by_gene_decile=tuple(about["coverage"]["by_gene_decile"]),
             by_mean=tuple((low, share, n) for low, share, n in about["coverage"]["by_mean"]),
         )
-        history = [(epoch, nats) for epoch, nats in about["history"]]
+        # Before format 4 it stood in the same file as the settings.
+        rows = about.get("history", stored.history.to_numpy().tolist())
+        history = [(int(epoch), float(nats)) for epoch, nats in rows]
         trained = TrainedDecoder(
             decoder.eval(), dispersion_G[kept_G], about["heldout_nats"], coverage, history
         )
@@ -648,25 +682,35 @@ class ImputationModel:
             where=str(path),
             bundle=bundle,
         )
-        model.provenance = about.get("provenance", {})  # earlier models have none
+        model.provenance, model.training = stored.provenance, stored.training
+        model.vocabulary = vocabulary
         model.unseen_share, model.dispersion_G = about["unseen_share"], dispersion_G
         return model
 
 
 def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name weights as this version does: before format 3 encoder and head were one module."""
-    if any(name.startswith("decoder.encoder.") for name in weights):
-        return weights
-    head = ("gene_GD", "bias_G", "offset_BD")
+    """Name weights as this version does: encoder and head were one module, then had names."""
     named = {}
     for name, tensor in weights.items():
         own = name.removeprefix("decoder.")
         if own != name:
-            name = f"decoder.head.{own}" if own in head else f"decoder.encoder.{own}"
+            if not own.startswith(("encoder.", "head.")):
+                heads = ("gene_GD", "bias_G", "offset_BD")
+                own = f"head.{own}" if own in heads else f"encoder.{own}"
+            part, _, rest = own.partition(".")
+            name = f"decoder.{part}.{encoder_name(rest) if part == 'encoder' else rest}"
         named[name] = tensor
-    for name in ("feature_mean_F", "feature_sd_F"):
-        named[f"decoder.encoder.{name}"] = torch.zeros(0)
+    if any(name.startswith("decoder.encoder.") for name in named):
+        for name in ("mean_F", "sd_F"):  # before format 3 there were none
+            named.setdefault(f"decoder.encoder.beside.{name}", torch.zeros(0))
     return named
+
+
+def _numbers(rows: Selection, n: int) -> NDArray[np.integer]:
+    """Row numbers of a selection; of a slice without numbering all of many cells."""
+    if rows is None or isinstance(rows, slice):
+        return np.arange(*(rows or slice(None)).indices(n))
+    return np.arange(n)[rows]
 
 
 def check_kind(kind: str) -> None:

@@ -295,7 +295,7 @@ class _Plan:
             start_at_vectors(counts, head, vectors_GE)
         if self.vectors_NF is not None:
             vectors_NF = torch.from_numpy(np.asarray(self.vectors_NF, np.float32))
-            counts.standardise_features(vectors_NF[torch.from_numpy(data.sample)])
+            counts.beside.standardise(vectors_NF[torch.from_numpy(data.sample)])
             return Built(CountsBesideVectors(counts, vectors_NF), head)
         if backbone is None:
             return Built(counts, head)

@@ -1,13 +1,10 @@
-"""A released model as a directory; the only reader and writer of weights.
+"""A pre-trained model as a directory (:mod:`genemodel.bundle.directory`).
 
 ::
 
-    bundle.json          format, architecture, tokens, objectives, provenance, checksums
     weights.safetensors  backbone ("model.*") and heads ("heads.*")
     vocabulary.tsv.gz    genes and tokens
     statistics.tsv.gz    per-gene non-zero medians of the training corpus
-    history.tsv          losses on held-out cells, where pre-training made it
-    training.safetensors fingerprints of the cells trained on, where they are known
 
 No file holds code, and reading needs neither Lightning nor Hydra.
 """
@@ -24,11 +21,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
-from genemodel.bundle.history import no_history, read_history, write_history
+from genemodel.bundle.directory import ABOUT, BUNDLE, WEIGHTS, read_model, write_model
+from genemodel.bundle.history import no_history
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
@@ -37,17 +33,10 @@ from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse, some, to_values
-from genemodel.writing import found_again
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # from 2 on bundle.json holds a checksum of itself
-ABOUT, WEIGHTS, VOCABULARY, STATISTICS = (
-    "bundle.json",
-    "weights.safetensors",
-    "vocabulary.tsv.gz",
-    "statistics.tsv.gz",
-)
+VOCABULARY, STATISTICS = "vocabulary.tsv.gz", "statistics.tsv.gz"
 
 
 @dataclass(repr=False)
@@ -79,6 +68,7 @@ class Bundle:
     """
 
     KIND: ClassVar[str] = "model"
+    FOLDER: ClassVar[str] = BUNDLE
 
     model: GeneModel
     vocabulary: GeneVocabulary
@@ -198,32 +188,26 @@ class Bundle:
         DataError
             If ``path`` exists and is not a bundle.
         """
-        weights = {k: v.detach().cpu().contiguous() for k, v in self._weights().items()}
 
         def fill(folder: Path) -> None:
-            save_file(weights, folder / WEIGHTS)
             self.vocabulary.save(folder / VOCABULARY)
             write_medians(folder / STATISTICS, self.medians_V)
-            write_history(folder, self.history)
-            if self.training is not None:
-                self.training.save(folder)
 
         about = {
-            "format": FORMAT,
             "model": to_values(self.model.settings),
             "tokens": to_values(self.tokens),
             "settings": self.settings,
             "vocabulary": self.vocabulary.fingerprint,
-            "provenance": self.provenance,
-            "training": None if self.training is None else self.training.about(),
             "knowledge": {
                 name: part.table_VP.shape[1]
                 for name, part in self.model.embedding.knowledge.items()
                 if isinstance(part, KnowledgeEmbedding)
             },
         }
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
+        write_model(
+            path, BUNDLE, about, self._weights(), provenance=self.provenance,
+            history=self.history, training=self.training, fill=fill,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -241,13 +225,13 @@ class Bundle:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = found_again(Path(path))
         there = device_of(device)
-        about = _read_about(path)
-        settings = parse(ModelSettings, about["model"], where=f"{path / ABOUT}: model")
-        tokens = parse(TokenSettings, about["tokens"], where=f"{path / ABOUT}: tokens")
+        wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
+        stored = read_model(path, BUNDLE, wanted)
+        about, weights, path = stored.about, stored.weights, stored.path
+        settings = parse(ModelSettings, about["model"], where=f"{stored.where}: model")
+        tokens = parse(TokenSettings, about["tokens"], where=f"{stored.where}: tokens")
         vocabulary = GeneVocabulary.read(path / VOCABULARY)
-        weights = read_tensors(path / WEIGHTS)
         knowledge = {
             name: (
                 torch.zeros(len(vocabulary), width),
@@ -262,7 +246,6 @@ class Bundle:
             context=tokens.context,
             knowledge=knowledge,
         )
-        training = about.get("training")  # models of earlier versions say nothing
         own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
         _load_exactly(model, own, path)
         if device == "auto":
@@ -276,9 +259,9 @@ class Bundle:
                 k.removeprefix("heads."): v for k, v in weights.items() if k.startswith("heads.")
             },
             settings=about["settings"],
-            provenance=about["provenance"],
-            history=read_history(path),
-            training=None if training is None else TrainingManifest.read(path, training),
+            provenance=stored.provenance,
+            history=stored.history,
+            training=stored.training,
         )
         return bundle.to(there)
 
@@ -286,13 +269,6 @@ class Bundle:
 def fill_corner(larger: Tensor, smaller: Tensor) -> None:
     """Write a tensor over the beginning of every axis of another, which may be of its size."""
     larger[tuple(slice(0, n) for n in smaller.shape)] = smaller
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    if not (path / ABOUT).is_file():
-        raise refusal(path, ABOUT)
-    wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
-    return read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted)
 
 
 def _load_exactly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -1,38 +1,86 @@
-"""Directories of tensors and plain values that are written whole and read only undamaged.
+"""Models on disk: one layout for all kinds, written whole and read only undamaged.
 
-Every model on disk is one: an ``*.json`` that says what it is, with the sha256 of the files beside
-it and, since it holds settings that no other file repeats, of itself.
+::
+
+    model.json             kind, format, settings, provenance, training; sha256 of what lies beside
+                           it and, since it holds settings that no other file repeats, of itself
+    weights.safetensors    all tensors
+    history.tsv            losses of the training, where one was kept
+    training.safetensors   fingerprints of the cells trained on, where they are known
+    …                      what a kind has besides, such as genes.txt or vocabulary.tsv.gz
+    bundle/                the pre-trained model beneath a head that reads one: a folder like this
+
+Folders of before format 4 have a file of another name for ``model.json``, one for each kind, and
+are read all the same.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genemodel.bundle.history import read_history, write_history
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.manifest import MANIFEST
 from genemodel.errors import DataError
 from genemodel.settings import refuse_address
 from genemodel.writing import found_again, whole_directory
 
-# The file by which a folder is known, and what it then is.
+ABOUT, WEIGHTS = "model.json", "weights.safetensors"
+FORMAT = 4
+BUNDLE, INTEGRATION, IMPUTATION = "bundle", "integration", "imputation"
+CORPUS = "corpus"
+# What a folder is, in words.
 KINDS = {
-    "bundle.json": "a model bundle",
-    "integrated.json": "an integrated model",
-    "imputation.json": "an imputation model",
-    MANIFEST: "a corpus",
+    BUNDLE: "a model bundle",
+    INTEGRATION: "an integrated model",
+    IMPUTATION: "an imputation model",
+    CORPUS: "a corpus",
+}
+# The class of what the folder of a model holds.
+CLASSES = {BUNDLE: "Bundle", INTEGRATION: "IntegratedModel", IMPUTATION: "ImputationModel"}
+# The file by which a folder was known before format 4, and a corpus is.
+_BY_FILE = {
+    "bundle.json": BUNDLE,
+    "integrated.json": INTEGRATION,
+    "imputation.json": IMPUTATION,
+    MANIFEST: CORPUS,
 }
 # Where the verbs that train put their models, in the folder of a run.
-PLACES = ("bundle", "model", "imputation_model", "backbone/bundle")
+PLACES = ("bundle", "model", "imputation_model", "classifier", "backbone/bundle")
+_AGAIN = "Copy the whole directory again from where it was made."
 
 
-def known_by(path: Path) -> str | None:
-    """Name the file that says what a folder is; None for one that no verb here has written."""
-    return next((name for name in KINDS if (path / name).is_file()), None)
+def file_of(path: Path) -> str | None:
+    """Name the file by which a model or corpus is known; None for any other folder."""
+    return next((name for name in (ABOUT, *_BY_FILE) if (path / name).is_file()), None)
+
+
+def kind_of(path: Path) -> str | None:
+    """Say what a folder is, as a key of ``KINDS``; None for one that no verb here has written.
+
+    Raises
+    ------
+    DataError
+        It is a model, and what it says of itself cannot be read.
+    """
+    name = file_of(path)
+    if name != ABOUT:
+        return None if name is None else _BY_FILE[name]
+    try:
+        kind = json.loads((path / ABOUT).read_bytes())["kind"]
+        if kind not in KINDS or kind == CORPUS:
+            raise ValueError(f"kind is {kind!r}")
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"{path / ABOUT} cannot be read ({error}). {_AGAIN}") from error
+    return str(kind)
 
 
 def refusal(path: Path, wanted: str = "") -> DataError:
@@ -43,21 +91,21 @@ def refusal(path: Path, wanted: str = "") -> DataError:
     path
         Where it was looked for.
     wanted
-        The file that the model is known by; empty for a model of any kind.
+        The kind that is wanted; empty for a model of any kind.
     """
     kind = KINDS.get(wanted, "a model")
     if not path.exists():
         return DataError(
             f"No model at {path}: the directory does not exist. Pre-training writes one to "
-            "RUN/bundle, fine-tuning to RUN/model and RUN/imputation_model."
+            "RUN/bundle, fine-tuning to RUN/model, RUN/imputation_model and RUN/classifier."
         )
-    there = known_by(path)
+    there = kind_of(path)
     if there is not None:
         advice = "`genemodel pretrain corpus=...` makes a model of it"
-        if there != MANIFEST:
+        if there != CORPUS:
             advice = "genemodel.load reads whatever a folder holds"
         return DataError(f"{path} is {KINDS[there]}, not {kind}: {advice}.")
-    inside = {place: known_by(path / place) for place in PLACES}
+    inside = {place: kind_of(path / place) for place in PLACES}
     places = [str(path / place) for place in PLACES if inside[place]]
     fitting = [str(path / place) for place in PLACES if inside[place] == wanted]
     if places and (fitting or not wanted):
@@ -69,8 +117,125 @@ def refusal(path: Path, wanted: str = "") -> DataError:
             f"{path} is not {kind} but the folder of a run that made none; it has "
             f"{' and '.join(places)}."
         )
-    lacking = wanted or f"none of {', '.join(name for name in KINDS if name != 'manifest.json')}"
-    return DataError(f"{path} is not {kind}: it has {'no ' if wanted else ''}{lacking}.")
+    return DataError(f"{path} is not {kind}: it has no {ABOUT}.")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What every kind of model has on disk, checked.
+
+    Attributes
+    ----------
+    path
+        The directory.
+    about
+        Plain values of its kind.
+    weights
+        All tensors, by name.
+    provenance
+        How it was made.
+    history
+        Losses of the training, a column ``step`` and one for each loss.
+    training
+        The cells it was trained on; None where nobody knows.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    weights: dict[str, Tensor]
+    provenance: dict[str, Any]
+    history: pd.DataFrame
+    training: TrainingManifest | None
+
+    @property
+    def where(self) -> str:
+        """Name of the file of ``about``, for messages."""
+        return str(self.path / (file_of(self.path) or ABOUT))
+
+
+def write_model(
+    path: str | Path,
+    kind: str,
+    about: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    *,
+    provenance: Mapping[str, Any],
+    history: pd.DataFrame,
+    training: TrainingManifest | None,
+    fill: Callable[[Path], object] = lambda folder: None,
+) -> None:
+    """Write a model as directory ``path``, replacing one of its kind that is there.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    kind
+        Which of ``KINDS``.
+    about, weights, provenance, history, training
+        As in :class:`StoredModel`.
+    fill
+        Writes what the kind has besides into the directory it is given.
+
+    Raises
+    ------
+    DataError
+        If ``path`` exists and is something else, or there is no space for it.
+    """
+    path = Path(path)
+    refuse_address("path", path)
+    found_again(path)
+    if path.exists() and kind_of(path) != kind:
+        raise DataError(
+            f"{path} exists and is not {KINDS[kind]} (no {ABOUT} that says so): choose another "
+            "directory."
+        )
+    moved = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with whole_directory(path, needed=sum(each.nbytes for each in moved.values())) as folder:
+        save_file(moved, folder / WEIGHTS)
+        write_history(folder, history)
+        if training is not None:
+            training.save(folder)
+        fill(folder)
+        said = {
+            **about,
+            "kind": kind,
+            "format": FORMAT,
+            "provenance": dict(provenance),
+            "training": None if training is None else training.about(),
+            "sha256": {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file()},
+        }
+        (folder / ABOUT).write_bytes(sealed(said))
+
+
+def read_model(path: str | Path, kind: str, wanted: Set[str]) -> StoredModel:
+    """Read what :func:`write_model` wrote, after checking every file.
+
+    Parameters
+    ----------
+    path, kind
+        As there.
+    wanted
+        Keys of ``about`` without which it is of no use.
+
+    Raises
+    ------
+    DataError
+        It is something else, a file is missing or damaged, or the format is newer.
+    """
+    path = found_again(Path(path))
+    if kind_of(path) != kind:
+        raise refusal(path, kind)
+    about = read_about(path, file_of(path) or ABOUT, KINDS[kind], wanted=wanted)
+    training = about.get("training")  # models of earlier versions say nothing
+    return StoredModel(
+        path,
+        about,
+        read_tensors(path / WEIGHTS),
+        about.get("provenance", {}),
+        read_history(path),
+        None if training is None else TrainingManifest.read(path, training),
+    )
 
 
 def sha256(path: Path) -> str:
@@ -79,69 +244,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checked(
-    path: Path,
-    name: str,
-    kind: str,
-    about: Mapping[str, Any],
-    fill: Callable[[Path], None],
-    *,
-    needed: int = 0,
-) -> None:
-    """Write a model as directory ``path``, replacing one of its kind that is there.
+def read_about(path: Path, name: str, kind: str, *, wanted: Set[str]) -> dict[str, Any]:
+    """Read what a model says of itself, after checking every file.
 
     Parameters
     ----------
-    path
-        The directory.
-    name
-        The file of ``about``, by which a directory of this kind is known.
+    path, name
+        The directory, and the file.
     kind
         What it is, in words, with its article.
-    about
-        Plain values; the checksums are added as ``sha256`` and ``self``.
-    fill
-        Writes the other files into the directory it is given.
-    needed
-        About how many bytes that will be; 0 where nobody knows.
-
-    Raises
-    ------
-    DataError
-        If ``path`` exists and is something else, or there is no space for it.
-    """
-    refuse_address("path", path)
-    found_again(path)
-    if path.exists() and not (path / name).is_file():
-        raise DataError(f"{path} exists and is not {kind} (no {name}): choose another directory.")
-    with whole_directory(path, needed=needed) as folder:
-        fill(folder)
-        sums = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
-        (folder / name).write_bytes(sealed({**about, "sha256": sums}))
-
-
-def read_about(
-    path: Path, name: str, kind: str, *, newest: int, wanted: Set[str], sealed_from: int = 2
-) -> dict[str, Any]:
-    """Read what :func:`write_checked` was told, after checking every file.
-
-    Parameters
-    ----------
-    path, name, kind
-        As there.
-    newest
-        Largest ``format`` that can be read.
     wanted
         Keys without which the values are of no use.
-    sealed_from
-        The ``format`` from which on ``name`` holds a checksum of itself.
 
     Raises
     ------
     DataError
         A file is missing or damaged, or the format is newer.
     """
-    again = "Copy the whole directory again from where it was made."
     try:
         text = (path / name).read_bytes()
         about: dict[str, Any] = json.loads(text)
@@ -149,24 +268,25 @@ def read_about(
         if type(number) is not int or number < 1:
             raise ValueError(f"format is {number!r}")
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"{path / name} cannot be read ({error}). {again}") from error
-    if number > newest:
+        raise DataError(f"{path / name} cannot be read ({error}). {_AGAIN}") from error
+    if number > FORMAT:
         raise DataError(
-            f"{path} is {kind} of format {number}; this version reads up to {newest}. Upgrade "
+            f"{path} is {kind} of format {number}; this version reads up to {FORMAT}. Upgrade "
             "genemodel."
         )
-    if (number >= sealed_from or SEAL in about) and not is_intact(text, about.get(SEAL)):
+    # Format 1 had no checksum of itself.
+    if (number > 1 or SEAL in about) and not is_intact(text, about.get(SEAL)):
         raise DataError(
-            f"{path / name} is damaged or was edited: its checksum of itself does not fit. {again}"
+            f"{path / name} is damaged or was edited: its checksum of itself does not fit. {_AGAIN}"
         )
     if missing := (wanted | {"sha256"}) - set(about):
-        raise DataError(f"{path / name} lacks {', '.join(sorted(missing))}. {again}")
+        raise DataError(f"{path / name} lacks {', '.join(sorted(missing))}. {_AGAIN}")
     for file, expected in about["sha256"].items():
         if not (path / file).is_file():
-            raise DataError(f"{path}: {file} is missing. {again}")
+            raise DataError(f"{path}: {file} is missing. {_AGAIN}")
         if sha256(path / file) != expected:
             raise DataError(
-                f"{path / file} is damaged: its checksum is not the one in {name}. {again}"
+                f"{path / file} is damaged: its checksum is not the one in {name}. {_AGAIN}"
             )
     return about
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import scipy.sparse as sp
 from safetensors.numpy import load_file, save_file
 
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.corpus_kernels import fingerprints, summarise
 from genemodel.settings import parse, some
 
 FINGERPRINTS = "training.safetensors"
@@ -139,7 +141,8 @@ class TrainedSource:
         file = f" ({self.file})" if self.file and self.file != self.name else ""
         return "; ".join(
             [
-                f"{self.name}{file}: {self.n_trained:,}{held_out} cells, {self.species}",
+                f"{self.name}{file}: {self.n_trained:,}{held_out} cells"
+                + (f", {self.species}" if self.species else ""),
                 f"licence {self.licence or 'not known'}",
                 *([self.citation] if self.citation else []),
             ]
@@ -170,7 +173,7 @@ class TrainingManifest:
         """Take down these cells of a corpus, by their permanent numbers."""
         source_C, checksum_C = corpus.source_C[cells], corpus.checksum_C[cells]
         print_CP = corpus.prints_CP()[cells]
-        sources, fingerprints = [], []
+        sources, prints = [], []
         for s in np.unique(source_C).tolist():
             record, own_C = corpus.sources[s], source_C == s
             sources.append(
@@ -184,8 +187,59 @@ class TrainingManifest:
                 )
             )  # fmt: skip
             print_N = print_CP[own_C].ravel()
-            fingerprints.append(Fingerprints.of(print_N[print_N > 0]))
-        return cls(tuple(sources), tuple(fingerprints))
+            prints.append(Fingerprints.of(print_N[print_N > 0]))
+        return cls(tuple(sources), tuple(prints))
+
+    @classmethod
+    def of_counts(
+        cls,
+        counts_CV: sp.csr_matrix,
+        trained: np.ndarray,
+        species_C: np.ndarray | None = None,
+        *,
+        name: str,
+        file: str = "",
+        licence: str = "",
+        citation: str = "",
+    ) -> Self:
+        """Take down cells in memory, as a corpus of them would be.
+
+        Parameters
+        ----------
+        counts_CV
+            Whole counts of all cells over a vocabulary, or over a model's own genes in their order.
+        trained
+            Rows that are trained on.
+        species_C
+            Name of every cell's species; none where the genes are known by the data's own names.
+        name, file, licence, citation
+            Of the source.
+        """
+        counts_CV = sp.csr_matrix(counts_CV, copy=True)
+        counts_CV.sum_duplicates()
+        counts_CV.eliminate_zeros()
+        parts = counts_CV.indptr, counts_CV.indices, counts_CV.data.astype(np.int64)
+        n_tokens = counts_CV.shape[1]
+        checksum_C = summarise(*parts, np.zeros(n_tokens, bool))[2]
+        print_CP = fingerprints(*parts, n_tokens)
+        if species_C is None:
+            species_C = np.full(counts_CV.shape[0], "", dtype=object)
+        is_trained_C = np.zeros(counts_CV.shape[0], bool)
+        is_trained_C[trained] = True
+        sources, prints = [], []
+        for species in sorted(set(species_C[is_trained_C])):
+            here_C = species_C == species
+            own_C = here_C & is_trained_C
+            sources.append(
+                TrainedSource(
+                    name=name, file=file, species=species, licence=licence, citation=citation,
+                    corpus="", n_cells=int(here_C.sum()), n_trained=int(own_C.sum()),
+                    checksum=f"{int(np.add.reduce(checksum_C[own_C])):016x}", n_tokens=n_tokens,
+                )
+            )  # fmt: skip
+            print_N = print_CP[own_C].ravel()
+            prints.append(Fingerprints.of(print_N[print_N > 0]))
+        return cls(tuple(sources), tuple(prints))
 
     @classmethod
     def after(cls, start: "TrainingManifest | None", own: "TrainingManifest") -> Self:

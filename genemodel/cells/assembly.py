@@ -241,8 +241,8 @@ def _see(place: Path) -> None:
         if time.monotonic() > end:
             raise ConfigError(
                 f"{place}: was made by a worker and cannot be seen here: every machine must share "
-                "the file system that the corpus is built on, under one path. Choose out= on a "
-                "shared disk"
+                "the file system that the corpus is built on, under one path. Put the corpus on "
+                "a shared disk"
             )
         time.sleep(0.2)
 

@@ -71,10 +71,6 @@ class CellBatch:
         """Copy every tensor to ``device``."""
         return self._with_tensors(lambda value: value.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Self:
-        """Copy every tensor to page-locked memory, from which a GPU copy can overlap work."""
-        return self._with_tensors(Tensor.pin_memory)
-
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors: dict[str, Any] = {
             field.name: change(value)

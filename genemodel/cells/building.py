@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.sources import CHUNK_CELLS, GROUP_CELLS, Source, SourceFile, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import GeneMatch
@@ -35,26 +36,22 @@ NO_SPECIES = "species not in the vocabulary or missing"
 type SourceLike = "str | Path | AnnData | Source | SourceFile"
 
 
-@dataclass(frozen=True)
-class BuildOptions:
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(InputSettings):
     """How sources are read and which cells are kept; see :meth:`Corpus.build`."""
 
-    layer: str | None = None
-    species: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     keep: tuple[str, ...] = ()
-    min_fraction: float = 0.3
     min_genes: int = 0
     max_mito: float | None = None
-    allow_fractional: bool = False
     unknown_species: Literal["refuse", "drop"] = "refuse"
-    missing_labels: tuple[str, ...] = ()
     chunk_cells: int = CHUNK_CELLS
     group_cells: int = GROUP_CELLS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, low, high in (
-            ("min_fraction", 0, 1), ("min_genes", 0, None), ("max_mito", 0, 1),
+            ("min_genes", 0, None), ("max_mito", 0, 1),
             ("chunk_cells", 1, None), ("group_cells", 1, None),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -101,8 +98,7 @@ class BuildOptions:
         return open_source(data, name=name, **self._reading())
 
     def _reading(self) -> dict[str, Any]:
-        names = ("layer", "species", "columns", "keep", "allow_fractional", "missing_labels")
-        return {key: getattr(self, key) for key in names}
+        return self.opening() | {"columns": self.columns, "keep": self.keep}
 
 
 def match_source(
@@ -121,11 +117,13 @@ def match_source(
             raise DataError(
                 f"{source.where}: holds cells of {found}; the vocabulary knows "
                 f"{', '.join(vocabulary.species)}. Add the species to the vocabulary "
-                "(`genemodel species`), or leave these cells out with unknown_species=drop"
+                "(`genemodel species`), or leave these cells out "
+                "(corpus build, corpus append: unknown_species=drop)"
             )
         raise DataError(
             f"{source.where}: {missing:,} of {source.n_cells:,} cells have no species in obs. Fill "
-            "the column, set species=, or leave these cells out with unknown_species=drop"
+            "the column, set species=, or leave these cells out "
+            "(corpus build, corpus append: unknown_species=drop)"
         )
     if not known:
         raise DataError(
@@ -136,8 +134,9 @@ def match_source(
     for name in known:
         try:
             matches[name] = vocabulary.match(
-                source.genes, species=name, min_fraction=options.min_fraction, among=known
-            )
+                source.genes, species=name, column=source.column,
+                min_fraction=options.min_fraction, among=known,
+            )  # fmt: skip
         except DataError as error:
             raise DataError(f"{source.where}: {error}") from error
     return matches

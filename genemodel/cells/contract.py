@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from genemodel.cells.diagnosis import LARGEST, Finding, diagnose, equal_sums
 from genemodel.cells.features import genes_among
 from genemodel.cells.matrices import Rows, SelectedColumns, rows_of
-from genemodel.errors import DataError
+from genemodel.errors import ConfigError, DataError
 from genemodel.genes.recognition import are_numbers, name_column, refuse_turned
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _way_out(finding: Finding) -> str:
     if finding.can_be_rounded:
         return (
             "If these are expected counts (RSEM, salmon, ambient correction), "
-            "allow_fractional=True rounds them; otherwise use the raw counts"
+            "allow_fractional=true rounds them; otherwise use the raw counts"
         )
     return "Use the file with raw counts, or name the layer that holds them: layer="
 
@@ -184,6 +184,12 @@ class Candidate:
     matrix: Any
     genes: Any
     """The var table, or a function that reads it."""
+    transposed: bool = False
+    """Genes are the rows of the matrix."""
+
+    def rows(self, place: str) -> Rows:
+        """Reader of its cells."""
+        return rows_of(self.matrix, place, transposed=self.transposed)
 
 
 def choose_counts(
@@ -193,8 +199,13 @@ def choose_counts(
     where: str,
     allow_fractional: bool,
     n_cells: int | None = None,
+    column: str | None = None,
+    genome: str | None = None,
 ) -> Counts:
-    """Take the matrix that ``layer`` names, prove it, and name the others where it is refused."""
+    """Take the matrix that ``layer`` names, prove it, and name the others where it is refused.
+
+    ``column`` of var holds the names of genes; ``genome`` is the one whose genes are taken.
+    """
     wanted = "X" if layer is None else layer
     chosen = next((c for c in candidates if c.setting == wanted), None)
     if chosen is None:
@@ -206,7 +217,7 @@ def choose_counts(
     place = f"{where}, {chosen.name}"
     genes = chosen.genes() if callable(chosen.genes) else chosen.genes
     try:
-        rows = rows_of(chosen.matrix, place)
+        rows = chosen.rows(place)
     except DataError as error:
         raise _with_alternatives(error, candidates, wanted, allow_fractional) from error
     if len(genes) != rows.shape[1]:
@@ -215,10 +226,13 @@ def choose_counts(
             "file does not fit together: make it again"
         )
     kept_G, notes = genes_among(genes, where)
+    if genome is not None:
+        of_genome_G = _of_genome(genes, genome, where)
+        kept_G = of_genome_G if kept_G is None else kept_G & of_genome_G
     column_G = None if kept_G is None else np.flatnonzero(kept_G)
     if column_G is not None:
         rows, genes = SelectedColumns(rows, column_G), genes.iloc[column_G]
-    genes = _named(genes, where)
+    genes = _named(genes, where, column)
     try:
         finding = examine(rows)
     except DataError as error:
@@ -250,7 +264,7 @@ def _alternatives(candidates: list[Candidate], refused: str, allow_fractional: b
         if candidate.setting == refused:
             continue
         try:
-            finding = examine(rows_of(candidate.matrix, candidate.name))
+            finding = examine(candidate.rows(candidate.name))
         except DataError:
             others.append(f"{candidate.name}: not readable")
             continue
@@ -274,14 +288,35 @@ def _with_alternatives(
     return DataError(f"{error}. {_alternatives(candidates, refused, allow_fractional)}")
 
 
-def _named(genes: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the var table with gene names as its index, where that holds numbers."""
-    if not len(genes) or not are_numbers(genes.index):
+def _of_genome(genes: pd.DataFrame, genome: str, where: str) -> npt.NDArray[np.bool_]:
+    """Tell the genes of one genome of a reference of several."""
+    known = sorted(set(genes["genome"].astype(str))) if "genome" in genes.columns else []
+    if genome not in known:
+        raise DataError(
+            f"{where}: has no genome {genome!r}; it has {', '.join(known) or 'no genome names'}. "
+            "Set genome= to one of them, or leave it out"
+        )
+    return (genes["genome"].astype(str) == genome).to_numpy(bool)
+
+
+def _named(genes: pd.DataFrame, where: str, column: str | None) -> pd.DataFrame:
+    """Return the var table with gene names as its index: of a column, or where that has numbers."""
+    if column == "index":
         return genes
-    column = name_column(genes)
-    if column is None:
-        return genes  # who needs names refuses: see refuse_numbers
-    log.info("%s: var_names are numbers; the gene names stand in var[%r]", where, column)
+    if column is not None:
+        if list(genes.columns).count(column) != 1:
+            known = ", ".join(map(str, genes.columns)) or "no columns"
+            raise DataError(
+                f"{where}: var has {'no' if column not in genes.columns else 'more than one'} "
+                f"column {column!r} (column={column}); it has {known}, and 'index'"
+            )
+    elif not len(genes) or not are_numbers(genes.index):
+        return genes
+    else:
+        column = name_column(genes)
+        if column is None:
+            return genes  # who needs names refuses: see refuse_numbers
+        log.info("%s: var_names are numbers; the gene names stand in var[%r]", where, column)
     texts = genes[column]
     named = texts.notna() & (texts.astype(str) != "")
     names = np.where(named, texts.astype(str), genes.index.astype(str))
@@ -302,8 +337,8 @@ def refuse_numbers(genes: pd.DataFrame, where: str) -> None:
         columns = ", ".join(map(str, genes.columns)) or "none"
         raise DataError(
             f"{where}: var_names are numbers ({', '.join(map(str, genes.index[:3]))} …), no genes, "
-            f"and no column of var holds gene names (it has {columns}). Put ids or symbols into "
-            "adata.var_names"
+            f"and no column of var is known to hold gene names (it has {columns}). Name the one "
+            "that does with column=, or put ids or symbols into adata.var_names"
         )
 
 
@@ -341,6 +376,9 @@ def find_counts(
     layer: str | None = None,
     allow_fractional: bool = False,
     where: str = "AnnData",
+    column: str | None = None,
+    genome: str | None = None,
+    transpose: bool = False,
 ) -> Counts:
     """Prove that an AnnData holds raw counts, and give a reader for them.
 
@@ -355,6 +393,10 @@ def find_counts(
         Accept expected counts (RSEM, salmon) and round them; how many is in ``tally.rounded``.
     where
         Name of the object in messages.
+    column, genome
+        Column of var that holds the gene names; the genome whose genes are taken.
+    transpose
+        Refused: see Raises.
 
     Returns
     -------
@@ -362,10 +404,17 @@ def find_counts(
 
     Raises
     ------
+    ConfigError
+        It is to be transposed, which would not be the object that results are written to.
     DataError
         The matrix holds anything but whole numbers ≥ 0: the message says what it is (log1p, CPM,
         scaled, NaN …) and which layers would do.
     """
+    if transpose:
+        raise ConfigError(
+            f"{where}: transpose=true turns what is read from a file. An AnnData in memory, which "
+            "results are written to, turns with adata = adata.T"
+        )
     candidates = [Candidate("X", "X", adata.X, adata.var)]
     candidates += [
         Candidate(f"layers[{name!r}]", name, adata.layers[name], adata.var)
@@ -383,4 +432,6 @@ def find_counts(
         where=where,
         allow_fractional=allow_fractional,
         n_cells=adata.n_obs,
+        column=column,
+        genome=genome,
     )

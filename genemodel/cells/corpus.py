@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from genemodel.cells import manifest as layout
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.manifest import Manifest, SourceRecord
 from genemodel.cells.mapped import mapped_once
 from genemodel.cells.matrices import refuse_damage
@@ -77,31 +78,28 @@ class Corpus:
     # -- making and opening -----------------------------------------------------------------------
 
     @classmethod
+    @reads_cells
     def build(
         cls,
         sources: "Sources",
         out: str | Path,
         *,
         vocabulary: GeneVocabulary | None = None,
-        layer: str | None = None,
-        species: str | None = None,
         columns: Mapping[str, str] | None = None,
         batch_key: str | None = None,
         donor_key: str | None = None,
         label_key: str | None = None,
         keep: Sequence[str] = (),
-        min_fraction: float = 0.3,
         min_genes: int = 0,
         max_mito: float | None = None,
-        allow_fractional: bool = False,
         unknown_species: Literal["refuse", "drop"] = "refuse",
-        missing_labels: Sequence[str] = (),
         chunk_cells: int = CHUNK_CELLS,
         group_cells: int = GROUP_CELLS,
         workers: int = 1,
         engine: Literal["processes", "dask"] = "processes",
         scheduler: str | None = None,
         overwrite: bool = False,
+        **options: Unpack[InputOptions],
     ) -> Self:
         """Build a corpus from any number of sources in one streaming pass.
 
@@ -116,20 +114,15 @@ class Corpus:
             Folder of the corpus.
         vocabulary
             Default: the built-in human and mouse vocabulary.
-        layer, species, columns, keep, allow_fractional
+        columns, keep
             See :func:`~genemodel.cells.sources.open_source`; for sources that differ, open each by
             itself and give the Source.
         batch_key, donor_key, label_key
             Short for ``columns={"batch": …, "donor": …, "cell_type": …}``.
-        min_fraction
-            Smallest share of a file's genes that must be in the vocabulary.
         min_genes, max_mito
             Drop cells with fewer genes, or a larger share of mitochondrial counts; off by default.
         unknown_species
             ``"drop"`` leaves cells out whose species the vocabulary does not hold.
-        missing_labels
-            Texts that stand for a missing value in columns of the corpus, beside the usual ones
-            (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
         chunk_cells
             Cells held at once by each worker.
         group_cells
@@ -144,6 +137,8 @@ class Corpus:
             path.
         overwrite
             Replace a corpus that is there; only after the new one is complete.
+        **options
+            How the sources are read.
 
         Returns
         -------
@@ -160,64 +155,66 @@ class Corpus:
         from genemodel.cells.engines import EngineSettings
 
         refuse_address("out", out)
-        options = _options(
-            layer, species, columns, batch_key, donor_key, label_key, keep,
-            min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
-            allow_fractional=allow_fractional, unknown_species=unknown_species,
-            missing_labels=tuple(missing_labels),
+        how = _options(
+            InputSettings.given(options), columns, batch_key, donor_key, label_key, keep,
+            min_genes=min_genes, max_mito=max_mito, unknown_species=unknown_species,
             chunk_cells=chunk_cells, group_cells=group_cells,
         )  # fmt: skip
         assembly.build(
             sources,
             Path(out),
             GeneVocabulary.builtin() if vocabulary is None else vocabulary,
-            options,
+            how,
             EngineSettings(workers, engine, scheduler),
             overwrite=overwrite,
             made_by=_made_by(),
         )
         return cls.open(out)
 
+    @reads_cells
     def append(
         self,
         sources: "Sources",
         *,
-        layer: str | None = None,
-        species: str | None = None,
         columns: Mapping[str, str] | None = None,
         batch_key: str | None = None,
         donor_key: str | None = None,
         label_key: str | None = None,
         keep: Sequence[str] = (),
-        min_fraction: float = 0.3,
         min_genes: int = 0,
         max_mito: float | None = None,
-        allow_fractional: bool = False,
         unknown_species: Literal["refuse", "drop"] = "refuse",
-        missing_labels: Sequence[str] = (),
         chunk_cells: int = CHUNK_CELLS,
         group_cells: int = GROUP_CELLS,
         workers: int = 1,
         engine: Literal["processes", "dask"] = "processes",
         scheduler: str | None = None,
+        **options: Unpack[InputOptions],
     ) -> "Corpus":
         """Add sources behind the cells that are there; returns the grown corpus, opened.
 
         Parameters are those of :meth:`build`. Existing cells keep their numbers, existing files
         are not touched, and a failure leaves the corpus as it was.
+
+        Parameters
+        ----------
+        sources, columns, batch_key, donor_key, label_key, keep, min_genes, max_mito
+            As in :meth:`build`.
+        unknown_species, chunk_cells, group_cells, workers, engine, scheduler
+            As in :meth:`build`.
+        **options
+            How the sources are read.
         """
         from genemodel.cells import assembly
         from genemodel.cells.engines import EngineSettings
 
-        options = _options(
-            layer, species, columns, batch_key, donor_key, label_key, keep,
-            min_fraction=min_fraction, min_genes=min_genes, max_mito=max_mito,
-            allow_fractional=allow_fractional, unknown_species=unknown_species,
-            missing_labels=tuple(missing_labels),
+        how = _options(
+            InputSettings.given(options), columns, batch_key, donor_key, label_key, keep,
+            min_genes=min_genes, max_mito=max_mito, unknown_species=unknown_species,
             chunk_cells=chunk_cells, group_cells=group_cells,
         )  # fmt: skip
         assembly.append(
-            self.path, self.manifest, self.vocabulary, sources, options,
+            self.path, self.manifest, self.vocabulary, sources, how,
             EngineSettings(workers, engine, scheduler), made_by=_made_by(),
         )  # fmt: skip
         return type(self).open(self.path, threads=self.threads)
@@ -561,10 +558,8 @@ class Corpus:
         -------
         list of str
             What is broken, by name; empty where all is well. For a corpus that cannot be opened
-            use :func:`~genemodel.cells.verification.verify_corpus`.
+            use :func:`verify_corpus`.
         """
-        from genemodel.cells.verification import verify_corpus
-
         return verify_corpus(self.path)
 
     def describe(self) -> "CorpusReport":
@@ -574,9 +569,36 @@ class Corpus:
         return CorpusReport.of(self)
 
 
+def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
+    """List everything that is wrong with a corpus.
+
+    Parameters
+    ----------
+    path
+        Folder of the corpus; it need not be openable.
+    contents
+        Besides the checksums of all files, read all counts and compare the per-cell index and the
+        gene statistics with them.
+
+    Returns
+    -------
+    list of str
+        One line per fault, each with the file's name; empty where all is well.
+    """
+    from genemodel.cells.verification import broken_files, contradictions
+
+    path = found_again(Path(path))
+    problems = broken_files(path)
+    if contents and not problems:
+        try:
+            problems = contradictions(Corpus.open(path))
+        except DataError as error:
+            problems = [str(error)]
+    return problems
+
+
 def _options(
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     columns: Mapping[str, str] | None,
     batch_key: str | None,
     donor_key: str | None,
@@ -587,9 +609,7 @@ def _options(
     from genemodel.cells.building import BuildOptions
 
     named = {"batch": batch_key, "donor": donor_key, "cell_type": label_key}
-    return BuildOptions.of(
-        columns=columns, keep=keep, named=named, layer=layer, species=species, **values
-    )
+    return BuildOptions.of(columns=columns, keep=keep, named=named, **reading.options(), **values)
 
 
 def _made_by() -> str:

@@ -299,8 +299,8 @@ class DaskCluster:
             if not sees:
                 raise ConfigError(
                     f"Dask worker {worker} does not see {self._folder}: every machine must share "
-                    "the file system that the corpus is built on, under one path. Choose out= on "
-                    "a shared disk"
+                    "the file system that the corpus is built on, under one path. Put the corpus "
+                    "on a shared disk"
                 )
 
     def results[Item, Result](

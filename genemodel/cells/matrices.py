@@ -347,8 +347,10 @@ def csr_of(
     )
 
 
-def rows_of(matrix: Any, where: str) -> Rows:
+def rows_of(matrix: Any, where: str, *, transposed: bool = False) -> Rows:
     """Reader of any matrix that AnnData may hold, in memory or backed by a file.
+
+    ``transposed``: the rows that are wanted are its columns.
 
     Raises
     ------
@@ -363,11 +365,12 @@ def rows_of(matrix: Any, where: str) -> Rows:
     if isinstance(matrix, Rows):
         return matrix
     if isinstance(matrix, h5py.Group | zarr.Group):
-        return _stored_rows(matrix, where)
+        return _stored_rows(matrix, where, transposed)
     group = getattr(matrix, "group", None)  # anndata's backed sparse matrices
     if isinstance(group, h5py.Group | zarr.Group):
-        return _stored_rows(group, where)
+        return _stored_rows(group, where, transposed)
     if sp.issparse(matrix):
+        matrix = matrix.T if transposed else matrix
         if matrix.format == "csr":
             rows: Rows = SparseRows(matrix.data, matrix.indices, matrix.indptr, matrix.shape, where)
         elif matrix.format == "csc":
@@ -375,7 +378,8 @@ def rows_of(matrix: Any, where: str) -> Rows:
         else:
             return rows_of(matrix.tocsr(), where)
     elif isinstance(matrix, np.ndarray | h5py.Dataset | zarr.Array):
-        rows = DenseRows(np.ma.getdata(matrix) if np.ma.isMA(matrix) else _complete(matrix), where)
+        values = np.ma.getdata(matrix) if np.ma.isMA(matrix) else _complete(matrix)
+        rows = DenseRows(values, where, transposed=transposed)
     else:
         raise DataError(
             f"{where}: is a {type(matrix).__module__}.{type(matrix).__name__}, which cannot be "
@@ -384,7 +388,7 @@ def rows_of(matrix: Any, where: str) -> Rows:
     return numeric(rows, where)
 
 
-def _stored_rows(group: Any, where: str) -> Rows:
+def _stored_rows(group: Any, where: str, transposed: bool) -> Rows:
     """Reader of a sparse matrix as anndata stores it."""
     encoding = group.attrs.get("encoding-type", group.attrs.get("h5sparse_format", ""))
     encoding = encoding.decode() if isinstance(encoding, bytes) else str(encoding)
@@ -398,7 +402,9 @@ def _stored_rows(group: Any, where: str) -> Rows:
     shape = group.attrs.get("shape", group.attrs.get("h5sparse_shape"))
     if shape is None:
         raise DataError(f"{where}: does not state its shape. Write the file again with anndata")
-    kind = SparseRows if encoding.startswith("csr") else ColumnRows
+    # The columns of one layout are the rows of the other.
+    kind = SparseRows if encoding.startswith("csr") != transposed else ColumnRows
+    shape = tuple(reversed(shape)) if transposed else tuple(shape)
     with refuse_damage(where):
         data, indices, indptr = (_complete(group[key]) for key in ("data", "indices", "indptr"))
     return numeric(kind(data, indices, indptr, (int(shape[0]), int(shape[1])), where), where)

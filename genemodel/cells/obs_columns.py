@@ -28,13 +28,14 @@ class ColumnPlan:
 
     ``wanted``: corpus column -> obs column, demanded; ``optional``: the same, absent is allowed.
     ``species``: a constant, or None where it comes from a column. ``words``: texts that mean
-    "missing".
+    "missing". ``every``: all columns as they are, and nothing is demanded.
     """
 
     wanted: Mapping[str, str]
     optional: Mapping[str, str]
     species: str | None
     words: frozenset[str] = PLACEHOLDERS
+    every: bool = False
 
     @classmethod
     def of(
@@ -81,6 +82,9 @@ class ColumnPlan:
         name: str,
     ) -> pd.DataFrame:
         """Make the obs table of a source from its columns."""
+        if self.every:
+            columns = {column: pd.Series(read(column)).array for column in present}
+            return pd.DataFrame(columns, index=pd.Index(index.astype(str), name=None))
         taken: dict[str, Any] = {}
         twice = {name for name in present if list(present).count(name) > 1}
         for column, key in self.wanted.items():

@@ -68,9 +68,8 @@ def told_apart(sources: Sequence[Nameless], taken: Collection[str] = ()) -> list
             also = "one that the corpus has already" if n == 1 else f"given to {n} sources"
             raise ConfigError(
                 f"the name {name!r} is {also}: their cells could not be told apart or held out. "
-                "Give every source a name of its own (column name of a sheet; a mapping name -> "
-                "source; name= of open_source); sources that are one data set say so in an obs "
-                "column dataset"
+                "Give every source a name of its own (column name of a sheet; in Python a mapping "
+                "name -> source); sources that are one data set say so in an obs column dataset"
             )
     depth = [0] * len(sources)
     fixed = {*given, *taken}

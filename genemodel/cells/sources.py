@@ -20,8 +20,8 @@ from genemodel.cells import remote
 from genemodel.cells.contract import Candidate, Counts, choose_counts, find_counts
 from genemodel.cells.matrices import SequentialRows, refuse_damage
 from genemodel.cells.obs_columns import COLUMNS, NOTES, ColumnPlan
-from genemodel.errors import DataError
-from genemodel.genes.recognition import refuse_turned
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.recognition import TURN_FILE, refuse_turned
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -101,6 +101,8 @@ class Source:
     licence: str = ""
     citation: str = ""
     """What the file or the caller says; empty where neither does."""
+    column: str | None = None
+    """Column of ``var`` that the caller said holds the gene names."""
 
     @property
     def n_cells(self) -> int:
@@ -174,6 +176,7 @@ class SourceFile:
     licence: str | None = None
     citation: str | None = None
     missing_labels: tuple[str, ...] = ()
+    column: str | None = None
 
     def open(self) -> Source:
         """Open it."""
@@ -191,6 +194,15 @@ class OpenOptions:
     genome: str | None
     transpose: bool
     name: str
+    column: str | None = None
+
+    def refuse_transpose(self, where: str, kind: str) -> None:
+        """Refuse to turn a kind of file that says itself which of its sides are the genes."""
+        if self.transpose:
+            raise ConfigError(
+                f"{where}: transpose=true turns a table, an h5ad or a zarr; a {kind} source says "
+                "which of its sides are genes: leave it out"
+            )
 
 
 def open_source(
@@ -207,6 +219,7 @@ def open_source(
     licence: str | None = None,
     citation: str | None = None,
     missing_labels: Sequence[str] = (),
+    column: str | None = None,
 ) -> Source:
     """Open a source of raw counts and prove it, without loading it.
 
@@ -228,12 +241,8 @@ def open_source(
         Further obs columns to keep where they exist.
     name
         Name of the source; by default the file's stem.
-    allow_fractional
-        Round expected counts (RSEM, salmon) instead of refusing them.
-    genome
-        Of a 10x file with several genomes, the one to take.
-    transpose
-        The text table has genes as rows.
+    allow_fractional, genome, transpose, column
+        See :class:`~genemodel.cells.input_settings.InputSettings`.
     licence, citation
         Of the data; by default what an h5ad, zarr or AnnData says in ``uns["license"]`` (or
         ``licence``) and ``uns["citation"]``. A model names them with what it was trained on.
@@ -259,16 +268,23 @@ def open_source(
     plan = ColumnPlan.of(species, columns, keep, missing_labels)
     if not isinstance(data, str | Path):
         source = _open_anndata(
-            data, OpenOptions(layer, plan, allow_fractional, genome, transpose, name or "AnnData")
+            data,
+            OpenOptions(
+                layer, plan, allow_fractional, genome, transpose, name or "AnnData", column
+            ),
         )
+        source.column = column
         return _said(source, licence, citation)
     local = remote.is_local(str(data))
     path = Path(data) if local else remote.name_of(str(data))
-    options = OpenOptions(layer, plan, allow_fractional, genome, transpose, name or stem(path))
+    options = OpenOptions(
+        layer, plan, allow_fractional, genome, transpose, name or stem(path), column
+    )
     source = open_with(str(data), options)
+    source.column = column
     source.opened_from = SourceFile(
         str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose,
-        licence, citation, tuple(missing_labels),
+        licence, citation, tuple(missing_labels), column,
     )  # fmt: skip
     return _said(source, licence, citation)
 
@@ -503,6 +519,15 @@ def _open_store(group: Any, path: Path, where: str, options: OpenOptions) -> Sou
     return _open_stored(group, path, "zarr", options, None)
 
 
+def refuse_old(table: Any, where: str) -> None:
+    """Refuse obs or var of an anndata that wrote them as one array of records."""
+    if not hasattr(table, "keys"):
+        raise DataError(
+            f"{where}: was written by an anndata older than 0.7. Read it once with "
+            "anndata.read_h5ad and write it again"
+        )
+
+
 def _open_stored(
     root: Any,
     path: Path,
@@ -514,13 +539,10 @@ def _open_stored(
     import anndata as ad
 
     where = path.name
-    with refuse_damage(f"{where}, obs"):
-        obs_group = root["obs"]
-        if not hasattr(obs_group, "keys"):
-            raise DataError(
-                f"{where}: was written by an anndata older than 0.7. Read it once with "
-                "anndata.read_h5ad and write it again"
-            )
+    of_cells, of_genes = ("var", "obs") if options.transpose else ("obs", "var")
+    with refuse_damage(f"{where}, {of_cells}"):
+        obs_group = root[of_cells]
+        refuse_old(obs_group, where)
         attributes = obs_group.attrs
         index = pd.Index(ad.io.read_elem(obs_group[attributes.get("_index", "_index")]))
         if "__categories" in obs_group:
@@ -536,8 +558,8 @@ def _open_stored(
 
     @functools.cache
     def var() -> pd.DataFrame:
-        with refuse_damage(f"{where}, var"):
-            return ad.io.read_elem(root["var"])
+        with refuse_damage(f"{where}, {of_genes}"):
+            return ad.io.read_elem(root[of_genes])
 
     def raw_var() -> pd.DataFrame:
         with refuse_damage(f"{where}, raw/var"):
@@ -547,13 +569,15 @@ def _open_stored(
         # anndata writes what an object lacks as an array without a shape.
         return key in group and getattr(group[key], "shape", ()) is not None
 
-    refuse_turned(index, var().index, where)
-    candidates = [Candidate("X", "X", root["X"], var)] if there(root, "X") else []
+    turned = options.transpose
+    refuse_turned(index, var().index, where, "Leave transpose out" if turned else TURN_FILE)
+    candidates = [Candidate("X", "X", root["X"], var, turned)] if there(root, "X") else []
     if "layers" in root:
         candidates += [
-            Candidate(f"layers[{n!r}]", n, root["layers"][n], var) for n in root["layers"]
+            Candidate(f"layers[{n!r}]", n, root["layers"][n], var, turned) for n in root["layers"]
         ]
-    if there(root, "raw") and there(root["raw"], "X"):
+    # The columns of raw would be cells that no other part of the file knows.
+    if there(root, "raw") and there(root["raw"], "X") and not turned:
         candidates = [c for c in candidates if c.setting != "raw"]
         candidates.append(Candidate("raw", "raw", root["raw"]["X"], raw_var))
     counts = choose_counts(
@@ -562,7 +586,10 @@ def _open_stored(
         where=where,
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
+        column=options.column,
+        genome=options.genome,
     )
+    kind += ", turned" if turned else ""
 
     def entry(key: str) -> object:
         if "uns" not in root or key not in root["uns"]:
@@ -589,7 +616,13 @@ def _open_anndata(adata: Any, options: OpenOptions) -> Source:
         options.name,
     )
     counts = find_counts(
-        adata, layer=options.layer, allow_fractional=options.allow_fractional, where=options.name
+        adata,
+        layer=options.layer,
+        allow_fractional=options.allow_fractional,
+        where=options.name,
+        column=options.column,
+        genome=options.genome,
+        transpose=options.transpose,
     )
     return _by_file(Source(options.name, options.name, "", "AnnData", counts, obs), adata.uns.get)
 

@@ -16,7 +16,6 @@ import scipy.sparse as sp
 from genemodel.cells.contract import Candidate, choose_counts
 from genemodel.cells.matrices import (
     Rows,
-    SelectedColumns,
     SequentialRows,
     SparseRows,
     numeric,
@@ -107,30 +106,27 @@ def _source(
     options: OpenOptions,
     closer: Any,
 ) -> Source:
-    """Keep the genes (not antibodies, guides …) and make the source."""
+    """Make the source."""
     where = path.name
     if options.layer not in (None, "X"):
-        raise DataError(f"{where}: a {kind} source has no layers, layer={options.layer} was asked")
-    kept = np.ones(len(genes), bool)
-    if genome is not None:
-        known = sorted(set(genes["genome"])) if "genome" in genes.columns else []
-        if genome not in known:
-            raise DataError(
-                f"{where}: has no genome {genome!r}; it has {', '.join(known) or 'no genome names'}"
-            )
-        kept = (genes["genome"] == genome).to_numpy()
-    if not kept.all():
-        rows = SelectedColumns(rows, np.flatnonzero(kept))
-        genes = genes[kept]
+        raise DataError(
+            f"{where}: a {kind} source has no layers, layer={options.layer} was asked: leave it out"
+        )
+    options.refuse_transpose(where, kind)
     present = [str(c) for c in cells.columns]
     obs = options.plan.apply(cells.index, present, cells.__getitem__, where, options.name)
-    refuse_turned(obs.index, genes.index, where)
+    refuse_turned(
+        obs.index, genes.index, where,
+        "Its files of the names of cells and genes are exchanged: rename them",
+    )  # fmt: skip
     counts = choose_counts(
         [Candidate("matrix", "X", rows, genes)],
         layer=None,
         where=where,
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
+        column=options.column,
+        genome=genome,
     )
     return Source(options.name, where, path.name, kind, counts, obs, closer)
 

@@ -69,7 +69,9 @@ def open_table(path: Path, options: OpenOptions) -> Source:
     """
     where = path.name
     if options.layer not in (None, "X"):
-        raise DataError(f"{where}: a text table has no layers, layer={options.layer} was asked")
+        raise DataError(
+            f"{where}: a text table has no layers, layer={options.layer} was asked: leave it out"
+        )
     with refuse_damage(where):
         table = _Table.of(path)
         is_long = table.is_long()
@@ -91,27 +93,38 @@ def open_table(path: Path, options: OpenOptions) -> Source:
         rows = SequentialRows((len(cells), len(genes)), table.blocks, where)
     if len(beside.columns):
         log.info("%s: columns %s are no counts", where, ", ".join(map(str, beside.columns)))
-    return _of_table(path, options, rows, cells, genes)
+    remedy = (
+        "Leave transpose out: it was turned" if options.transpose else "Set transpose=true: turn it"
+    )
+    return _of_table(path, options, rows, cells, genes, remedy)
 
 
 def _of_table(
-    path: Path, options: OpenOptions, rows: Rows, cells: pd.DataFrame, genes: pd.DataFrame
+    path: Path,
+    options: OpenOptions,
+    rows: Rows,
+    cells: pd.DataFrame,
+    genes: pd.DataFrame,
+    remedy: str,
 ) -> Source:
     present = [str(c) for c in cells.columns]
     obs = options.plan.apply(cells.index, present, cells.__getitem__, path.name, options.name)
-    refuse_turned(obs.index, genes.index, path.name)
+    refuse_turned(obs.index, genes.index, path.name, remedy)
     counts = choose_counts(
         [Candidate("table", "X", rows, genes)],
         layer=None,
         where=path.name,
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
+        column=options.column,
+        genome=options.genome,
     )
     return Source(options.name, path.name, path.name, "csv", counts, obs)
 
 
 def _open_long(table: "_Table", options: OpenOptions) -> Source:
     """Open a table with a line per cell and gene (umi_tools count)."""
+    options.refuse_transpose(table.path.name, "table in long format")
     path = table.path
     lines = table.read(dtype={0: str, 1: str}, keep_default_na=False)
     if len(lines) > _TURNED_VALUES:
@@ -135,6 +148,7 @@ def _open_long(table: "_Table", options: OpenOptions) -> Source:
         path, options, rows_of(matrix, path.name),
         pd.DataFrame(index=pd.Index(cell_names, dtype=str)),
         pd.DataFrame(index=pd.Index(gene_names, dtype=str)),
+        "Name the columns of genes and cells so that they can be told apart",
     )  # fmt: skip
 
 
@@ -292,6 +306,7 @@ def _numbers_in(row: list[str]) -> bool:
 def open_loom(file: Any, path: Path, options: OpenOptions) -> Source:
     """Open a loom file: genes × cells, dense, attributes of rows and columns beside it."""
     where = path.name
+    options.refuse_transpose(where, "loom")
 
     def texts(dataset: Any) -> np.ndarray:
         values = dataset[:]
@@ -336,5 +351,7 @@ def open_loom(file: Any, path: Path, options: OpenOptions) -> Source:
         where=where,
         allow_fractional=options.allow_fractional,
         n_cells=len(obs),
+        column=options.column,
+        genome=options.genome,
     )
     return Source(options.name, where, path.name, "loom", counts, obs, file.close)

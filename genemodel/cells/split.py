@@ -273,10 +273,10 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
         found = f"of which each group is the only one of a species ({_shown(groups)})"
     return (
         f"corpus {corpus.path}: cannot hold out by {by}, {found}. "
-        + (f"Set holdout.by to {', '.join(others)}; " if others else "")
-        + "set holdout=auto (holdout.by='auto') to hold out by what there is, or holdout.by='' to "
-        f"hold nothing out; or add sources, and map their column (columns={{'{by}': ...}}) when "
-        "building the corpus"
+        + (f"Hold out by {', '.join(others)}, or nothing " if others else "Hold nothing out ")
+        + f"(pretrain, finetune: holdout.by={others[0].split()[0] if others else repr('')}), or by "
+        "what there is (holdout=auto); or add sources whose column is filled "
+        f"(corpus build, corpus append: columns={{{by}: COLUMN}})"
     )
 
 

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from genemodel.cells import manifest as layout
-from genemodel.cells.corpus import Corpus
 from genemodel.cells.manifest import Manifest
 from genemodel.errors import DataError
-from genemodel.writing import found_again
+
+if TYPE_CHECKING:
+    from genemodel.cells.corpus import Corpus
 
 # Cells whose counts are held at once.
 _BLOCK_CELLS = 8192
@@ -17,23 +19,14 @@ _BLOCK_CELLS = 8192
 _LEFT_OVER = ("append.partial/", f".{layout.MANIFEST}.partial", f"{layout.MANIFEST}.partial")
 
 
-def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
-    """List everything that is wrong with a corpus.
-
-    Parameters
-    ----------
-    path
-        Folder of the corpus; it need not be openable.
-    contents
-        Besides the checksums of all files, read all counts and compare the per-cell index and the
-        gene statistics with them.
+def broken_files(path: Path) -> list[str]:
+    """List what is wrong with the files of a corpus, which need not be openable.
 
     Returns
     -------
     list of str
         One line per fault, each with the file's name; empty where all is well.
     """
-    path = found_again(Path(path))
     try:
         manifest = Manifest.read(path)
     except DataError as error:
@@ -56,13 +49,7 @@ def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
         if name != layout.MANIFEST and name not in manifest.objects:
             kind = "left by an interrupted append" if name.startswith(_LEFT_OVER) else "unlisted"
             problems.append(f"{name}: {kind}: the manifest does not know this file")
-    problems += _inconsistent(manifest)
-    if contents and not problems:
-        try:
-            problems += _compare(Corpus.open(path))
-        except DataError as error:
-            problems.append(str(error))
-    return problems
+    return problems + _inconsistent(manifest)
 
 
 def _written_otherwise(file: Path) -> list[str]:
@@ -91,8 +78,14 @@ def _inconsistent(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _compare(corpus: Corpus) -> list[str]:
-    """Read all counts and compare what was computed from them at build time."""
+def contradictions(corpus: "Corpus") -> list[str]:
+    """Read all counts and compare what was computed from them at build time.
+
+    Returns
+    -------
+    list of str
+        As of :func:`broken_files`.
+    """
     from genemodel.cells.corpus_kernels import fingerprints, summarise
     from genemodel.cells.corpus_statistics import mitochondrial_V
 

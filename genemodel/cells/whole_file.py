@@ -4,18 +4,18 @@ The work on all cells at once (integration, scores, labels) needs the object; wh
 the same as for a corpus.
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells import remote
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.matrices import refuse_damage
 from genemodel.cells.obs_columns import ColumnPlan
-from genemodel.cells.sources import OpenOptions, modality_of, open_with, stem
+from genemodel.cells.sources import OpenOptions, modality_of, open_with, refuse_old, stem
 from genemodel.errors import DataError
+from genemodel.genes.recognition import TURN_FILE, refuse_turned
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,23 +23,9 @@ if TYPE_CHECKING:
 _PARTS = ("X", "obs", "var", "uns", "obsm", "varm", "obsp", "varp", "layers")
 
 
-class _EveryColumn(ColumnPlan):
-    """Keeps obs as it is."""
-
-    def apply(
-        self,
-        index: pd.Index,
-        present: Sequence[str],
-        read: Callable[[str], Any],
-        where: str,
-        name: str,
-    ) -> pd.DataFrame:
-        """See :class:`ColumnPlan`."""
-        columns = {column: pd.Series(read(column)).array for column in present}
-        return pd.DataFrame(columns, index=pd.Index(index.astype(str), name=None))
-
-
-def read_anndata(path: str | Path) -> "AnnData":
+def read_anndata(
+    path: str | Path, settings: InputSettings | None = None
+) -> "tuple[AnnData, InputSettings]":
     """Read a file or folder of cells, whatever its kind.
 
     Parameters
@@ -48,28 +34,50 @@ def read_anndata(path: str | Path) -> "AnnData":
         What :func:`~genemodel.cells.sources.open_source` opens. h5ad and zarr are read with all
         layers, embeddings and notes; of other kinds the counts, which are proven, and the names and
         columns of cells and genes.
+    settings
+        How to read it.
+
+    Returns
+    -------
+    tuple
+        The cells, and what is still to be said of them: a matrix that was turned, or taken of a
+        layer that is ``X`` now, is not to be looked for again.
 
     Raises
     ------
     DataError
         Missing, damaged or foreign.
     """
+    settings = settings or InputSettings()
     if remote.is_local(str(path)):
         if not Path(path).exists():
             raise DataError(f"{path}: does not exist: name a file of raw counts")
         if (found := _stored(Path(path))) is not None:
-            return found
+            return _as_said(found, str(path), settings)
     import anndata as ad
 
     name = stem(Path(path) if remote.is_local(str(path)) else remote.name_of(str(path)))
-    plan = _EveryColumn({}, {}, None)
-    options = OpenOptions(None, plan, False, None, False, name)
+    plan = ColumnPlan({}, {}, None, every=True)
+    options = OpenOptions(plan=plan, name=name, **settings.counting())
     with open_with(path, options) as source:
         blocks = [chunk.counts_CG for chunk in source.chunks()]
         counts_CG = (
             sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(source.counts.shape)
         )
-        return ad.AnnData(counts_CG, obs=source.obs, var=source.genes)
+        adata = ad.AnnData(counts_CG, obs=source.obs, var=source.genes)
+    return adata, settings.but(layer=None, genome=None, transpose=False)
+
+
+def _as_said(
+    adata: "AnnData", where: str, settings: InputSettings
+) -> "tuple[AnnData, InputSettings]":
+    """Turn what has genes as rows, where that was said, and refuse it where not."""
+    if not settings.transpose:
+        refuse_turned(adata.obs_names, adata.var_names, where, TURN_FILE)
+        return adata, settings
+    refuse_turned(adata.var_names, adata.obs_names, where, "Leave transpose out")
+    adata.raw = None  # of other columns, which would be cells
+    return adata.T, settings.but(transpose=False)
 
 
 def _stored(path: Path) -> "AnnData | None":
@@ -91,6 +99,7 @@ def _stored(path: Path) -> "AnnData | None":
                 root_of_genes = root
             else:
                 return None
+            refuse_old(root_of_genes["obs"], str(path))
             parts = {
                 key: ad.io.read_elem(root_of_genes[key]) for key in _PARTS if key in root_of_genes
             }

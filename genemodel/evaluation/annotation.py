@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
 from genemodel.evaluation.baselines import (
@@ -220,8 +221,7 @@ def shared_genes(adata: "AnnData", batch_key: str) -> "AnnData":
         adata,
         bundle=None,
         vocabulary=vocabulary,
-        layer=None,
-        species=None if vocabulary is None else f"obs:{SPECIES}",
+        reading=InputSettings(species=None if vocabulary is None else f"obs:{SPECIES}"),
     )
     batch_C = column(adata, batch_key).astype(str).to_numpy()
     seen_G = np.ones(len(counts.genes), bool)

@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputOptions, InputSettings
 from genemodel.errors import DataError
 from genemodel.expression.components import principal_components
 from genemodel.expression.normalise import log_normalised
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.corpus import Corpus
+    from genemodel.model.tuning import Tune
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,10 @@ class Conditions:
         Threads a method may use, where it lets itself be told.
     scvi_epochs
         Epochs of scVI; ``None`` = its own heuristic (400 below 20,000 cells).
+    corpus
+        Whose principal components the cells are projected on; ``None`` where there is none.
+    reading
+        How genes are named in ``adata``.
     shared
         What one method left for another in the same comparison (the scVI model for scANVI).
     borrowed_seconds
@@ -69,6 +76,8 @@ class Conditions:
     n_comps: int = 30
     n_jobs: int = 1
     scvi_epochs: int | None = None
+    corpus: "Corpus | None" = None
+    reading: InputSettings = field(default_factory=InputSettings)
     shared: dict[str, Any] = field(default_factory=dict)
     borrowed_seconds: float = 0.0
 
@@ -130,6 +139,36 @@ def none(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """No integration: PCA of the log-normalised highly variable genes."""
     logged_CG = variable_log(adata, conditions)
     return principal_components(logged_CG, conditions.n_comps, conditions.seed)
+
+
+def corpus_pca(adata: "AnnData", conditions: Conditions) -> np.ndarray:
+    """Project the cells on principal components of a corpus; nothing is learnt from the cells.
+
+    Log-normalised counts of the genes that the corpus's vocabulary knows, minus the mean of their
+    species there; a gene that was not measured counts as average.
+    """
+    from genemodel.cells.sources import open_source
+    from genemodel.cells.statistics import PrincipalGenes
+    from genemodel.inference.gene_counts import read_counts
+
+    corpus = conditions.corpus
+    if corpus is None:
+        raise DataError("corpus_pca needs a corpus: name its folder with corpus=")
+    key = f"components of {corpus.path}"
+    if key not in conditions.shared:
+        conditions.shared[key] = PrincipalGenes.measure(
+            corpus, np.arange(len(corpus)), conditions.n_comps
+        )
+    found: PrincipalGenes = conditions.shared[key]
+    counts = read_counts(
+        adata, bundle=None, vocabulary=corpus.vocabulary, reading=conditions.reading
+    )
+    species = open_source(adata, column=conditions.reading.column).obs["species"].astype(str)
+    species_C = np.array([corpus.vocabulary.species.index(name) for name in species])
+    # Scores as those of a PCA: of unequal variance, the first component's the largest.
+    loading_VK = found.loading_VK * np.linalg.norm(found.deviation_VK, axis=0)
+    average_SK = (found.mean_SV * counts.measured_G) @ loading_VK
+    return np.asarray(log_normalised(counts.counts_CG) @ loading_VK - average_SK[species_C], "f4")
 
 
 def combat(adata: "AnnData", conditions: Conditions) -> np.ndarray:
@@ -326,6 +365,8 @@ def tuned(
     *,
     label_key: str | None = None,
     model: "Bundle | None" = None,
+    backbone: "Tune" = "frozen",
+    **options: Unpack[InputOptions],
 ) -> np.ndarray:
     """Embed with `genemodel.integrate`, from scratch or from a pre-trained model."""
     from genemodel.inference.integrate import integrate
@@ -339,6 +380,8 @@ def tuned(
         batch_key=conditions.batch_key,
         label_key=label_key,
         model=model,
+        backbone=backbone,
         seed=conditions.seed,
+        **options,
     )
     return np.asarray(cast(Any, copy.obsm[INTEGRATED]))

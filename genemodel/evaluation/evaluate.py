@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, get_args
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
@@ -30,12 +31,14 @@ from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
 from genemodel.evaluation.result import BOTH, EvaluationResult, clear, write_embedding
 from genemodel.inference.obs_keys import check_label_is_no_batch
+from genemodel.model.tuning import Tune
 from genemodel.settings import check_out_folder, check_seed, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
+    from genemodel.cells.corpus import Corpus
     from genemodel.inference.contamination import Contamination
     from genemodel.inference.integrated_model import IntegratedModel
 
@@ -59,7 +62,7 @@ COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(InputSettings):
     """Settings of ``genemodel evaluate``, see ``configs/evaluate.yaml``."""
 
     data: Path
@@ -67,13 +70,15 @@ class EvaluateSettings:
     task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
-    missing_labels: tuple[str, ...] = ()
-    layer: str | None = None
     methods: tuple[str, ...] | None = None
     models: tuple[Path, ...] = ()
     obsm: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     max_cells: int | None = None
+    sizes: tuple[int, ...] = ()
+    draws: int = 3
+    corpus: Path | None = None
+    backbones: tuple[Tune, ...] = ("frozen",)
     n_hvg: int = 2000
     n_comps: int = 30
     scvi_epochs: int | None = None
@@ -84,27 +89,20 @@ class EvaluateSettings:
     n_jobs: int = 1
 
 
-def run(settings: EvaluateSettings) -> str:
-    """Run ``genemodel evaluate`` and return the table to print."""
-    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    data, out = values.pop("data"), values.pop("out")
-    result = evaluate(data, out=out, **values)
-    return f"{result.text()}\n\nWritten to {out}: report.html, scores.csv and more"
-
-
+@reads_cells
 def evaluate(
     data: "AnnData | str | Path",
     *,
     task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
     label_key: str | None = None,
-    missing_labels: Sequence[str] = (),
-    layer: str | None = None,
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
     models: "Sequence[str | Path | Bundle | IntegratedModel]" = (),
     obsm: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     max_cells: int | None = None,
+    corpus: "Corpus | str | Path | None" = None,
+    backbones: Sequence[Tune] = ("frozen",),
     n_hvg: int = 2000,
     n_comps: int = 30,
     scvi_epochs: int | None = None,
@@ -114,13 +112,14 @@ def evaluate(
     umaps: bool = True,
     n_jobs: int = 1,
     out: str | Path | None = None,
+    **options: Unpack[InputOptions],
 ) -> EvaluationResult:
     """Score models, published methods and controls on the same cells.
 
     Parameters
     ----------
     data
-        AnnData, or the path of an h5ad or zarr, with raw counts.
+        AnnData, or the path of a file or folder, with raw counts.
     task
         "integrate": embeddings, judged on biology kept and batch removed. "impute": denoised
         counts, judged on molecules set aside (molecular cross-validation) and, where ``mixture``
@@ -131,11 +130,6 @@ def evaluate(
         may be the species.
     label_key
         Column with cell types; needed to annotate. Without it only batch removal can be scored.
-    missing_labels
-        Texts in both columns that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
-    layer
-        Where the raw counts are; default ``X``.
     methods
         Names of the methods to run, or a mapping of names to your own functions AnnData -> array,
         or (reference, query, label_key) -> labels to annotate; default all there are. See
@@ -150,6 +144,11 @@ def evaluate(
         Seeds of the random methods, and of the molecular split.
     max_cells
         Take this many cells at random; default all.
+    corpus
+        Folder of a corpus: "corpus_pca", its principal components with these cells projected, is
+        what a model that was pre-trained on it has to beat without having been tuned.
+    backbones
+        How bundles are tuned on these cells: "frozen", "lora", "last", "full".
     n_hvg, n_comps
         Variable genes and principal components of the linear methods.
     scvi_epochs
@@ -168,6 +167,8 @@ def evaluate(
         Threads that a method may use where it can be told.
     out
         Folder for the report and the tables; default: nothing is written.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -180,6 +181,7 @@ def evaluate(
     DataError
         A column, layer or file that is not there, or counts that are not raw.
     """
+    reading = InputSettings.given(options)
     seeds = tuple(seeds)
     if not seeds:
         raise ConfigError("seeds is empty: give at least one, seeds=[0]")
@@ -204,11 +206,17 @@ def evaluate(
         check_label_is_no_batch((batch_key,), label_key)
     if out is not None:
         check_out_folder(Path(out))
+    for tune in backbones:
+        if tune not in get_args(Tune) or tune == "scratch":
+            raise ConfigError(
+                f"backbones={list(backbones)}: frozen, lora, last or full, not {tune!r}"
+            )
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
-    cells, where = _cells(data, layer, max_cells, [batch_key, label_key, *mixture], list(obsm))
+    keys = [batch_key, label_key, *mixture]
+    cells, where, reading = _cells(data, reading, max_cells, keys, list(obsm))
     for key in filter(None, (batch_key, label_key)):
         cells.obs[key] = without_placeholders(
-            cells.obs[key], missing_labels, column=key, where=where
+            cells.obs[key], reading.missing_labels, column=key, where=where
         )
     if task == "integrate" and batch_key is None:
         raise ConfigError(
@@ -219,9 +227,10 @@ def evaluate(
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
         skipped |= _leave_out_learners(chosen, cells, label_key)
     loaded = _loaded(models)
-    _refuse_unreadable(loaded, cells)
-    given = {f"obsm:{key}": _standing(key) for key in obsm} | _model_methods(loaded)
-    contaminations = _contaminations(loaded, cells)
+    _refuse_unreadable(loaded, cells, reading)
+    own = _model_methods(loaded, backbones, reading)
+    given = {f"obsm:{key}": _standing(key) for key in obsm} | own
+    contaminations = _contaminations(loaded, cells, reading)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
     if task == "annotate":
@@ -240,7 +249,11 @@ def evaluate(
         cells = annotation.shared_genes(cells, batch_key)
         size["genes that all batches have"] = cells.n_vars
     chosen |= given
+    if corpus is None:
+        chosen.pop("corpus_pca", None)
     conditions = Conditions(
+        corpus=None if corpus is None else _corpus(corpus),
+        reading=reading,
         batch_key=batch_key,
         label_key=label_key,
         n_hvg=n_hvg,
@@ -341,17 +354,20 @@ def _leave_out_learners(
 
 def _cells(
     data: "AnnData | str | Path",
-    layer: str | None,
+    reading: InputSettings,
     max_cells: int | None,
     keys: Sequence[str | None],
     obsm: Sequence[str],
-) -> "tuple[AnnData, str]":
-    """Read, prove the counts, check the columns, sample: AnnData with counts in X, and its name."""
+) -> "tuple[AnnData, str, InputSettings]":
+    """Read, prove the counts, check the columns, sample.
+
+    Returns an AnnData with counts in X, its name, and what is still to be said of how it is read.
+    """
     from anndata import AnnData
 
     from genemodel.cells.contract import find_counts
 
-    adata, where = _opened(data)
+    adata, where, reading = read_cells(data, reading)
     known = [str(name) for name in adata.obs.columns]
     for key in keys:
         if key is not None and key not in adata.obs:
@@ -375,7 +391,7 @@ def _cells(
             raise DataError(
                 f"{where}: obsm has no {key!r}; it has {', '.join(map(repr, adata.obsm)) or 'none'}"
             )
-    counts = find_counts(adata, layer=layer, where=where)
+    counts = find_counts(adata, where=where, **reading.counting())
     rows = np.arange(adata.n_obs)
     if max_cells is not None and max_cells < adata.n_obs:
         rows = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:max_cells])
@@ -388,18 +404,42 @@ def _cells(
     kept = AnnData(matrix_CG, obs=obs, var=counts.genes.copy())
     for key in obsm:
         kept.obsm[key] = np.asarray(cast(Any, adata.obsm[key]))[rows]
-    return kept, where
+    species = reading.species
+    if species is not None and "species" not in keys:
+        if species.startswith("obs:"):
+            kept.obs["species"] = column(kept, species.removeprefix("obs:")).to_numpy()
+        else:
+            kept.obs["species"] = species
+    return (
+        kept,
+        where,
+        InputSettings(
+            column=reading.column,
+            min_fraction=reading.min_fraction,
+            missing_labels=reading.missing_labels,
+        ),
+    )
 
 
-def _opened(data: "AnnData | str | Path") -> "tuple[AnnData, str]":
+def read_cells(
+    data: "AnnData | str | Path", reading: InputSettings
+) -> "tuple[AnnData, str, InputSettings]":
+    """Give the AnnData, read where a path is given, its name, and what is left to say of it."""
     from genemodel.cells.whole_file import read_anndata
 
     if not isinstance(data, str | Path):
-        return data, "AnnData"
+        return data, "AnnData", reading
     path = Path(data)
     if not path.exists():
         raise DataError(f"{path} does not exist; name a file of raw counts")
-    return read_anndata(path), str(path)
+    adata, reading = read_anndata(path, reading)
+    return adata, str(path), reading
+
+
+def _corpus(given: "Corpus | str | Path") -> "Corpus":
+    from genemodel.cells.corpus import Corpus
+
+    return given if isinstance(given, Corpus) else Corpus.open(given)
 
 
 def _standing(key: str) -> Method:
@@ -413,7 +453,8 @@ def _loaded(
     models: "Sequence[str | Path | Bundle | IntegratedModel]",
 ) -> "dict[str, Bundle | IntegratedModel]":
     """Trained models by name, loaded now: a wrong path is refused before anything runs."""
-    from genemodel.inference.models import EMBED, model_for
+    from genemodel.bundle.given import model_for
+    from genemodel.inference.models import EMBED
 
     found: dict[str, Bundle | IntegratedModel] = {}
     for number, given in enumerate(models):
@@ -429,7 +470,9 @@ def _loaded(
     return found
 
 
-def _refuse_unreadable(models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData") -> None:
+def _refuse_unreadable(
+    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
+) -> None:
     """Refuse models that cannot read these cells before any method runs."""
     from genemodel.bundle.bundle import Bundle
     from genemodel.inference.counts import VocabularyCells
@@ -437,9 +480,9 @@ def _refuse_unreadable(models: "Mapping[str, Bundle | IntegratedModel]", cells: 
     for name, model in models.items():
         try:
             if isinstance(model, Bundle):
-                VocabularyCells(cells, model)
+                VocabularyCells(cells, model, reading)
             else:
-                model.encode(cells[:MIN_CELLS].copy())
+                model.encode(cells[:MIN_CELLS].copy(), **reading.options())
         except GenemodelError as error:
             raise type(error)(f"{name} cannot read these cells: {error}") from error
         except FAILURES:
@@ -447,7 +490,7 @@ def _refuse_unreadable(models: "Mapping[str, Bundle | IntegratedModel]", cells: 
 
 
 def _contaminations(
-    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData"
+    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
 ) -> "dict[str, Contamination]":
     """How many of the cells each model was trained on, for those that can read them."""
     from genemodel.inference.contamination import contamination
@@ -455,15 +498,20 @@ def _contaminations(
     found = {}
     for name, model in models.items():
         try:
-            found[name] = contamination(cells, model)
-        except DataError:
+            found[name] = contamination(cells, model, **reading.options())
+        except GenemodelError:
             continue  # it will fail as a method, with the reason
         logger.info("%s: %s", name, found[name].text())
     return found
 
 
-def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str, Method]:
+def _model_methods(
+    models: "Mapping[str, Bundle | IntegratedModel]",
+    backbones: Sequence[Tune] = ("frozen",),
+    reading: InputSettings | None = None,
+) -> dict[str, Method]:
     """Methods for trained models."""
+    reading = reading or InputSettings()
     from genemodel.inference.integrated_model import IntegratedModel
 
     found: dict[str, Method] = {}
@@ -474,19 +522,24 @@ def _model_methods(models: "Mapping[str, Bundle | IntegratedModel]") -> dict[str
                 if model.bundle is not None
                 else "a network on counts; no transformer"
             )
-            found[name] = Method(_encoder(model), kind="ours", encoder=beside)
+            found[name] = Method(_encoder(model, reading), kind="ours", encoder=beside)
             continue
         bundle = model
         shape = bundle.model.settings
         transformer = f"the transformer ({shape.layers} × {shape.width})"
         found[name] = Method(
-            _embedder(bundle), kind="ours", encoder=f"{transformer} as it is, not trained here"
+            _embedder(bundle, reading),
+            kind="ours",
+            encoder=f"{transformer} as it is, not trained here",
         )
-        found[f"{name} tuned"] = Method(
-            _tuner(bundle), kind="ours", seeded=True,
-            encoder=f"a network on counts, beside the cell vectors of {transformer}, frozen",
-        )  # fmt: skip
-        found[f"{name} untrained"] = Method(_untrained(bundle), kind="control", seeded=True)
+        for tune in backbones:
+            found[f"{name} {'tuned' if tune == 'frozen' else tune}"] = Method(
+                _tuner(bundle, tune, reading), kind="ours", seeded=True,
+                encoder=f"a network on counts, beside the cell vectors of {transformer}, {tune}",
+            )  # fmt: skip
+        found[f"{name} untrained"] = Method(
+            _untrained(bundle, reading), kind="control", seeded=True
+        )
     return found
 
 
@@ -498,33 +551,34 @@ def _short_name(path: Path) -> str:
     return "/".join(parts[-2:]) if parts[-1] == "backbone" else parts[-1]
 
 
-def _encoder(model: "IntegratedModel") -> Any:
+def _encoder(model: "IntegratedModel", reading: InputSettings) -> Any:
     def encode(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return model.encode(adata)
+        return model.encode(adata, **reading.options())
 
     return encode
 
 
-def _embedder(bundle: "Bundle") -> Any:
+def _embedder(bundle: "Bundle", reading: InputSettings) -> Any:
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
         from genemodel.inference.embed import embed
         from genemodel.inference.obs_keys import EMBEDDED
 
         cells = adata.copy()
-        embed(cells, bundle)
+        embed(cells, bundle, **reading.options())
         return np.asarray(cast(Any, cells.obsm[EMBEDDED]))
 
     return embed
 
 
-def _tuner(bundle: "Bundle") -> Any:
+def _tuner(bundle: "Bundle", backbone: Tune, reading: InputSettings) -> Any:
     def tune(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return tuned(adata, conditions, model=bundle)
+        options = reading.options()
+        return tuned(adata, conditions, model=bundle, backbone=backbone, **options)
 
     return tune
 
 
-def _untrained(bundle: "Bundle") -> Any:
+def _untrained(bundle: "Bundle", reading: InputSettings) -> Any:
     """Control: the same architecture with the matrices drawn anew."""
 
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
@@ -537,7 +591,7 @@ def _untrained(bundle: "Bundle") -> Any:
                 if weight.ndim >= 2:
                     noise = torch.randn(weight.shape, generator=draw)
                     weight.copy_(0.02 * noise.to(weight))
-        return np.asarray(_embedder(replace(bundle, model=model))(adata, conditions))
+        return np.asarray(_embedder(replace(bundle, model=model), reading)(adata, conditions))
 
     return embed
 

@@ -76,6 +76,7 @@ class Method:
 METHODS: dict[str, dict[str, Method]] = {
     "integrate": {
         "none": Method(baselines.none),
+        "corpus_pca": Method(baselines.corpus_pca),
         "combat": Method(baselines.combat),
         "harmony": Method(baselines.harmony, packages=("harmonypy",), seeded=True),
         "scanorama": Method(baselines.scanorama, packages=("scanorama",), seeded=True),

@@ -3,9 +3,9 @@
 from genemodel.genes.foreign import ForeignTokens
 from genemodel.genes.match import GeneMatch
 from genemodel.genes.medians import NonzeroMedians
-from genemodel.genes.orthologs import SpeciesReport, add_species
+from genemodel.genes.orthologs import SpeciesReport
 from genemodel.genes.species import SPECIES, Species, species_name
-from genemodel.genes.vocabulary import CELL, MASK, N_SPECIAL, PAD, GeneVocabulary
+from genemodel.genes.vocabulary import CELL, MASK, N_SPECIAL, PAD, GeneVocabulary, add_species
 
 __all__ = [
     "CELL",

@@ -13,7 +13,6 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
-from genemodel.genes.recognition import APPENDED
 from genemodel.genes.species import ASSEMBLY_PREFIX, SPECIES, assembly_species
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What scanpy ("-1"), pandas and R (".1") append to a name that was there before.
+APPENDED = re.compile(r"^(.+)[-._](\d{1,3})$")
 # Columns of `var` in which gene names are usually kept, besides its index.
 USUAL_COLUMNS = (
     "gene_ids",
@@ -563,7 +564,18 @@ def _refuse_too_few(
     if better:
         share, name = max(better)
         message += f" {share:.0%} of these names are {name} genes: set species={name}."
-    raise DataError(f"{message} {_advice(cleaned.given, vocabulary)}")
+    advice = _kind_of_names(cleaned.given, vocabulary)
+    if not advice and result.fraction >= min_fraction:
+        advice = (
+            f"Fewer than {enough:,} genes say too little of a cell: give a file with more genes; "
+            "or, of a small panel, leave out of adata.var what is no gene."
+        )
+    if not advice:
+        advice = (
+            "Use Ensembl ids or gene symbols; name the column of var that holds them with column=, "
+            "or accept fewer with min_fraction=."
+        )
+    raise DataError(f"{message} {advice}")
 
 
 def _prefix_advice(cleaned: _Names) -> str:
@@ -571,13 +583,13 @@ def _prefix_advice(cleaned: _Names) -> str:
     return f"All carry the prefix of another species' genome ({found}): set the species to match."
 
 
-def _advice(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
-    """Say what the names look like and the way out."""
+def _kind_of_names(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
+    """Say what names that are no genes of the vocabulary are, and the way out; else nothing."""
     some = list(names[:: max(1, len(names) // 200)])
     if sum(name.isdigit() for name in some) > _MANY * len(some):
         return (
-            "These are numbers, not gene names: put Ensembl ids or symbols into var_names, or name "
-            "the column of var that holds them with column=."
+            "These are numbers, not gene names: name the column of var that holds the names with "
+            "column=, or put Ensembl ids or symbols into adata.var_names."
         )
     if sum(bool(_TRANSCRIPT.match(name)) for name in some) > _MANY * len(some):
         return "These are transcript or protein ids: sum their counts to genes first."
@@ -591,10 +603,7 @@ def _advice(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
                     f"{', '.join(vocabulary.species)}: add the species with "
                     f"`genemodel species name={species.name} genes=... orthologs=... out=...`."
                 )
-    return (
-        "Use Ensembl ids or gene symbols; name another column of var with column=, or accept "
-        "fewer with min_fraction= and min_genes=."
-    )
+    return ""
 
 
 def _some(names: Sequence[Any], n: int = _EXAMPLES) -> str:

@@ -18,7 +18,14 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.genes.species import SPECIES, checked_species_name
-from genemodel.genes.tables import first_column, plain_column, read_table, required_column
+from genemodel.genes.tables import (
+    COLUMNS,
+    first_column,
+    kept_biotype,
+    plain_column,
+    read_table,
+    required_column,
+)
 
 if TYPE_CHECKING:
     from genemodel.genes.vocabulary import GeneVocabulary
@@ -121,8 +128,6 @@ def one_to_one(pairs: pd.DataFrame) -> pd.DataFrame:
 
 def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
     """Genes of kept biotypes (columns ensembl_id, symbol, biotype) and how many were listed."""
-    from genemodel.genes.vocabulary import kept_biotype
-
     what = "genes table"
     table = read_table(path, what)
     id_column = required_column(
@@ -341,9 +346,7 @@ def _with_aliases(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
 def extend(
     vocabulary: "GeneVocabulary", name: str, genes: str | Path, orthologs: str | Path, to: str
 ) -> tuple["GeneVocabulary", SpeciesReport]:
-    """Do the work of :func:`add_species`, without writing."""
-    from genemodel.genes.vocabulary import COLUMNS, GeneVocabulary
-
+    """Do the work of :func:`~genemodel.genes.add_species`, without writing."""
     name = checked_species_name(name)
     if name in vocabulary.species:
         raise DataError(
@@ -376,7 +379,7 @@ def extend(
     token[own] = len(vocabulary) + np.arange(int(own.sum()))
     aliases = _with_aliases(table, pairs)
     table = table.assign(token=token, species=name, aliases=aliases).sort_values("token")
-    extended = GeneVocabulary(
+    extended = type(vocabulary)(
         pd.concat([vocabulary.genes, table[list(COLUMNS)]], ignore_index=True),
         provenance={
             **vocabulary.provenance,
@@ -398,58 +401,4 @@ def extend(
         tokens_after=len(extended),
     )
     log.info("%s", report)
-    return extended, report
-
-
-def add_species(
-    *,
-    name: str,
-    genes: str | Path,
-    orthologs: str | Path,
-    out: str | Path,
-    to: str = "human",
-    vocabulary: "str | Path | GeneVocabulary | None" = None,
-) -> tuple["GeneVocabulary", SpeciesReport]:
-    """Add a species to a vocabulary and write the result.
-
-    Parameters
-    ----------
-    name
-        Short or Latin name of the new species.
-    genes
-        Table (tsv or csv, plain or gzipped) with columns ``ensembl_id``, ``symbol`` and, if
-        possible, ``biotype``. Protein-coding, IG/TR, miRNA and mitochondrial genes are kept; all
-        genes, where no biotype is given.
-    orthologs
-        Table of pairs: ids or symbols of `to` (``human_ensembl``, ``human_symbol``) and of the new
-        species (``target_ensembl``, ``target_symbol``, or ``<name>_...``); a table of two columns
-        needs no such names. A column ``species`` selects rows, ``n_support`` weighs rival
-        predictions, ``orthology_type`` restricts sharing to ``ortholog_one2one``. The HCOP and
-        Ensembl downloads fit.
-    out
-        Vocabulary to write (``.tsv`` or ``.tsv.gz``).
-    to
-        The species of the vocabulary that the orthologs are given for.
-    vocabulary
-        Vocabulary to extend; the built-in one by default.
-
-    Returns
-    -------
-    tuple
-        The new vocabulary, which ``extends`` the old one, and the :class:`SpeciesReport`.
-
-    Raises
-    ------
-    DataError
-        A table is missing, damaged, lacks a column or names no known gene; the species is there
-        already; `to` is not.
-    """
-    from genemodel.genes.vocabulary import GeneVocabulary
-
-    if vocabulary is None:
-        vocabulary = GeneVocabulary.builtin()
-    elif not isinstance(vocabulary, GeneVocabulary):
-        vocabulary = GeneVocabulary.read(vocabulary)
-    extended, report = extend(vocabulary, name, genes, orthologs, to)
-    extended.save(out)
     return extended, report

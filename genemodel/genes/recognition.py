@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
+from genemodel.genes.match import APPENDED, USUAL_COLUMNS
 from genemodel.genes.species import ASSEMBLY_PREFIX
 
 # ids of Ensembl, WormBase and FlyBase, with a version, a prefix or a symbol attached
@@ -18,8 +19,6 @@ _ID = re.compile(r"(?:^|[^A-Za-z0-9])(?:ENS[A-Z]{0,6}G\d{11}|WBGene\d{8}|FBgn\d{
 # 0, 12.0, 7-1: a place in a table, whatever was appended when tables were joined
 _NUMBER = re.compile(r"^\d+(?:[-._]\d+)*$")
 _BARCODE = re.compile(r"(?:^|[^A-Za-z])[ACGTN]{8,}(?:$|[^A-Za-z])")
-# What scanpy ("-1"), pandas and R (".1") append to a name that was there before.
-APPENDED = re.compile(r"^(.+)[-._](\d{1,3})$")
 _LOOKED_AT = 300
 _FEW = 10
 _MANY = 0.5
@@ -81,8 +80,6 @@ def name_column(var: pd.DataFrame) -> str | None:
     The known genes decide; where none is known (a species of which nothing is built in), the
     first column of texts that differ from row to row.
     """
-    from genemodel.genes.match import USUAL_COLUMNS
-
     usual = {name: i for i, name in enumerate(USUAL_COLUMNS)}
     texts = []
     for at, column in enumerate(var.columns):
@@ -128,7 +125,14 @@ def without_appended(names: Sequence[str]) -> list[str]:
     return [found.get(name, name) for name in names]
 
 
-def refuse_turned(cells: Sequence[object], genes: Sequence[object], where: str) -> None:
+# The way out for an AnnData that is in memory, and for a file.
+TURN_OBJECT = "Turn it: adata = adata.T"
+TURN_FILE = "Turn it: transpose=true"
+
+
+def refuse_turned(
+    cells: Sequence[object], genes: Sequence[object], where: str, remedy: str = TURN_OBJECT
+) -> None:
     """Refuse a matrix whose rows are the genes.
 
     Raises
@@ -140,5 +144,5 @@ def refuse_turned(cells: Sequence[object], genes: Sequence[object], where: str) 
         return
     raise DataError(
         f"{where}: obs_names hold gene names ({', '.join(some_of(cells, 3))}), var_names do not "
-        f"({', '.join(some_of(genes, 3))}): its rows are genes. Turn it: adata = adata.T"
+        f"({', '.join(some_of(genes, 3))}): its rows are genes. {remedy}"
     )

@@ -2,12 +2,25 @@
 
 import csv
 import gzip
+import re
 import zlib
 from pathlib import Path
 
 import pandas as pd
 
 from genemodel.errors import DataError
+
+# Columns of a vocabulary.
+COLUMNS = ("token", "species", "ensembl_id", "symbol", "biotype", "aliases")
+_KEPT_BIOTYPE = re.compile(r"^(?:protein_coding|miRNA|Mt_\w+|(?:IG|TR)_[A-Z]+_gene)$")
+
+
+def kept_biotype(biotype: str) -> bool:
+    """Whether genes of this biotype belong in a vocabulary whatever they are called.
+
+    Protein-coding, immunoglobulin and T-cell-receptor segments, miRNA, mitochondrial RNA.
+    """
+    return bool(_KEPT_BIOTYPE.match(biotype))
 
 
 def read_text(path: str | Path, what: str) -> str:

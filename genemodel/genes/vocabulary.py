@@ -25,11 +25,12 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.genes.species import species_name
-from genemodel.genes.tables import decoded
+from genemodel.genes.tables import COLUMNS, decoded
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from genemodel.genes.match import GeneMatch, SpeciesIndex
+    from genemodel.genes.orthologs import SpeciesReport
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +40,12 @@ CELL = 2
 N_SPECIAL = 3
 SPECIAL_NAMES = ("<pad>", "<mask>", "<cell>")
 
-COLUMNS = ("token", "species", "ensembl_id", "symbol", "biotype", "aliases")
 _MAGIC = "# genemodel gene vocabulary 1"
-_KEPT_BIOTYPE = re.compile(r"^(?:protein_coding|miRNA|Mt_\w+|(?:IG|TR)_[A-Z]+_gene)$")
 _FIELD = re.compile(r"[\t\r\n]")
 
 # Accepted fraction and number of matched genes, see GeneVocabulary.match.
 MIN_FRACTION = 0.3
 MIN_GENES = 50
-
-
-def kept_biotype(biotype: str) -> bool:
-    """Whether genes of this biotype belong in a vocabulary whatever they are called.
-
-    Protein-coding, immunoglobulin and T-cell-receptor segments, miRNA, mitochondrial RNA.
-    """
-    return bool(_KEPT_BIOTYPE.match(biotype))
 
 
 class GeneVocabulary:
@@ -290,7 +281,7 @@ class GeneVocabulary:
     ) -> "GeneVocabulary":
         """Vocabulary with one more species; no existing token moves.
 
-        See :func:`genemodel.genes.add_species` for the two tables and for a report.
+        See :func:`add_species` for the two tables and for a report.
         """
         from genemodel.genes.orthologs import extend
 
@@ -435,3 +426,57 @@ def _check_rows(
             if gene in seen:
                 refuse(at, f"the id stands already on line {first_line + seen[gene]}")
             seen[gene] = at
+
+
+def add_species(
+    *,
+    name: str,
+    genes: str | Path,
+    orthologs: str | Path,
+    out: str | Path,
+    to: str = "human",
+    vocabulary: "str | Path | GeneVocabulary | None" = None,
+) -> "tuple[GeneVocabulary, SpeciesReport]":
+    """Add a species to a vocabulary and write the result.
+
+    Parameters
+    ----------
+    name
+        Short or Latin name of the new species.
+    genes
+        Table (tsv or csv, plain or gzipped) with columns ``ensembl_id``, ``symbol`` and, if
+        possible, ``biotype``. Protein-coding, IG/TR, miRNA and mitochondrial genes are kept; all
+        genes, where no biotype is given.
+    orthologs
+        Table of pairs: ids or symbols of `to` (``human_ensembl``, ``human_symbol``) and of the new
+        species (``target_ensembl``, ``target_symbol``, or ``<name>_...``); a table of two columns
+        needs no such names. A column ``species`` selects rows, ``n_support`` weighs rival
+        predictions, ``orthology_type`` restricts sharing to ``ortholog_one2one``. The HCOP and
+        Ensembl downloads fit.
+    out
+        Vocabulary to write (``.tsv`` or ``.tsv.gz``).
+    to
+        The species of the vocabulary that the orthologs are given for.
+    vocabulary
+        Vocabulary to extend; the built-in one by default.
+
+    Returns
+    -------
+    tuple
+        The new vocabulary, which ``extends`` the old one, and the :class:`SpeciesReport`.
+
+    Raises
+    ------
+    DataError
+        A table is missing, damaged, lacks a column or names no known gene; the species is there
+        already; `to` is not.
+    """
+    from genemodel.genes.orthologs import extend
+
+    if vocabulary is None:
+        vocabulary = GeneVocabulary.builtin()
+    elif not isinstance(vocabulary, GeneVocabulary):
+        vocabulary = GeneVocabulary.read(vocabulary)
+    extended, report = extend(vocabulary, name, genes, orthologs, to)
+    extended.save(out)
+    return extended, report

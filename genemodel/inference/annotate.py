@@ -9,13 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import numpy as np
 import pandas as pd
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
+from genemodel.cells.input_settings import (
+    OF_ONE_FILE,
+    InputOptions,
+    InputSettings,
+    for_reference,
+    reads_cells,
+)
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
@@ -30,7 +38,7 @@ from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.label_head import label_counts
 from genemodel.inference.labels import label_names, probabilities_of
-from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import (
     batch_names,
     check_key_added,
@@ -39,7 +47,7 @@ from genemodel.inference.obs_keys import (
     keys_of,
     label_codes,
 )
-from genemodel.settings import PathText, check_seed
+from genemodel.settings import PathText, SpeciesText, check_seed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -66,6 +74,7 @@ type Way = Literal["head", "knn", "linear"]
 TRANSFERS: tuple[Way, ...] = ("head", "knn", "linear")
 
 
+@reads_cells
 def annotate(
     query: "AnnData",
     reference: "AnnData | None" = None,
@@ -78,12 +87,12 @@ def annotate(
     k: int = 15,
     unknown: float = UNKNOWN_BELOW,
     far_quantile: float | None = KEEP,
-    layer: str | None = None,
     reference_layer: str | None = None,
-    species: str | None = None,
-    reference_species: str | None = None,
+    reference_species: str | int | None = None,
+    reference_column: str | None = None,
+    reference_genome: str | None = None,
     seed: int = 0,
-    missing_labels: Sequence[str] = (),
+    **options: Unpack[InputOptions],
 ) -> None:
     """Label cells by the labelled cells of a reference, or by a model that tells labels apart.
 
@@ -122,16 +131,13 @@ def annotate(
         This share of the reference's own cells stays known at least, when they are asked for as a
         query is; a cell that is farther from every type than the limit becomes ``unknown``. None
         for never.
-    layer, reference_layer
-        Where the raw counts are; default ``X``.
-    species, reference_species
-        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``. Genes of
-        different species are joined by the orthologs of the built-in vocabulary.
+    reference_layer, reference_species, reference_column, reference_genome
+        As ``layer``, ``species``, ``column`` and ``genome``, of the reference. Genes of different
+        species are joined by the orthologs of the built-in vocabulary.
     seed
         Of samples, folds and decompositions.
-    missing_labels
-        Texts in ``label_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
+    **options
+        How the cells are read; the last three of these are for both sides.
 
     Raises
     ------
@@ -161,6 +167,12 @@ def annotate(
     "knn" and "linear" calibrate on the reference's own cells, by isotonic regression, and are
     over-confident about any query that differs from them.
     """
+    reading = InputSettings.given(options)
+    there = reading.but(
+        layer=reference_layer, species=reference_species, column=reference_column,
+        genome=reference_genome, transpose=False,
+    )  # fmt: skip
+    missing_labels = reading.missing_labels
     _check(transfer, k, unknown, far_quantile, key_added, seed)
     if model is not None:
         model = model_for("annotate", EMBED, model)
@@ -170,8 +182,7 @@ def annotate(
                 "reference is missing: give labelled cells, or a model that tells labels apart "
                 "itself (genemodel finetune task=classify)."
             )
-        _classify(query, model, key_added, unknown, layer, species)
-        note_contamination(query, model, key_added, layer=layer, species=species)
+        classify(query, model, key_added, unknown, reading)
         return
     if model is None and transfer != "head":
         raise ConfigError(
@@ -194,11 +205,11 @@ def annotate(
     vectors = None
     if model is not None:
         vectors = (
-            _vectors(reference, model, reference_layer, reference_species, "reference"),
-            _vectors(query, model, layer, species, "query"),
+            _vectors(reference, model, there, "reference"),
+            _vectors(query, model, reading, "query"),
         )
     if transfer == "head":
-        pair = _counts(query, reference, layer, reference_layer, species, reference_species)
+        pair = _counts(query, reference, reading, there)
         usable = np.flatnonzero((label_R >= 0) & (pair.reference_RG.getnnz(1) > 0))
     else:
         reference_RD, query_CD = cast(tuple[np.ndarray, np.ndarray], vectors)
@@ -267,7 +278,7 @@ def annotate(
         **about,
     }
     if model is not None:
-        note_contamination(query, model, key_added, layer=layer, species=species)
+        note_contamination(query, model, key_added, reading)
     if found.far_C.mean() > 0.5:
         logger.warning(
             "%.0f %% of the query lies farther from the reference than its own cells from each "
@@ -287,36 +298,34 @@ class _Pair:
 
 
 def _counts(
-    query: "AnnData",
-    reference: "AnnData",
-    layer: str | None,
-    reference_layer: str | None,
-    species: str | None,
-    reference_species: str | None,
+    query: "AnnData", reference: "AnnData", reading: InputSettings, there: InputSettings
 ) -> _Pair:
     """Read both sides and keep the genes that both have, by orthologs where species differ."""
-    here, there = _species_of(query, species), _species_of(reference, reference_species)
-    known = bool(here) and bool(there)
+    of_query, of_reference = _species_of(query, reading), _species_of(reference, there)
+    known = bool(of_query) and bool(of_reference)
 
     def both(vocabulary: GeneVocabulary | None) -> tuple[GeneCounts, GeneCounts, list[str]]:
-        said = (species, reference_species) if vocabulary else (None, None)
         pair = [
             _named(
                 what,
                 partial(
-                    read_counts, adata, bundle=None, vocabulary=vocabulary, layer=name, species=of
+                    read_counts,
+                    adata,
+                    bundle=None,
+                    vocabulary=vocabulary,
+                    reading=how if vocabulary else how.but(species=None),
                 ),
-            )
-            for what, adata, name, of in (
-                ("query", query, layer, said[0]),
-                ("reference", reference, reference_layer, said[1]),
+            )  # fmt: skip
+            for what, adata, how in (
+                ("query", query, reading),
+                ("reference", reference, there),
             )
         ]
         seen = [{one.genes[column] for column in one.seen()} for one in pair]
         shared = [gene for gene in pair[1].genes if gene in seen[0] and gene in seen[1]]
         return pair[0], pair[1], shared
 
-    vocabulary = GeneVocabulary.builtin() if known and len(here | there) > 1 else None
+    vocabulary = GeneVocabulary.builtin() if known and len(of_query | of_reference) > 1 else None
     cells, labelled, genes = both(vocabulary)
     if vocabulary is None and known and len(genes) < MIN_GENES:
         # One species, named in two ways: symbols on one side, ids on the other.
@@ -334,11 +343,12 @@ def _counts(
         .astype(np.float32)
         for one in (cells, labelled)
     )
-    return _Pair(reference_RG, query_CG, known and not here <= there)
+    return _Pair(reference_RG, query_CG, known and not of_query <= of_reference)
 
 
-def _species_of(adata: "AnnData", species: str | None) -> set[str]:
+def _species_of(adata: "AnnData", reading: InputSettings) -> set[str]:
     """Species of the cells as far as they are said: by the setting, or the obs column species."""
+    species = reading.species
     if species is not None and not species.startswith("obs:"):
         return {species_name(species)}
     key = "species" if species is None else species.removeprefix("obs:")
@@ -353,16 +363,16 @@ def _named[T](what: str, read: Callable[[], T]) -> T:
     try:
         return read()
     except GenemodelError as error:
-        raise type(error)(f"{what}: {error}") from error
+        said = for_reference(str(error)) if what == "reference" else str(error)
+        raise type(error)(f"{what}: {said}") from error
 
 
-def _classify(
+def classify(
     query: "AnnData",
     model: Bundle | IntegratedModel,
     key_added: str,
     unknown: float,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
 ) -> None:
     """Label cells by what the model itself has learnt to tell apart."""
     if not isinstance(model, Bundle):
@@ -370,9 +380,10 @@ def _classify(
             f"model is a {type(model).__name__}, which tells no labels apart by itself: give a "
             "labelled reference, or a model made by `genemodel finetune task=classify`."
         )
-    cells = VocabularyCells(query, model, layer=layer, species=species)
+    cells = VocabularyCells(query, model, reading)
     probability_CL = probabilities_of(cells.chunks(), model, len(cells))
     write_labels(query, probability_CL, model, key_added=key_added, unknown=unknown)
+    note_contamination(query, model, key_added, reading)
 
 
 def write_labels(
@@ -428,19 +439,18 @@ def _check(
 def _vectors(
     adata: "AnnData",
     model: Bundle | IntegratedModel,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     what: str,
 ) -> np.ndarray:
-    return _named(what, lambda: _embedded(adata, model, layer, species))
+    return _named(what, lambda: _embedded(adata, model, reading))
 
 
 def _embedded(
-    adata: "AnnData", model: Bundle | IntegratedModel, layer: str | None, species: str | None
+    adata: "AnnData", model: Bundle | IntegratedModel, reading: InputSettings
 ) -> np.ndarray:
     if isinstance(model, IntegratedModel):
-        return model.encode(adata, layer=layer, species=species)
-    cells = VocabularyCells(adata, model, layer=layer, species=species)
+        return model.encode(adata, **reading.options())
+    cells = VocabularyCells(adata, model, reading)
     return embedding_of(cells, model)
 
 
@@ -611,17 +621,17 @@ class _Transfer:
 
 
 @dataclass(frozen=True)
-class AnnotateSettings:
-    """Annotate a file.
+class AnnotateSettings(InputSettings):
+    """Annotate a file; how it is read is said by :class:`InputSettings`.
 
     Attributes
     ----------
     query
-        File with raw counts.
+        File or folder with raw counts.
     output
         h5ad to write: all that the query holds but its counts, with labels and confidence.
     reference
-        File with raw counts and labels; empty for a model that tells labels apart itself.
+        File or folder with raw counts and labels; empty for a model that tells labels apart itself.
     model
         Bundle directory, or what finetune wrote to <out>/model or <out>/classifier; empty to label
         by the reference's counts alone.
@@ -639,17 +649,12 @@ class AnnotateSettings:
         Labels of lower confidence become unknown.
     far_quantile
         Share of the reference's own cells that stays known; none looks for no novelty.
-    layer, reference_layer
-        Where the raw counts are; empty for X.
-    species, reference_species
-        One species for all cells or obs:COLUMN; empty for the obs column species.
+    reference_layer, reference_species, reference_column, reference_genome, reference_transpose
+        The same for the reference; the other input settings are for both.
     device
         auto, cpu, cuda, cuda:1 …
     seed
         Of samples, folds and decompositions.
-    missing_labels
-        Texts in ``label_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     overwrite
         Replace an existing output.
     """
@@ -665,13 +670,13 @@ class AnnotateSettings:
     k: int = 15
     unknown: float = UNKNOWN_BELOW
     far_quantile: float | None = KEEP
-    layer: str = ""
-    reference_layer: str = ""
-    species: str = ""
-    reference_species: str = ""
+    reference_layer: str | None = None
+    reference_species: SpeciesText | None = None
+    reference_column: str | None = None
+    reference_genome: str | None = None
+    reference_transpose: bool = False
     device: str = "auto"
     seed: int = 0
-    missing_labels: tuple[str, ...] = ()
     overwrite: bool = False
 
 
@@ -689,14 +694,20 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     )
     check_key_added(settings.key_added, "obs")
     check_seed(settings.seed)
-    cells = {}
+    cells, readings = {}, {}
     if settings.reference and not settings.label_key:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
     for name in ("query", "reference") if settings.reference else ("query",):
         path = Path(getattr(settings, name))
         if not path.exists():
             raise DataError(f"{name}={path} is no file: name one of raw counts.")
-        cells[name] = read_anndata(path)
+        how = settings.reading
+        if name == "reference":
+            own = {key: getattr(settings, f"reference_{key}") for key in OF_ONE_FILE}
+            how = how.but(**own)
+        read = partial(read_anndata, path, how)
+        cells[name], readings[name] = _named(name, read)
+    there = readings.get("reference", InputSettings())
     annotate(
         cells["query"],
         cells.get("reference"),
@@ -710,12 +721,12 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         k=settings.k,
         unknown=settings.unknown,
         far_quantile=settings.far_quantile,
-        layer=settings.layer or None,
-        reference_layer=settings.reference_layer or None,
-        species=settings.species or None,
-        reference_species=settings.reference_species or None,
+        reference_layer=there.layer,
+        reference_species=there.species,
+        reference_column=there.column,
+        reference_genome=there.genome,
         seed=settings.seed,
-        missing_labels=settings.missing_labels,
+        **readings["query"].options(),
     )
     labelled = without_counts(cells["query"])
     write_whole(labelled, output)

@@ -1,4 +1,4 @@
-"""A bundle beneath a head: as the head's training takes it, and as it is afterwards."""
+"""A bundle beneath a head: as the head's training takes it, and what both have learnt from."""
 
 import copy
 from dataclasses import replace
@@ -8,6 +8,7 @@ import pandas as pd
 import genemodel
 from genemodel.adapt.backbone import Backbone
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.loader import inverse_medians
 from genemodel.inference.cell_vectors import cell_projection
 from genemodel.model.gene_model import GeneModel
@@ -22,12 +23,28 @@ def backbone_of(bundle: Bundle, tuning: TuningSettings) -> Backbone:
     )  # fmt: skip
 
 
-def beneath_of(bundle: Bundle, model: GeneModel, how: str, history: pd.DataFrame) -> Bundle:
-    """Make the bundle of a backbone that has learnt; of the heads what embeds cells still fits."""
+def beneath_of(
+    bundle: Bundle,
+    model: GeneModel,
+    how: str,
+    history: pd.DataFrame,
+    training: TrainingManifest | None,
+) -> Bundle:
+    """Make the bundle of a backbone that has learnt; of the heads what embeds cells still fits.
+
+    ``training`` has the cells of the head besides those of the bundle.
+    """
     kept = {k: v for k, v in bundle.heads.items() if k.startswith("decode_counts.projection.")}
     provenance = {
         "genemodel": genemodel.__version__, "start": bundle.fingerprint, "tuned": how,
     }  # fmt: skip
     device = bundle.device
-    tuned = replace(bundle, model=model, heads=kept, provenance=provenance, history=history)
+    tuned = replace(
+        bundle, model=model, heads=kept, provenance=provenance, history=history, training=training
+    )
     return tuned.to(device)
+
+
+def learnt_from(own: TrainingManifest, bundle: Bundle | None) -> TrainingManifest:
+    """Put the cells of a head behind those of the bundle that it started from, if any."""
+    return own if bundle is None else TrainingManifest.after(bundle.training, own)

@@ -4,16 +4,23 @@ Axes: C cells asked about, Q fingerprints of each.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
+from genemodel.cells.corpus_kernels import PRINTS, fingerprints
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
+from genemodel.cells.whole_file import read_anndata
 from genemodel.inference.counts import VocabularyCells
+from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.models import TOLD, Model
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -84,12 +91,11 @@ class Contamination:
         }
 
 
+@reads_cells
 def contamination(
     adata: "AnnData | str | Path",
-    model: Bundle | IntegratedModel | str | Path,
-    *,
-    layer: str | None = None,
-    species: str | None = None,
+    model: Model | str | Path,
+    **options: Unpack[InputOptions],
 ) -> Contamination:
     """Tell which cells a model has been trained on.
 
@@ -98,12 +104,10 @@ def contamination(
     adata
         Raw counts, or the path of a file of them.
     model
-        From :func:`genemodel.load`, or the path of its folder; of a model made by
-        :func:`genemodel.integrate` the pre-trained model beneath is asked.
-    layer
-        Where the raw counts are; default ``X``.
-    species
-        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
+        From :func:`genemodel.load`, or the path of its folder. Of a head both are asked: the cells
+        that it was trained on, and those of the pre-trained model beneath or before it.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -116,42 +120,21 @@ def contamination(
     genes each, and found where one of them is as it was: whatever the order of the genes, the names
     they go by and the format of the file, and mostly where a few per cent of its genes are missing.
     Aligned anew, thinned, or cut down to variable genes it is another cell: nothing found is no
-    proof that nothing was there.
+    proof that nothing was there. A head without a vocabulary knows cells by the gene names in its
+    training data.
     """
-    loaded = model_for("tell its training cells", EMBED, model)
-    bundle = loaded.bundle if isinstance(loaded, IntegratedModel) else loaded
-    if bundle is None or bundle.training is None:
-        return Contamination(None, 0, {}, False, 0.0)
-    return found_in(VocabularyCells(adata, bundle, layer=layer, species=species), bundle)
-
-
-def note_contamination(
-    adata: "AnnData",
-    model: Bundle | IntegratedModel,
-    key: str,
-    *,
-    layer: str | None,
-    species: str | None,
-) -> None:
-    """Add to ``uns[key]`` how many cells were in the model's training, and say so."""
-    found = contamination(adata, model, layer=layer, species=species)
-    adata.uns[key]["training"] = found.values()
-    logger.info("The model: %s.", found.text())
-
-
-def found_in(cells: VocabularyCells, bundle: Bundle) -> Contamination:
-    """Look cells over a model's vocabulary up among those that it was trained on."""
-    from genemodel.cells.corpus_kernels import PRINTS, fingerprints
-
-    training = bundle.training
+    reading = InputSettings.given(options)
+    loaded = model_for("tell its training cells", TOLD, model)
+    training = loaded.training
     if training is None:
         return Contamination(None, 0, {}, False, 0.0)
+    n_asked = PRINTS * len(_FINER)
     # A vocabulary that grew later reads genes that the fingerprints of before do not cover.
     sizes = sorted({source.n_tokens for source in training.sources})
-    n_asked = PRINTS * len(_FINER)
     parts = {size: [np.zeros((0, n_asked), np.uint64)] for size in sizes}
-    for chunk in cells.chunks():
-        counts_CV = chunk.counts_CV
+    n_all = 0
+    for counts_CV in _counts(adata, loaded, reading):
+        n_all += counts_CV.shape[0]
         for size in sizes:
             asked = [
                 fingerprints(counts_CV.indptr, counts_CV.indices, counts_CV.data, size, finer)
@@ -159,7 +142,7 @@ def found_in(cells: VocabularyCells, bundle: Bundle) -> Contamination:
             ]
             parts[size].append(np.concatenate(asked, axis=1))
     prints = {size: np.concatenate(blocks) for size, blocks in parts.items()}
-    told_C, found_C = np.zeros(len(cells), bool), np.zeros(len(cells), bool)
+    told_C, found_C = np.zeros(n_all, bool), np.zeros(n_all, bool)
     by_source: dict[str, int] = {}
     for source, known in zip(training.sources, training.fingerprints, strict=True):
         print_CQ = prints[source.n_tokens]
@@ -172,3 +155,40 @@ def found_in(cells: VocabularyCells, bundle: Bundle) -> Contamination:
     ordered = dict(sorted(by_source.items(), key=lambda item: -item[1]))
     by_chance = n_cells * n_asked * training.chance
     return Contamination(found_C, n_cells, ordered, training.complete, by_chance)
+
+
+def _counts(
+    adata: "AnnData | str | Path", model: Model, reading: InputSettings
+) -> Iterator[sp.csr_matrix]:
+    """Read cells over what the fingerprints are of: a vocabulary, or the model's own genes."""
+    bundle = model if isinstance(model, Bundle) else model.bundle
+    if bundle is not None:
+        cells = VocabularyCells(adata, bundle, reading)
+        yield from (chunk.counts_CV for chunk in cells.chunks())
+        return
+    assert not isinstance(model, Bundle)
+    if isinstance(adata, str | Path):
+        adata, reading = read_anndata(adata, reading)
+    counts = read_counts(adata, bundle=None, vocabulary=model.vocabulary, reading=reading)
+    counts_CG = counts.counts_CG
+    if model.vocabulary is None:
+        counts_CG, _ = genes_in_order(
+            counts_CG, counts.genes, model.genes, where="adata.var",
+            remedy="A model without a vocabulary knows cells by the gene names it was trained on.",
+        )  # fmt: skip
+    counts_CG = sp.csr_matrix(counts_CG, copy=True)  # it may be the caller's own
+    counts_CG.sum_duplicates()
+    counts_CG.eliminate_zeros()
+    yield counts_CG
+
+
+def note_contamination(
+    adata: "AnnData",
+    model: Bundle | IntegratedModel,
+    key: str,
+    reading: InputSettings,
+) -> None:
+    """Add to ``uns[key]`` how many cells were in the model's training, and say so."""
+    found = contamination(adata, model, **reading.options())
+    adata.uns[key]["training"] = found.values()
+    logger.info("The model: %s.", found.text())

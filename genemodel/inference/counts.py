@@ -15,6 +15,7 @@ import torch
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.loader import Window
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import DataError
@@ -65,25 +66,22 @@ class VocabularyCells:
         AnnData in memory or backed, a path, or an open source.
     bundle
         The model whose vocabulary counts.
-    layer
-        Where the raw counts are; default ``X``.
-    species
-        One species for all cells, ``"obs:COLUMN"`` for one a cell; default the obs column
-        ``species`` where there is one, else the model's only species.
+    reading
+        How the cells are read. An open source has been, but for ``min_fraction``.
     """
 
     def __init__(
         self,
         data: "str | Path | AnnData | Source",
         bundle: Bundle,
-        *,
-        layer: str | None = None,
-        species: str | None = None,
+        reading: InputSettings | None = None,
     ) -> None:
-        if species is None and len(bundle.species) == 1:
-            species = bundle.species[0]
+        reading = reading or InputSettings()
+        if reading.species is None and len(bundle.species) == 1:
+            reading = reading.but(species=bundle.species[0])
+        species = reading.species
         self.bundle = bundle
-        self.source = open_source(data, layer=layer, species=species)
+        self.source = open_source(data, **reading.opening())
         names = self.source.obs["species"].astype(object).to_numpy()
         refuse_unknown_species(
             {str(n) for n in names}, bundle.species, species, self.source.where, "the model"
@@ -95,8 +93,9 @@ class VocabularyCells:
         try:
             for s in here:
                 self.matches[s] = bundle.vocabulary.match(
-                    self.source.genes, species=bundle.species[s], among=among
-                )
+                    self.source.genes, species=bundle.species[s], among=among,
+                    column=self.source.column, min_fraction=reading.min_fraction,
+                )  # fmt: skip
         except DataError as error:
             raise DataError(f"{self.source.where}: {error}") from error
         for match in self.matches.values():
@@ -117,15 +116,23 @@ class VocabularyCells:
         self, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
     ) -> Iterator[VocabularyChunk]:
         """Yield the cells of these rows in order; no chunk crosses a border of ``SHARD_CELLS``."""
+        for at, counts_CG in self.blocks(chunk_cells, start=start, stop=stop):
+            yield self.over_vocabulary(at, counts_CG)
+
+    def blocks(
+        self, chunk_cells: int = CHUNK_CELLS, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield the same cells by the source's own genes: row of the first, and counts."""
         stop = len(self) if stop is None else stop
         counts = self.source.counts
         while start < stop:
             most = min(chunk_cells, stop - start, SHARD_CELLS - start % SHARD_CELLS)
             end = counts.rows.stop_of(start, most)
-            yield self._over_vocabulary(start, counts.read(start, end))
+            yield start, counts.read(start, end)
             start = end
 
-    def _over_vocabulary(self, start: int, counts_CG: sp.csr_matrix) -> VocabularyChunk:
+    def over_vocabulary(self, start: int, counts_CG: sp.csr_matrix) -> VocabularyChunk:
+        """Bring counts of cells from row ``start`` on in the order of the vocabulary."""
         species_C = self.species_C[start : start + counts_CG.shape[0]]
         here = np.unique(species_C)
         if here.size == 1:

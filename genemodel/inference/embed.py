@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.sources import Source
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
@@ -28,7 +30,7 @@ from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
 from genemodel.inference.forward import Compile, compiles
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED, model_for
+from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank
@@ -41,7 +43,7 @@ from genemodel.inference.shards import (
     refuse_full_disk,
 )
 from genemodel.inference.workers import Job, embed_on
-from genemodel.settings import PathText
+from genemodel.settings import PathText, to_values
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -66,17 +68,17 @@ def provenance_of(
     }
 
 
+@reads_cells
 def embed(
     adata: "AnnData | str | Path",
     model: Bundle | IntegratedModel | str | Path,
     *,
-    layer: str | None = None,
-    species: str | None = None,
     key_added: str | None = None,
     batch_size: int | None = None,
     device: Devices | None = None,
     compile: Compile = "auto",
     new_batch: bool | None = None,
+    **options: Unpack[InputOptions],
 ) -> "AnnData | None":
     """Embed cells with a model.
 
@@ -85,13 +87,9 @@ def embed(
     adata
         AnnData in memory or backed, whose ``obsm`` is written; or the path of anything
         :func:`genemodel.cells.sources.open_source` reads, which is streamed; for an
-        IntegratedModel of an h5ad or a zarr, which is read into memory.
+        IntegratedModel it is read into memory.
     model
         From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
-    layer
-        Where the raw counts are; default ``X``. Anything but raw counts is refused.
-    species
-        One species for all cells, or ``"obs:COLUMN"``; default the obs column ``species``.
     key_added
         Key in ``obsm``; ``uns[key_added]`` gets the provenance. Default ``X_genemodel``, and for an
         IntegratedModel ``X_integrated``, as of :func:`genemodel.integrate`.
@@ -106,6 +104,8 @@ def embed(
     new_batch
         Of an IntegratedModel alone, as in :meth:`IntegratedModel.encode`; that in turn is a network
         on counts and takes no ``batch_size``, ``device`` and ``compile``.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -121,6 +121,7 @@ def embed(
     """
     import anndata as ad
 
+    reading = InputSettings.given(options)
     if key_added is not None:
         check_key_added(key_added)
     model = model_for("embed", EMBED, model, device=_first(device))
@@ -132,9 +133,12 @@ def embed(
     if isinstance(model, IntegratedModel):
         _refuse_of_transformer(batch_size=batch_size, device=device, compile=compile)
         given = isinstance(adata, ad.AnnData)
-        target = adata if isinstance(adata, ad.AnnData) else _read_whole(Path(adata))
+        if isinstance(adata, ad.AnnData):
+            target = adata
+        else:
+            target, reading = read_anndata(adata, reading)
         key = key_added or INTEGRATED
-        model.embed(target, new_batch=new_batch, layer=layer, species=species, key_added=key)
+        model.embed(target, new_batch=new_batch, key_added=key, **reading.options())
         return None if given else without_counts(target)
     if new_batch is not None:
         raise ConfigError(
@@ -143,15 +147,13 @@ def embed(
         )
     key_added = key_added or EMBEDDED
     devices = devices_of(model.device if device is None else device)
-    cells = VocabularyCells(adata, model, layer=layer, species=species)
+    cells = VocabularyCells(adata, model, reading)
     # A file that we opened is closed; an AnnData is its owner's.
     with nullcontext() if isinstance(adata, ad.AnnData) else closing(cells):
         compiling = compiles(compile, devices[0], len(cells))
         if len(devices) > 1:
             path = None if isinstance(adata, ad.AnnData) else Path(adata)
-            embedding_CD = _on_devices(
-                cells, model, devices, path, layer, species, batch_size, compiling
-            )
+            embedding_CD = _on_devices(cells, model, devices, path, reading, batch_size, compiling)
         else:
             embedding_CD = embedding_of(
                 cells, _there(model, devices[0]), batch_size=batch_size, compile=compiling
@@ -185,13 +187,6 @@ def _refuse_of_transformer(**given: Any) -> None:
         )
 
 
-def _read_whole(path: Path) -> "AnnData":
-    """Read a file of cells with its counts into memory."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist.")
-    return read_anndata(path)
-
-
 def _there(model: Bundle, device: torch.device) -> Bundle:
     """Return the model on a device, a copy where it is elsewhere."""
     here = model.device
@@ -205,8 +200,7 @@ def _on_devices(
     model: Bundle,
     devices: list[torch.device],
     path: Path | None,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     batch_size: int | None,
     compiling: bool,
 ) -> np.ndarray:
@@ -215,16 +209,24 @@ def _on_devices(
         folder = Path(name)
         model.save(folder / "bundle")
         if path is None:
-            path, layer, species = folder / "cells.h5ad", None, "obs:species"
+            path, reading = folder / "cells.h5ad", _as_written(reading, cells.source)
             _write_counts(cells.source, path)
         shards = Shards(folder, len(cells), model.model.settings.width, "0" * 16, SHARD_CELLS)
         job = Job(
-            str(folder / "bundle"), str(path), layer, species, batch_size, compiling, name,
+            str(folder / "bundle"), str(path), to_values(reading), batch_size, compiling, name,
             shards.fingerprint, shards.size,
         )  # fmt: skip
         with Progress("embed", len(cells)) as progress:
             embed_on(devices, job, shards, progress.add)
         return np.concatenate(list(shards.blocks()))
+
+
+def _as_written(reading: InputSettings, source: Source) -> InputSettings:
+    """Say how :func:`_write_counts` wrote a source."""
+    return InputSettings(
+        species="obs:species", column=source.column, min_fraction=reading.min_fraction,
+        missing_labels=reading.missing_labels,
+    )  # fmt: skip
 
 
 def _write_counts(source: Source, path: Path) -> None:
@@ -262,8 +264,8 @@ def _warn_of_empty(empty: int, where: str, n_cells: int, lacking: str) -> None:
 
 
 @dataclass(frozen=True)
-class EmbedSettings:
-    """Embed a file of any size.
+class EmbedSettings(InputSettings):
+    """Embed a file of any size; how it is read is said by :class:`InputSettings`.
 
     Attributes
     ----------
@@ -273,10 +275,6 @@ class EmbedSettings:
         File or folder with raw counts.
     output
         h5ad to write: all that the input holds but its counts, with embedding and provenance.
-    layer
-        Where the raw counts are; empty for X.
-    species
-        One species for all cells or obs:COLUMN; empty for the obs column species.
     key_added
         Key in obsm; null for X_genemodel, and of an IntegratedModel X_integrated.
     batch_size
@@ -293,8 +291,6 @@ class EmbedSettings:
     model: PathText
     input: PathText
     output: PathText
-    layer: str = ""
-    species: str = ""
     key_added: str | None = None
     batch_size: int = 0
     device: str | int | tuple[str | int, ...] = "auto"
@@ -370,9 +366,7 @@ def embed_file(settings: EmbedSettings) -> Path:
     model = model_for("embed", EMBED, settings.model, device="cpu" if several else devices[0])
     if isinstance(model, IntegratedModel):
         return _embed_in_memory(settings, model, rank, output)
-    cells = VocabularyCells(
-        settings.input, model, layer=settings.layer or None, species=settings.species or None
-    )
+    cells = VocabularyCells(settings.input, model, settings.reading)
     with closing(cells):
         compiling = compiles(settings.compile, devices[0], len(cells))
         shards = Shards(
@@ -411,11 +405,9 @@ def _embed_in_memory(
     several = settings.device if isinstance(settings.device, tuple) else None
     _refuse_of_transformer(batch_size=settings.batch_size, device=several, compile=settings.compile)
     logger.info("%s is read into memory: an IntegratedModel does not stream.", settings.input)
-    adata = _read_whole(Path(settings.input))
+    adata, reading = read_anndata(settings.input, settings.reading)
     key = settings.key_added or INTEGRATED
-    model.embed(
-        adata, layer=settings.layer or None, species=settings.species or None, key_added=key
-    )
+    model.embed(adata, key_added=key, **reading.options())
     _warn_of_empty(_empty(adata.obsm[key]), settings.input, adata.n_obs, "counts")
     write_whole(without_counts(adata), output)
     return output
@@ -432,8 +424,7 @@ def _fingerprint(
             "model": model.fingerprint,
             "budget": [model.tokens.context, model.tokens.budget],
             "input": identity_of(Path(settings.input)),
-            "layer": settings.layer,
-            "species": settings.species,
+            "reading": to_values(settings.reading),
             "batch_size": settings.batch_size,
             "device": device.type,
             "compile": compiling,
@@ -494,8 +485,7 @@ def _embed_on_workers(
     job = Job(
         settings.model,
         settings.input,
-        settings.layer or None,
-        settings.species or None,
+        to_values(settings.reading),
         settings.batch_size or None,
         compiling,
         str(shards.folder),

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -20,6 +20,7 @@ from genemodel.cells.batch import CellBatch
 from genemodel.cells.loader import BATCHES_AHEAD, PACKING_THREADS, Window, inverse_medians, pack
 from genemodel.cells.packing import plan_bins
 from genemodel.cells.tokens import TokenSettings
+from genemodel.cells.transfer import on_device
 from genemodel.errors import ConfigError
 from genemodel.inference.counts import VocabularyChunk, precision, window_of
 from genemodel.model.devices import is_out_of_memory
@@ -208,19 +209,20 @@ class Forward:
         """
         self.bundle.model.eval()
         parts: deque[_Part] = deque()
-        jobs: deque[_Job] = deque()
         under_way: deque[_Result] = deque()
         with (
             ThreadPoolExecutor(1, "genemodel-read") as reader,
             ThreadPoolExecutor(PACKING_THREADS, "genemodel-pack") as packers,
         ):
-            packed = self._packed(self._parts(chunks, reader), parts, jobs, packers)
-            for batch in _on_device(packed, self.device):
-                for result in self._results(jobs.popleft(), batch):
-                    under_way.append(result)
-                    if len(under_way) > RESULTS_UNDER_WAY:
-                        done(_fill_next(under_way))
-                        yield from _complete(parts, done)
+            packed = self._packed(self._parts(chunks, reader), parts, packers)
+            # Closed before the packers are, which its thread asks for more.
+            with closing(iter(on_device(packed, self.device))) as moved:
+                for batch, job in moved:
+                    for result in self._results(job, batch):
+                        under_way.append(result)
+                        if len(under_way) > RESULTS_UNDER_WAY:
+                            done(_fill_next(under_way))
+                            yield from _complete(parts, done)
             while under_way:
                 done(_fill_next(under_way))
             yield from _complete(parts, done)
@@ -244,16 +246,14 @@ class Forward:
         self,
         incoming: Iterable[_Part],
         parts: deque[_Part],
-        jobs: deque[_Job],
         packers: ThreadPoolExecutor,
-    ) -> Iterator[CellBatch]:
-        """Yield packed batches; ``jobs`` gets what each is, ``parts`` the chunks they are of."""
+    ) -> Iterator[tuple[CellBatch, _Job]]:
+        """Yield packed batches and what each is; ``parts`` gets the chunks they are of."""
         ahead: deque[tuple[_Job, Future[CellBatch]]] = deque()
 
-        def following() -> CellBatch:
+        def following() -> tuple[CellBatch, _Job]:
             job, future = ahead.popleft()
-            jobs.append(job)
-            return future.result()
+            return future.result(), job
 
         for part in incoming:
             parts.append(part)
@@ -284,13 +284,12 @@ class Forward:
             max_cells=places(job.rows.size, job.cells),
         )
         # The genes beyond the context are there for count decoding: nobody reads them here.
-        batch = replace(
+        return replace(
             batch,
             full_gene_N=batch.full_gene_N[:0],
             full_count_N=batch.full_count_N[:0],
             full_cell_N=batch.full_cell_N[:0],
         )
-        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _results(self, job: _Job, batch: CellBatch) -> Iterator[_Result]:
         """Run a batch, in pieces where it is too large."""
@@ -310,9 +309,7 @@ class Forward:
         if failure:
             self._make_room(job, failure)
         for smaller in self._plan(job.part, job.rows):
-            # By way of the same generator, so that there is one place that copies.
-            (again,) = _on_device([self._pack(smaller)], self.device)
-            yield from self._results(smaller, again)
+            yield from self._results(smaller, self._pack(smaller).to(self.device))
 
     def _make_room(self, job: _Job, failure: str) -> None:
         if not self._limits.halve(job):
@@ -360,12 +357,6 @@ def places(n_cells: int, most: int) -> int:
     while room < n_cells:
         room *= 2
     return max(n_cells, min(room, most))
-
-
-def _on_device(batches: Iterable[CellBatch], device: torch.device) -> Iterator[CellBatch]:
-    """Copy batches to the device, page-locked ones without waiting."""
-    for batch in batches:
-        yield batch.to(device, non_blocking=True)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

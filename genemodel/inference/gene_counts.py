@@ -14,6 +14,7 @@ import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.contract import find_counts, refuse_numbers
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.sources import CHUNK_CELLS, open_source
 from genemodel.errors import DataError
 from genemodel.genes.match import written_as_others
@@ -123,6 +124,14 @@ class GeneCounts:
         """Columns with at least one count, ascending."""
         return np.flatnonzero(self.counts_CG.getnnz(0) > 0)
 
+    def over(self, vocabulary: GeneVocabulary) -> sp.csr_matrix:
+        """Put the columns, which are tokens, back in their places among all of a vocabulary."""
+        token_G = np.array([int(name) for name in self.genes], np.int64)
+        csr = sp.csr_matrix(self.counts_CG)
+        return sp.csr_matrix(
+            (csr.data, token_G[csr.indices], csr.indptr), (csr.shape[0], len(vocabulary))
+        )
+
     def only(self, column_G: np.ndarray) -> "GeneCounts":
         """Return these columns alone."""
         return GeneCounts(
@@ -139,8 +148,7 @@ def read_counts(
     *,
     bundle: Bundle | None,
     vocabulary: GeneVocabulary | None,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     features: bool = True,
 ) -> GeneCounts:
     """Read proven counts in the columns that an integration works on.
@@ -150,10 +158,10 @@ def read_counts(
     of two species share a column; with neither they are the genes of the data.
     """
     if bundle is not None:
-        return _with_bundle(adata, bundle, layer, species, features=features)
+        return _with_bundle(adata, bundle, reading, features=features)
     if vocabulary is not None:
-        return _with_vocabulary(adata, vocabulary, layer, species)
-    counts = find_counts(adata, layer=layer)
+        return _with_vocabulary(adata, vocabulary, reading)
+    counts = find_counts(adata, **reading.counting())
     refuse_numbers(counts.genes, "adata")
     blocks = [
         counts.read(start, min(start + CHUNK_CELLS, counts.shape[0]))
@@ -181,9 +189,9 @@ def summed_by_name(
 
 
 def _with_bundle(
-    adata: "AnnData", bundle: Bundle, layer: str | None, species: str | None, *, features: bool
+    adata: "AnnData", bundle: Bundle, reading: InputSettings, *, features: bool
 ) -> GeneCounts:
-    cells = VocabularyCells(adata, bundle, layer=layer, species=species)
+    cells = VocabularyCells(adata, bundle, reading)
     blocks, vectors = [], []
     if features:
         with Progress("embed", len(cells)) as progress:
@@ -202,14 +210,14 @@ def _with_bundle(
 
 
 def _with_vocabulary(
-    adata: "AnnData", vocabulary: GeneVocabulary, layer: str | None, species: str | None
+    adata: "AnnData", vocabulary: GeneVocabulary, reading: InputSettings
 ) -> GeneCounts:
-    source = open_source(adata, layer=layer, species=species)
+    source = open_source(adata, **reading.opening())
     species_C = source.obs["species"].astype(object).to_numpy()
     refuse_unknown_species(
         {str(name) for name in species_C},
         vocabulary.species,
-        species,
+        reading.species,
         source.where,
         "the vocabulary",
     )
@@ -224,11 +232,19 @@ def _with_vocabulary(
         )
         own_G = np.flatnonzero((counts_CG.getnnz(0) > 0) | ~foreign_G)
         try:
-            match = vocabulary.match(source.genes.iloc[own_G], species=name)
+            match = vocabulary.match(
+                source.genes.iloc[own_G], species=name, column=source.column,
+                min_fraction=reading.min_fraction,
+            )  # fmt: skip
         except DataError as error:
             raise DataError(f"{source.where}: {error}") from error
         logger.info("%s: %s", source.where, match.summary())
         parts.append(match.project(counts_CG[:, own_G]))
         measured_V |= match.measured_V
     stacked_CV = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(rows))]
-    return GeneCounts(stacked_CV, [str(token) for token in range(len(vocabulary))], measured_V)
+    return GeneCounts(
+        stacked_CV,
+        [str(token) for token in range(len(vocabulary))],
+        measured_V,
+        species_C=np.array([vocabulary.species.index(name) for name in species_C], np.int64),
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,6 +20,7 @@ from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
 from genemodel.adapt.imputation_model import (
     LARGEST_IN_MEMORY,
+    MEDIAN_LIBRARY,
     GammaPosterior,
     ImputationModel,
     Kind,
@@ -29,12 +30,15 @@ from genemodel.adapt.imputation_model import (
     check_library,
 )
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.sources import Source, open_source
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.recognition import without_appended
 from genemodel.genes.species import SPECIES
-from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.gene_counts import genes_in_order, summed_by_name
@@ -45,7 +49,11 @@ from genemodel.inference.impute_genes import (
     columns_of_model,
 )
 from genemodel.inference.impute_output import InPlace, Layers, Sink, Tables, ToFile
-from genemodel.inference.models import IMPUTE, model_for
+from genemodel.inference.impute_pretrained import (
+    PretrainedImputation,
+    joined,
+    refuse_without_decoder,
+)
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
@@ -54,19 +62,21 @@ from genemodel.settings import PathText, check_seed, to_values
 if TYPE_CHECKING:
     from anndata import AnnData
 
+# Models that impute without being trained on the cells.
+IMPUTE = (ImputationModel, Bundle)
+
 logger = logging.getLogger(__name__)
 
 KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
 
 
+@reads_cells
 def impute(
     adata: "AnnData | str | Path",
     model: Bundle | ImputationModel | str | Path | None = None,
     *,
     batch_key: str | Sequence[str] | None = None,
-    layer: str | None = None,
-    species: str | None = None,
     key_added: str = KEY,
     uncertainty: bool = False,
     draws: int = 0,
@@ -82,14 +92,15 @@ def impute(
     backbone: Tune | TuningSettings | None = None,
     device: str | torch.device = "auto",
     run: HeadRun | None = None,
-    missing_labels: Sequence[str] = (),
+    **options: Unpack[InputOptions],
 ) -> ImputationModel:
     """Denoise counts: the expected count of every gene in every cell, and how sure that is.
 
-    A decoder is trained on the data itself, on molecules hidden from its encoder; it is combined
-    with each cell's own counts in closed form; its uncertainty is calibrated on a tenth of the
-    molecules set aside, and what the intervals hold of those is logged and kept in ``uns``. See
-    ``docs/imputation.md`` for what the numbers are and what they are not good for.
+    A decoder is trained on the data itself, on molecules hidden from its encoder, or is that of a
+    pre-trained model; it is combined with each cell's own counts in closed form; its uncertainty is
+    calibrated on a tenth of the molecules set aside, and what the intervals hold of those is logged
+    and kept in ``uns``. See ``docs/imputation.md`` for what the numbers are and what they are not
+    good for.
 
     Parameters
     ----------
@@ -99,17 +110,14 @@ def impute(
     model
         What an earlier call returned (:class:`ImputationModel`, which can be saved): nothing is
         trained, and its genes are predicted from those of them that these cells measured. Or a
-        bundle (:func:`genemodel.load`): its count decoder predicts ``genes`` that the data did not
-        measure, its gene vectors are the start where ``settings.gene_vectors`` says so, and its
-        cell vectors are read where ``backbone`` says so. Measured genes are otherwise learned from
-        the data itself. Either may be the path of its folder.
+        bundle (:func:`genemodel.load`): its count decoder imputes as it is, and nothing is trained
+        either. With ``settings`` or a ``backbone`` a decoder is trained on these cells all the
+        same; the bundle's then predicts ``genes`` that the data did not measure, its gene vectors
+        are the start where ``settings.gene_vectors`` says so, and its cell vectors are read where
+        ``backbone`` says so. Either may be the path of its folder.
     batch_key
         obs column of the technical batch, or several nested ones; with a trained model by default
         its own. A batch that it was not trained on gets the mean of all offsets.
-    layer
-        Where the raw counts are; default ``X``. Anything but raw counts is refused.
-    species
-        As in :func:`genemodel.embed`; only read for unmeasured genes.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty
@@ -138,7 +146,7 @@ def impute(
     overwrite
         Replace an existing output.
     settings
-        Of the decoder.
+        Of the decoder that is trained.
     backbone
         Read the cell vectors of a bundle beside the counts, made in every step of the molecules
         that are shown: ``"frozen"``, ``"lora"``, ``"last"`` or ``"full"`` say what of it learns.
@@ -147,14 +155,14 @@ def impute(
         Where to train: ``auto`` takes a GPU where there is one.
     run
         Folder and devices of the training, instead of ``device``; what fine-tuning uses.
-    missing_labels
-        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a batch of one.
+    **options
+        How the cells are read. The species is only asked for unmeasured genes.
 
     Returns
     -------
     ImputationModel
-        For posteriors and draws of chosen cells without writing anything.
+        For posteriors and draws of chosen cells without writing anything; of no cells where a file
+        was read with a bundle alone, which is done in a stream.
 
     Raises
     ------
@@ -168,9 +176,10 @@ def impute(
     -----
     Layers are float32 in the order of the input, shape (n_obs, n_vars); with ``genes``, tables of
     shape (n_obs, len(genes)). A cell without counts gets 0, or NaN at a library that is not a
-    multiple of its own. The counts are held in memory in sparse form, the dense result only where
-    it is not written to a file.
+    multiple of its own. The counts are held in memory in sparse form (but of a file that is read
+    with a bundle alone), the dense result only where it is not written to a file.
     """
+    reading = InputSettings.given(options)
     check_key_added(key_added, "layers")
     check_seed(seed)
     layers = Layers(key_added, uncertainty, draws, tuple(quantiles))
@@ -183,6 +192,9 @@ def impute(
     bundle = model if isinstance(model, Bundle) else None
     if trained is not None and settings is not None:
         raise ConfigError("settings are those of a training, and this model is trained: give one.")
+    as_it_is = bundle is not None and settings is None and backbone is None
+    if as_it_is and bundle is not None:
+        refuse_without_decoder(bundle)
     settings = settings or DecoderSettings()
     keys = (batch_key,) if isinstance(batch_key, str) else tuple(batch_key or ())
     vectors = trained is None and settings.gene_vectors
@@ -193,9 +205,9 @@ def impute(
         _check_backbone(bundle, trained, tuning)
     beneath = bundle if trained is None else trained.bundle
     source = _open(
-        adata, beneath, layer, species, keys, missing_labels,
+        adata, beneath, reading, keys,
         keep=trained.batch_keys if trained is not None else (),
-        needs_species=genes is not None or vectors or tuning is not None
+        needs_species=genes is not None or vectors or tuning is not None or as_it_is
         or (trained is not None and trained.bundle is not None),
     )  # fmt: skip
     try:
@@ -207,14 +219,21 @@ def impute(
             # A column that bears a corpus's name is there even where the data have none.
             if not keys and all(k in source.obs and source.obs[k].notna().all() for k in own):
                 keys = own
-            trained = _other_cells(trained, source, keys)
+            trained = _other_cells(trained, source, keys, reading)
             codes_C, names = None, trained.batches
             columns = columns_of_model(trained, source, genes)
         else:
             codes_C, names = _batches(source, keys)
-            columns, cells = columns_of_data(source, genes, bundle)
+            columns, cells = columns_of_data(source, genes, bundle, reading)
             if vectors and bundle is not None:
-                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle))
+                gene_vectors_GE = _gene_vectors(cells or VocabularyCells(source, bundle, reading))
+            if as_it_is and keys:
+                logger.info(
+                    "%s: the batches of %s are unknown to the pre-trained decoder: it decodes the "
+                    "average of its own.",
+                    source.where, ", ".join(keys),
+                )  # fmt: skip
+                names = ()
         check_batch(batch, names, source.where)
         if path is None:
             _refuse_too_large(source.n_cells, len(columns.names), layers)
@@ -232,16 +251,26 @@ def impute(
                 key=key_added, every=genes is None, trained=trained is not None,
             )  # fmt: skip
             sink = ToFile(path, overwrite, tables, layers)
-        counts_CG = _read(source) if trained is None else None
+        counts_CG = _read(source) if trained is None and not as_it_is else None
         with ExitStack() as opened, np.errstate(invalid="ignore"):
             # Before the training, so that what cannot be written is refused at once; a training in
             # a folder is not lost, and may be of several processes, of which one writes.
             if run is None:
                 opened.enter_context(sink.open())
-            if trained is None:
+            blocks, asked, kept = None, library, list[ImputationModel]()
+            read = columns
+            if as_it_is:
+                pretrained = PretrainedImputation(
+                    cells or VocabularyCells(source, cast(Bundle, bundle), reading), seed=seed
+                )
+                trained, read = pretrained.model, columns.among(pretrained.known_G)
+                if library == MEDIAN_LIBRARY:
+                    asked = pretrained.median_library()
+                blocks = _streamed(pretrained, None if isinstance(adata, str | Path) else kept)
+            elif trained is None:
                 over = None
                 if tuning is not None and bundle is not None:
-                    cells = cells or VocabularyCells(source, bundle)
+                    cells = cells or VocabularyCells(source, bundle, reading)
                     over = _over_tokens(cells, tuning)
                 trained = ImputationModel.train(
                     counts_CG,
@@ -256,10 +285,15 @@ def impute(
                     seed=seed,
                     where=source.where,
                 )
-                trained.provenance["model"] = (
-                    bundle.fingerprint if bundle is not None and (vectors or tuning) else ""
-                )
+                if bundle is not None and (vectors or tuning):
+                    trained.provenance["model"] = bundle.fingerprint
                 trained.provenance["backbone"] = "" if tuning is None else tuning.tune
+                start = bundle if vectors or tuning is not None else None
+                if start is not None and cells is None:
+                    cells = VocabularyCells(source, start, reading)
+                told = _manifest(source, trained, cells if start is not None else None)
+                trained.training = learnt_from(told, start)
+                trained.vocabulary = None if start is None else start.vocabulary
                 if over is not None and bundle is not None and cells is not None:
                     model_beneath = trained.trained.backbone
                     assert model_beneath is not None
@@ -269,28 +303,31 @@ def impute(
                             model_beneath,
                             f"{tuning.tune}, beneath an imputation",
                             trained.history,
+                            trained.training,
                         )
                         if tuning is not None and tuning.tune != "frozen"
                         else bundle
                     )
-                    trained = trained.with_vectors(beneath, _vectors(source, beneath))
+                    trained = trained.with_vectors(beneath, _vectors(source, beneath, reading))
             if run is not None:
                 opened.enter_context(sink.open())
-            _write(sink, trained, foreign, columns, layers, library, batch, kind, seed)
+            blocks = blocks or _in_memory(trained, foreign)
+            empty = _write(sink, blocks, foreign, read, layers, asked, batch, kind, seed)
             about = _provenance(trained, source, columns, bundle, library, batch, kind, seed)
             about["trained"] = "on other cells" if isinstance(model, ImputationModel) else "here"
-            sink.finish(about, _dispersion(trained, foreign, columns))
+            if as_it_is:
+                about |= {"trained": "in pre-training", "model": trained.provenance["model"]}
+            sink.finish(about, _dispersion(trained, foreign, read))
     finally:
         if isinstance(adata, str | Path):
             source.close()
-    empty = int((trained.library_C == 0).sum())
     if empty:
+        as_sequenced = library is None or (isinstance(library, str) and library != MEDIAN_LIBRARY)
         logger.warning(
             "%s: %s of %s cells have no counts and get %s.",
-            source.where, f"{empty:,}", f"{source.n_cells:,}",
-            "NaN" if np.isnan(trained.library_ratio(library)).any() else "0",
+            source.where, f"{empty:,}", f"{source.n_cells:,}", "0" if as_sequenced else "NaN",
         )  # fmt: skip
-    return trained
+    return joined(kept) if kept else trained
 
 
 # -- before the work -----------------------------------------------------------------------------
@@ -330,31 +367,23 @@ def _checked_output(output: str | Path | None, overwrite: bool, adata: object) -
 def _open(
     data: "AnnData | str | Path",
     model: Bundle | None,
-    layer: str | None,
-    species: str | None,
+    reading: InputSettings,
     batch_keys: tuple[str, ...],
-    missing_labels: Sequence[str],
     *,
     keep: tuple[str, ...],
     needs_species: bool,
 ) -> Source:
     columns = {key: key for key in batch_keys}
-    if model is not None and species is None and len(model.species) == 1:
-        species = model.species[0]
+    if model is not None and reading.species is None and len(model.species) == 1:
+        reading = reading.but(species=model.species[0])
     try:
-        return open_source(
-            data, layer=layer, species=species, columns=columns, keep=keep,
-            missing_labels=missing_labels,
-        )  # fmt: skip
+        return open_source(data, columns=columns, keep=keep, **reading.opening())
     except ConfigError:
-        if species is not None or (model is not None and needs_species):
+        if reading.species is not None or (model is not None and needs_species):
             raise
     # The species is not stated, and plays no part where nothing is looked up in a vocabulary.
-    species = next(iter(SPECIES))
-    source = open_source(
-        data, layer=layer, species=species, columns=columns, keep=keep,
-        missing_labels=missing_labels,
-    )  # fmt: skip
+    reading = reading.but(species=next(iter(SPECIES)))
+    source = open_source(data, columns=columns, keep=keep, **reading.opening())
     source.obs = source.obs.drop(columns="species")
     return source
 
@@ -401,7 +430,7 @@ def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbon
     if len(cells.matches) > 1:
         raise ConfigError(
             f"{cells.source.where}: holds several species, whose genes are other tokens in each: "
-            "impute one species at a time, or leave backbone out."
+            "impute one species at a time, or without the vectors of a model."
         )
     bundle = cells.bundle
     ((_, match),) = cells.matches.items()
@@ -410,8 +439,23 @@ def _over_tokens(cells: VocabularyCells, tuning: TuningSettings) -> TokenBackbon
     )
 
 
-def _vectors(source: Source, bundle: Bundle) -> np.ndarray:
-    return embedding_of(VocabularyCells(source, bundle), bundle)
+def _manifest(
+    source: Source, trained: ImputationModel, cells: VocabularyCells | None
+) -> TrainingManifest:
+    """Take down the cells of a training: over a vocabulary, or over the data's own genes."""
+    counts_CV, species_C = trained.counts_CG, None
+    if cells is not None:
+        blocks = [chunk.counts_CV for chunk in cells.chunks()]
+        counts_CV = sp.vstack(blocks, format="csr")
+        species_C = np.array(cells.bundle.species, dtype=object)[cells.species_C]
+    return TrainingManifest.of_counts(
+        counts_CV, np.flatnonzero(trained.library_C > 0), species_C, name=source.name,
+        file=source.file, licence=source.licence, citation=source.citation,
+    )  # fmt: skip
+
+
+def _vectors(source: Source, bundle: Bundle, reading: InputSettings) -> np.ndarray:
+    return embedding_of(VocabularyCells(source, bundle, reading), bundle)
 
 
 def _gene_vectors(cells: VocabularyCells) -> np.ndarray:
@@ -460,7 +504,7 @@ def _read(source: Source) -> sp.csr_matrix:
 
 
 def _other_cells(
-    trained: ImputationModel, source: Source, keys: tuple[str, ...]
+    trained: ImputationModel, source: Source, keys: tuple[str, ...], reading: InputSettings
 ) -> ImputationModel:
     """Bring the genes of other cells in the model's order, and look their batches up."""
     index = [str(name) for name in source.genes.index]
@@ -496,16 +540,56 @@ def _other_cells(
         )  # fmt: skip
     features_CF = None
     if trained.bundle is not None:
-        features_CF = _vectors(source, trained.bundle)
+        features_CF = _vectors(source, trained.bundle, reading)
     return trained.of(counts_CG, code_C, measured_G, where=source.where, features_CF=features_CF)
 
 
 # -- the work ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive cells: row of the first, and which of a model's cells they are.
+
+    ``chunk`` has their counts by token, where genes are predicted that were not measured.
+    """
+
+    start: int
+    model: ImputationModel
+    rows: slice
+    chunk: VocabularyChunk | None
+
+    @property
+    def library_C(self) -> np.ndarray:
+        """Counts of every cell."""
+        return self.model.library_C[self.rows]
+
+
+def _in_memory(trained: ImputationModel, foreign: Unmeasured | None) -> Iterator[_Block]:
+    """Go through the cells that a model holds."""
+    if foreign is not None:
+        for chunk in foreign.cells.chunks(BLOCK_CELLS):
+            stop = chunk.start + chunk.counts_CV.shape[0]
+            yield _Block(chunk.start, trained, slice(chunk.start, stop), chunk)
+        return
+    for start in range(0, len(trained), BLOCK_CELLS):
+        stop = min(start + BLOCK_CELLS, len(trained))
+        yield _Block(start, trained, slice(start, stop), None)
+
+
+def _streamed(
+    pretrained: PretrainedImputation, kept: list[ImputationModel] | None
+) -> Iterator[_Block]:
+    """Read cells block after block; ``kept`` gets them, where they are not too many."""
+    for model, chunk in pretrained.over():
+        if kept is not None:
+            kept.append(model)
+        yield _Block(chunk.start, model, slice(0, len(model)), chunk)
+
+
 def _write(
     sink: Sink,
-    trained: ImputationModel,
+    blocks: Iterator[_Block],
     foreign: Unmeasured | None,
     columns: Columns,
     layers: Layers,
@@ -513,45 +597,37 @@ def _write(
     batch: str | None,
     kind: Written,
     seed: int,
-) -> None:
-    """Compute block after block of cells and hand each to the sink."""
-    measured_P = columns.measured_P
-    ratio_C = trained.library_ratio(library)
+) -> int:
+    """Compute block after block of cells and hand each to the sink; counts cells without counts."""
+    measured_P, empty = columns.measured_P, 0
     whose: Kind = "decoder" if kind == "decoder" else "posterior"
-    for start, chunk in _blocks(trained, foreign):
-        stop = min(start + BLOCK_CELLS, len(trained))
-        if chunk is not None:
-            stop = start + chunk.counts_CV.shape[0]
-        rows = slice(start, stop)
-        found = trained.posterior(
-            rows, genes=columns.column_P[measured_P], library=library, batch=batch, kind=whose
+    for block in blocks:
+        library_C = block.library_C
+        empty += int((library_C == 0).sum())
+        rows = slice(block.start, block.start + len(library_C))
+        ratio_C = block.model.library_ratio(library, block.rows)
+        found = block.model.posterior(
+            block.rows, genes=columns.column_P[measured_P], library=library, batch=batch, kind=whose
         )
         if not measured_P.all():
-            shape_CP = np.ones((stop - start, len(columns.names)))
+            shape_CP = np.ones((len(library_C), len(columns.names)))
             rate_CP = np.full_like(shape_CP, np.nan)
             shape_CP[:, measured_P], rate_CP[:, measured_P] = found.shape_CG, found.rate_CG
-            if foreign is not None and chunk is not None:
-                mean_CU = foreign.mean(chunk) * ratio_C[rows, None]
-                shape_CP[:, ~measured_P] = foreign.theta_U
-                rate_CP[:, ~measured_P] = foreign.theta_U / np.maximum(mean_CU, 1e-12)
+            if foreign is not None and block.chunk is not None:
+                mean_CU = foreign.mean(block.chunk) * ratio_C[:, None]
+                predicted_P = columns.predicted_P
+                shape_CP[:, predicted_P] = foreign.theta_U
+                rate_CP[:, predicted_P] = foreign.theta_U / np.maximum(mean_CU, 1e-12)
             found = GammaPosterior(shape_CP, rate_CP)
         if kind == "log":
-            value_CP = found.log_mean(ratio_C[rows] * trained.library_C[rows])
+            value_CP = found.log_mean(ratio_C * library_C)
             sink.write(layers.key, rows, value_CP.astype(np.float32))
             continue
         # One stream of chance a block: the order in which blocks are made cannot matter.
-        generator = np.random.default_rng((seed, start))
+        generator = np.random.default_rng((seed, block.start))
         for name, values_CP in zip(layers.names, layers.values(found, generator), strict=True):
             sink.write(name, rows, values_CP.astype(np.float32))
-
-
-def _blocks(
-    trained: ImputationModel, foreign: Unmeasured | None
-) -> Iterator[tuple[int, VocabularyChunk | None]]:
-    if foreign is None:
-        yield from ((start, None) for start in range(0, len(trained), BLOCK_CELLS))
-    else:
-        yield from ((chunk.start, chunk) for chunk in foreign.cells.chunks(BLOCK_CELLS))
+    return empty
 
 
 def _dispersion(
@@ -561,7 +637,7 @@ def _dispersion(
     measured_P = columns.measured_P
     dispersion_P[measured_P] = trained.dispersion_G[columns.column_P[measured_P]]
     if foreign is not None:
-        dispersion_P[~measured_P] = 1.0 / foreign.theta_U
+        dispersion_P[columns.predicted_P] = 1.0 / foreign.theta_U
     return dispersion_P
 
 
@@ -609,8 +685,8 @@ def _provenance(
 
 
 @dataclass(frozen=True)
-class ImputeSettings:
-    """Denoise a file and write the result to another.
+class ImputeSettings(InputSettings):
+    """Denoise a file, read as :class:`InputSettings` say, and write the result to another.
 
     Attributes
     ----------
@@ -619,14 +695,10 @@ class ImputeSettings:
     output
         h5ad or zarr to write: all that the input holds but its counts, with layers and provenance.
     model
-        Folder of an imputation model, which is then used and not trained again; or of a bundle, for
-        genes that were not measured; empty for none.
+        Folder of an imputation model, or of a bundle with a count decoder: used as it is, nothing
+        is trained; empty to train on these cells.
     batch_key
         obs column of the technical batch, several for nested ones; empty for none.
-    layer
-        Where the raw counts are; empty for X.
-    species
-        One species for all cells or obs:COLUMN; empty for the obs column species.
     key_added
         Name of the layer, and beginning of the names of the others.
     uncertainty
@@ -639,9 +711,6 @@ class ImputeSettings:
         null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
     batch
         Empty for each cell's own, mean for batch-corrected, or the name of a batch.
-    missing_labels
-        Texts in ``batch_key`` that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
     genes
         Only these; empty for all measured ones.
     kind
@@ -658,15 +727,12 @@ class ImputeSettings:
     output: PathText
     model: PathText = ""
     batch_key: tuple[str, ...] = ()
-    layer: str = ""
-    species: str = ""
     key_added: str = KEY
     uncertainty: bool = False
     draws: int = 0
     quantiles: tuple[float, ...] = ()
     library: float | str | None = None
     batch: str = ""
-    missing_labels: tuple[str, ...] = ()
     genes: tuple[str, ...] = ()
     kind: Written = "posterior"
     seed: int = 0
@@ -688,8 +754,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         if settings.model
         else None,
         batch_key=settings.batch_key,
-        layer=settings.layer or None,
-        species=settings.species or None,
         key_added=settings.key_added,
         uncertainty=settings.uncertainty,
         draws=settings.draws,
@@ -702,6 +766,6 @@ def impute_file(settings: ImputeSettings) -> Path:
         output=settings.output,
         overwrite=settings.overwrite,
         device=settings.device,
-        missing_labels=settings.missing_labels,
+        **settings.options(),
     )
     return Path(settings.output)

@@ -11,22 +11,21 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-import genemodel
 from genemodel.adapt.head_run import HeadRun
 from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings, train_decoder
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.impute_output import Layers, Tables, ToFile
 from genemodel.inference.obs_keys import batch_names
 from genemodel.inference.progress import Progress
 from genemodel.model.tuning import TuningSettings
-from genemodel.settings import to_values
 
 logger = logging.getLogger(__name__)
 
@@ -104,28 +103,23 @@ def impute_corpus(
         n_tokens=len(corpus.vocabulary), where=run, seed=seed,
     )  # fmt: skip
     beneath = bundle if backbone is not None else None
+    began = bundle if backbone is not None or settings.gene_vectors else None
+    training = learnt_from(TrainingManifest.of(corpus, data.used), began)
     if beneath is not None and tuning is not None and tuning.tune != "frozen":
         assert trained.backbone is not None
         how = f"{tuning.tune}, beneath an imputation of {len(data.used):,} cells"
-        beneath = beneath_of(beneath, trained.backbone, how, pd.DataFrame(trained.history))
+        beneath = beneath_of(beneath, trained.backbone, how, trained.table, training)
     model = ImputationModel(
         trained, data.sample_SV[:, token_G], kept_G, code_C[data.sample], batches, settings,
         genes=list(var.index), batch_keys=batch_keys, where=str(corpus.path), bundle=beneath,
     )  # fmt: skip
     model.unseen_share *= float(model.library_C.sum()) / float(np.sum(corpus.library_C))
     model = model.of(sp.csr_matrix((0, len(token_G)), dtype=np.float32), np.zeros(0, np.int64))
-    model.provenance = {
-        "genemodel": genemodel.__version__,
-        "task": "impute",
-        "batch_key": list(batch_keys),
-        "settings": to_values(settings),
-        "seed": seed,
-        "cells": len(data.used),
-        "genes": len(kept_G),
-        "heldout_nats_per_molecule": trained.heldout_nats,
-        "model": "" if beneath is None else beneath.fingerprint,
-        "backbone": "" if tuning is None or bundle is None else tuning.tune,
-    }
+    model.training, model.vocabulary = training, corpus.vocabulary
+    model.tell(
+        len(data.used), seed=seed, model="" if beneath is None else beneath.fingerprint,
+        tune="" if tuning is None or bundle is None else tuning.tune,
+    )  # fmt: skip
     obs = corpus.obs()
     obs.index = obs.index.astype(str)
     layers = Layers("imputed", True, 0, ())

@@ -16,6 +16,7 @@ from torch import Tensor
 from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.batch import CellBatch
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.sources import Source
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
@@ -47,6 +48,17 @@ class Columns:
     def measured_P(self) -> np.ndarray:
         """Which of them the data measured."""
         return self.column_P >= 0
+
+    @property
+    def predicted_P(self) -> np.ndarray:
+        """Which of the others a bundle's decoder predicts."""
+        return ~self.measured_P & (self.token_P >= 0)
+
+    def among(self, known_G: np.ndarray) -> "Columns":
+        """Count the columns of the data among these ones only; the others get nothing."""
+        place_G = np.full(max([*self.column_P.tolist(), *known_G.tolist(), -1]) + 2, -1)
+        place_G[known_G] = np.arange(known_G.size)
+        return Columns(self.names, place_G[self.column_P], self.token_P)
 
     @property
     def unmeasured(self) -> list[str]:
@@ -81,7 +93,7 @@ def columns_of_model(
 
 
 def columns_of_data(
-    source: Source, genes: Sequence[str] | None, model: Bundle | None
+    source: Source, genes: Sequence[str] | None, model: Bundle | None, reading: InputSettings
 ) -> tuple[Columns, VocabularyCells | None]:
     """Find the genes asked for in the data, then in the model's vocabulary."""
     index = [str(name) for name in source.genes.index]
@@ -112,7 +124,7 @@ def columns_of_data(
     if model is None:
         known = [name for table in tables for name in table]
         _refuse_unknown(source, [names[p] for p in missing], known, model)
-    cells = VocabularyCells(source, cast(Bundle, model))
+    cells = VocabularyCells(source, cast(Bundle, model), reading)
     token_P[missing] = _tokens(cells, [names[p] for p in missing])
     column_V = {int(t): g for m in cells.matches.values() for g, t in enumerate(m.token_G)}
     for p in missing.tolist():
@@ -122,6 +134,7 @@ def columns_of_data(
         table = cells.bundle.vocabulary.genes
         known = [name for t in tables for name in t] + table["symbol"].astype(str).tolist()
         _refuse_unknown(source, unknown, known, model)
+    token_P[column_P >= 0] = -1  # measured after all, under another name
     columns = Columns(names, column_P, token_P)
     return columns, cells if columns.unmeasured else None
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -19,18 +19,20 @@ from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.overcorrection import private_populations, vanished
 from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.bundle.history import STEP
+from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.beneath import backbone_of, beneath_of
+from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import corpus_vectors
 from genemodel.inference.collapse import collapse, warn_of_collapse
-from genemodel.inference.gene_counts import read_counts
+from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import model_for
 from genemodel.inference.obs_keys import (
     INTEGRATED,
     batch_names,
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 MIN_CELLS = 50
 
 
+@reads_cells
 def integrate(
     adata: "AnnData",
     *,
@@ -59,13 +62,11 @@ def integrate(
     label_key: str | None = None,
     model: Bundle | str | Path | None = None,
     backbone: Tune | TuningSettings = "frozen",
-    layer: str | None = None,
-    species: str | None = None,
     key_added: str = INTEGRATED,
     settings: IntegrationSettings | None = None,
     device: str | torch.device = "auto",
     seed: int = 0,
-    missing_labels: Sequence[str] = (),
+    **options: Unpack[InputOptions],
 ) -> IntegratedModel:
     """Train an embedding that is free of the technical batch, and embed the cells with it.
 
@@ -84,13 +85,6 @@ def integrate(
     backbone
         What of the model learns: ``"frozen"``, nothing, so that its vectors are made once; or
         ``"lora"``, ``"last"`` or ``"full"``, which the loss of the embedding then reaches.
-    layer
-        Where the raw counts are; default ``X``. Anything but raw counts is refused.
-    species
-        One species for all cells, or ``"obs:COLUMN"``. With a model it is looked up in the obs
-        column ``species`` by default. Without a model it may be left out: genes are then known by
-        the data's own names; where it is given, by the built-in vocabulary, in which orthologs of
-        human and mouse are one.
     key_added
         Key in ``obsm`` and ``uns``.
     settings
@@ -99,9 +93,8 @@ def integrate(
         Where to train: ``auto`` takes a GPU where there is one.
     seed
         Of initial weights, order, thinning and clustering.
-    missing_labels
-        Texts in these columns that stand for a missing value, beside the usual ones
-        (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
+    **options
+        How the cells are read.
 
     Returns
     -------
@@ -117,6 +110,9 @@ def integrate(
 
     Notes
     -----
+    Without a model the species may be left out: genes are then known by the data's own names; where
+    it is given, by the built-in vocabulary, in which orthologs of human and mouse are one.
+
     ``obsm[key_added]`` is float32 (n_obs, latent), in input order; NaN for cells without counts.
     A warning names populations of one batch that have moved onto others.
     """
@@ -125,8 +121,8 @@ def integrate(
     tuning = backbone if isinstance(backbone, TuningSettings) else TuningSettings(tune=backbone)
     result, embedding_CD = integrate_cells(
         adata, keys_of(batch_key), label_key, bundle, tuning,
-        layer=layer, species=species, settings=settings or IntegrationSettings(),
-        where=HeadRun(device=device), seed=seed, missing_labels=missing_labels,
+        reading=InputSettings.given(options), settings=settings or IntegrationSettings(),
+        where=HeadRun(device=device), seed=seed,
     )  # fmt: skip
     adata.obsm[key_added] = embedding_CD
     adata.uns[key_added] = dict(result.provenance)
@@ -140,30 +136,28 @@ def integrate_cells(
     bundle: Bundle | None,
     tuning: TuningSettings,
     *,
-    layer: str | None = None,
-    species: str | None = None,
+    reading: InputSettings,
     settings: IntegrationSettings,
     where: HeadRun,
     seed: int,
     held_out: np.ndarray | None = None,
-    missing_labels: Sequence[str] = (),
 ) -> tuple[IntegratedModel, np.ndarray]:
     """Train on cells in memory or on a corpus, which may be larger; see :func:`integrate`.
 
     Parameters
     ----------
     data
-        The cells; ``layer`` and ``species`` are for those in memory.
+        The cells; a corpus is read, and of ``reading`` only ``missing_labels`` says something.
     keys, label_key
         Columns of batches and labels.
     bundle, tuning
         Model beneath, and what of it learns.
+    reading
+        How the cells are read.
     settings, where, seed
         Of the training.
     held_out
         Numbers of cells that are looked at and not trained on.
-    missing_labels
-        As in :func:`integrate`.
 
     Returns
     -------
@@ -171,6 +165,7 @@ def integrate_cells(
         The model, and the embedding of all cells, (C, D), NaN for cells without counts.
     """
     start = time.perf_counter()
+    missing_labels = reading.missing_labels
     check_seed(seed)
     _check_tuning(bundle, tuning)
     check_label_is_no_batch(keys, label_key)
@@ -196,11 +191,10 @@ def integrate_cells(
     else:
         if bundle is not None:
             vocabulary = bundle.vocabulary
-        elif species is not None:
+        elif reading.species is not None:
             vocabulary = GeneVocabulary.builtin()
         counts = read_counts(
-            data, bundle=bundle, vocabulary=vocabulary, layer=layer, species=species,
-            features=not live,
+            data, bundle=bundle, vocabulary=vocabulary, reading=reading, features=not live,
         )  # fmt: skip
         if vocabulary is not None and not live:
             # Most of a vocabulary is in no single data set, and would only take memory.
@@ -208,7 +202,7 @@ def integrate_cells(
         genes, features_CF = counts.genes, counts.features_CF
         cells = TrainingCells.held(
             counts.counts_CG, code_C, label_C=label_C, held_out=held_out,
-            species_C=counts.species_C, seed=seed,
+            species_C=None if bundle is None else counts.species_C, seed=seed,
         )  # fmt: skip
     used_C = cells.used
     if len(used_C) < n_cells:
@@ -238,9 +232,15 @@ def integrate_cells(
         where=where,
         seed=seed,
     )
+    own = (
+        TrainingManifest.of(data, cells.train)
+        if isinstance(data, Corpus)
+        else _manifest(counts, cells.train, vocabulary, trained.gene_G, data.obs)
+    )
+    training = learnt_from(own, bundle)
     if trained.backbone is not None and bundle is not None:
         how = f"{tuning.tune}, beneath an integration of {len(used_C):,} cells"
-        bundle = beneath_of(bundle, trained.backbone, how, trained.history)
+        bundle = beneath_of(bundle, trained.backbone, how, trained.history, training)
     embedding_CD = np.full((n_cells, settings.latent), np.nan, np.float32)
     embedding_CD[used_C] = trained.embedding_CD
     result = IntegratedModel(
@@ -254,6 +254,7 @@ def integrate_cells(
         bundle=bundle,
         vocabulary=vocabulary,
         history=trained.history,
+        training=training,
     )
     result.provenance = {
         "genemodel": genemodel.__version__,
@@ -275,6 +276,23 @@ def integrate_cells(
     result.provenance["vanished"] = _guard(trained, cells, labels, seed)
     warn_of_collapse(result.provenance, "integrate")
     return result, embedding_CD
+
+
+def _manifest(
+    counts: GeneCounts,
+    train: np.ndarray,
+    vocabulary: GeneVocabulary | None,
+    gene_G: np.ndarray,
+    obs: "pd.DataFrame",
+) -> TrainingManifest:
+    """Take down cells in memory: over the vocabulary, or over the genes that the model reads."""
+    told = sorted(set(obs["dataset"].dropna().astype(str))) if "dataset" in obs else []
+    name = told[0] if len(told) == 1 else "AnnData"
+    if vocabulary is None:
+        return TrainingManifest.of_counts(counts.counts_CG[:, gene_G], train, name=name)
+    assert counts.species_C is not None
+    species_C = np.array(vocabulary.species, dtype=object)[counts.species_C]
+    return TrainingManifest.of_counts(counts.over(vocabulary), train, species_C, name=name)
 
 
 def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:

@@ -1,10 +1,8 @@
 """A model fine-tuned for batch-robust embedding: what it needs to embed further cells, on disk too.
 
-::
+As a directory (:mod:`genemodel.bundle.directory`) it has::
 
-    integrated.json      format, batches, labels, settings, provenance, checksums
     weights.safetensors  network ("net.*"), correction ("correction.*")
-    history.tsv          losses of the training
     genes.txt            the genes that are read, one a line
     vocabulary.tsv.gz    only where genes are tokens and there is no bundle
     bundle/              only where cell vectors of a pre-trained model are read
@@ -15,42 +13,34 @@ Axes: C cells, D latent, G genes read.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 
 from genemodel.adapt.integration import IntegrationNet
 from genemodel.adapt.integration_head import IntegrationHead, IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
-from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import KINDS, read_about, read_tensors, refusal, write_checked
-from genemodel.bundle.history import no_history, read_history, write_history
+from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.bundle.directory import INTEGRATION, read_model, write_model
+from genemodel.bundle.history import no_history
+from genemodel.bundle.training_manifest import TrainingManifest
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import genes_in_order, read_counts
 from genemodel.inference.obs_keys import INTEGRATED, batch_names
-from genemodel.model.count_encoder import CountEncoder
+from genemodel.model.count_encoder import CountEncoder, encoder_name
 from genemodel.settings import parse, some, to_values
-from genemodel.writing import found_again
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
-# From 2 on integrated.json holds a checksum of itself; from 3 on encoder and head have names.
-FORMAT = 3
-ABOUT, WEIGHTS, GENES, VOCABULARY, BUNDLE = (
-    "integrated.json",
-    "weights.safetensors",
-    "genes.txt",
-    "vocabulary.tsv.gz",
-    "bundle",
-)
+GENES, BENEATH = "genes.txt", "bundle"
 FITTED = ("centre_KD", "mean_KD", "offset_KBD", "reference_CD")
 
 
@@ -81,9 +71,12 @@ class IntegratedModel:
     history
         Losses of the training, a column ``step`` and one for each loss: means of
         stretches of the steps, or of looks at held-out cells where there were any.
+    training
+        The cells it was trained on, those of the model beneath first; None where nobody knows.
     """
 
     KIND: ClassVar[str] = "integration model"
+    FOLDER: ClassVar[str] = INTEGRATION
 
     net: IntegrationNet
     correction: SharedClusterCorrection | None
@@ -96,6 +89,7 @@ class IntegratedModel:
     vocabulary: GeneVocabulary | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=no_history)
+    training: TrainingManifest | None = None
 
     def __repr__(self) -> str:
         beside = "counts" if self.bundle is None else "counts beside cell vectors of a Bundle"
@@ -107,13 +101,13 @@ class IntegratedModel:
 
     # -- embedding --------------------------------------------------------------------------
 
+    @reads_cells
     def encode(
         self,
         adata: "AnnData",
         *,
         new_batch: bool | None = None,
-        layer: str | None = None,
-        species: str | None = None,
+        **options: Unpack[InputOptions],
     ) -> np.ndarray:
         """Embed cells without training; float32 (C, D), in input order.
 
@@ -125,10 +119,8 @@ class IntegratedModel:
             None looks at the batch columns: cells of a batch that was trained on get its offsets,
             every other batch is mapped onto the trained cells; without these columns all cells
             are one new batch. True takes all cells as one new batch, False demands known ones.
-        layer
-            Where the raw counts are; default ``X``.
-        species
-            As in :func:`genemodel.embed`; only for a model over a vocabulary.
+        **options
+            How the cells are read. The species is only asked for by a model over a vocabulary.
 
         Raises
         ------
@@ -141,15 +133,15 @@ class IntegratedModel:
         Cells without any count get NaN. A cell of the training data lands close to, not exactly
         on, its row from :func:`genemodel.integrate`, which saw all cells at once.
         """
+        reading = InputSettings.given(options)
         name_C = self._names_of_batches(adata, new_batch)
+        species = reading.species
         if self.vocabulary is None and self.bundle is None and species is not None:
             raise DataError(
                 f"species={species!r} says nothing to this model, which reads genes by the names "
                 "in its training data: leave it out, or integrate with species= in the first place."
             )
-        counts = read_counts(
-            adata, bundle=self.bundle, vocabulary=self.vocabulary, layer=layer, species=species
-        )
+        counts = read_counts(adata, bundle=self.bundle, vocabulary=self.vocabulary, reading=reading)
         chosen_CG, measured_G = genes_in_order(
             counts.counts_CG, counts.genes, self.genes, counts.measured_G, where="adata.var",
             remedy="Use the gene names of the training data.",
@@ -174,19 +166,27 @@ class IntegratedModel:
         out_CD[empty_C] = np.nan
         return out_CD
 
+    @reads_cells
     def embed(
         self,
         adata: "AnnData",
         *,
         new_batch: bool | None = None,
-        layer: str | None = None,
-        species: str | None = None,
         key_added: str = INTEGRATED,
+        **options: Unpack[InputOptions],
     ) -> None:
-        """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``."""
-        adata.obsm[key_added] = self.encode(
-            adata, new_batch=new_batch, layer=layer, species=species
-        )
+        """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``.
+
+        Parameters
+        ----------
+        adata, new_batch
+            As in :meth:`encode`.
+        key_added
+            Key in ``obsm`` and ``uns``.
+        **options
+            How the cells are read.
+        """
+        adata.obsm[key_added] = self.encode(adata, new_batch=new_batch, **options)
         adata.uns[key_added] = {**self.provenance, "embedded": "without retraining"}
 
     def _names_of_batches(self, adata: "AnnData", new_batch: bool | None) -> np.ndarray:
@@ -199,7 +199,9 @@ class IntegratedModel:
                     ", ".join(self.batch_keys),
                 )
             return np.full(adata.n_obs, "", dtype=object)
-        name_C = batch_names(adata.obs, self.batch_keys, missing_labels=None)
+        name_C = batch_names(
+            adata.obs, self.batch_keys, missing_labels=None, what="batch column of the model"
+        )
         unknown = sorted(set(name_C) - set(self.batches))
         if unknown and new_batch is False:
             raise DataError(
@@ -225,6 +227,7 @@ class IntegratedModel:
         ]
         told = ("genemodel", "cells", "seed", "seconds", "effective_rank", "mean_cosine")
         lines += [f"{key}: {self.provenance[key]}" for key in told if key in self.provenance]
+        lines.append("trained on: unknown" if self.training is None else self.training.describe())
         vanished = some(self.provenance.get("vanished", []))
         return "\n".join([*lines, f"populations that may be over-corrected: {vanished}"])
 
@@ -238,7 +241,7 @@ class IntegratedModel:
         DataError
             If ``path`` exists and is not such a model.
         """
-        weights = {f"net.{k}": v.detach().contiguous() for k, v in self.net.state_dict().items()}
+        weights = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         fitted: dict[str, Any] | None = None
         if self.correction is not None:
             values = vars(self.correction)
@@ -248,26 +251,24 @@ class IntegratedModel:
                 weights[f"correction.{name}"] = torch.from_numpy(array)
 
         def fill(folder: Path) -> None:
-            save_file(weights, folder / WEIGHTS)
             (folder / GENES).write_text("".join(f"{name}\n" for name in self.genes), "utf-8")
-            write_history(folder, self.history)
             if self.bundle is not None:
-                self.bundle.save(folder / BUNDLE)
+                self.bundle.save(folder / BENEATH)
             elif self.vocabulary is not None:
                 self.vocabulary.save(folder / VOCABULARY)
 
         about = {
-            "format": FORMAT,
             "settings": to_values(self.settings),
             "correction": fitted,
             "batch_keys": list(self.batch_keys),
             "batches": self.batches,
             "labels": self.labels,
             "bundle": None if self.bundle is None else self.bundle.fingerprint,
-            "provenance": self.provenance,
         }
-        needed = sum(tensor.nbytes for tensor in weights.values())
-        write_checked(Path(path), ABOUT, KINDS[ABOUT], about, fill, needed=needed)
+        write_model(
+            path, INTEGRATION, about, weights, provenance=self.provenance, history=self.history,
+            training=self.training, fill=fill,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "auto") -> Self:
@@ -278,20 +279,21 @@ class IntegratedModel:
         DataError
             If a file is missing, damaged, or of a newer format.
         """
-        path = found_again(Path(path))
-        about = _read_about(path)
-        settings = parse(IntegrationSettings, about["settings"], where=f"{path / ABOUT}: settings")
+        wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle"}
+        stored = read_model(path, INTEGRATION, wanted | {"provenance"})
+        about, path = stored.about, stored.path
+        settings = parse(IntegrationSettings, about["settings"], where=f"{stored.where}: settings")
         genes = (path / GENES).read_text("utf-8").split("\n")[:-1]
-        weights = _as_now(read_tensors(path / WEIGHTS))
+        weights = _as_now(stored.weights)
         bundle = None
         if about["bundle"] is not None:
-            bundle = Bundle.load(path / BUNDLE, device=device)
+            bundle = Bundle.load(path / BENEATH, device=device)
         vocabulary = bundle.vocabulary if bundle is not None else None
         if (path / VOCABULARY).is_file():
             vocabulary = GeneVocabulary.read(path / VOCABULARY)
         encoder = CountEncoder(
             np.arange(len(genes)), len(genes), hidden=settings.hidden, dropout=settings.dropout,
-            n_features=weights["net.encoder.feature_mean_F"].shape[0],
+            n_features=weights["net.encoder.beside.mean_F"].shape[0],
             feature_dropout=settings.feature_dropout,
         )  # fmt: skip
         head = IntegrationHead(
@@ -316,28 +318,23 @@ class IntegratedModel:
             labels=list(about["labels"]),
             bundle=bundle,
             vocabulary=vocabulary,
-            provenance=about["provenance"],
-            history=read_history(path),
+            provenance=stored.provenance,
+            history=stored.history,
+            training=stored.training,
         )
 
 
 def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name weights as this version does: before format 3 encoder and head were one module."""
-    if any(name.startswith("net.encoder.") for name in weights):
-        return weights
+    """Name weights as this version does: encoder and head were one module, then had names."""
     encoder = ("genes_in", "features_in", "norm_in", "norm_hidden", "hidden", "input_", "feature_")
 
     def named(name: str) -> str:
         own = name.removeprefix("net.")
         if own == name:
             return name
-        return f"net.encoder.{own}" if own.startswith(encoder) else f"net.head.{own}"
+        if not own.startswith(("encoder.", "head.")):
+            own = f"encoder.{own}" if own.startswith(encoder) else f"head.{own}"
+        part, _, rest = own.partition(".")
+        return f"net.{part}.{encoder_name(rest) if part == 'encoder' else rest}"
 
     return {named(name): tensor for name, tensor in weights.items()}
-
-
-def _read_about(path: Path) -> dict[str, Any]:
-    if not (path / ABOUT).is_file():
-        raise refusal(path, ABOUT)
-    wanted = {"settings", "correction", "batch_keys", "batches", "labels", "bundle", "provenance"}
-    return read_about(path, ABOUT, KINDS[ABOUT], newest=FORMAT, wanted=wanted)

@@ -56,7 +56,7 @@ def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.S
         raise DataError(
             f"{where}.obs has no column {key!r} ({what})"
             + (f": did you mean {near!r}? " if near else ". ")
-            + f"It has {', '.join(known) or 'no columns'}."
+            + f"It has {', '.join(known) or 'no columns: give an h5ad whose obs has it'}."
         )
     return obs[key]
 
@@ -66,10 +66,12 @@ def batch_names(
     keys: Sequence[str],
     where: str = "adata",
     missing_labels: Sequence[str] | None = (),
+    what: str = "batch_key",
 ) -> np.ndarray:
     """Name the batch of every cell: the values of the columns, joined.
 
-    ``missing_labels`` changes which texts stand for a missing value; None: none does.
+    ``what`` the columns are, for messages. ``missing_labels`` changes which texts stand for a
+    missing value; None: none does.
 
     Raises
     ------
@@ -78,13 +80,13 @@ def batch_names(
     """
     parts = []
     for key in keys:
-        values = column(obs, key, "batch_key", where)
+        values = column(obs, key, what, where)
         if missing_labels is not None:
             values = without_placeholders(values, missing_labels, column=key, where=where)
         missing = int(values.isna().sum())
         if missing:
             raise DataError(
-                f"{where}.obs[{key!r}] (batch_key) is missing in {missing:,} of {len(obs):,} "
+                f"{where}.obs[{key!r}] ({what}) is missing in {missing:,} of {len(obs):,} "
                 "cells: fill it or leave those cells out."
             )
         parts.append(values.astype(str).to_numpy(dtype=object))

@@ -16,10 +16,12 @@ from typing import Any, TextIO
 import torch
 
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import GenemodelError
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.shards import Shards, embed_shards
+from genemodel.settings import parse
 
 # Seconds between two words on how many cells are through.
 _EVERY_S = 0.5
@@ -65,7 +67,7 @@ def _work(job: dict[str, Any], channel: _Channel) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bundle = Bundle.load(job["model"], device=device)
-    cells = VocabularyCells(job["input"], bundle, layer=job["layer"], species=job["species"])
+    cells = VocabularyCells(job["input"], bundle, parse(InputSettings, job["reading"]))
     shards = Shards(
         Path(job["folder"]),
         len(cells),

@@ -37,8 +37,7 @@ class Job:
 
     model: str
     input: str
-    layer: str | None
-    species: str | None
+    reading: dict[str, Any]
     batch_size: int | None
     compile: bool
     folder: str
@@ -166,7 +165,7 @@ def embed_on(
         # Neighbours stay together: files that are read from the start are read to the end once.
         shares = np.array_split(missing, len(devices)) if devices else []
         for number, (device, share) in enumerate(zip(devices, shares, strict=True), 1):
-            name = f"worker {number} of {len(devices)} (device={device})"
+            name = f"worker {number} of {len(devices)} on {device}"
             threads = max(1, torch.get_num_threads() // len(devices))
             workers.append(_Worker(name, device, job, share.tolist(), threads, said))
         while not all(worker.ended for worker in workers):

@@ -34,6 +34,51 @@ def dense_counts(batch: CellBatch, place_V: Tensor, n_genes: int, count_N: Tenso
     return out_CG[:, :n_genes]
 
 
+class VectorsBeside(nn.Module):
+    """Cell vectors of a pre-trained model as a term of a hidden layer, standardised.
+
+    Parameters
+    ----------
+    n_features
+        Width of the vectors (F), 0 for none.
+    hidden
+        Width of the layer (H).
+    bias
+        Whether the term has one of its own.
+    """
+
+    def __init__(self, n_features: int, hidden: int, *, bias: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_features, hidden, bias=bias) if n_features else None
+        self.mean_F = nn.Buffer(torch.zeros(n_features))
+        self.sd_F = nn.Buffer(torch.ones(n_features))
+
+    @torch.no_grad()
+    def standardise(self, features_CF: Tensor) -> None:
+        """Take up mean and standard deviation of the vectors; rows with NaN are left out."""
+        whole_CF = features_CF[torch.isfinite(features_CF).all(1)]
+        self.mean_F.copy_(whole_CF.mean(0))
+        self.sd_F.copy_(whole_CF.std(0, unbiased=False))
+
+    def forward(self, hidden_CH: Tensor, features_CF: Tensor | None) -> Tensor:
+        """Add the term; a row with NaN stands for the mean of all."""
+        if self.linear is None or features_CF is None:
+            return hidden_CH
+        centred_CF = (features_CF - self.mean_F) / (self.sd_F + 1e-6)
+        return hidden_CH + self.linear(torch.nan_to_num(centred_CF))
+
+
+# What an encoder called these before they were a module.
+_BESIDE = {"features_in.": "beside.linear.", "feature_mean_F": "beside.mean_F",
+           "feature_sd_F": "beside.sd_F"}  # fmt: skip
+
+
+def encoder_name(name: str) -> str:
+    """Name a weight of an encoder of counts as this version does."""
+    old = next((old for old in _BESIDE if name.startswith(old)), None)
+    return name if old is None else _BESIDE[old] + name.removeprefix(old)
+
+
 class CountEncoder(nn.Module):
     """Standardised log-normalised counts through two layers.
 
@@ -69,7 +114,7 @@ class CountEncoder(nn.Module):
         n_genes = len(gene_G)
         self.n_genes, self.feature_dropout = n_genes, feature_dropout
         self.genes_in = nn.Linear(n_genes, hidden)
-        self.features_in = nn.Linear(n_features, hidden) if n_features else None
+        self.beside = VectorsBeside(n_features, hidden, bias=True)
         self.norm_in, self.norm_hidden = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.hidden = nn.Linear(hidden, hidden)
         self.dropout = nn.Dropout(dropout)
@@ -78,8 +123,6 @@ class CountEncoder(nn.Module):
         self.register_buffer("place_V", place_V, persistent=False)
         self.input_mean_G = nn.Buffer(torch.zeros(n_genes))
         self.input_sd_G = nn.Buffer(torch.ones(n_genes))
-        self.feature_mean_F = nn.Buffer(torch.zeros(n_features))
-        self.feature_sd_F = nn.Buffer(torch.ones(n_features))
 
     @torch.no_grad()
     def standardise(self, mean_G: np.ndarray, sd_G: np.ndarray) -> None:
@@ -87,13 +130,6 @@ class CountEncoder(nn.Module):
         self.input_mean_G.copy_(torch.from_numpy(np.asarray(mean_G, np.float32)))
         # A gene that hardly varies would be blown up.
         self.input_sd_G.copy_(torch.from_numpy(np.maximum(sd_G, 0.1).astype(np.float32)))
-
-    @torch.no_grad()
-    def standardise_features(self, features_CF: Tensor) -> None:
-        """Take up mean and standard deviation of the vectors; rows with NaN are left out."""
-        whole_CF = features_CF[torch.isfinite(features_CF).all(1)]
-        self.feature_mean_F.copy_(whole_CF.mean(0))
-        self.feature_sd_F.copy_(whole_CF.std(0, unbiased=False))
 
     def forward(self, batch: CellBatch, features_CF: Tensor | None = None) -> Encoded:
         """Encode the molecules that are shown of every real cell; there are no token states."""
@@ -125,10 +161,7 @@ class CountEncoder(nn.Module):
         value_CG = value_CG.clamp(-_LARGEST, _LARGEST)
         if measured_G is not None:
             value_CG = value_CG * measured_G
-        hidden_CH = self.genes_in(value_CG)
-        if self.features_in is not None and features_CF is not None:
-            centred_CF = (features_CF - self.feature_mean_F) / (self.feature_sd_F + 1e-6)
-            hidden_CH = hidden_CH + self.features_in(torch.nan_to_num(centred_CF))
+        hidden_CH = self.beside(self.genes_in(value_CG), features_CF)
         hidden_CH = self.dropout(functional.gelu(self.norm_in(hidden_CH)))
         return self.dropout(functional.gelu(self.norm_hidden(self.hidden(hidden_CH) + hidden_CH)))
 
@@ -136,11 +169,10 @@ class CountEncoder(nn.Module):
 class ReadsCounts(Protocol):
     """An encoder of counts that can read a cell vector beside them."""
 
+    beside: VectorsBeside
+
     def __call__(self, batch: CellBatch, features_CF: Tensor | None = None) -> Encoded:
         """Encode the real cells."""
-
-    def standardise_features(self, features_CF: Tensor) -> None:
-        """Take up mean and standard deviation of the vectors."""
 
 
 class CountsBesideBackbone(nn.Module):

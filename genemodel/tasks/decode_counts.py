@@ -8,16 +8,20 @@ gene; a gene that was measured and not seen counts as a zero, a gene outside the
 Axes: C cells, D width, V vocabulary, S species, B technical batches, X panels, N expressed genes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genemodel.cells.batch import CellBatch, sums_within
 from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import ConfigError
 from genemodel.expression.likelihood import negative_binomial_loss
 from genemodel.model.gene_model import initialise
+from genemodel.tasks.masking import Chosen
+from genemodel.tasks.objective import Passed
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class CountDecoder(nn.Module):
     measured_XV: Tensor
     trivial_SV: Tensor
     trivial_theta_V: Tensor
+    starts_anew = False
+    compiled = False
 
     def __init__(
         self, width: int, statistics: GeneStatistics, n_batches: int, measured_XV: Tensor
@@ -107,6 +113,44 @@ class CountDecoder(nn.Module):
         self.register_buffer("trivial_theta_V", log_theta_V.clone(), persistent=False)
         # The panels belong to the corpus, not to the model: not saved with the weights.
         self.register_buffer("measured_XV", measured_XV, persistent=False)
+
+    def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
+        """See :class:`~genemodel.tasks.objective.Head`: expressed genes.
+
+        Per expressed gene the loss is of the order of a cross-entropy, whatever the panel.
+        """
+        return torch.full((), batch.full_gene_N.shape[0], device=batch.device)
+
+    def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~genemodel.tasks.objective.Head`: the molecules that were not shown."""
+        truth = passed.truth
+        # Compiled shapes are constant: all places are decoded, and the number of expressed genes
+        # is the one axis that is left open. Otherwise only the real cells are.
+        n = truth.cell_C.shape[0] if self.compiled else truth.n_cells
+        library_C, count_N = truth.library_C[:n], truth.full_count_N
+        if truth.shown_count_N is not None:
+            count_N = count_N - truth.shown_count_N
+            library_C = sums_within(count_N, truth.full_cell_N, n).clamp_min(1.0)
+        full = (truth.full_cell_N, truth.full_gene_N, count_N)
+        if self.compiled and truth.full_gene_N.shape[0] > 1:
+            for each in full:
+                torch._dynamo.mark_dynamic(each, 0)
+        found: tuple[Tensor, Tensor | None] = self(
+            passed.encoded.cell_CD[:n],
+            truth.species_C[:n],
+            truth.batch_C[:n],
+            library_C,
+            truth.panel_C[:n],
+            truth.cell_C[:n] >= 0,
+            *full,
+            trivial=trivial,
+        )
+        return found
+
+    def compile_region(self, backend: str | Callable[..., Any]) -> None:
+        """See :class:`~genemodel.tasks.objective.Head`."""
+        self.compiled = True
+        self.compile(dynamic=False, fullgraph=True, backend=backend)
 
     @torch.no_grad()
     def start_at(self, components: PrincipalGenes) -> None:

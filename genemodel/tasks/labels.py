@@ -6,15 +6,20 @@ backbone to tell cell types (or tissues, or conditions) apart.
 Axes: C cells, D width, L labels, N cells of the corpus.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genemodel.cells.batch import CellBatch
 from genemodel.errors import ConfigError
 from genemodel.model.gene_model import initialise
+from genemodel.tasks.masking import Chosen
+from genemodel.tasks.objective import Passed
 
 # A rare label counts at most so many times as much as an average one: a label of a few cells would
 # otherwise decide every step that it is in.
@@ -90,6 +95,8 @@ class LabelHead(nn.Module):
     trivial_L: Tensor
     temperature: Tensor
 
+    starts_anew = True
+
     def __init__(self, width: int, labels: Labels, settings: LabelSettings) -> None:
         super().__init__()
         n_labels = len(labels.names)
@@ -114,6 +121,21 @@ class LabelHead(nn.Module):
         self.register_buffer("trivial_L", log_share_L.clone(), persistent=False)
         # Fitted on held-out cells after training; logits are divided by it.
         self.register_buffer("temperature", torch.ones(()))
+
+    def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
+        """See :class:`~genemodel.tasks.objective.Head`: cells with a label."""
+        return (self.codes(batch.cell_C) >= 0).sum()
+
+    def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~genemodel.tasks.objective.Head`."""
+        found: tuple[Tensor, Tensor | None] = self(
+            passed.encoded.cell_CD, passed.truth.cell_C, trivial=trivial
+        )
+        return found
+
+    def compile_region(self, backend: str | Callable[..., Any]) -> None:
+        """See :class:`~genemodel.tasks.objective.Head`."""
+        self.compile(dynamic=False, fullgraph=True, backend=backend)
 
     def codes(self, cell_C: Tensor) -> Tensor:
         """Label of every place of a micro-batch, (C,); -1 for places without a cell or label."""

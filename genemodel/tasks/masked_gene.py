@@ -3,17 +3,22 @@
 Axes: M masked tokens, D width, V vocabulary, S species.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genemodel.cells.batch import CellBatch
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError
 from genemodel.model.compiling import Regions
 from genemodel.model.devices import full_precision, half_of, is_host
 from genemodel.model.gene_model import initialise
+from genemodel.tasks.masking import Chosen
+from genemodel.tasks.objective import Passed
 
 # Logit bias of genes of other species: they cannot occur, and e⁻³⁰ keeps gradients finite.
 IMPOSSIBLE = -30.0
@@ -53,6 +58,8 @@ class MaskedGeneHead(nn.Module):
 
     trivial_SV: Tensor
 
+    starts_anew = False
+
     def __init__(self, width: int, statistics: GeneStatistics) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
@@ -64,6 +71,25 @@ class MaskedGeneHead(nn.Module):
         self.bias_SV = nn.Parameter(log_SV.float())
         self.register_buffer("trivial_SV", log_SV.float().log_softmax(-1), persistent=False)
         self.regions = Regions()
+
+    def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
+        """See :class:`~genemodel.tasks.objective.Head`: hidden genes."""
+        assert chosen is not None
+        return chosen.n
+
+    def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~genemodel.tasks.objective.Head`."""
+        at = passed.hidden
+        assert at is not None
+        gene_VD = passed.model.embedding.token.weight
+        found: tuple[Tensor, Tensor | None] = self(
+            at.hidden_MD, at.gene_M, at.species_M, at.real_M, gene_VD, trivial=trivial
+        )
+        return found
+
+    def compile_region(self, backend: str | Callable[..., Any]) -> None:
+        """See :class:`~genemodel.tasks.objective.Head`: the chunks and what lies before them."""
+        self.regions.backend = backend
 
     def transform(self, hidden_MD: Tensor) -> Tensor:
         """(M, D) → (M, D), before the product with the gene embedding."""

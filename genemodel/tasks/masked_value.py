@@ -6,15 +6,20 @@ neighbours between which it was sorted (as it can in models with rank positions)
 Axes: M masked tokens, D width, V vocabulary, S species.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genemodel.cells.batch import CellBatch
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.model.gene_model import initialise
 from genemodel.tasks.masked_gene import check_fraction
+from genemodel.tasks.masking import Chosen
+from genemodel.tasks.objective import Passed
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class MaskedValueHead(nn.Module):
 
     trivial_SV: Tensor
 
+    starts_anew = False
+
     def __init__(self, width: int, statistics: GeneStatistics) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
@@ -51,6 +58,24 @@ class MaskedValueHead(nn.Module):
         mean_SV = torch.from_numpy(statistics.mean_value_SV).float()
         self.mean_SV = nn.Parameter(mean_SV.clone())
         self.register_buffer("trivial_SV", mean_SV, persistent=False)
+
+    def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
+        """See :class:`~genemodel.tasks.objective.Head`: hidden values."""
+        assert chosen is not None
+        return chosen.n
+
+    def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~genemodel.tasks.objective.Head`."""
+        at = passed.hidden
+        assert at is not None
+        found: tuple[Tensor, Tensor | None] = self(
+            at.hidden_MD, at.value_M, at.gene_M, at.species_M, at.real_M, trivial=trivial
+        )
+        return found
+
+    def compile_region(self, backend: str | Callable[..., Any]) -> None:
+        """See :class:`~genemodel.tasks.objective.Head`."""
+        self.compile(dynamic=False, fullgraph=True, backend=backend)
 
     def predict(self, hidden_MD: Tensor, gene_M: Tensor, species_M: Tensor) -> Tensor:
         """(M, D) → (M,)."""

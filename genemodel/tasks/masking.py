@@ -73,6 +73,20 @@ class Chosen:
         return self.real_M.sum()
 
 
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Tokens hidden for one objective: what the model made of them, and what they were.
+
+    ``real_M`` as in :class:`Chosen`.
+    """
+
+    hidden_MD: Tensor
+    gene_M: Tensor
+    species_M: Tensor
+    value_M: Tensor
+    real_M: Tensor
+
+
 def choose(uniform_T: Tensor, eligible_T: Tensor, low: float, high: float) -> Chosen:
     """Choose eligible tokens whose number lies in [low, high), in packing order.
 

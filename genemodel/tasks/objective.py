@@ -13,14 +13,16 @@ are dealt. Randomness comes from addresses (:mod:`genemodel.tasks.masking`) or f
 loop seeds for every micro-batch; both survive a restart and any number of processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from genemodel.cells.batch import CellBatch
-from genemodel.model.gene_model import Encoded
+from genemodel.model.gene_model import Encoded, GeneModel
+from genemodel.tasks.masking import Chosen, Hidden
 from genemodel.tasks.parts import LossPart
 
 
@@ -56,3 +58,41 @@ class Objective(Protocol):
 
     def forward_flops(self, model: Any, lengths_C: np.ndarray) -> int:
         """Operations of one forward pass over cells of these lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A micro-batch after its pass through the backbone, for the heads of one objective.
+
+    Attributes
+    ----------
+    model
+        The backbone.
+    encoded
+        What it made of the cells.
+    truth
+        The cells as they are.
+    hidden
+        The tokens that were hidden for this head; None where none are.
+    """
+
+    model: GeneModel
+    encoded: Encoded
+    truth: CellBatch
+    hidden: Hidden | None
+
+
+class Head(Protocol):
+    """One of several heads that share a pass, such as those of pre-training; also a Module."""
+
+    starts_anew: bool
+    """Whether its weights are of the cells of a run, and of no use to another one."""
+
+    def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
+        """Count the items of its loss; ``chosen`` are the tokens that are hidden for it."""
+
+    def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
+        """Sum its loss over the items; with ``trivial`` also that of its trivial predictor."""
+
+    def compile_region(self, backend: str | Callable[..., Any]) -> None:
+        """Compile what of it is a graph of constant shapes, in place."""

@@ -5,13 +5,13 @@ Axes as in ``genemodel.cells.batch``.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch, sums_within
+from genemodel.cells.batch import CellBatch
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError
 from genemodel.model.flops import encoder_flops, gene_head_flops
@@ -20,7 +20,8 @@ from genemodel.tasks.decode_counts import CountDecoder, DecodeCountsSettings
 from genemodel.tasks.labels import LabelHead, Labels, LabelSettings
 from genemodel.tasks.masked_gene import MaskedGeneHead, MaskedGeneSettings
 from genemodel.tasks.masked_value import MaskedValueHead, MaskedValueSettings
-from genemodel.tasks.masking import Chosen, choose, eligible, hide, key_of, uniform_at
+from genemodel.tasks.masking import Chosen, Hidden, choose, eligible, hide, key_of, uniform_at
+from genemodel.tasks.objective import Head, Passed
 from genemodel.tasks.parts import LossPart
 
 # Purposes of randomness; part of every address, so streams never coincide.
@@ -169,7 +170,11 @@ class PretrainingObjectives(nn.Module):
         if settings.masked_value.weight > 0:
             values = (low, low + settings.masked_value.fraction)
         self.hiding = Hiding(genes, values, settings.decode_counts.batch_dropout)
-        self.compiled = False
+
+    @property
+    def parts(self) -> dict[str, Head]:
+        """The heads that are on, by name."""
+        return {name: cast(Head, head) for name, head in self.heads.items()}
 
     def start_from(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take up saved weights of heads, ``"decode_counts.log_theta_V"`` and the like.
@@ -184,7 +189,7 @@ class PretrainingObjectives(nn.Module):
         """
         complete = []
         for name, head in self.heads.items():
-            if name == "labels":
+            if self.parts[name].starts_anew:
                 continue
             own = head.state_dict()
             wanted = [key for key in own if f"{name}.{key}" != BATCH_TABLE]
@@ -230,18 +235,8 @@ class PretrainingObjectives(nn.Module):
         if "decode_counts" in self.heads and self.training and not validation:
             drop_key = key_of(self.seed, DROP_BATCH, epoch, batch.device)
         gene_T, value_T, batch_C, genes, values = self.hiding(batch, key, drop_key)
-        items: dict[str, Tensor] = {}
-        if genes is not None:
-            items["masked_gene"] = genes.n
-        if values is not None:
-            items["masked_value"] = values.n
-        if "decode_counts" in self.heads:
-            # Per expressed gene: keeps the loss of the order of a cross-entropy whatever the panel.
-            n_expressed = batch.full_gene_N.shape[0]
-            items["decode_counts"] = torch.full((), n_expressed, device=batch.device)
-        labels = self.heads["labels"] if "labels" in self.heads else None
-        if isinstance(labels, LabelHead):
-            items["labels"] = (labels.codes(batch.cell_C) >= 0).sum()
+        chosen = {"masked_gene": genes, "masked_value": values}
+        items = {name: head.count(batch, chosen.get(name)) for name, head in self.parts.items()}
         return Prepared(
             seen=replace(batch, gene_T=gene_T, value_T=value_T),
             truth=replace(batch, batch_C=batch_C),
@@ -263,74 +258,42 @@ class PretrainingObjectives(nn.Module):
             Cost of the trivial predictors as well; it is no part of learning, so only steps that
             are shown need it.
         """
-        truth = prepared.truth
-        found: dict[str, tuple[Tensor, Tensor | None]] = {}
-        chosen = [c for c in (prepared.genes, prepared.values) if c is not None]
-        rows: list[tuple[Tensor, ...]] = []
-        if chosen:
-            # One gather for all objectives: its backward is one scatter.
-            at_M = torch.cat([c.index_M for c in chosen])
-            parts = (
-                encoded.hidden_TD.index_select(0, at_M),
-                truth.gene_T[at_M],
-                truth.species_C[truth.segment_T[at_M]],
-                truth.value_T[at_M],
+        at = _gathered(encoded, prepared)
+        found = {}
+        for name, head in self.parts.items():
+            passed = Passed(model, encoded, prepared.truth, at.get(name))
+            total, cost = head.cost(passed, trivial=trivial)
+            found[name] = LossPart(
+                total, prepared.items[name], None if cost is None else cost.detach()
             )
-            sizes = [c.index_M.shape[0] for c in chosen]
-            rows = list(zip(*(part.split(sizes) for part in parts), strict=True))
-        for name, head in self.heads.items():
-            if isinstance(head, MaskedGeneHead):
-                assert prepared.genes is not None
-                hidden_MD, gene_M, species_M, _ = rows.pop(0)
-                found[name] = head(
-                    hidden_MD, gene_M, species_M, prepared.genes.real_M,
-                    model.embedding.token.weight, trivial=trivial,
-                )  # fmt: skip
-            elif isinstance(head, MaskedValueHead):
-                assert prepared.values is not None
-                hidden_MD, gene_M, species_M, value_M = rows.pop(0)
-                found[name] = head(
-                    hidden_MD, value_M, gene_M, species_M, prepared.values.real_M, trivial=trivial
-                )
-            elif isinstance(head, LabelHead):
-                found[name] = head(encoded.cell_CD, truth.cell_C, trivial=trivial)
-            else:
-                found[name] = self._decode(encoded, truth, trivial=trivial)
-        return {
-            name: LossPart(total, prepared.items[name], None if cost is None else cost.detach())
-            for name, (total, cost) in found.items()
-        }
-
-    def _decode(
-        self, encoded: Encoded, truth: CellBatch, *, trivial: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        # Compiled shapes are constant: all places are decoded, and the number of expressed genes
-        # is the one axis that is left open. Otherwise only the real cells are.
-        n = truth.cell_C.shape[0] if self.compiled else truth.n_cells
-        library_C, count_N = truth.library_C[:n], truth.full_count_N
-        if truth.shown_count_N is not None:
-            count_N = count_N - truth.shown_count_N
-            library_C = sums_within(count_N, truth.full_cell_N, n).clamp_min(1.0)
-        full = (truth.full_cell_N, truth.full_gene_N, count_N)
-        if self.compiled and truth.full_gene_N.shape[0] > 1:
-            for each in full:
-                torch._dynamo.mark_dynamic(each, 0)
-        return self.heads["decode_counts"](
-            encoded.cell_CD[:n],
-            truth.species_C[:n],
-            truth.batch_C[:n],
-            library_C,
-            truth.panel_C[:n],
-            truth.cell_C[:n] >= 0,
-            *full,
-            trivial=trivial,
-        )
+        return found
 
     def compile_regions(self, backend: str | Callable[..., Any]) -> None:
         """Compile hiding, heads and losses, each one graph; in place."""
-        self.compiled = True
-        for part in (self.hiding, *self.heads.values()):
-            if isinstance(part, MaskedGeneHead):
-                part.regions.backend = backend  # its chunks and what lies before them
-            else:
-                part.compile(dynamic=False, fullgraph=True, backend=backend)
+        self.hiding.compile(dynamic=False, fullgraph=True, backend=backend)
+        for head in self.parts.values():
+            head.compile_region(backend)
+
+
+def _gathered(encoded: Encoded, prepared: Prepared) -> dict[str, Hidden]:
+    """Take the hidden tokens of all objectives in one gather: its backward is one scatter."""
+    both = {"masked_gene": prepared.genes, "masked_value": prepared.values}
+    chosen = {name: one for name, one in both.items() if one is not None}
+    if not chosen:
+        return {}
+    truth = prepared.truth
+    at_M = torch.cat([one.index_M for one in chosen.values()])
+    parts = (
+        encoded.hidden_TD.index_select(0, at_M),
+        truth.gene_T[at_M],
+        truth.species_C[truth.segment_T[at_M]],
+        truth.value_T[at_M],
+    )
+    sizes = [one.index_M.shape[0] for one in chosen.values()]
+    rows = zip(*(part.split(sizes) for part in parts), strict=True)
+    return {
+        name: Hidden(hidden_MD, gene_M, species_M, value_M, one.real_M)
+        for (name, one), (hidden_MD, gene_M, species_M, value_M) in zip(
+            chosen.items(), rows, strict=True
+        )
+    }

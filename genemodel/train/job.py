@@ -301,12 +301,12 @@ def _other_product(micro_batches: int, processes: int, accumulate: int) -> str:
     )
     if micro_batches % processes == 0:
         return (
-            f"{said}; with {processes} processes set trainer.accumulate="
-            f"{micro_batches // processes}"
+            f"{said}; {processes} processes need {micro_batches // processes} each "
+            f"(pretrain, finetune: trainer.accumulate={micro_batches // processes})"
         )
     fits = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
     nearest = sorted(sorted(fits, key=lambda n: abs(n - processes))[:3])
-    pairs = ", ".join(f"{n} with trainer.accumulate={micro_batches // n}" for n in nearest)
+    pairs = ", ".join(f"{n} with {micro_batches // n} micro-batches each" for n in nearest)
     return f"{said}; {processes} processes cannot share {micro_batches}, but {pairs} can"
 
 

@@ -284,9 +284,9 @@ class Loop:
             f"{self.fabric.device} ran out of memory after step {self.progress.step:,} "
             f"({str(error).splitlines()[0][:200]}), although a micro-batch fitted when the run "
             "began: perhaps something else uses it. The last checkpoint is intact. Go on from it "
-            "with the same command, with trainer.activation_checkpointing=true if it happens "
-            "again; or begin a new run with half the tokens.budget and twice the "
-            "trainer.accumulate."
+            "with the same command; if it happens again, with less held at once "
+            "(pretrain, finetune: trainer.activation_checkpointing=true, or a new run with half "
+            "the tokens.budget and twice the trainer.accumulate)."
         )
 
     def _fit(self, signals: StopSignals) -> None:

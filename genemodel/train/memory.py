@@ -59,16 +59,18 @@ def pieces_that_fit(rehearse: Callable[[int], None], exchange: Exchange, most: i
         if 2 * pieces > most:
             raise ConfigError(
                 f"{device} is out of memory ({said}), also with every micro-batch in {pieces} "
-                "pieces: set trainer.activation_checkpointing=true, a smaller tokens.context or a "
-                "smaller model."
+                "pieces: free memory, train on a CPU, or with less held at once "
+                "(pretrain, finetune: trainer.activation_checkpointing=true, a smaller "
+                "tokens.context or a smaller model)."
             )
         pieces *= 2
     if pieces > 1:
         logger.warning(
             "A micro-batch does not fit the memory of %s (%s): it is taken in %d pieces. The "
             "global batch stays, and so do the numbers but for the order of sums; steps take "
-            "longer. To avoid it, begin with tokens.budget ÷ %d and trainer.accumulate × %d, or "
-            "set trainer.activation_checkpointing=true.",
+            "longer. To avoid it, free memory or hold less at once "
+            "(pretrain, finetune: tokens.budget ÷ %d and trainer.accumulate × %d, or "
+            "trainer.activation_checkpointing=true).",
             device, said, pieces, pieces, pieces,
         )  # fmt: skip
     return pieces

@@ -121,8 +121,8 @@ def find_processes(devices: int, nodes: int) -> Processes:
         if local >= devices or node >= nodes:
             raise ConfigError(
                 f"The environment says LOCAL_RANK={local} and NODE_RANK={node}, but there are "
-                f"trainer.devices={devices} and trainer.num_nodes={nodes}: set them to what you "
-                "start, or unset LOCAL_RANK."
+                f"{devices} devices on {nodes} nodes: unset LOCAL_RANK, or say what you start "
+                "(pretrain, finetune: trainer.devices=… trainer.num_nodes=…)."
             )
         return Processes(devices, nodes, node * devices + local, "user")
     if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(env):

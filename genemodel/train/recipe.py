@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import genemodel
-from genemodel.bundle.bundle import ABOUT as BUNDLE_ABOUT
 from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.directory import file_of
 from genemodel.bundle.history import STEP, no_history
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
@@ -280,11 +280,13 @@ def _job(plan: _Plan) -> Job:
 def refuse_folder(run: Path) -> None:
     """Refuse to write a run into what is something else, or cannot be written."""
     check_out_folder(run)
+    known = file_of(run)
     others = (
-        (MANIFEST, "a corpus"), (BUNDLE_ABOUT, "a model"), ("finetune.json", "a fine-tuning run"),
-    )  # fmt: skip
+        (known, "a corpus" if known == MANIFEST else "a model"),
+        ("finetune.json", "a fine-tuning run"),
+    )
     for name, what in others:
-        if (run / name).is_file():
+        if name is not None and (run / name).is_file():
             raise ConfigError(f"out={run} is {what} (it holds {name}): choose another folder.")
 
 
@@ -302,7 +304,7 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
         raise ConfigError(
             f"{run} holds a run of {checkpoint.step:,} steps that another version of genemodel "
             "began, which read the cells in another order: finish it with that version, or begin "
-            f"a new run from its model with start={run / 'bundle'} and another out=."
+            f"a new run from its model in another folder (pretrain: start={run / 'bundle'} out=…)."
         )
     # A setting that is newer than the run had its default then.
     before = to_values(parse(PretrainSettings, earlier["settings"]))

@@ -246,7 +246,7 @@ class Record:
             return f"{duration(left)} left"
         there = step + int(allowed / max(per_step, 1e-9))
         return (
-            f"{duration(max(0.0, allowed))} left of max_minutes, at about step {there:,} of "
+            f"{duration(max(0.0, allowed))} left of the time allowed, at about step {there:,} of "
             f"{self.settings.max_steps:,}"
         )
 

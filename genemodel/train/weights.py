@@ -41,10 +41,11 @@ def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str]:
     if not mine.extends(theirs):
         raise DataError(
             f"corpus {corpus.path} was built with vocabulary {mine.fingerprint[:12]} "
-            f"({', '.join(mine.species)}; {len(mine):,} tokens), but start={path} knows "
+            f"({', '.join(mine.species)}; {len(mine):,} tokens), but {path} knows "
             f"{theirs.fingerprint[:12]} ({', '.join(theirs.species)}; {len(theirs):,} tokens), "
             "which is not its beginning. "
-            f"Build the corpus with vocabulary={Path(path) / VOCABULARY}, or leave start out."
+            f"Build the corpus with that (corpus build: vocabulary={Path(path) / VOCABULARY}), or "
+            "begin with new weights."
         )
     logger.info(
         "The corpus's vocabulary has %s tokens more than that of %s: they start new.",

@@ -114,7 +114,7 @@ def test_gene_vectors_are_the_start_where_there_are_any():
 def test_refusals(model, tmp_path):
     with pytest.raises(DataError, match="3 columns of counts, the model 50 genes"):
         model.of(sp.csr_matrix((2, 3)))
-    with pytest.raises(DataError, match="is not an imputation model: it has no imputation.json"):
+    with pytest.raises(DataError, match="is not an imputation model: it has no model.json"):
         ImputationModel.load(tmp_path)
     (tmp_path / "thesis").mkdir()
     with pytest.raises(DataError, match="is not an imputation model.*another directory"):
@@ -129,11 +129,11 @@ def test_refusals(model, tmp_path):
     with pytest.raises(DataError, match="genes.txt is missing"):
         ImputationModel.load(tmp_path / "model")
     genes.write_text(original)
-    about = tmp_path / "model" / "imputation.json"
+    about = tmp_path / "model" / "model.json"
     whole = about.read_text()
     about.write_text(whole.replace("unseen_share", "unseen_sharf"))
     with pytest.raises(DataError, match="checksum of itself does not fit"):
         ImputationModel.load(tmp_path / "model")
-    about.write_text(whole.replace('"format": 3', '"format": 4'))
-    with pytest.raises(DataError, match="of format 4; this version reads up to 3. Upgrade"):
+    about.write_text(whole.replace('"format": 4', '"format": 5'))
+    with pytest.raises(DataError, match="of format 5; this version reads up to 4. Upgrade"):
         ImputationModel.load(tmp_path / "model")

@@ -30,7 +30,7 @@ def test_cell_vectors_are_standardised_and_missing_ones_are_neutral():
     settings = IntegrationSettings(steps=3, passes=0, hidden=8, rank=4, latent=3)
     trained = train(counts, batch, vectors_NF=vectors, settings=settings)
     known = np.delete(vectors, 7, 0)
-    np.testing.assert_allclose(trained.net.encoder.feature_mean_F, known.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(trained.net.encoder.beside.mean_F, known.mean(0), rtol=1e-5)
     assert np.isfinite(trained.embedding_CD).all()
     assert len(trained.history) == 3 and list(trained.history) == ["step", "counts", "kl"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import genemodel as gm
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import is_intact, read_about, sealed, write_checked
+from genemodel.bundle.directory import KINDS, is_intact, read_about, sealed, write_model
 from genemodel.errors import DataError
 
 
@@ -59,8 +59,8 @@ def test_every_file_missing_or_flipped_is_named(saved):
 
 def change(saved, **values):
     """Write other values with a right checksum, as a careless script might."""
-    about = json.loads((saved / "bundle.json").read_text())
-    (saved / "bundle.json").write_bytes(sealed(about | values))
+    about = json.loads((saved / "model.json").read_text())
+    (saved / "model.json").write_bytes(sealed(about | values))
 
 
 def test_refusals_say_what_where_and_what_to_do(random_bundle, saved, tmp_path):
@@ -91,7 +91,7 @@ def test_refusals_say_what_where_and_what_to_do(random_bundle, saved, tmp_path):
         ("integrated.json", "is an integrated model, not a model bundle: genemodel.load reads"),
         ("imputation.json", "is an imputation model, not"),
         ("manifest.json", "is a corpus, not a model bundle: `genemodel pretrain corpus=...` makes"),
-        ("finetune.json", "is not a model bundle: it has no bundle.json"),
+        ("finetune.json", "is not a model bundle: it has no model.json"),
     ],
 )
 def test_what_is_no_bundle_is_called_by_its_name(tmp_path, name, said):
@@ -114,23 +114,23 @@ def test_a_setting_this_version_does_not_know_is_refused(saved):
 
 
 def test_torn_json_is_refused(saved):
-    text = (saved / "bundle.json").read_text()
-    (saved / "bundle.json").write_text(text[: len(text) // 2])
-    with pytest.raises(DataError, match=r"bundle\.json cannot be read"):
+    text = (saved / "model.json").read_text()
+    (saved / "model.json").write_text(text[: len(text) // 2])
+    with pytest.raises(DataError, match=r"model\.json cannot be read"):
         Bundle.load(saved)
 
 
 def test_no_single_flipped_bit_of_what_a_model_says_of_itself_is_read(saved):
     """A bit in a setting, a key, the format or the checksums themselves; 1E-05 for 1e-05, too."""
     wanted = {"model", "tokens", "settings", "provenance", "knowledge"}
-    file = saved / "bundle.json"
+    file = saved / "model.json"
     text = file.read_bytes()
 
     def read():
-        return read_about(saved, "bundle.json", "a model bundle", newest=2, wanted=wanted)
+        return read_about(saved, "model.json", "a model bundle", wanted=wanted)
 
     said = read()
-    assert said["format"] == 2 and said["model"]["norm_eps"] == 1e-05
+    assert said["format"] == 4 and said["model"]["norm_eps"] == 1e-05
     loaded = 0
     for place in range(len(text)):
         for bit in range(place % 3, 8, 3):
@@ -153,18 +153,25 @@ def test_a_checksum_of_itself_is_of_the_outermost_level(tmp_path):
     assert not is_intact(text, blank) and not is_intact(text, None) and not is_intact(text, "")
 
 
-def test_a_bundle_of_the_format_before_loads(random_bundle, saved):
-    about = json.loads((saved / "bundle.json").read_text())
-    del about["self"]
-    (saved / "bundle.json").write_text(json.dumps(about | {"format": 1}))
+def test_a_bundle_of_a_format_before_loads(random_bundle, saved):
+    about = json.loads((saved / "model.json").read_text())
+    (saved / "model.json").unlink()
+    del about["self"], about["kind"]
+    old = saved / "bundle.json"
+    old.write_bytes(sealed(about | {"format": 2}))
     assert Bundle.load(saved).fingerprint == random_bundle.fingerprint
-    (saved / "bundle.json").write_text(json.dumps(about))
+    assert gm.load(saved, device="cpu").provenance == random_bundle.provenance
+    old.write_text(json.dumps(about | {"format": 1}))  # without a checksum of itself
+    assert Bundle.load(saved).fingerprint == random_bundle.fingerprint
+    old.write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(DataError, match="checksum of itself does not fit"):
         Bundle.load(saved)
     for number in (0, True, "1", None):
-        (saved / "bundle.json").write_text(json.dumps(about | {"format": number}))
+        old.write_text(json.dumps(about | {"format": number}))
         with pytest.raises(DataError, match="format is"):
             Bundle.load(saved)
+    random_bundle.save(saved)  # in its place, as what it is today
+    assert sorted(path.name for path in saved.iterdir())[0] == "model.json"
 
 
 def test_an_overwrite_that_was_stopped_between_its_moves_is_found_by_load_and_save(
@@ -197,6 +204,7 @@ def test_a_disk_that_fills_keeps_the_old_bundle(random_bundle, saved, monkeypatc
 
 def test_something_else_in_the_place_of_a_model_is_left_alone(tmp_path):
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(DataError, match="exists and is not a thing"):
-        write_checked(tmp_path / "x", "thing.json", "a thing", {"format": 2}, lambda folder: None)
+    for kind in ("bundle", "integration", "imputation"):
+        with pytest.raises(DataError, match=f"exists and is not {KINDS[kind]}"):
+            write_model(tmp_path / "x", kind, {}, {}, provenance={}, history=None, training=None)
     assert (tmp_path / "x").read_text() == "mine"

@@ -103,7 +103,7 @@ def test_no_other_matrix_is_taken_in_silence():
 @pytest.mark.parametrize("name", ROUNDABLE)
 def test_expected_counts_are_rounded_on_request_only(name):
     x, what = ROUNDABLE[name]
-    with pytest.raises(DataError, match=f"{what}.*allow_fractional=True rounds"):
+    with pytest.raises(DataError, match=f"{what}.*allow_fractional=true rounds"):
         find_counts(adata_of(x))
     found = find_counts(adata_of(x), allow_fractional=True)
     np.testing.assert_array_equal(found.read(0, N).toarray(), np.rint(x))

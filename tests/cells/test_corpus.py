@@ -169,7 +169,7 @@ def test_licence_and_citation_are_those_of_the_file_or_of_who_asks(
         tmp_path / "said.h5ad",
         tmp_path / "silent.h5ad",
         open_source(said, name="memory"),
-        SourceFile(str(tmp_path / "said.h5ad"), name="again", licence="CC0", genome="x"),
+        SourceFile(str(tmp_path / "said.h5ad"), name="again", licence="CC0"),
     ]
     corpus = Corpus.build(sources, tmp_path / "c", vocabulary=vocabulary)
     found = {source.name: (source.licence, source.citation) for source in corpus.sources}

@@ -304,7 +304,7 @@ def test_a_stored_object_is_read_whole_even_where_its_root_is_labelled_oddly(mak
     with h5py.File(tmp_path / "a.h5ad", "a") as file:
         file.attrs["encoding-type"] = "AnnData"  # as MuDataSeurat writes it
     for name in ("a.h5ad", "a.zarr"):
-        found = read_anndata(tmp_path / name)
+        found, _ = read_anndata(tmp_path / name)
         pd.testing.assert_frame_equal(found.obs, cells.obs)
         pd.testing.assert_frame_equal(found.var, cells.var)
         assert found.uns["note"] == "kept" and found.raw.shape == cells.shape
@@ -315,11 +315,11 @@ def test_other_kinds_become_objects_with_their_columns(genes, counts, tmp_path):
     table = frame(genes, counts)
     table.insert(0, "sample", "s1")
     table.to_csv(tmp_path / "x.csv")
-    found = read_anndata(tmp_path / "x.csv")
+    found, _ = read_anndata(tmp_path / "x.csv")
     np.testing.assert_array_equal(found.X.toarray(), counts)
     assert list(found.obs.columns) == ["sample"] and list(found.var_names) == list(genes["symbol"])
     triplet(tmp_path, "", counts, genes)
-    found = read_anndata(tmp_path / "matrix.mtx")
+    found, _ = read_anndata(tmp_path / "matrix.mtx")
     assert list(found.obs.columns) == [] and list(found.obs_names) == BARCODES
     assert list(found.var["gene_symbol"]) == list(genes["symbol"])
     with pytest.raises(DataError, match=r"nothing\.h5ad: does not exist"):

@@ -10,8 +10,9 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation
 from genemodel.evaluation.annotation import Called, Direction
 from genemodel.evaluation.baselines import Conditions
-from genemodel.evaluation.evaluate import EvaluateSettings, evaluate, run
+from genemodel.evaluation.evaluate import EvaluateSettings, evaluate
 from genemodel.evaluation.methods import Method
+from genemodel.evaluation.sizes import run
 from genemodel.genes.vocabulary import GeneVocabulary
 
 
@@ -279,7 +280,7 @@ def test_trained_models_read_all_genes(cells, monkeypatch):
     monkeypatch.setattr("genemodel.evaluation.evaluate._loaded", lambda models: {})
     monkeypatch.setattr(
         "genemodel.evaluation.evaluate._model_methods",
-        lambda models: {"model mine": Method(embed, kind="ours")},
+        lambda *models: {"model mine": Method(embed, kind="ours")},
     )
     result = evaluate(
         cells, task="annotate", batch_key="species", label_key="kind", methods=["majority"],

@@ -306,3 +306,30 @@ def test_a_hushed_library_says_nothing(capsys):
     assert [str(one.message) for one in caught] == ["ours"]
     assert capsys.readouterr().out == ""
     assert logging.getLogger("some.library").level == logging.NOTSET
+
+
+def test_a_projection_on_a_corpus_is_its_pca(small_start, small_vocabulary):
+    """The corpus's own cells: their scores are those of a decomposition written out here."""
+    from genemodel.cells.corpus import Corpus
+    from genemodel.cells.synthetic import synthetic
+
+    cells = synthetic(
+        240, species=("human",), n_genes=500, genes_per_cell=60, seed=1, vocabulary=small_vocabulary
+    )["human"]
+    corpus = Corpus.open(small_start / "corpus")
+    found_CK = baselines.corpus_pca(cells, conditions(corpus=corpus, n_comps=4))
+    logged_CG = log_normalised(sp.csr_matrix(cells.X, dtype=np.float64)).toarray()
+    left, size, _ = np.linalg.svd(logged_CG - logged_CG.mean(0), full_matrices=False)
+    wanted_CK = left[:, :4] * size[:4]
+    # The corpus's decomposition is a randomised one: its first component is exact, and the next
+    # ones lie among those of an exact one.
+    assert abs(np.corrcoef(found_CK[:, 0], wanted_CK[:, 0])[0, 1]) > 0.999
+    np.testing.assert_allclose(found_CK[:, 0].std(), wanted_CK[:, 0].std(), rtol=0.01)
+    among_CK = left[:, :20] @ (left[:, :20].T @ found_CK)
+    assert ((found_CK - among_CK) ** 2).sum() < 0.05 * (found_CK**2).sum()
+    np.testing.assert_allclose(found_CK.mean(0), 0, atol=1e-3)
+    # Cells are projected one by one: which others come along changes nothing.
+    few_CK = baselines.corpus_pca(cells[::7].copy(), conditions(corpus=corpus, n_comps=4))
+    np.testing.assert_allclose(few_CK, found_CK[::7], atol=1e-4)
+    with pytest.raises(DataError, match="corpus="):
+        baselines.corpus_pca(cells, conditions())

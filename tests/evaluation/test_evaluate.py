@@ -23,10 +23,10 @@ from genemodel.evaluation.evaluate import (
     _loaded,
     _model_methods,
     evaluate,
-    run,
 )
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.result import EvaluationResult
+from genemodel.evaluation.sizes import run
 from genemodel.inference.integrate import integrate
 
 HAS_SCIB = importlib.util.find_spec("scib_metrics") is not None
@@ -506,10 +506,12 @@ def human_cells():
 
 def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_cells, tmp_path):
     random_bundle.save(tmp_path / "mine" / "bundle")
-    found = _model_methods(_loaded([tmp_path / "mine" / "bundle", random_bundle]))
+    found = _model_methods(
+        _loaded([tmp_path / "mine" / "bundle", random_bundle]), ("frozen", "lora")
+    )
     assert list(found) == [
-        "model mine", "model mine tuned", "model mine untrained",
-        "model 1", "model 1 tuned", "model 1 untrained",
+        "model mine", "model mine tuned", "model mine lora", "model mine untrained",
+        "model 1", "model 1 tuned", "model 1 lora", "model 1 untrained",
     ]  # fmt: skip
     assert found["model mine untrained"].kind == "control"
     conditions = Conditions(batch_key="batch")
@@ -547,7 +549,7 @@ def test_it_says_how_many_cells_the_models_were_trained_on(
     training = TrainingManifest.of(corpus, np.arange(45))
     replace(random_bundle, training=training).save(tmp_path / "known" / "bundle")
     random_bundle.save(tmp_path / "earlier" / "bundle")
-    monkeypatch.setattr("genemodel.evaluation.evaluate._model_methods", lambda models: {})
+    monkeypatch.setattr("genemodel.evaluation.evaluate._model_methods", lambda *models: {})
     monkeypatch.setattr("genemodel.inference.annotate.MIN_REFERENCE", 10)
     monkeypatch.setattr("genemodel.evaluation.annotation.MIN_REFERENCE", 10)
     result = evaluate(
@@ -574,7 +576,8 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
 
     asked = []
 
-    def integrate(adata, *, batch_key, label_key, model, seed):
+    def integrate(adata, *, batch_key, label_key, model, backbone, seed):
+        assert backbone == "frozen"
         asked.append((batch_key, label_key, model, seed))
         adata.obsm["X_integrated"] = np.full((adata.n_obs, 2), seed, np.float32)
 

@@ -9,6 +9,7 @@ import pytest
 
 import genemodel as gm
 from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import (
@@ -183,15 +184,19 @@ def test_files_that_join_species_are_read_and_a_wrong_species_still_refused(cell
     few = cells["mouse"][:, :300].copy()
     both = ad.concat([cells["human"], few], join="outer", fill_value=0)
     mouse = both[(both.obs["species"] == "mouse").to_numpy()].copy()
-    reading = {"bundle": None, "vocabulary": GeneVocabulary.builtin(), "layer": None}
-    found = read_counts(mouse, **reading, species="mouse")
-    alone = read_counts(few, **reading, species="mouse")
+
+    def read(adata, species):
+        how = InputSettings(species=species)
+        return read_counts(adata, bundle=None, vocabulary=GeneVocabulary.builtin(), reading=how)
+
+    found = read(mouse, "mouse")
+    alone = read(few, "mouse")
     assert (found.counts_CG != alone.counts_CG).nnz == 0
     np.testing.assert_array_equal(found.measured_G, alone.measured_G)
-    joined = read_counts(both, **reading, species="obs:species")
+    joined = read(both, "obs:species")
     assert (joined.counts_CG[cells["human"].n_obs :] != alone.counts_CG).nnz == 0
     with pytest.raises(DataError, match="set species=mouse"):
-        read_counts(few, **reading, species="human")
+        read(few, "human")
 
 
 def test_neither_query_nor_reference_is_overwritten(cells, tmp_path):

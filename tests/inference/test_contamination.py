@@ -10,10 +10,15 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
+from genemodel.adapt.head_run import HeadRun
+from genemodel.adapt.imputation import DecoderSettings
+from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
-from genemodel.errors import ConfigError
+from genemodel.errors import ConfigError, DataError
+from genemodel.inference.integrate import integrate_cells
+from genemodel.model.tuning import TuningSettings
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +168,104 @@ def test_a_model_that_keeps_nothing_says_so(cells, random_bundle, bundle):
     partly = TrainingManifest.after(None, bundle.training)
     said = gm.contamination(cells, replace(random_bundle, training=partly)).text()
     assert said.startswith("at least 200 of 300 cells") and said.endswith("is unknown")
+
+
+# -- heads -----------------------------------------------------------------------------------------
+
+SHORT = IntegrationSettings(steps=3, passes=0, hidden=16, rank=8, latent=4, batch_cells=32)
+BRIEF = DecoderSettings(epochs=1, hidden=8, latent=4)
+
+
+def own(cells):
+    """The last hundred cells, of which nothing else has heard."""
+    adata = cells[200:].copy()
+    adata.obs["batch"] = np.arange(100) % 2
+    adata.obs["batch"] = adata.obs["batch"].astype(str)
+    return adata
+
+
+def head(kind, adata, bundle, **options):
+    if kind == "integrate":
+        return gm.integrate(adata, batch_key="batch", settings=SHORT, model=bundle, **options)
+    if bundle is not None:
+        options |= {"backbone": options.get("backbone", "frozen")}
+    return gm.impute(adata, bundle, settings=BRIEF, **options)
+
+
+@pytest.mark.parametrize("kind", ["integrate", "impute"])
+@pytest.mark.parametrize("backbone", ["frozen", "lora"])
+def test_a_head_on_a_bundle_tells_its_own_cells_and_those_of_the_bundle(
+    cells, random_bundle, tmp_path, kind, backbone
+):
+    corpus = Corpus.build(
+        {"before": cells}, tmp_path / "c", vocabulary=random_bundle.vocabulary
+    )  # fmt: skip
+    beneath = replace(random_bundle, training=TrainingManifest.of(corpus, np.arange(50)))
+    model = head(kind, own(cells), beneath, backbone=backbone)
+    model.save(tmp_path / "model")
+    back = gm.load(tmp_path / "model", device="cpu")
+    for one in (model, back, tmp_path / "model"):
+        found = gm.contamination(cells, one)
+        expected = (np.arange(300) < 50) | (np.arange(300) >= 200)
+        np.testing.assert_array_equal(found.found_C, expected)
+        assert sorted(found.by_source.values()) == [50, 100] and found.complete
+    assert "150 cells of 2 sources" in back.describe()
+    # What lies beneath has learnt from the head's cells only where they reached it.
+    assert back.bundle.training.n_trained == (150 if backbone == "lora" else 50)
+    unknown = head(kind, own(cells), replace(random_bundle, training=None), backbone=backbone)
+    assert gm.contamination(cells, unknown).text().startswith("at least 100 of 300 cells")
+
+
+@pytest.mark.parametrize("kind", ["integrate", "impute"])
+def test_a_head_without_a_vocabulary_knows_cells_by_its_own_genes(cells, tmp_path, kind):
+    model = head(kind, own(cells), None)
+    model.save(tmp_path / "model")
+    shuffled = cells[:, np.random.default_rng(0).permutation(cells.n_vars)].copy()
+    shuffled.write_h5ad(tmp_path / "cells.h5ad")
+    for one, given in ((model, cells), (tmp_path / "model", tmp_path / "cells.h5ad")):
+        found = gm.contamination(given, one)
+        np.testing.assert_array_equal(found.found_C, np.arange(300) >= 200)
+    strange = cells.copy()
+    strange.var_names = [f"x{name}" for name in strange.var_names]
+    with pytest.raises(DataError, match="knows cells by the gene names it was trained on"):
+        gm.contamination(strange, model)
+
+
+def test_a_head_over_the_built_in_vocabulary_and_held_out_cells(cells, tmp_path):
+    model = gm.integrate(own(cells), batch_key="batch", settings=SHORT, species="human")
+    model.save(tmp_path / "model")
+    found = gm.contamination(cells, gm.load(tmp_path / "model"))
+    np.testing.assert_array_equal(found.found_C, np.arange(300) >= 200)
+    assert [source.species for source in model.training.sources] == ["human"]
+    result, _ = integrate_cells(
+        own(cells), ("batch",), None, None, TuningSettings(tune="frozen"), settings=SHORT,
+        where=HeadRun(), seed=0, held_out=np.arange(60, 100),
+    )  # fmt: skip
+    found = gm.contamination(cells, result)
+    np.testing.assert_array_equal(np.flatnonzero(found.found_C), np.arange(200, 260))
+    assert result.training.sources[0].n_cells == 100
+
+
+def test_cells_in_memory_are_the_same_as_in_a_corpus(cells, random_bundle, tmp_path):
+    """Whoever trains a head on the cells of the bundle was not trained on more of them."""
+    corpus = Corpus.build([own(cells)], tmp_path / "c", vocabulary=random_bundle.vocabulary)
+    beneath = replace(random_bundle, training=TrainingManifest.of(corpus, np.arange(100)))
+    model = head("integrate", own(cells), beneath)
+    assert model.training.n_trained == 100 and len(model.training.sources) == 1
+
+
+@pytest.mark.parametrize("task", ["integrate", "impute"])
+def test_heads_on_a_corpus_tell_its_cells(cells, random_bundle, tmp_path, task, blank_report):
+    Corpus.build([own(cells)], tmp_path / "c", vocabulary=random_bundle.vocabulary)
+    out = gm.finetune(
+        gm.FinetuneSettings(
+            data=str(tmp_path / "c"), out=str(tmp_path / "out"), task=task, batch_key=("batch",),
+            integration=SHORT, imputation=BRIEF,
+        )
+    )  # fmt: skip
+    model = out / ("model" if task == "integrate" else "imputation_model")
+    found = gm.contamination(cells, model)
+    np.testing.assert_array_equal(found.found_C, np.arange(300) >= 200)
 
 
 def test_what_is_no_model_is_refused(cells):

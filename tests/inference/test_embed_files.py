@@ -33,6 +33,7 @@ from genemodel.inference.forward import Forward, _Result
 from genemodel.inference.shards import Shards
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.settings import ModelSettings
+from genemodel.settings import to_values
 
 KEY = "X_genemodel"
 
@@ -338,7 +339,14 @@ def test_what_a_worker_is_refused_is_said_as_if_by_one(job, random_bundle, human
 def test_a_worker_whose_parent_is_gone_ends(job, tmp_path):
     (tmp_path / "shards").mkdir()
     told = workers.Job(
-        job.model, job.input, None, None, None, False, str(tmp_path / "shards"), "0" * 16, 64
+        job.model,
+        job.input,
+        to_values(job.reading),
+        None,
+        False,
+        str(tmp_path / "shards"),
+        "0" * 16,
+        64,
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "genemodel.inference.shard_worker"],

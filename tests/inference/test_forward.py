@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import genemodel as gm
+from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.statistics import GeneStatistics
 from genemodel.cells.synthetic import synthetic
 from genemodel.cells.tokens import TokenSettings
@@ -118,7 +119,7 @@ def test_every_way_through_the_backbone_shrinks(random_bundle, human, scarce):
         labelled = query.copy()
         annotate(labelled, human, random_bundle, label_key="type", k=5)
         features = read_counts(
-            human, bundle=random_bundle, vocabulary=None, layer=None, species=None
+            human, bundle=random_bundle, vocabulary=None, reading=InputSettings()
         ).features_CF
         return labelled.obs["genemodel_label"].tolist(), features
 

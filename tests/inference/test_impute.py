@@ -452,7 +452,7 @@ def test_unknown_genes_are_named_with_the_nearest(cells, random_bundle):
     with pytest.raises(DataError, match=rf"{symbol}x \(nearest: {symbol}\).*give it as model"):
         gm.impute(adata, genes=[f"{symbol}x"])
     with pytest.raises(DataError, match="QQQQQQQQQ7.*vocabulary does not have them"):
-        gm.impute(adata, random_bundle, genes=["QQQQQQQQQ7"])
+        gm.impute(adata, random_bundle, genes=["QQQQQQQQQ7"], settings=QUICK)
 
 
 def test_missing_batches_paths_and_few_cells_are_refused(cells, tmp_path):

@@ -222,11 +222,11 @@ def test_cell_vectors_of_a_bundle_are_read(random_bundle, tmp_path):
         160, species=("human",), n_batches=2, n_genes=600, genes_per_cell=80, seed=4
     )["human"]
     model = gm.integrate(human, batch_key="batch", model=random_bundle, settings=SHORT)
-    assert model.net.encoder.features_in is not None
+    assert model.net.encoder.beside.linear is not None
     vectors = gm.embed(human, random_bundle, key_added="X_bundle")
     assert vectors is None
     np.testing.assert_allclose(
-        model.net.encoder.feature_mean_F, human.obsm["X_bundle"].mean(0), rtol=1e-3, atol=1e-4
+        model.net.encoder.beside.mean_F, human.obsm["X_bundle"].mean(0), rtol=1e-3, atol=1e-4
     )
     model.save(tmp_path / "model")
     back = IntegratedModel.load(tmp_path / "model", device="cpu")

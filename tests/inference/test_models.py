@@ -1,5 +1,7 @@
 """Models of every kind from their folders: what it is, what it can do, and what it cannot."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import anndata as ad
@@ -7,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
+from safetensors.torch import load_file, save_file
 
 import genemodel as gm
 from genemodel.adapt.imputation import DecoderSettings
@@ -14,12 +18,17 @@ from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.directory import KINDS
+from genemodel.bundle.directory import CORPUS, KINDS, sealed, sha256
+from genemodel.bundle.given import model_for
 from genemodel.cells.manifest import MANIFEST
+from genemodel.cells.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.embed import EmbedSettings, embed_file
+from genemodel.inference.impute import IMPUTE
 from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED, IMPUTE, MODELS, load, model_for
+from genemodel.inference.models import EMBED, MODELS, load
+from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.verbs import DescribeSettings, describe
 
 SHORT = IntegrationSettings(steps=6, passes=0, hidden=16, rank=8, latent=6, batch_cells=32)
 
@@ -60,14 +69,14 @@ def test_a_folder_is_read_as_what_it_is(folders):
         model = gm.load(folders / name, device="cpu")
         assert type(model) is kind
         assert type(gm.load(str(folders / name), device="cpu")) is kind
-    assert {*MODELS, MANIFEST} == set(KINDS)
+    assert {*MODELS, CORPUS} == set(KINDS)
     assert set(MODELS.values()) == {*EMBED, *IMPUTE}
 
 
 def test_what_is_no_model_is_refused_with_the_way_out(folders, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         load(tmp_path / "none")
-    with pytest.raises(DataError, match="none of bundle.json, integrated.json, imputation.json"):
+    with pytest.raises(DataError, match="is not a model: it has no model.json"):
         load(tmp_path)
     with pytest.raises(DataError, match=r"run: name .*/bundle or .*/model or .*/imputation_model"):
         load(folders)
@@ -217,3 +226,175 @@ def test_what_a_notebook_shows_of_a_model_is_a_line_or_two(random_bundle, integr
     assert all(len(repr(one)) < 400 for one in objects), [repr(one) for one in objects]
     assert "2 batches, 6 dimensions" in repr(integrated.correction)
     assert repr(SharedClusterCorrection()) == "SharedClusterCorrection(not fitted)"
+
+
+# -- every kind of folder × every call -------------------------------------------------------------
+
+BRIEF = DecoderSettings(epochs=1, hidden=8, latent=4)
+
+
+@pytest.fixture(scope="module")
+def decoding(random_bundle):
+    """The random bundle with a count decoder."""
+    n = len(random_bundle.vocabulary)
+    torch.manual_seed(1)
+    decoder = CountDecoder(16, GeneStatistics.empty(2, n), 1, torch.zeros(1, n, dtype=torch.bool))
+    with torch.no_grad():
+        decoder.projection.project.weight.normal_(std=0.3)
+    heads = {f"decode_counts.{k}": v.clone() for k, v in decoder.state_dict().items()}
+    return replace(random_bundle, heads=heads)
+
+
+@pytest.fixture(scope="module")
+def every(cells, random_bundle, decoding, integrated, imputation):
+    """Every kind of model, with and without a bundle beneath."""
+    return {
+        "bundle": random_bundle,
+        "decoding bundle": decoding,
+        "integrated": integrated,
+        "integrated, species": gm.integrate(
+            cells.copy(), batch_key="batch", settings=SHORT, species="human"
+        ),
+        "integrated on a bundle": gm.integrate(
+            cells.copy(), batch_key="batch", settings=SHORT, model=decoding
+        ),
+        "imputation": imputation,
+        "imputation on a bundle": gm.impute(
+            cells.copy(), decoding, settings=BRIEF, backbone="frozen"
+        ),
+        "imputation by a bundle": gm.impute(cells.copy(), decoding),
+    }
+
+
+def embedded(adata, model):
+    gm.embed(adata, model)
+    return next(iter(adata.obsm.values()))
+
+
+def imputed(adata, model):
+    gm.impute(adata, model)
+    return adata.layers["imputed"]
+
+
+def annotated(adata, model):
+    gm.annotate(adata, adata.copy(), model, label_key="cell_type", transfer="knn")
+    return adata.obs["genemodel_label_confidence"].to_numpy()
+
+
+def told(adata, model):
+    found = gm.contamination(adata, model)
+    return None if found.found_C is None else found.found_C
+
+
+EMBEDS = {"bundle", "decoding bundle", "integrated", "integrated, species"} | {
+    "integrated on a bundle"
+}
+CALLS = {
+    embedded: EMBEDS,
+    annotated: EMBEDS,
+    imputed: {"decoding bundle", "imputation", "imputation on a bundle", "imputation by a bundle"},
+}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_call_works_with_what_can_do_it_and_by_its_folder_too(cells, every, call, tmp_path):
+    for name, model in every.items():
+        model.save(tmp_path / "model")
+        before = cells.copy()
+        if name not in CALLS[call]:
+            for one in (model, tmp_path / "model"):
+                with pytest.raises(ConfigError, match=r"cannot|without a count decoder"):
+                    call(before, one)
+            assert not (set(before.obsm) | set(before.layers)) - set(cells.layers), name
+        else:
+            found = call(before, model)
+            assert np.isfinite(found).all(), name
+            again = call(cells.copy(), tmp_path / "model")
+            np.testing.assert_allclose(again, found, rtol=1e-4, atol=1e-6, err_msg=name)
+        shutil.rmtree(tmp_path / "model")
+
+
+def test_every_model_tells_what_it_is(cells, every, tmp_path):
+    for name, model in every.items():
+        model.save(tmp_path / name)
+        back = gm.load(tmp_path / name, device="cpu")
+        assert type(back) is type(model) and back.provenance == model.provenance
+        assert list(back.history.columns)[0] == "step" and len(repr(back)) < 400
+        pd.testing.assert_frame_equal(back.history, model.history)
+        said = describe(DescribeSettings(tmp_path / name))
+        assert said.startswith(f"{model.KIND} ") and "trained on" in said
+        assert [said.count("\n") > 3, back.describe() in said] == [True, True]
+        np.testing.assert_array_equal(told(cells, back), told(cells, model), err_msg=name)
+        about = json.loads((tmp_path / name / "model.json").read_text())
+        assert about["format"] == 4 and MODELS[about["kind"]] is type(model)
+        assert (tmp_path / name / "weights.safetensors").is_file()
+
+
+def as_before(folder, number):
+    """Turn a folder into what an earlier version wrote: names of file and weights, history."""
+    about = json.loads((folder / "model.json").read_text())
+    kind = about.pop("kind")
+    (folder / "model.json").unlink()
+    weights = load_file(folder / "weights.safetensors")
+    if kind == "imputation":
+        history = (folder / "history.tsv").read_text().split("\n")[1:-1]
+        about["history"] = [[float(x) for x in row.split("\t")] for row in history]
+        (folder / "history.tsv").unlink()
+        del about["pretrained"]
+    if kind != "bundle":
+        (folder / "training.safetensors").unlink()
+        del about["training"]
+        named = {}
+        for name, tensor in weights.items():
+            name = name.replace(".beside.linear.", ".features_in.")
+            name = name.replace(".beside.", ".feature_")
+            if number < 3:
+                name = name.replace(".encoder.", ".").replace(".head.", ".")
+            if not (number < 3 and kind == "imputation" and ".feature_" in name):
+                named[name] = tensor.clone()
+        save_file(named, folder / "weights.safetensors")
+    about["sha256"] = {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file()}
+    file = {"bundle": "bundle", "integration": "integrated", "imputation": "imputation"}[kind]
+    about["format"] = min(number, 2) if kind == "bundle" else number
+    if number > 1:
+        (folder / f"{file}.json").write_bytes(sealed(about))
+    else:
+        del about["self"]
+        (folder / f"{file}.json").write_text(json.dumps(about))
+    if (folder / "bundle").is_dir():
+        as_before(folder / "bundle", number)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_folders_of_before_are_read(cells, every, tmp_path, number):
+    for name, model in every.items():
+        if name == "imputation by a bundle" or (number < 3 and name == "imputation on a bundle"):
+            continue  # there were none
+        model.save(tmp_path / name)
+        as_before(tmp_path / name, number)
+        assert not (tmp_path / name / "model.json").exists()
+        back = gm.load(tmp_path / name, device="cpu")
+        assert type(back) is type(model) and back.provenance == model.provenance
+        pd.testing.assert_frame_equal(back.history, model.history)
+        call = embedded if name in EMBEDS else imputed
+        found, expected = call(cells.copy(), back), call(cells.copy(), model)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+        if not isinstance(back, Bundle):
+            assert back.training is None and "trained on: unknown" in back.describe()
+        back.save(tmp_path / name)  # as what it is today, in the same place
+        assert sorted(p.name for p in (tmp_path / name).glob("*.json")) == ["model.json"]
+
+
+def test_a_folder_of_a_kind_that_is_not_known_is_refused(cells, integrated, tmp_path):
+    integrated.save(tmp_path / "model")
+    file = tmp_path / "model" / "model.json"
+    about = json.loads(file.read_text())
+    file.write_bytes(sealed(about | {"kind": "perturbation"}))
+    with pytest.raises(DataError, match=r"model\.json cannot be read \(kind is 'perturbation'\)"):
+        gm.load(tmp_path / "model")
+    file.write_bytes(sealed(about | {"kind": "corpus"}))
+    with pytest.raises(DataError, match="kind is 'corpus'"):
+        gm.load(tmp_path / "model")
+    file.write_bytes(sealed(about | {"format": 5}))
+    with pytest.raises(DataError, match="of format 5; this version reads up to 4. Upgrade"):
+        gm.load(tmp_path / "model")

@@ -50,11 +50,11 @@ def test_only_what_is_shown_is_read():
 
 def test_a_vector_that_is_not_there_is_neutral():
     encoder = CountEncoder(np.arange(30), 30, hidden=8, dropout=0.0, n_features=3).eval()
-    encoder.standardise_features(torch.tensor([[1.0, 2, 3], [3, 2, 1], [torch.nan, 0, 0]]))
-    assert encoder.feature_mean_F.tolist() == [2, 2, 2]
+    encoder.beside.standardise(torch.tensor([[1.0, 2, 3], [3, 2, 1], [torch.nan, 0, 0]]))
+    assert encoder.beside.mean_F.tolist() == [2, 2, 2]
     table = torch.from_numpy(COUNTS.toarray())
     absent = torch.full((50, 3), torch.nan)
-    mean = encoder.feature_mean_F.expand(50, 3)
+    mean = encoder.beside.mean_F.expand(50, 3)
     torch.testing.assert_close(encoder.read(table, absent), encoder.read(table, mean))
     assert (encoder.read(table, mean + 1) - encoder.read(table, mean)).abs().max() > 1e-3
 

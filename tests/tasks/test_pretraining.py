@@ -321,3 +321,20 @@ def test_molecules_that_are_not_shown_are_decoded(pack_random):
 
     torch.testing.assert_close(cost(thinned), cost(others))
     assert (cost(thinned) - cost(batch)).abs() > 1
+
+
+def test_every_head_keeps_to_the_one_contract(away):
+    """Whoever adds a head adds no case: nothing here asks what a head is."""
+    import ast
+    import inspect
+
+    from genemodel.tasks import pretraining
+
+    tree = ast.parse(inspect.getsource(pretraining))
+    called = [node.func.id for node in ast.walk(tree)
+              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]  # fmt: skip
+    assert "isinstance" not in called
+    _, task = away()
+    for name, head in task.parts.items():
+        assert head is task.heads[name] and isinstance(head.starts_anew, bool)
+        assert all(callable(getattr(head, one)) for one in ("count", "cost", "compile_region"))

@@ -189,7 +189,7 @@ def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path):
     assert last["lr"] < 0.5 * timed.optim.lr
     found = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found.about["ended"] == "horizon" and found.step < 100_000
-    assert (tmp_path / "run" / "bundle" / "bundle.json").exists()
+    assert (tmp_path / "run" / "bundle" / "model.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,247 @@
+"""Denoise with the count decoder of a pre-trained model as it is: nothing is trained.
+
+The model makes a vector of every cell, its decoder the share of every gene that it knows. What the
+cells at hand settle is in closed form: one factor a gene (another chemistry counts other genes
+more), and how far true rates stray from the decoder, both on a tenth of the molecules of some
+cells, which neither the vector nor the evidence has seen.
+
+Axes: C cells, D width, G genes of the data that the model knows, S sampled cells.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from genemodel.adapt.imputation import (
+    BLOCK_CELLS,
+    Decoder,
+    DecoderSettings,
+    ImputationHead,
+    TrainedDecoder,
+    calibrated,
+)
+from genemodel.adapt.imputation_model import ImputationModel
+from genemodel.bundle.bundle import Bundle
+from genemodel.errors import ConfigError, DataError
+from genemodel.expression.thinning import split_molecules
+from genemodel.inference.cell_vectors import embedder
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.inference.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+# Cells that settle factors and dispersion, in so many stretches spread evenly over the data: files
+# are sorted by sample. At 2,000 cells the dispersion of a gene is as sure as its neighbours'.
+_SETTLED, _STRETCHES = 2048, 32
+# The factors shift the softmax that they were computed with: after two rounds by less than 1 %.
+_ROUNDS = 2
+
+
+def refuse_without_decoder(bundle: Bundle) -> None:
+    """Refuse a model that cannot impute without training."""
+    if "decode_counts.gene.weight" in bundle.heads:
+        return
+    has = ", ".join(sorted({name.split(".")[0] for name in bundle.heads})) or "no heads"
+    raise ConfigError(
+        f"model is a Bundle without a count decoder (it has {has}), so it imputes nothing by "
+        "itself: pre-train one that does (pretrain: task.decode_counts.weight=1), or train on "
+        "these cells: leave model out, or read its cell vectors with "
+        "`genemodel finetune task=impute`, in Python gm.impute(…, backbone='frozen')."
+    )
+
+
+class PretrainedImputation:
+    """The count decoder of a bundle over the genes of some data.
+
+    Parameters
+    ----------
+    cells
+        The data, over the bundle's vocabulary; of one species.
+    seed
+        Of the split of molecules.
+
+    Attributes
+    ----------
+    model
+        Of no cells yet.
+    known_G
+        Columns of the data that the model knows.
+
+    Raises
+    ------
+    ConfigError
+        The bundle has no count decoder, or there are several species.
+    DataError
+        No cell has counts.
+    """
+
+    def __init__(self, cells: VocabularyCells, *, seed: int) -> None:
+        bundle = cells.bundle
+        refuse_without_decoder(bundle)
+        if len(cells.matches) > 1:
+            raise ConfigError(
+                f"{cells.source.where}: holds several species, whose genes are other tokens in "
+                "each: impute one species at a time."
+            )
+        ((species, match),) = cells.matches.items()
+        self.cells = cells
+        self.known_G = np.flatnonzero(match.token_G >= 0)
+        token_G = torch.from_numpy(match.token_G[self.known_G].astype(np.int64))
+        weight = {
+            name: bundle.heads[f"decode_counts.{name}"].detach().float().cpu()
+            for name in ("gene.weight", "base_SV")
+        }
+        settings = DecoderSettings(latent=bundle.model.settings.width, calibration_cells=_SETTLED)
+        decoder = Decoder.of_vectors(
+            weight["gene.weight"][token_G], weight["base_SV"][species, token_G]
+        )
+        sample_SG = self._sample()
+        fraction = settings.calibration_fraction
+        seen_SG, held_SG = split_molecules(
+            sample_SG, 1.0 - fraction, np.random.default_rng(seed), dtype=np.float32
+        )
+        latent_SD = decoder.encode(seen_SG[:, self.known_G], self._vectors(seen_SG))
+        seen_SG, held_SG = seen_SG[:, self.known_G], held_SG[:, self.known_G]
+        settle_factors(decoder.head, latent_SD, seen_SG)
+        code_S = torch.zeros(len(latent_SD), dtype=torch.long)
+        dispersion_G, coverage = calibrated(
+            decoder.head, latent_SD, code_S, seen_SG, held_SG, fraction, seed
+        )
+        nats = _nats(decoder.head, latent_SD, held_SG)
+        self.model = ImputationModel(
+            TrainedDecoder(decoder.eval(), dispersion_G, nats, coverage, [(0, nats)]),
+            sp.csr_matrix((0, len(self.known_G)), dtype=np.float32),
+            np.arange(len(self.known_G)),
+            np.zeros(0, np.int64),
+            (),
+            settings,
+            genes=[str(name) for name in cells.source.genes.index[self.known_G]],
+            where=cells.source.where,
+            bundle=bundle,
+        )
+        self.model.training = bundle.training  # of these cells nothing was learnt but factors
+        self.model.tell(sample_SG.shape[0], seed=seed, model=bundle.fingerprint, tune="frozen")
+        if unknown := match.token_G.size - self.known_G.size:
+            logger.warning(
+                "%s: the model does not know %s of %s genes, which get NaN.",
+                cells.source.where, f"{unknown:,}", f"{match.token_G.size:,}",
+            )  # fmt: skip
+
+    def _sample(self) -> sp.csr_matrix:
+        """Read counts of known genes of some cells that have any, (S, genes of the data)."""
+        n = len(self.cells)
+        size = -(-_SETTLED // _STRETCHES) if n > _SETTLED else max(n, 1)
+        starts = np.linspace(0, n - size, _STRETCHES if n > _SETTLED else 1).astype(int)
+        blocks = [
+            counts_CG
+            for start in starts.tolist()
+            for _, counts_CG in self.cells.blocks(start=start, stop=start + size)
+        ]
+        known_G = np.zeros(len(self.cells.source.genes), np.float32)
+        known_G[self.known_G] = 1
+        sample_SG = sp.csr_matrix((0, known_G.size), dtype=np.float32)
+        if blocks:
+            sample_SG = sp.csr_matrix(sp.vstack(blocks, format="csr") @ sp.diags(known_G))
+            sample_SG.sum_duplicates()
+            sample_SG.eliminate_zeros()
+            sample_SG = sample_SG[sample_SG.getnnz(1) > 0]
+        if not sample_SG.shape[0]:
+            raise DataError(
+                f"{self.cells.source.where}: no cell that was looked at has counts of a gene that "
+                "the model knows: check layer and species."
+            )
+        return sample_SG
+
+    def _vectors(self, seen_SG: sp.csr_matrix) -> np.ndarray:
+        """Vectors of the sampled cells, of the molecules that are shown."""
+        chunks = (
+            self.cells.over_vocabulary(0, seen_SG[start : start + BLOCK_CELLS])
+            for start in range(0, seen_SG.shape[0], BLOCK_CELLS)
+        )
+        return np.concatenate([rows_CD for _, rows_CD in embedder(self.cells.bundle).over(chunks)])
+
+    def median_library(self) -> float:
+        """Median of the counts of known genes of all cells that have any, in one pass."""
+        parts = [self._known(counts_CG).sum(1) for _, counts_CG in self.cells.blocks()]
+        library_C = np.concatenate([np.asarray(part).ravel() for part in parts])
+        return float(np.median(library_C[library_C > 0]))
+
+    def _known(self, counts_CG: sp.csr_matrix) -> sp.csr_matrix:
+        known_CG = counts_CG[:, self.known_G].astype(np.float32)
+        known_CG.sum_duplicates()
+        return known_CG
+
+    def over(self) -> Iterator[tuple[ImputationModel, VocabularyChunk]]:
+        """Yield the model of every block of cells, in their order, and their counts by token."""
+        held: deque[sp.csr_matrix] = deque()
+
+        def chunks() -> Iterator[VocabularyChunk]:
+            for start, counts_CG in self.cells.blocks(BLOCK_CELLS):
+                held.append(self._known(counts_CG))
+                yield self.cells.over_vocabulary(start, counts_CG)
+
+        with Progress("impute", len(self.cells)) as progress:
+            for chunk, rows_CD in embedder(self.cells.bundle).over(chunks(), progress.add):
+                yield self.of(held.popleft(), rows_CD), chunk
+
+    def of(self, known_CG: sp.csr_matrix, vectors_CD: np.ndarray) -> ImputationModel:
+        """Return the model of these cells."""
+        code_C = np.zeros(known_CG.shape[0], np.int64)
+        return self.model.of(
+            known_CG, code_C, where=self.cells.source.where, features_CF=vectors_CD
+        )
+
+
+def joined(blocks: list[ImputationModel]) -> ImputationModel:
+    """Return one model of the cells of several blocks."""
+    vectors = [block.features_CF for block in blocks if block.features_CF is not None]
+    counts_CG = sp.csr_matrix(sp.vstack([block.counts_CG for block in blocks], format="csr"))
+    return blocks[0].of(
+        counts_CG, np.zeros(counts_CG.shape[0], np.int64), where=blocks[0].where,
+        features_CF=np.concatenate(vectors),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def settle_factors(head: ImputationHead, latent_SD: Tensor, seen_SG: sp.csr_matrix) -> None:
+    """Multiply every gene of a decoder by how much more of it these cells hold than it expects.
+
+    The factor is Gamma distributed around 1 with a variance that the genes share, estimated by
+    moments, and worth one molecule at least: a gene of a few stays near where the decoder has it.
+    """
+    library_S1 = torch.from_numpy(np.asarray(seen_SG.sum(1), np.float32))
+    found_G = torch.from_numpy(np.asarray(seen_SG.sum(0), np.float64).ravel())
+    for _ in range(_ROUNDS):
+        expected_G = torch.zeros_like(found_G)
+        for rows, share_CG in _shares(head, latent_SD):
+            expected_G += (share_CG.exp() * library_S1[rows]).sum(0).double()
+        expected_G.clamp_min_(1e-9)
+        # Of rare genes one molecule would be a large factor: they weigh as little as they tell.
+        weight_G = (1.0 + expected_G) ** -2
+        excess = (weight_G * ((found_G - expected_G) ** 2 - expected_G)).sum()
+        if excess <= 0:  # no more than chance
+            return
+        prior = max(1.0, float((weight_G * expected_G**2).sum() / excess))
+        head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())
+
+
+def _nats(head: ImputationHead, latent_SD: Tensor, held_SG: sp.csr_matrix) -> float:
+    """Negative log-likelihood per molecule set aside; NaN where none was."""
+    total = 0.0
+    for rows, share_CG in _shares(head, latent_SD):
+        part = held_SG[rows].tocoo()
+        total -= float((share_CG[part.row, part.col].double().numpy() * part.data).sum())
+    return total / float(held_SG.sum()) if held_SG.nnz else float("nan")
+
+
+def _shares(head: ImputationHead, latent_SD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Log shares of blocks of cells."""
+    for start in range(0, len(latent_SD), BLOCK_CELLS):
+        rows = slice(start, start + BLOCK_CELLS)
+        unknown_C = torch.full((len(latent_SD[rows]),), -1)
+        yield rows, head.log_fraction(latent_SD[rows], unknown_C)
