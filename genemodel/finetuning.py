@@ -6,12 +6,12 @@
     out/backbone/          a training run of the backbone alone: corpus/, metrics.csv, checkpoints/,
                            bundle/
     out/heads/integrate/   a training run of a head: metrics.csv, checkpoints/, …
-    out/embedded.h5ad      task integrate: obs, embedding
+    out/embedded.h5ad      task integrate: all that the data hold but counts, embedding
     out/model/             … the IntegratedModel
-    out/imputed.h5ad       task impute: obs, var, layers with mean and standard deviation
+    out/imputed.h5ad       task impute: … layers with mean and standard deviation
     out/imputation_model/  … the ImputationModel
     out/classifier/        task classify: a bundle that tells the labels apart, calibrated
-    out/labels.h5ad        … obs with labels and confidence of all cells
+    out/labels.h5ad        … all that the data hold but counts, labels and confidence
     out/curves.csv         losses of the heads
     out/report.html        all of these curves, with the losses on held-out cells
 
@@ -53,6 +53,7 @@ from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.annotate import KEY as LABEL
 from genemodel.inference.annotate import UNKNOWN_BELOW, classify, write_labels
+from genemodel.inference.annotations import without_counts
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.embed import write_whole
 from genemodel.inference.impute import impute
@@ -327,7 +328,7 @@ def finetune(settings: FinetuneSettings) -> Path:
             bundle = _adapt(settings, bundle, corpus, adata, reading, about)
         _note(out, about)
         if settings.classifies and bundle is not None:
-            _label(settings, adata, reading, bundle)
+            _label(settings, corpus, adata, reading, bundle)
         if settings.integrates and not (out / EMBEDDED).exists():
             _integrate(settings, corpus, adata, reading, bundle, about)
         if settings.imputes and not (out / IMPUTATION_MODEL).exists():
@@ -633,8 +634,6 @@ def _integrate(
     bundle: Bundle | None,
     about: dict[str, Any],
 ) -> None:
-    import anndata as ad
-
     out = Path(settings.out)
     result, embedding_CD = integrate_cells(
         adata if corpus is None else corpus,
@@ -650,7 +649,7 @@ def _integrate(
     )
     _add_curves(out / CURVES, "integrate", result.history)
     result.save(out / MODEL)
-    embedded = ad.AnnData(obs=adata.obs)
+    embedded = without_counts(adata)
     embedded.obsm[settings.key_added] = embedding_CD
     embedded.uns[settings.key_added] = dict(result.provenance)
     write_whole(embedded, out / EMBEDDED)
@@ -658,11 +657,13 @@ def _integrate(
 
 
 def _label(
-    settings: FinetuneSettings, adata: "AnnData", reading: InputSettings, bundle: Bundle
+    settings: FinetuneSettings,
+    given: Corpus | None,
+    adata: "AnnData",
+    reading: InputSettings,
+    bundle: Bundle,
 ) -> None:
     """Calibrate on held-out cells, and label all cells."""
-    import anndata as ad
-
     out = Path(settings.out)
     run = out / BACKBONE
     made = parse(PretrainSettings, json.loads((run / RUN).read_text()))
@@ -682,13 +683,10 @@ def _label(
     curve = pd.read_csv(run / METRICS)
     losses = {STEP: curve["step"], "cross-entropy": curve["train/labels"]}
     _add_curves(out / CURVES, "classify", pd.DataFrame(losses))
-    labelled = ad.AnnData(obs=adata.obs)
-    if adata.n_vars:
+    if given is None:
         classify(adata, bundle, LABEL, UNKNOWN_BELOW, reading)
-        labelled.uns[LABEL], labelled.obsm[f"{LABEL}_probability"] = (
-            adata.uns[LABEL], adata.obsm[f"{LABEL}_probability"],
-        )  # fmt: skip
-    else:
+    labelled = without_counts(adata)
+    if given is not None:
         every = np.arange(len(corpus))
         chunks = corpus_chunks(corpus, every, bundle)
         write_labels(labelled, probabilities_of(chunks, bundle, every.size), bundle)
@@ -746,12 +744,29 @@ def _add_curves(path: Path, task: str, history: pd.DataFrame) -> None:
             writer.writerows([task, step, name, f"{value:.6g}"] for name, value in row.items())
 
 
+def encoder_of(settings: FinetuneSettings) -> str:
+    """Say which encoder a result is of: a transformer is one only where it is read."""
+    tune = settings.backbone.tune
+    origin = settings.model or f"new weights ({settings.size})"
+    learnt = {
+        "frozen": "nothing of which learnt here",
+        "scratch": "trained on these cells alone",
+        "full": "all of which learnt here",
+    }.get(tune, f"of which {tune} learnt here")
+    if settings.classifies:
+        return f"the transformer of {origin}, {learnt}"
+    if not settings.model and tune != "scratch":
+        return "a network on counts, trained here; no transformer"
+    return f"a network on counts, beside the cell vectors of the transformer of {origin}, {learnt}"
+
+
 def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
     """Draw all curves on one page."""
     from genemodel.evaluation.finetune_report import write_finetune_report
 
     out = Path(settings.out)
-    facts = {}
+    facts = {"what reads the cells": encoder_of(settings)}
+    logger.info("%s: the cells were read by %s.", out, facts["what reads the cells"])
     if settings.integrates:
         about = IntegratedModel.load(out / MODEL, device="cpu").provenance
         facts["embedding"] = (

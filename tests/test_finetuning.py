@@ -19,8 +19,9 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.synthetic import synthetic
 from genemodel.cli import main
-from genemodel.finetuning import FinetuneSettings
+from genemodel.finetuning import FinetuneSettings, encoder_of
 from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.model.tuning import TuningSettings
 from genemodel.settings import parse
 from genemodel.train.loop import Loop
 
@@ -44,7 +45,7 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     assert main([*words, *TINY]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     embedded, data = ad.read_h5ad(out / "embedded.h5ad"), ad.read_h5ad(file)
-    assert list(embedded.obs_names) == list(data.obs_names) and embedded.n_vars == 0
+    assert list(embedded.obs_names) == list(data.obs_names) and embedded.X is None
     assert embedded.obsm["X_integrated"].shape == (120, 5)
     assert embedded.uns["X_integrated"]["settings"]["steps"] == 6
     model = IntegratedModel.load(out / "model")
@@ -430,3 +431,27 @@ def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatc
     assert main([*given, "holdout.by=", f"out={tmp_path / 'b'}"]) == 0
     assert "Nothing is held out" in caplog.text
     assert len({cell for cell, _ in seen[True]}) == 120 and not seen[False]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"batch_key": ("b",)}, "a network on counts, trained here; no transformer"),
+        (
+            {"batch_key": ("b",), "model": "runs/x"},
+            "a network on counts, beside the cell vectors of the transformer of runs/x, nothing of "
+            "which learnt here",
+        ),
+        (
+            {"batch_key": ("b",), "model": "runs/x", "backbone": TuningSettings("lora")},
+            "a network on counts, beside the cell vectors of the transformer of runs/x, of which "
+            "lora learnt here",
+        ),
+        (
+            {"task": "classify", "label_key": "l", "backbone": TuningSettings("scratch")},
+            "the transformer of new weights (tiny), trained on these cells alone",
+        ),
+    ],
+)
+def test_a_result_says_which_encoder_it_is_of(given, said):
+    assert encoder_of(FinetuneSettings(data="x", out="y", **given)) == said

@@ -254,6 +254,9 @@ class ImputationHead(nn.Module):
         Widths.
     place_V
         Where each gene of the cells is among those decoded, G for the others.
+    share_B
+        Share of the cells in each batch, by which the mean of all batches weighs their offsets: a
+        batch of one cell says next to nothing. The same for all by default.
     """
 
     LOSS = "nats_per_molecule"
@@ -267,6 +270,7 @@ class ImputationHead(nn.Module):
         n_batches: int,
         settings: "DecoderSettings",
         place_V: Tensor | None = None,
+        share_B: Tensor | None = None,
     ) -> None:
         super().__init__()
         n_genes = len(frequency_G)
@@ -276,6 +280,10 @@ class ImputationHead(nn.Module):
         self.offset_BD = nn.Parameter(
             torch.zeros(n_batches, settings.latent), requires_grad=n_batches > 1
         )
+        if share_B is None:
+            share_B = torch.full((n_batches,), 1 / n_batches)
+        self.share_B = nn.Buffer(share_B.to(torch.float32))
+        self.register_load_state_dict_pre_hook(_alike_before)
         place_V = torch.arange(n_genes) if place_V is None else place_V
         self.register_buffer("place_V", place_V, persistent=False)
         trivial_G = torch.log_softmax(self.bias_G.detach(), 0)
@@ -320,14 +328,24 @@ class ImputationHead(nn.Module):
         return 2 * len(lengths_C) * self.latent * len(self.bias_G) + beneath
 
     def shifted(self, latent_CD: Tensor, batch_C: Tensor) -> Tensor:
-        """Add each cell's batch offset; batch -1 stands for the mean of all batches."""
+        """Add each cell's batch offset; batch -1 stands for the mean of all cells' offsets."""
         own_CD = self.offset_BD[batch_C.clamp_min(0)]
-        return latent_CD + torch.where((batch_C >= 0)[:, None], own_CD, self.offset_BD.mean(0))
+        return latent_CD + torch.where(
+            (batch_C >= 0)[:, None], own_CD, self.share_B @ self.offset_BD
+        )
 
     def log_fraction(self, latent_CD: Tensor, batch_C: Tensor) -> Tensor:
         """Log share of molecules per gene, (C, G); rows exponentiate to one."""
         shifted_CD = self.shifted(latent_CD, batch_C)
         return torch.log_softmax(torch.addmm(self.bias_G, shifted_CD, self.gene_GD.t()), 1)
+
+
+def _alike_before(head: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Heads that were saved without shares of their batches weighed all of them the same."""
+    offset_BD = state.get(f"{prefix}offset_BD")
+    if offset_BD is not None:
+        alike_B = torch.full((len(offset_BD),), 1 / len(offset_BD))
+        state.setdefault(f"{prefix}share_B", alike_B)
 
 
 class Decoder(nn.Module):
@@ -413,7 +431,7 @@ def decode_fraction(
     count_CG
         All counts of the cells, CSR (C, G).
     batch_C
-        Batch whose offset is used, per cell; -1 for the mean over batches.
+        Batch whose offset is used, per cell; -1 for the mean over the cells of all.
     features_CF
         Vectors of the cells, where the decoder was trained with them.
     block
@@ -723,8 +741,9 @@ class _Plan:
         counts = SparseCountEncoder(self.gene_G, data.n_genes, settings, width)
         frequency_G = np.asarray(self.seen_SG.sum(axis=0)).ravel() + 0.1
         head = ImputationHead(
-            frequency_G / frequency_G.sum(), data.n_batches, settings, counts.place_V.clone()
-        )
+            frequency_G / frequency_G.sum(), data.n_batches, settings, counts.place_V.clone(),
+            data.share_B,
+        )  # fmt: skip
         if self.vectors_GE is not None:
             start_at_vectors(counts, head, self.vectors_GE)
         if backbone is None:

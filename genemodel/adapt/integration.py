@@ -288,6 +288,7 @@ class _Plan:
             label_N=label_C,
             n_labels=0 if label_C is None else int(label_C.max()) + 1,
             mean_share_G=np.asarray(share_SG.mean(0)).ravel(),
+            share_B=data.share_B,
         )  # fmt: skip
         if self.vectors_GE is not None:
             vectors_GE = torch.from_numpy(np.asarray(self.vectors_GE, np.float32))

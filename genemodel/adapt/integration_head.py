@@ -120,9 +120,13 @@ class IntegrationHead(nn.Module):
     mean_share_G
         Mean share of every gene in a cell's counts: initial intercept of the decoder, and what a
         predictor knows that ignores the cell.
+    share_B
+        Share of the cells in each batch, which a cell of unknown batch is decoded at: a batch of
+        one cell says next to nothing. The same for all by default.
     """
 
     place_V: Tensor
+    share_B: Tensor
     label_N: Tensor | None
     trivial_G: Tensor
 
@@ -136,6 +140,7 @@ class IntegrationHead(nn.Module):
         label_N: np.ndarray | None = None,
         n_labels: int = 0,
         mean_share_G: np.ndarray | None = None,
+        share_B: Tensor | None = None,
     ) -> None:
         super().__init__()
         width, latent, rank = settings.hidden, settings.latent, settings.rank
@@ -157,6 +162,9 @@ class IntegrationHead(nn.Module):
         if place_V is None:
             place_V = torch.arange(n_genes)
         self.register_buffer("place_V", place_V, persistent=False)
+        if share_B is None:
+            share_B = torch.full((n_batches,), 1 / n_batches)
+        self.register_buffer("share_B", share_B, persistent=False)
         self.register_buffer("trivial_G", self.intercept_G.detach().clone(), persistent=False)
         self.register_buffer(
             "label_N",
@@ -245,11 +253,11 @@ class IntegrationHead(nn.Module):
         return self.to_mean(hidden_CH), self.to_log_var(hidden_CH).clamp(-8, 4)
 
     def log_share(self, z_CD: Tensor, batch_C: Tensor) -> Tensor:
-        """Log share of every gene in a cell's counts, (C, G); batch -1 is the mean of all."""
+        """Log share of every gene in a cell's counts, (C, G); batch -1 is the mean of all cells."""
         n_batches = self.batch_gene_BG.shape[0]
         known_C1 = (batch_C >= 0)[:, None]
         which_CB = (batch_C[:, None] == torch.arange(n_batches, device=z_CD.device)).to(z_CD.dtype)
-        which_CB = torch.where(known_C1, which_CB, 1 / n_batches)
+        which_CB = torch.where(known_C1, which_CB, self.share_B)
         hidden_CH = functional.gelu(
             self.decode_norm(self.decode_in(torch.cat([z_CD, which_CB], 1)))
         )

@@ -8,6 +8,8 @@ from typing import Self
 
 import numpy as np
 import scipy.sparse as sp
+import torch
+from torch import Tensor
 
 from genemodel.cells.corpus import Corpus
 from genemodel.cells.held import HeldCells
@@ -61,6 +63,13 @@ class TrainingCells:
     def n_batches(self) -> int:
         """B, of the cells that are trained on."""
         return int(self.batch_C.max()) + 1
+
+    @property
+    def share_B(self) -> Tensor:
+        """Share of the cells trained on that are of each batch, float32 (B,)."""
+        code = self.batch_C[self.train]
+        n_B = np.bincount(code[code >= 0], minlength=self.n_batches).astype(np.float64)
+        return torch.from_numpy((n_B / max(float(n_B.sum()), 1.0)).astype(np.float32))
 
     def only(self, gene_G: np.ndarray) -> Self:
         """Leave out all other genes of cells in memory; a stream leaves out those of a corpus."""

@@ -274,8 +274,8 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
     return (
         f"corpus {corpus.path}: cannot hold out by {by}, {found}. "
         + (f"Hold out by {', '.join(others)}, or nothing " if others else "Hold nothing out ")
-        + f"(pretrain, finetune: holdout.by={others[0].split()[0] if others else repr('')})"
-        + "; or add sources whose column is filled "
+        + f"(pretrain, finetune: holdout.by={others[0].split()[0] if others else repr('')}, or "
+        "holdout=auto for what there is); or add sources whose column is filled "
         f"(corpus build, corpus append: columns={{{by}: COLUMN}})"
     )
 

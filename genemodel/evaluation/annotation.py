@@ -84,6 +84,11 @@ class Direction:
         """Labels that both sides have."""
         return sorted(set(self.labels) & set(self.true_Q))
 
+    @property
+    def n_judged(self) -> int:
+        """Cells of the query whose label the reference has."""
+        return int(np.isin(self.true_Q, self.labels).sum())
+
 
 @dataclass(frozen=True)
 class Called:

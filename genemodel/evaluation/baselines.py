@@ -104,8 +104,8 @@ def highly_variable(
     """Choose the most variable genes of log-normalised data, as a mask (n_genes,).
 
     Scanpy's "seurat" dispersions. Ranked within each batch and combined, as the scIB study
-    recommends, so that a gene that only marks a batch is not preferred; over all cells where a
-    batch has fewer than ``min_cells`` cells.
+    recommends, so that a gene that only marks a batch is not preferred; batches of fewer than
+    ``min_cells`` cells have no say. Over all cells where fewer than two batches have one.
     """
     import scanpy as sc
     from anndata import AnnData
@@ -116,9 +116,12 @@ def highly_variable(
     data = AnnData(logged_CG)
     by_batch = None
     if batch_C is not None:
-        data.obs["batch"] = pd.Categorical(batch_C)
-        sizes = data.obs["batch"].value_counts()
-        by_batch = "batch" if len(sizes) > 1 and sizes.min() >= min_cells else None
+        size_B = pd.Series(batch_C).value_counts()
+        large = size_B.index[size_B >= min_cells]
+        if len(large) > 1:
+            by_batch = "batch"
+            data.obs[by_batch] = pd.Categorical(batch_C)
+            data = data[data.obs[by_batch].isin(large).to_numpy()].copy()
     found = sc.pp.highly_variable_genes(
         data, flavor="seurat", n_top_genes=n_hvg, batch_key=by_batch, inplace=False
     )

@@ -29,7 +29,7 @@ from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import annotation, imputation_metrics, metrics
 from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
-from genemodel.evaluation.result import BOTH, EvaluationResult
+from genemodel.evaluation.result import BOTH, EvaluationResult, clear, write_embedding
 from genemodel.inference.obs_keys import check_label_is_no_batch
 from genemodel.model.tuning import Tune
 from genemodel.settings import check_out_folder, check_seed, nearest
@@ -225,7 +225,9 @@ def evaluate(
         )
     if task == "integrate":
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
+        skipped |= _leave_out_learners(chosen, cells, label_key)
     loaded = _loaded(models)
+    _refuse_unreadable(loaded, cells, reading)
     own = _model_methods(loaded, backbones, reading)
     given = {f"obsm:{key}": _standing(key) for key in obsm} | own
     contaminations = _contaminations(loaded, cells, reading)
@@ -266,7 +268,10 @@ def evaluate(
             "task=integrate is scored by scib-metrics, which is not installed: pip install "
             "'genemodel[bench]'. task=impute and task=annotate need nothing more."
         )
-    comparison = _Comparison(cells, conditions, chosen, seeds, dict(skipped), hidden_labels)
+    comparison = _Comparison(
+        cells, conditions, chosen, seeds, dict(skipped), hidden_labels,
+        out=None if out is None else Path(out),
+    )  # fmt: skip
     if task == "integrate":
         result = comparison.integrate()
     elif task == "annotate":
@@ -315,11 +320,36 @@ def _refuse_batches(cells: "AnnData", batch_key: str, label_key: str | None, whe
             f"{len(batch):,} cells: fill it or leave those cells out"
         )
     labels = 0 if label_key is None else column(cells, label_key).nunique()
+    if label_key is not None and (n := int(column(cells, label_key).notna().sum())) < MIN_CELLS:
+        raise DataError(
+            f"{where}: obs[{label_key!r}] (label_key) is missing in all but {n} of {len(batch):,} "
+            "cells, and only cells with a label are scored: fill it, or leave label_key out"
+        )
     if batch.nunique() < 2 and labels < 2:
         raise DataError(
             f"{where}: obs[{batch_key!r}] (batch_key) holds one batch only and there are no two "
             "labels: nothing could be scored. Name a column of batches, or of labels with label_key"
         )
+
+    if 2 * batch.nunique() > len(batch):
+        raise DataError(
+            f"{where}: obs[{batch_key!r}] (batch_key) holds {batch.nunique():,} batches of "
+            f"{len(batch):,} cells, so that most are of one cell: nothing could be mixed. Name a "
+            "column of batches, not of cells or of measurements"
+        )
+
+
+def _leave_out_learners(
+    chosen: dict[str, Method], cells: "AnnData", label_key: str | None
+) -> dict[str, str]:
+    """Take the methods that learn from labels out where there are no two labels; say why."""
+    labels = (
+        [] if label_key is None else sorted(map(str, column(cells, label_key).dropna().unique()))
+    )
+    if label_key is None or len(labels) > 1:
+        return {}
+    why = f"it learns from labels, and obs[{label_key!r}] holds {', '.join(labels) or 'none'} alone"
+    return {name: why for name in [n for n, m in chosen.items() if m.labels] if chosen.pop(name)}
 
 
 def _cells(
@@ -438,6 +468,25 @@ def _loaded(
             raise ConfigError(f"models: {given} is named twice")
         found[name] = model
     return found
+
+
+def _refuse_unreadable(
+    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
+) -> None:
+    """Refuse models that cannot read these cells before any method runs."""
+    from genemodel.bundle.bundle import Bundle
+    from genemodel.inference.counts import VocabularyCells
+
+    for name, model in models.items():
+        try:
+            if isinstance(model, Bundle):
+                VocabularyCells(cells, model, reading)
+            else:
+                model.encode(cells[:MIN_CELLS].copy(), **reading.options())
+        except GenemodelError as error:
+            raise type(error)(f"{name} cannot read these cells: {error}") from error
+        except FAILURES:
+            continue  # of a few cells; all of them may do
 
 
 def _contaminations(
@@ -598,7 +647,7 @@ def _resident_mb() -> float:
 
 @dataclass
 class _Comparison:
-    """Runs the methods one after the other and collects the scores."""
+    """Runs the methods one after the other, scores each and writes what is scored so far."""
 
     cells: "AnnData"
     conditions: Conditions
@@ -606,7 +655,9 @@ class _Comparison:
     seeds: tuple[int, ...]
     skipped: dict[str, str]
     hidden_labels: float = 0.0
+    out: Path | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
+    kept: bool = False
 
     def _runs(self, every_seed: bool) -> list[tuple[str, Method, int]]:
         return [
@@ -657,6 +708,18 @@ class _Comparison:
         table = pd.DataFrame(self.records)
         return table[table["method"].isin(scored)].reset_index(drop=True)
 
+    def _keep(self, result: EvaluationResult, name: str, embedding_CD: Any = None) -> None:
+        """Have the scores so far on disk before the next method starts."""
+        if self.out is None:
+            return
+        if not self.kept:
+            clear(self.out)
+            logger.info("Scores are in %s as each method ends.", self.out)
+        self.kept = True
+        result.write_tables(self.out)
+        if embedding_CD is not None:
+            write_embedding(self.out, name, embedding_CD)
+
     def _with_labels_hidden(self, seed: int) -> "AnnData":
         """Give the cells with a share of the labels missing, the same ones for every method."""
         if self.hidden_labels == 0.0:
@@ -669,57 +732,78 @@ class _Comparison:
         return shown
 
     def integrate(self) -> EvaluationResult:
-        batch, label = self.conditions.batch_key, self.conditions.label_key
-        batch_C = column(self.cells, cast(str, batch))
-        label_C = None if label is None else column(self.cells, label)
+        first = self.seeds[0]
         by_run: dict[tuple[str, int], np.ndarray] = {}
+        per_type: list[pd.DataFrame] = []
+        undefined: dict[str, str] = {}
+
+        def result() -> EvaluationResult:
+            once = {name: array for (name, seed), array in by_run.items() if seed == first}
+            return EvaluationResult(
+                "integrate",
+                self._table({name for name, _ in by_run}),
+                self.skipped,
+                saw_labels=[name for name in once if self.methods[name].labels],
+                cell_types=pd.concat(per_type, ignore_index=True) if per_type else None,
+                embeddings=once,
+                obs=cast(pd.DataFrame, self.cells.obs),
+                undefined=undefined,
+            )
+
         runs = self._runs(every_seed=False)
         for number, (name, method, seed) in enumerate(runs, start=1):
             shown = self._with_labels_hidden(seed) if method.labels else self.cells
             found = self._run(name, method, seed, shown, f"[{number}/{len(runs)}]")
-            if found is None:
-                continue
-            problem = _embedding_problem(found, self.cells.n_obs)
-            if problem is None:
-                by_run[name, seed] = np.asarray(found, dtype=np.float32)
-            else:
+            problem = None if found is None else _embedding_problem(found, self.cells.n_obs)
+            if problem is not None:
                 self.skipped[name] = f"failed: {problem}"
                 logger.warning("%s %s", name, self.skipped[name])
+            if found is None or problem is not None:
+                if (name, seed) == ("none", first):  # what the others are compared with
+                    raise DataError(
+                        f"the uncorrected embedding could not be computed: {self.skipped[name]}"
+                    )
+                continue
+            array_CD = np.asarray(found, dtype=np.float32)
+            undefined |= self._score(name, seed, array_CD, by_run.get(("none", first), array_CD))
+            by_run[name, seed] = array_CD
+            if seed == first:
+                per_type += self._by_type(name, array_CD, by_run["none", first])
+            self._keep(result(), name, array_CD if seed == first else None)
         self.conditions.shared.clear()  # trained models are no longer needed
-        first = self.seeds[0]
-        if ("none", first) not in by_run:
-            raise DataError(
-                f"the uncorrected embedding could not be computed: {self.skipped['none']}"
-            )
-        logger.info("scoring %d embeddings", len(by_run))
+        return result()
+
+    def _score(
+        self, name: str, seed: int, array_CD: np.ndarray, before_CD: np.ndarray
+    ) -> dict[str, str]:
+        """Record the scores of an embedding; returns what has no value, and why."""
+        logger.info("  scoring %s", name)
         scores = metrics.score_embeddings(
-            {f"{name}\t{seed}": array for (name, seed), array in by_run.items()},
-            batch_C,
-            label_C,
-            pre=by_run["none", first],
+            {name: array_CD},
+            self._batch(),
+            self._label(),
+            pre=before_CD,
             extra=True,
             n_jobs=self.conditions.n_jobs,
-            on_step=_say_embedding(),
         )
-        for (name, seed), (_, row) in zip(by_run, scores.iterrows(), strict=True):
-            self._record(name, seed, {str(k): cast(float, v) for k, v in row.items()})
-        once = {name: array for (name, seed), array in by_run.items() if seed == first}
-        per_type = None
-        if scores["total"].notna().any():
-            per_type = metrics.score_cell_types(
-                once, batch_C, cast(pd.Series, label_C), pre=once["none"]
-            )
-        table = self._table({name for name, _ in by_run})
-        saw_labels = [name for name in once if self.methods[name].labels]
-        return EvaluationResult(
-            "integrate",
-            table,
-            self.skipped,
-            saw_labels=saw_labels,
-            cell_types=per_type,
-            embeddings=once,
-            obs=cast(pd.DataFrame, self.cells.obs),
-        )
+        self._record(name, seed, {str(k): float(v) for k, v in scores.loc[name].items()})
+        return dict(scores.attrs["undefined"])
+
+    def _by_type(
+        self, name: str, array_CD: np.ndarray, before_CD: np.ndarray
+    ) -> list[pd.DataFrame]:
+        """Biology and batch of every cell type, where there are two types and batches."""
+        label = self._label()
+        if label is None or label.nunique() < 2 or self._batch().nunique() < 2:
+            return []
+        return [metrics.score_cell_types({name: array_CD}, self._batch(), label, pre=before_CD)]
+
+    def _batch(self) -> pd.Series:
+        return column(self.cells, cast(str, self.conditions.batch_key))
+
+    def _label(self) -> pd.Series | None:
+        key = self.conditions.label_key
+        return None if key is None else column(self.cells, key)
 
     def annotate(self, directions: list[annotation.Direction]) -> EvaluationResult:
         per_label: list[pd.DataFrame] = []
@@ -731,6 +815,19 @@ class _Comparison:
             for one in directions
         }
         scored: set[str] = set()
+
+        def result() -> EvaluationResult:
+            table = self._table(scored)
+            return EvaluationResult(
+                "annotate",
+                table.assign(direction=table["direction"].fillna(BOTH)),
+                self.skipped,
+                cell_types=pd.concat(per_label, ignore_index=True),
+                calls=pd.concat(calls.values()),
+                obs=obs,
+                judged={one.name: one.n_judged for one in directions},
+            )
+
         runs = self._runs(every_seed=False)
         for number, (name, method, seed) in enumerate(runs, start=1):
             found = self._run(name, method, seed, self.cells, f"[{number}/{len(runs)}]")
@@ -748,18 +845,11 @@ class _Comparison:
                 if seed == self.seeds[0]:
                     per_label.append(annotation.per_label(direction, name, called))
                     calls[direction.name][name] = called.label_Q
+            self._keep(result(), name)
         self.conditions.shared.clear()
         if not scored:
-            raise DataError(f"no method ran: {self.skipped}")
-        table = self._table(scored)
-        return EvaluationResult(
-            "annotate",
-            table.assign(direction=table["direction"].fillna(BOTH)),
-            self.skipped,
-            cell_types=pd.concat(per_label, ignore_index=True),
-            calls=pd.concat(calls.values()),
-            obs=obs,
-        )
+            raise DataError(f"no method ran: {_reasons(self.skipped)}")
+        return result()
 
     def impute(self, keep: float, mixture: tuple[str, ...]) -> EvaluationResult:
         from anndata import AnnData
@@ -770,6 +860,17 @@ class _Comparison:
         coverage: list[pd.DataFrame] = []
         statistics: dict[str, pd.DataFrame] = {}
         scored: set[str] = set()
+
+        def result() -> EvaluationResult:
+            return EvaluationResult(
+                "impute",
+                self._table(scored),
+                self.skipped,
+                coverage=pd.concat(coverage, ignore_index=True),
+                obs=obs,
+                gene_statistics=statistics,
+            )
+
         runs = self._runs(every_seed=True)
         split, split_seed = None, None
         for number, (name, method, seed) in enumerate(runs, start=1):
@@ -810,14 +911,10 @@ class _Comparison:
                         split.test, split, counts=True
                     )
                 statistics[name] = imputation_metrics.gene_statistics(given.mean, split)
-        return EvaluationResult(
-            "impute",
-            self._table(scored),
-            self.skipped,
-            coverage=pd.concat(coverage, ignore_index=True),
-            obs=obs,
-            gene_statistics=statistics,
-        )
+            self._keep(result(), name)
+        if not scored:
+            raise DataError(f"no method ran: {_reasons(self.skipped)}")
+        return result()
 
     def _expected(self, mixture: tuple[str, ...]) -> np.ndarray | None:
         if not mixture:
@@ -844,16 +941,8 @@ def _embedding_problem(found: Any, n_cells: int) -> str | None:
     return f"it returned values that are not finite for {bad} cells" if bad else None
 
 
-def _say_embedding() -> Any:
-    """Name each embedding once while it is scored."""
-    said: set[str] = set()
-
-    def say(name: str, metric: str) -> None:
-        if name not in said:
-            said.add(name)
-            logger.info("  %s", name.replace("\t", ", seed "))
-
-    return say
+def _reasons(skipped: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
 
 
 def _coverage_scores(covered: pd.DataFrame) -> dict[str, float]:

@@ -654,7 +654,8 @@ def biology_and_batch(
     ratio = same_batch_share(values_CD, batch_C, [names[t] for t in label_C], k=k)["ratio"]
     earlier_CD = None if before_CD is None else _labelled(before_CD, label, batch)[0]
     lost = lost_types(values_CD, batch_C, [names[t] for t in label_C], before_CD=earlier_CD, k=k)
-    lost = lost[lost["lost"]]
+    # Without any row the column is of no type, and would be taken for names of columns.
+    lost = lost[lost["lost"].astype(bool)]
     rows: dict[str, dict[str, object]] = {}
     for t in types:
         of_type = label_C == t

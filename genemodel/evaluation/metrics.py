@@ -39,6 +39,8 @@ OURS = (
     "pcr_share",
     "effective_rank",
 )
+# What a metric may raise on labels, batches or coordinates that it has no value for.
+_UNDEFINED = (ArithmeticError, LookupError, RuntimeError, ValueError)
 _BIO_WEIGHT = 0.6  # the weights of the scIB study
 _NEIGHBOURS = (15, 50, 90)  # for the graph, kBET and LISI, as scib-metrics' benchmark takes them
 
@@ -79,10 +81,11 @@ def score_embeddings(
     pandas.DataFrame
         One row per embedding; columns ``isolated_labels … pcr`` (0–1, higher is better), then
         ``bio`` = mean of the first five, ``batch`` = mean of the next five, ``total`` = 0.6 bio +
-        0.4 batch. What cannot be computed is ``nan``. Without labels ``batch`` stays ``nan``,
-        because its five parts cannot all be had; ``batch_unlabelled`` = mean of iLISI, PCR and
-        kBET over all cells takes its place and must not be compared with ``batch``.
-        ``attrs["n_cells"]`` is the number of cells scored.
+        0.4 batch. What cannot be computed is ``nan``. Without labels, or where no label occurs in
+        two batches, ``batch`` and ``total`` stay ``nan``, because the parts of ``batch`` cannot
+        all be had; ``batch_unlabelled`` = mean of iLISI, PCR and kBET over all cells takes its
+        place and must not be compared with ``batch``. ``attrs["n_cells"]`` is the number of cells
+        scored, ``attrs["undefined"]`` says of what has no value why.
 
     Raises
     ------
@@ -100,7 +103,9 @@ def score_embeddings(
     batch_C, label_C, keep_C = _cells_to_score(batch, label, len(embeddings[names[0]]))
     arrays = {name: _checked(name, embeddings[name], keep_C) for name in names}
     pre_CD = _reference(arrays, pre, keep_C) if batch_C is not None else None
+    undefined = undefined_of(batch_C, label_C)
     rows = {}
+    failed: dict[str, str] = {}
     for name, array_CD in arrays.items():
 
         def step(metric: str, name: str = name) -> None:
@@ -109,14 +114,56 @@ def score_embeddings(
 
         step("neighbours")
         neighbours = _neighbours(array_CD, n_jobs)
-        row = _scib(array_CD, neighbours, batch_C, label_C, pre_CD, step)
+        measure = _Measure(step, name, dict(undefined))
+        row = _scib(array_CD, neighbours, batch_C, label_C, pre_CD, measure)
         if extra:
-            row |= _ours(array_CD, neighbours, batch_C, label_C, step)
+            row |= _ours(array_CD, neighbours, batch_C, label_C, measure)
         rows[name] = row
+        failed |= {f"{name}: {metric}": why for metric, why in measure.failed.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
     table.index.name = "method"
+    table = _with_totals(table, by_label="kbet" not in undefined)
     table.attrs["n_cells"] = int(keep_C.sum())
-    return _with_totals(table)
+    table.attrs["undefined"] = undefined | failed
+    return table
+
+
+def undefined_of(batch_C: np.ndarray | None, label_C: np.ndarray | None) -> dict[str, str]:
+    """Say which metrics these batches and labels give no value to, and why."""
+    if batch_C is None or label_C is None:
+        return {}
+    sizes = pd.crosstab(label_C, batch_C)
+    batches_T, cells_T = (sizes > 0).sum(axis=1), sizes.sum(axis=1)
+    if ((batches_T > 1) & (batches_T < cells_T)).any():
+        return {}
+    why = "no label occurs in two batches" if (batches_T < 2).all() else (
+        "wherever a label occurs in two batches, each of its cells is of another one"
+    )  # fmt: skip
+    found = dict.fromkeys(("bras", "kbet", "batch", "total"), why)
+    return found if (batches_T > 1).any() else found | {"knn_accuracy_across": why}
+
+
+class _Measure:
+    """Takes one metric after the other; one that has no value is nan, and its reason is kept."""
+
+    def __init__(
+        self, step: Callable[[str], None], name: str, undefined: Mapping[str, str]
+    ) -> None:
+        self.step, self.name, self.undefined = step, name, undefined
+        self.failed: dict[str, str] = {}
+
+    def __call__(self, metric: str, compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` gives, or nan."""
+        self.step(metric)
+        if metric in self.undefined:
+            return float("nan")
+        try:
+            return compute()
+        except _UNDEFINED as error:
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
+            self.failed[metric] = reason
+            logger.warning("%s: %s has no value: %s", self.name, metric, reason)
+            return float("nan")
 
 
 def score_cell_types(
@@ -261,7 +308,7 @@ def _scib(
     batch_C: np.ndarray | None,
     label_C: np.ndarray | None,
     pre_CD: np.ndarray | None,
-    step: Callable[[str], None],
+    measure: _Measure,
 ) -> dict[str, float]:
     """Compute what scib-metrics' benchmark does, by its functions and with its neighbour counts."""
     import scib_metrics as scib
@@ -269,46 +316,51 @@ def _scib(
     near15, near50, near90 = (_nearest(neighbours, n) for n in _NEIGHBOURS)
     row = dict.fromkeys((*BIO, *BATCH), float("nan"))
     if label_C is not None:
-        step("isolated_labels")
         batch_or_one_C = batch_C if batch_C is not None else np.zeros(len(label_C), dtype=int)
         with _root_logger_kept():
-            row["isolated_labels"] = scib.isolated_labels(array_CD, label_C, batch_or_one_C)
-        step("kmeans")
-        agreement = scib.nmi_ari_cluster_labels_kmeans(array_CD, label_C)
-        row["kmeans_nmi"], row["kmeans_ari"] = agreement["nmi"], agreement["ari"]
-        step("silhouette_label")
-        row["silhouette_label"] = scib.silhouette_label(array_CD, label_C)
-        step("clisi")
-        row["clisi"] = scib.clisi_knn(near90, label_C)
-        step("graph_connectivity")
-        row["graph_connectivity"] = scib.graph_connectivity(near15, label_C)
+            row["isolated_labels"] = measure(
+                "isolated_labels", lambda: scib.isolated_labels(array_CD, label_C, batch_or_one_C)
+            )
+        agreement = measure("kmeans", lambda: scib.nmi_ari_cluster_labels_kmeans(array_CD, label_C))
+        row["kmeans_nmi"], row["kmeans_ari"] = _agreement(agreement)
+        row["silhouette_label"] = measure(
+            "silhouette_label", lambda: scib.silhouette_label(array_CD, label_C)
+        )
+        row["clisi"] = measure("clisi", lambda: scib.clisi_knn(near90, label_C))
     if batch_C is not None:
-        step("ilisi")
-        row["ilisi"] = scib.ilisi_knn(near90, batch_C)
-        step("pcr")
-        row["pcr"] = scib.pcr_comparison(pre_CD, array_CD, batch_C, categorical=True)
+        row["ilisi"] = measure("ilisi", lambda: scib.ilisi_knn(near90, batch_C))
+        row["pcr"] = measure(
+            "pcr", lambda: scib.pcr_comparison(pre_CD, array_CD, batch_C, categorical=True)
+        )
     if batch_C is not None and label_C is not None:
-        step("bras")
-        row["bras"] = scib.bras(array_CD, label_C, batch_C)
-        step("kbet")
-        row["kbet"] = scib.kbet_per_label(near50, batch_C, label_C)
-    if batch_C is not None and label_C is None:
-        step("kbet")
-        row["kbet_all_cells"] = scib.kbet(near50, batch_C)[0]
-    if batch_C is None:
-        row["graph_connectivity"] = float("nan")  # counted among the batch metrics
+        row["graph_connectivity"] = measure(  # counted among the batch metrics
+            "graph_connectivity", lambda: scib.graph_connectivity(near15, label_C)
+        )
+        row["bras"] = measure("bras", lambda: scib.bras(array_CD, label_C, batch_C))
+        row["kbet"] = measure("kbet", lambda: scib.kbet_per_label(near50, batch_C, label_C))
+    if batch_C is not None and (label_C is None or "kbet" in measure.undefined):
+        row["kbet_all_cells"] = measure("kbet_all_cells", lambda: scib.kbet(near50, batch_C)[0])
     return {name: float(value) for name, value in row.items()}
 
 
-def _with_totals(table: pd.DataFrame) -> pd.DataFrame:
-    """Append the aggregates; a single part that failed is skipped, as scib-metrics does."""
+def _agreement(found: Any) -> tuple[float, float]:
+    """Normalised mutual information and adjusted Rand index, nan where there are none."""
+    return (found["nmi"], found["ari"]) if isinstance(found, dict) else (float("nan"),) * 2
+
+
+def _with_totals(table: pd.DataFrame, *, by_label: bool = True) -> pd.DataFrame:
+    """Append the aggregates; a single part that failed is skipped, as scib-metrics does.
+
+    ``by_label``: labels occur in several batches, so that mixing within a label has a value.
+    """
     labelled = table["clisi"].notna().any()
     batched = table["ilisi"].notna().any()
     nan = pd.Series(float("nan"), index=table.index)
+    whole = labelled and batched and by_label
     table["bio"] = table[list(BIO)].mean(axis=1) if labelled else nan
-    table["batch"] = table[list(BATCH)].mean(axis=1) if labelled and batched else nan
+    table["batch"] = table[list(BATCH)].mean(axis=1) if whole else nan
     table["total"] = _BIO_WEIGHT * table["bio"] + (1 - _BIO_WEIGHT) * table["batch"]
-    if batched and not labelled:
+    if batched and not whole:
         table["batch_unlabelled"] = table[["ilisi", "pcr", "kbet_all_cells"]].mean(axis=1)
     return table
 
@@ -318,7 +370,7 @@ def _ours(
     neighbours: "NeighborsResults",
     batch_C: np.ndarray | None,
     label_C: np.ndarray | None,
-    step: Callable[[str], None],
+    measure: _Measure,
 ) -> dict[str, float]:
     """Compute plain scores: the silhouette is the raw -1 … 1."""
     import scib_metrics as scib
@@ -326,21 +378,26 @@ def _ours(
     row = dict.fromkeys(OURS, float("nan"))
     row["effective_rank"] = effective_rank(array_CD)
     if label_C is not None:
-        step("knn_accuracy")
-        row["knn_accuracy"] = light_metrics.knn_accuracy(array_CD, label_C)
-        step("asw_label")
-        row["asw_label"] = light_metrics.silhouette(array_CD, label_C)
-        step("leiden")
-        agreement = scib.nmi_ari_cluster_labels_leiden(_nearest(neighbours, 15), label_C)
-        row["leiden_nmi"], row["leiden_ari"] = agreement["nmi"], agreement["ari"]
+        row["knn_accuracy"] = measure(
+            "knn_accuracy", lambda: light_metrics.knn_accuracy(array_CD, label_C)
+        )
+        row["asw_label"] = measure("asw_label", lambda: light_metrics.silhouette(array_CD, label_C))
+        near15 = _nearest(neighbours, 15)
+        row["leiden_nmi"], row["leiden_ari"] = _agreement(
+            measure("leiden", lambda: scib.nmi_ari_cluster_labels_leiden(near15, label_C))
+        )
     if batch_C is not None:
-        step("same_batch_ratio")
-        mixing = light_metrics.same_batch_share(array_CD, batch_C, label_C)
-        row["same_batch_ratio"] = float(mixing["ratio"].to_numpy()[-1])
-        row["pcr_share"] = light_metrics.pcr(array_CD, batch_C)
-        step("kbet_all_cells")
-        row["kbet_all_cells"] = scib.kbet(_nearest(neighbours, 50), batch_C)[0]
+        mixing = measure(
+            "same_batch_ratio", lambda: light_metrics.same_batch_share(array_CD, batch_C, label_C)
+        )
+        if isinstance(mixing, pd.DataFrame):
+            row["same_batch_ratio"] = float(mixing["ratio"].to_numpy()[-1])
+        row["pcr_share"] = measure("pcr_share", lambda: light_metrics.pcr(array_CD, batch_C))
+        near50 = _nearest(neighbours, 50)
+        row["kbet_all_cells"] = measure("kbet_all_cells", lambda: scib.kbet(near50, batch_C)[0])
     if batch_C is not None and label_C is not None:
-        step("knn_accuracy_across")
-        row["knn_accuracy_across"] = light_metrics.knn_accuracy(array_CD, label_C, batch=batch_C)
+        row["knn_accuracy_across"] = measure(
+            "knn_accuracy_across",
+            lambda: light_metrics.knn_accuracy(array_CD, label_C, batch=batch_C),
+        )
     return {name: float(value) for name, value in row.items()}

@@ -2,9 +2,11 @@
 
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import pandas as pd
 from genemodel.errors import DataError
 from genemodel.evaluation.report import Report
 from genemodel.settings import some
+from genemodel.writing import remove, whole
 
 if TYPE_CHECKING:
     from genemodel.inference.contamination import Contamination
@@ -68,7 +71,16 @@ _SORT = {
     "impute": ("poisson_ratio",),
     "annotate": ("accuracy_forced",),
 }
+# The directions of a comparison differ among themselves, and each is known up to the chance of its
+# cells: with a variance of at most 1/4 a cell and of about .07² between directions, the weights of
+# a mean of such shares are n / (n + 50). A batch of one cell weighs 1/50 of one of many.
+_SURE_CELLS = 50
 BOTH = "all"  # what a row of all directions together says for its direction
+EMBEDDINGS, REPORT, SO_FAR = "embeddings.npz", "report.html", "embeddings"
+TABLES = tuple(
+    f"{name}.csv"
+    for name in ("scores", "summary", "skipped", "cell_types", "coverage", "contamination", "calls")
+)
 _MOST_DIRECTIONS = 4  # that the terminal shows one by one
 
 
@@ -102,6 +114,10 @@ class EvaluationResult:
         Ours: method -> what turned counts into what is scored.
     contamination
         Models that were given: how many of these cells they had been trained on.
+    undefined
+        Integration: metrics without a value on these cells, and why.
+    judged
+        Annotation: cells of every direction that the means over directions count.
     settings
         How it was done.
     """
@@ -118,6 +134,8 @@ class EvaluationResult:
     gene_statistics: dict[str, pd.DataFrame] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
     contamination: "dict[str, Contamination]" = field(default_factory=dict)
+    undefined: dict[str, str] = field(default_factory=dict)
+    judged: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -126,9 +144,7 @@ class EvaluationResult:
 
     def summary(self) -> pd.DataFrame:
         """One row per method, best first: mean over seeds (and directions), and ``n_seeds``."""
-        wide = self.table.pivot_table(
-            index="method", columns="metric", values="value", aggfunc="mean", sort=False
-        )
+        wide = self._means(["method"])
         wide["n_seeds"] = self.table.groupby("method")["seed"].nunique()
         by = next((name for name in _SORT[self.task] if name in wide), None)
         if by is not None:
@@ -138,10 +154,23 @@ class EvaluationResult:
 
     def spread(self) -> pd.DataFrame:
         """Give the standard deviation over the seeds, shaped as `summary`; nan with one seed."""
-        by_seed = self.table.pivot_table(
-            index=["method", "seed"], columns="metric", values="value", aggfunc="mean", sort=False
-        )
+        by_seed = self._means(["method", "seed"])
         return by_seed.groupby("method").std().reindex(self.summary().index)
+
+    def _means(self, by: list[str]) -> pd.DataFrame:
+        """Mean of every metric, each direction by how sure it is: n cells weigh n / (n + 50)."""
+        known = self.table[self.table["value"].notna()]
+        weight = pd.Series(1.0, known.index)
+        if self.judged and "direction" in known:
+            n = known["direction"].map(self.judged)
+            weight = (n / (n + _SURE_CELLS)).fillna(1.0)
+        of = {"index": by, "columns": "metric", "aggfunc": "sum", "sort": False}
+        parts = known.assign(weight=weight, weighed=weight * known["value"])
+        return cast(
+            pd.DataFrame,
+            parts.pivot_table(values="weighed", **cast(Any, of))
+            / parts.pivot_table(values="weight", **cast(Any, of)),
+        )
 
     def directions(self) -> "dict[str, EvaluationResult]":
         """Give the comparison of every direction alone; empty where there are none."""
@@ -231,22 +260,38 @@ class EvaluationResult:
         notes += self.contamination_notes()
         has = set(self.table["metric"])
         if self.task == "integrate":
-            if "batch_unlabelled" in has:
+            known = self.table[self.table["value"].notna()]
+            shown = set(known["metric"])
+            if "batch_unlabelled" in has and "bio" in shown:
+                notes.append(
+                    f"{self.undefined.get('total', 'batch and total have no value')}: BRAS, kBET, "
+                    "batch and total are not defined. batch* = mean of iLISI, PCR, kBET over all "
+                    "cells; not comparable with batch, and high where types that differ are mixed."
+                )
+            elif "batch_unlabelled" in has:
                 notes.append(
                     "no labels: biology cannot be scored. batch* = mean of iLISI, PCR, kBET over "
                     "all cells; not comparable with batch, and a random embedding is best at it."
                 )
+            elif "total" not in shown:
+                notes.append("one batch: mixing cannot be scored; bio alone (scib-metrics).")
             else:
                 notes.append(
                     "total = 0.6 bio + 0.4 batch (scib-metrics); kNN: cell types called from other "
                     "batches. Read bio and batch together: noise wins on batch alone."
                 )
+            notes += [
+                f"no value: {what}: {why}"
+                for what, why in self.undefined.items()
+                if ": " in what  # of one method
+            ]
             notes.append(self.labels_note())
         elif self.task == "annotate":
             notes.append(
-                "Mean over the directions. accuracy, F1 (macro), balanced: cells whose label the "
-                "reference has, unknown counted as wrong. forced: never unknown. if called: among "
-                "the cells not called unknown. new unknown: share called unknown of the cells "
+                "Mean over the directions (one of n cells weighs n / (n + 50)). accuracy, F1 "
+                "(macro), balanced: cells whose label the reference has, unknown counted as "
+                "wrong. forced: never unknown. if called: among the cells not called unknown. "
+                "new unknown: share called unknown of the cells "
                 "whose label the reference lacks. Baselines always answer. ECE: calibration error. "
                 "AUROC: novelty, of each label left out of the reference in turn."
             )
@@ -274,29 +319,35 @@ class EvaluationResult:
             Draw UMAPs (some seconds for every method).
         """
         folder = Path(out)
-        try:
+        self.write_tables(folder)
+        if self.embeddings:
+            with _told(folder), whole(folder / EMBEDDINGS) as partial, partial.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **cast(Any, self.embeddings))
+        remove(folder / SO_FAR)
+        return self.report(umaps=umaps).write(folder / REPORT)
+
+    def write_tables(self, folder: Path) -> None:
+        """Write the tables into a folder, each whole or not at all."""
+        skipped = pd.DataFrame(
+            {"method": list(self.skipped), "reason": list(self.skipped.values())}
+        )
+        tables = {"scores": self.table, "skipped": skipped}
+        if self.cell_types is not None:
+            tables["cell_types"] = self.cell_types
+        if self.coverage is not None:
+            tables["coverage"] = self.coverage
+        if self.contamination:
+            tables["contamination"] = self.contamination_table()
+        with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.table.to_csv(folder / "scores.csv", index=False)
-            self.summary().to_csv(folder / "summary.csv")
-            pd.DataFrame(
-                {"method": list(self.skipped), "reason": list(self.skipped.values())}
-            ).to_csv(folder / "skipped.csv", index=False)
-            for name, table in (("cell_types", self.cell_types), ("coverage", self.coverage)):
-                if table is not None:
-                    table.to_csv(folder / f"{name}.csv", index=False)
-            if self.contamination:
-                self.contamination_table().to_csv(folder / "contamination.csv", index=False)
+            for name, table in tables.items():
+                with whole(folder / f"{name}.csv") as partial:
+                    table.to_csv(partial, index=False)
+            with whole(folder / "summary.csv") as partial:
+                self.summary().to_csv(partial)
             if self.calls is not None:
-                self.calls.to_csv(folder / "calls.csv", index_label="cell")
-            if self.embeddings:
-                np.savez_compressed(
-                    folder / "embeddings.npz", allow_pickle=False, **cast(Any, self.embeddings)
-                )
-        except OSError as error:
-            raise DataError(
-                f"the comparison cannot be written to {folder}: {error.strerror}"
-            ) from error
-        return self.report(umaps=umaps).write(folder / "report.html")
+                with whole(folder / "calls.csv") as partial:
+                    self.calls.to_csv(partial, index_label="cell")
 
     def report(self, *, umaps: bool = True) -> Report:
         """Lay the comparison out as one page; see `genemodel.evaluation.report`."""
@@ -305,6 +356,30 @@ class EvaluationResult:
         if self.task == "annotate":
             return _annotation_report(self).settings(self.settings)
         return _imputation_report(self).settings(self.settings)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the comparison cannot be written to {folder}: {error.strerror}"
+        ) from error
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier comparison has written, so that none of it stands beside the new."""
+    for name in (*TABLES, EMBEDDINGS, REPORT, SO_FAR):
+        remove(folder / name)
+
+
+def write_embedding(folder: Path, name: str, embedding_CD: np.ndarray) -> None:
+    """Have the embedding of a method on disk until all are in one file."""
+    # Names of models may hold slashes.
+    with _told(folder), whole(folder / SO_FAR / f"{quote(name, safe=' ')}.npy") as partial:
+        with partial.open("wb") as file:
+            np.save(file, embedding_CD, allow_pickle=False)
 
 
 def _aligned(corner: str, table: pd.DataFrame) -> list[str]:
@@ -373,20 +448,39 @@ def _opening(
 
 
 def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
-    labelled = "total" in result.headline()
+    there = set(result.headline().columns)
+    labelled = "bio" in there
+    words = (
+        "bio: are cell types kept apart (isolated labels, k-means NMI and ARI, silhouette, cLISI). "
+        if labelled
+        else "There are no labels, so only the mixing of batches can be scored, and a random "
+        "embedding is best at it. "
+    )
+    if "total" in there:
+        words += (
+            "batch: are batches mixed within them (BRAS, iLISI, kBET, graph connectivity, PCR). "
+            "total = 0.6 bio + 0.4 batch, all by scib-metrics; each is 1 at best. kNN: share of "
+            "cells whose type is called right by their 15 nearest cells of other batches.\n\nRead "
+            "bio and batch together. Random coordinates mix batches perfectly and know no biology: "
+            "the row 'random' shows how much of a total that alone gives."
+        )
+    elif "batch*" in there:
+        words += "batch* = mean of iLISI, PCR and kBET over all cells."
+        if labelled:
+            words += (
+                f" Here {result.undefined.get('total', 'labels and batches do not cross')}: what "
+                "is taken of a batch may be a type, so batch, total, BRAS and kBET by label are "
+                "not defined, and batch* is high where types that differ are mixed."
+            )
+    else:
+        words += "There is one batch, so that mixing cannot be scored."
+    bars = ["bio", "batch", "total"] if "total" in there else ["bio", "batch_unlabelled"]
+    bars = bars if labelled else ["batch_unlabelled", "ilisi", "pcr"]
     report = _opening(
         result,
         "Integration",
-        "bio: are cell types kept apart (isolated labels, k-means NMI and ARI, silhouette, cLISI). "
-        "batch: are batches mixed within them (BRAS, iLISI, kBET, graph connectivity, PCR). "
-        "total = 0.6 bio + 0.4 batch, all by scib-metrics; each is 1 at best. kNN: share of cells "
-        "whose type is called right by their 15 nearest cells of other batches.\n\nRead bio and "
-        "batch together. Random coordinates mix batches perfectly and know no biology: the row "
-        "'random' shows how much of a total that alone gives."
-        if labelled
-        else "There are no labels, so only the mixing of batches can be scored, and a random "
-        "embedding is best at it. batch* = mean of iLISI, PCR and kBET over all cells.",
-        ["bio", "batch", "total"] if labelled else ["batch_unlabelled", "ilisi", "pcr"],
+        words,
+        [name for name in bars if name in result.summary()],
         "Higher is better.",
     )
     if result.labels_note():

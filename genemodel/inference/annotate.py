@@ -29,6 +29,7 @@ from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
 from genemodel.genes.species import species_name
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.inference.annotations import without_counts
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.contamination import note_contamination
 from genemodel.inference.counts import VocabularyCells
@@ -42,6 +43,7 @@ from genemodel.inference.obs_keys import (
     batch_names,
     check_key_added,
     check_label_is_no_batch,
+    column,
     keys_of,
     label_codes,
 )
@@ -352,7 +354,8 @@ def _species_of(adata: "AnnData", reading: InputSettings) -> set[str]:
     key = "species" if species is None else species.removeprefix("obs:")
     if key not in adata.obs:
         return set()
-    return {species_name(str(name)) for name in pd.unique(adata.obs[key].dropna())}
+    names = column(adata.obs, key, "species").dropna()
+    return {species_name(str(name)) for name in pd.unique(names)}
 
 
 def _named[T](what: str, read: Callable[[], T]) -> T:
@@ -626,7 +629,7 @@ class AnnotateSettings(InputSettings):
     query
         File or folder with raw counts.
     output
-        h5ad to write: obs with labels and confidence, without counts.
+        h5ad to write: all that the query holds but its counts, with labels and confidence.
     reference
         File or folder with raw counts and labels; empty for a model that tells labels apart itself.
     model
@@ -684,8 +687,6 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     -------
     The output path.
     """
-    import anndata as ad
-
     output = writable_h5ad(
         settings.output,
         overwrite=settings.overwrite,
@@ -727,11 +728,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         seed=settings.seed,
         **readings["query"].options(),
     )
-    labelled = ad.AnnData(obs=cells["query"].obs)
-    labelled.uns[settings.key_added] = cells["query"].uns[settings.key_added]
-    probability = f"{settings.key_added}_probability"
-    if probability in cells["query"].obsm:
-        labelled.obsm[probability] = cells["query"].obsm[probability]
+    labelled = without_counts(cells["query"])
     write_whole(labelled, output)
     logger.info(
         "%s: %d cells labelled, %.1f %% unknown.",

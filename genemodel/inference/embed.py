@@ -23,7 +23,7 @@ from genemodel.cells.input_settings import InputOptions, InputSettings, reads_ce
 from genemodel.cells.source import Source
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.annotations import KEPT, copy_annotations, read_annotations
+from genemodel.inference.annotations import copy_annotations, read_annotations, without_counts
 from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
@@ -139,7 +139,7 @@ def embed(
             target, reading = read_anndata(adata, reading)
         key = key_added or INTEGRATED
         model.embed(target, new_batch=new_batch, key_added=key, **reading.options())
-        return None if given else _without_counts(target)
+        return None if given else without_counts(target)
     if new_batch is not None:
         raise ConfigError(
             f"new_batch={new_batch} says nothing to a Bundle, which knows of no batches: leave it "
@@ -185,13 +185,6 @@ def _refuse_of_transformer(**given: Any) -> None:
             "network on counts: leave them out. What it reads of a transformer runs where "
             "genemodel.load(path, device=...) put it."
         )
-
-
-def _without_counts(adata: "AnnData") -> "AnnData":
-    """Return all of an AnnData but X, layers and raw."""
-    import anndata as ad
-
-    return ad.AnnData(**{name: getattr(adata, name) for name in KEPT})
 
 
 def _there(model: Bundle, device: torch.device) -> Bundle:
@@ -331,9 +324,11 @@ def writable_h5ad(output: str, *, overwrite: bool, inputs: Sequence[str] = ()) -
 
 def write_whole(adata: "AnnData", output: Path) -> None:
     """Write an h5ad, whole or not at all."""
-    arrays = (np.asarray(array) for array in adata.obsm.values())
-    with whole(output, needed=sum(array.nbytes for array in arrays)) as partial:
-        adata.write_h5ad(partial)
+    # Of tables and sparse matrices nobody knows it.
+    needed = sum(int(getattr(array, "nbytes", 0)) for array in adata.obsm.values())
+    with whole(output, needed=needed) as partial:
+        # What is text stays text: anndata would make categories of it.
+        adata.write_h5ad(partial, convert_strings_to_categoricals=False)
 
 
 def embed_file(settings: EmbedSettings) -> Path:
@@ -414,7 +409,7 @@ def _embed_in_memory(
     key = settings.key_added or INTEGRATED
     model.embed(adata, key_added=key, **reading.options())
     _warn_of_empty(_empty(adata.obsm[key]), settings.input, adata.n_obs, "counts")
-    write_whole(_without_counts(adata), output)
+    write_whole(without_counts(adata), output)
     return output
 
 

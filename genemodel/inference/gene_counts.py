@@ -70,7 +70,7 @@ def gene_order(
     Parameters
     ----------
     genes
-        Names of the columns of the cells; of one that is there twice the first counts.
+        Names of the columns of the cells; those of one name are summed.
     wanted
         The model's W genes.
     measured_G
@@ -85,13 +85,13 @@ def gene_order(
     DataError
         If fewer than `MIN_SHARE` of the genes that the model reads are there.
     """
-    place: dict[str, int] = {}
-    for column, name in enumerate(genes):
-        place.setdefault(name, column)
-    column_W = np.array([place.get(name, -1) for name in wanted])
-    there_W = column_W >= 0
+    place = {name: number for number, name in enumerate(wanted)}
+    at_G = np.array([place.get(name, -1) for name in genes], np.int64)
     if measured_G is not None:
-        there_W[there_W] = measured_G[column_W[there_W]]
+        at_G = np.where(measured_G, at_G, -1)
+    column_N = np.flatnonzero(at_G >= 0)
+    there_W = np.zeros(len(wanted), bool)
+    there_W[at_G[column_N]] = True
     read_N = np.arange(len(wanted)) if read_W is None else read_W
     found = int(there_W[read_N].sum())
     if found < MIN_SHARE * len(read_N):
@@ -104,9 +104,8 @@ def gene_order(
             "%s: %s of the %s genes that the model reads were not measured.",
             where, f"{len(read_N) - found:,}", f"{len(read_N):,}",
         )  # fmt: skip
-    at = np.flatnonzero(there_W)
     onto_GW = sp.csr_matrix(
-        (np.ones(at.size, np.float32), (column_W[at], at)), (len(genes), len(wanted))
+        (np.ones(column_N.size, np.float32), (column_N, at_G[column_N])), (len(genes), len(wanted))
     )
     return GeneOrder(onto_GW, there_W)
 
@@ -185,12 +184,22 @@ def read_counts(
     # What scanpy calls GENE-1 is a second row of GENE.
     names = without_appended([str(name) for name in counts.genes.index])
     stacked_CG = sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix(counts.shape)
+    stacked_CG, unique = summed_by_name(stacked_CG, names)
+    return GeneCounts(stacked_CG, unique, np.ones(len(unique), bool))
+
+
+def summed_by_name(
+    counts_CG: sp.csr_matrix, names: Sequence[str]
+) -> tuple[sp.csr_matrix, list[str]]:
+    """Sum the columns of one name; names come in the order in which they are met."""
     code_G, unique = pd.factorize(np.array(names, dtype=object))
     if len(unique) < len(names):
         logger.info("%d gene names occur more than once: summed.", len(names) - len(unique))
-        onto = sp.csr_matrix((np.ones(len(names)), (np.arange(len(names)), code_G)))
-        stacked_CG = (stacked_CG @ onto).tocsr()
-    return GeneCounts(stacked_CG, [str(name) for name in unique], np.ones(len(unique), bool))
+        onto = sp.csr_matrix(
+            (np.ones(len(names), counts_CG.dtype), (np.arange(len(names)), code_G))
+        )
+        counts_CG = (counts_CG @ onto).tocsr()
+    return counts_CG, [str(name) for name in unique]
 
 
 def _with_bundle(

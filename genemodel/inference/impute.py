@@ -37,6 +37,7 @@ from genemodel.cells.input_settings import InputOptions, InputSettings, reads_ce
 from genemodel.cells.source import Source
 from genemodel.cells.sources import open_source
 from genemodel.errors import ConfigError, DataError
+from genemodel.genes.recognition import without_appended
 from genemodel.genes.species import SPECIES
 from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import embedding_of
@@ -48,7 +49,7 @@ from genemodel.inference.impute_genes import (
     columns_of_data,
     columns_of_model,
 )
-from genemodel.inference.impute_output import InPlace, Layers, Sink, ToFile, output_tables
+from genemodel.inference.impute_output import InPlace, Layers, Sink, Tables, ToFile
 from genemodel.inference.impute_pretrained import (
     Bring,
     PretrainedImputation,
@@ -256,9 +257,10 @@ def impute(
                 column_P=source.counts.column_G,
             )  # fmt: skip
         else:
-            tables = output_tables(
-                adata, source, columns, every=genes is None, trained=trained is not None
-            )
+            tables = Tables.of_input(
+                adata, source, columns,
+                key=key_added, every=genes is None, trained=trained is not None,
+            )  # fmt: skip
             sink = ToFile(path, overwrite, tables, layers)
         counts_CG = _read(source) if trained is None and not as_it_is else None
         with ExitStack() as opened, np.errstate(invalid="ignore"):
@@ -531,15 +533,21 @@ def _order(
             f"{source.where}: genes of the model occur more than once ({', '.join(repeated[:5])}). "
             "Make the names unique (adata.var_names_make_unique()) as in the training data."
         )
+    # What scanpy calls GENE-1 is a second row of GENE, unless the model knows it by that name.
+    known = set(trained.genes)
+    merged = [
+        name if name in known else first
+        for name, first in zip(index, without_appended(index), strict=True)
+    ]
     order = gene_order(
-        index, trained.genes, read_W=trained.kept_G, where=source.where,
+        merged, trained.genes, read_W=trained.kept_G, where=source.where,
         remedy="Use the gene names of the training data, or leave model out to train here.",
     )  # fmt: skip
     code_C = np.full(source.n_cells, -1)
     if keys and trained.batches:
         name_C = _batch_names(source, keys)
-        known = {name: code for code, name in enumerate(trained.batches)}
-        code_C = np.array([known.get(name, -1) for name in name_C])
+        place = {name: code for code, name in enumerate(trained.batches)}
+        code_C = np.array([place.get(name, -1) for name in name_C])
     elif not trained.batches:
         code_C[:] = 0
     if (code_C < 0).any():
@@ -713,7 +721,7 @@ class ImputeSettings(InputSettings):
     input
         File or folder with raw counts.
     output
-        h5ad or zarr to write: obs, var, layers and provenance, without counts.
+        h5ad or zarr to write: all that the input holds but its counts, with layers and provenance.
     model
         Folder of an imputation model, or of a bundle with a count decoder: used as it is, nothing
         is trained; empty to train on these cells.

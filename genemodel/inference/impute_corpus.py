@@ -22,7 +22,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import corpus_chunks
-from genemodel.inference.impute_output import Layers, ToFile
+from genemodel.inference.impute_output import Layers, Tables, ToFile
 from genemodel.inference.obs_keys import batch_names
 from genemodel.inference.progress import Progress
 from genemodel.model.tuning import TuningSettings
@@ -123,7 +123,7 @@ def impute_corpus(
     obs = corpus.obs()
     obs.index = obs.index.astype(str)
     layers = Layers("imputed", True, 0, ())
-    sink = ToFile(output, True, (obs, var), layers)
+    sink = ToFile(output, True, Tables.of_corpus(obs, var), layers)
     with sink.open(), Progress("impute", len(corpus)) as progress:
         for start, block in _blocks(corpus, model, token_G, code_C):
             rows = slice(start, start + len(block))

@@ -1,13 +1,13 @@
 """What imputation writes: layers in place, or a file that is complete or not there.
 
-Axes: C cells, P output columns (genes asked for).
+Axes: C cells, F features of the input, P output columns (genes asked for).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,13 @@ import pandas as pd
 from genemodel.adapt.imputation import BLOCK_CELLS
 from genemodel.adapt.imputation_model import GammaPosterior
 from genemodel.cells.source import Source
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError
+from genemodel.inference.annotations import (
+    annotations_of,
+    copy_annotations,
+    taken,
+    write_element,
+)
 from genemodel.inference.impute_genes import Columns
 from genemodel.writing import whole
 
@@ -74,26 +80,90 @@ def quantile_name(key: str, level: float) -> str:
     return f"{key}_q{100 * level:g}"
 
 
-def output_tables(
-    adata: object, source: Source, columns: Columns, *, every: bool, trained: bool
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Make obs and var of the output; var says which genes were measured.
+@dataclass(frozen=True)
+class Tables:
+    """What a file holds beside the layers.
 
-    ``every``: the columns are those of the data. ``trained``: positions are those of a model.
+    Attributes
+    ----------
+    n_cells
+        C.
+    var
+        One row a column of the layers.
+    write_rest
+        Writes obs and all else of the user's to the open file, which is empty.
+    column_P
+        Columns of the layers that have values; None for all. The others are NaN.
     """
-    obs = source.obs if isinstance(adata, str | Path) else cast(Any, adata).obs
-    measured_P = columns.measured_P
-    if trained:
-        measured_P = np.isin(columns.names, source.genes.index.astype(str))
-    if every:
-        var = source.genes.copy()
-    elif measured_P.all() and not trained:
-        var = source.genes.iloc[columns.column_P].copy()
-    else:
-        # The table has no rows for genes it did not measure: only names are kept.
-        var = pd.DataFrame(index=pd.Index(columns.names, dtype=str))
-    var["measured"] = measured_P
-    return obs.copy(), var
+
+    n_cells: int
+    var: pd.DataFrame
+    write_rest: Callable[[Any], None]
+    column_P: np.ndarray | None = None
+
+    @classmethod
+    def of_corpus(cls, obs: pd.DataFrame, var: pd.DataFrame) -> Self:
+        """Make those of cells of which a corpus knows obs alone."""
+
+        def write_rest(root: Any) -> None:
+            import anndata as ad
+
+            ad.io.write_elem(root, "/", ad.AnnData(obs=obs, var=var))
+
+        return cls(len(obs), var, write_rest)
+
+    @classmethod
+    def of_input(
+        cls,
+        data: "AnnData | str | Path",
+        source: Source,
+        columns: Columns,
+        *,
+        key: str,
+        every: bool,
+        trained: bool,
+    ) -> Self:
+        """Make those of the input: all that it says but its counts.
+
+        ``every``: all its features are columns, NaN where they are no genes; else those asked for.
+        ``trained``: positions are those of a model. A column of var says which were measured:
+        ``measured``, or ``{key}_measured`` where the user has one of that name.
+        """
+        # Of raw, its own var is the one that belongs to the counts.
+        own = source.counts.name != "raw"
+        elements = {"var": source.genes}
+        if own:
+            only = ("var",) if every else ("var", "varm", "varp")
+            elements = annotations_of(data, source, only)
+        gene_F = source.counts.column_G if own else None
+        parts: dict[str, Any] = {}
+        if every:
+            var, column_P = elements["var"].copy(), gene_F
+            measured_P = np.ones(len(var), bool)
+            if column_P is not None:
+                measured_P = np.zeros(len(var), bool)
+                measured_P[column_P] = True
+        else:
+            row_P, column_P = columns.column_P, None
+            if trained:
+                row_P = pd.Index(source.genes.index.astype(str)).get_indexer_for(columns.names)
+            measured_P = row_P >= 0
+            if gene_F is not None:
+                row_P = np.where(measured_P, gene_F[row_P], -1)
+            parts = taken(elements, row_P)
+            var = parts.pop("var")
+            if not measured_P.all():
+                var.index = pd.Index(columns.names, dtype=str)
+        name = "measured" if "measured" not in var else f"{key}_measured"
+        var[name] = measured_P
+
+        def write_rest(root: Any) -> None:
+            left_out = ("var",) if every and own else ("var", "varm", "varp")
+            copy_annotations(data, source, root, leave_out=left_out)
+            for name in left_out[1:]:
+                write_element(root, name, parts.get(name, {}))
+
+        return cls(source.n_cells, var, write_rest, column_P)
 
 
 class Sink(Protocol):
@@ -164,25 +234,17 @@ class ToFile:
     It is there once it is complete.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        overwrite: bool,
-        tables: tuple[pd.DataFrame, pd.DataFrame],
-        layers: Layers,
-    ) -> None:
+    def __init__(self, path: Path, overwrite: bool, tables: Tables, layers: Layers) -> None:
         self.path, self.overwrite, self.key = path, overwrite, layers.key
-        self.obs, self.var = tables
-        self.names = layers.names
+        self.tables, self.names = tables, layers.names
+        self.shape = (tables.n_cells, len(tables.var))
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Lay the file out, and give it its name once everything is written."""
-        _refuse_dates(self.obs, "obs", self.path)
-        _refuse_dates(self.var, "var", self.path)
         # HDF5 writes the layers as they are; zarr packs them, by nobody knows how much.
         packed = self.path.suffix == ".zarr"
-        n_bytes = np.dtype(np.float32).itemsize * len(self.obs) * len(self.var) * len(self.names)
+        n_bytes = np.dtype(np.float32).itemsize * self.shape[0] * self.shape[1] * len(self.names)
         with (
             whole(self.path, needed=0 if packed else n_bytes) as partial,
             self._created(partial) as self.root,
@@ -200,54 +262,35 @@ class ToFile:
         return cast(AbstractContextManager[Any], h5py.File(partial, "w"))
 
     def _lay_out(self) -> None:
-        """Write obs and var, and make room for the layers."""
-        import anndata as ad
-
-        try:
-            ad.io.write_elem(self.root, "/", ad.AnnData(obs=self.obs, var=self.var))
-        except (TypeError, ValueError) as error:
-            # What HDF5 says to objects in a column, and anndata to names of columns.
-            raise DataError(
-                f"obs or var of the input cannot be written to {self.path} ({error}): make their "
-                "columns text, numbers or categories."
-            ) from error
-        shape = (len(self.obs), len(self.var))
+        """Write what is the user's, and make room for the layers."""
+        self.tables.write_rest(self.root)
+        write_element(self.root, "var", self.tables.var)
         self.arrays = {}
         for name in self.names:
             layers = self.root["layers"]
             if self.path.suffix == ".zarr":
-                chunks = (min(BLOCK_CELLS, shape[0]), shape[1])
-                array = layers.create_array(name, shape=shape, chunks=chunks, dtype="float32")
+                chunks = (min(BLOCK_CELLS, self.shape[0]), self.shape[1])
+                array = layers.create_array(name, shape=self.shape, chunks=chunks, dtype="float32")
             else:
-                array = layers.create_dataset(name, shape=shape, dtype="float32")
+                array = layers.create_dataset(name, shape=self.shape, dtype="float32")
             array.attrs["encoding-type"] = "array"
             array.attrs["encoding-version"] = "0.2.0"
             self.arrays[name] = array
 
     def write(self, name: str, rows: slice, values_CP: np.ndarray) -> None:
         """See :class:`Sink`."""
+        if self.tables.column_P is not None:
+            every_CF = np.full((len(values_CP), self.shape[1]), np.nan, np.float32)
+            every_CF[:, self.tables.column_P] = values_CP
+            values_CP = every_CF
         self.arrays[name][rows] = values_CP
 
     def finish(self, about: dict[str, Any], dispersion_P: np.ndarray) -> None:
         """See :class:`Sink`."""
-        import anndata as ad
-
-        self.var[f"{self.key}_dispersion"] = dispersion_P
-        ad.io.write_elem(self.root, "var", self.var)
-        ad.io.write_elem(self.root, "uns", {self.key: about})
-
-
-def _refuse_dates(table: pd.DataFrame, what: str, path: Path) -> None:
-    """Refuse columns for which the file formats of anndata have no encoding."""
-    foreign = pd.PeriodDtype | pd.IntervalDtype | pd.SparseDtype
-    odd = [
-        str(name)
-        for name, dtype in table.dtypes.items()
-        if dtype.kind in "mM" or isinstance(dtype, foreign)
-    ]
-    if odd:
-        raise DataError(
-            f"{what} columns {', '.join(odd[:5])} of the input cannot be written to {path}: they "
-            "hold dates, periods, intervals or sparse values. Make them text or numbers, such as "
-            f"adata.{what}[{odd[0]!r}].astype(str)."
-        )
+        if self.tables.column_P is not None:
+            every_F = np.full(self.shape[1], np.nan, dispersion_P.dtype)
+            every_F[self.tables.column_P] = dispersion_P
+            dispersion_P = every_F
+        self.tables.var[f"{self.key}_dispersion"] = dispersion_P
+        write_element(self.root, "var", self.tables.var)
+        write_element(self.root["uns"], self.key, about)

@@ -36,6 +36,7 @@ ALONE = 0.05  # where the reference has one batch: its own cells would choose th
 NEIGHBOUR_SHARES = (0.25, 0.5)
 COMPANY = 15  # cells of the query over which signs of novelty are averaged
 FOLDS = 5
+OF_BATCH = 20  # cells below which a batch of the reference does not count as one to hold out
 MOST_STEPS = 300
 # Cells that a choice, a shift or a basis is made on, and that the last regression is fitted to.
 SAMPLE = 5000
@@ -389,7 +390,7 @@ class Novelty:
 
 
 def folds_of(label_R: np.ndarray, batch_R: np.ndarray, seed: int) -> tuple[np.ndarray, bool]:
-    """Fold of every reference cell: whole batches where there are two or more, else cells.
+    """Fold of every reference cell: whole batches where two or more are large enough, else cells.
 
     Returns
     -------
@@ -398,7 +399,9 @@ def folds_of(label_R: np.ndarray, batch_R: np.ndarray, seed: int) -> tuple[np.nd
     batch_R = np.unique(batch_R, return_inverse=True)[1]
     size_B = np.bincount(batch_R)
     rng = np.random.default_rng(seed)
-    if len(size_B) > 1:
+    # Held out against a handful of cells, a batch would be judged by what these could teach.
+    large = int((size_B >= OF_BATCH).sum())
+    if large > 1:
         fold_B, load = np.zeros(len(size_B), np.int64), np.zeros(min(FOLDS, len(size_B)))
         for batch in np.argsort(-size_B, kind="stable"):
             fold_B[batch] = int(load.argmin())
@@ -583,6 +586,10 @@ class _Chooser:
         self.counts_RG, self.log_RG, self.label_R = counts_RG[rows], log_RG[rows], label_R[rows]
         self.vector_RD = None if vector_RD is None else vector_RD[rows]
         self.fold_R, self.by_batch = folds_of(self.label_R, batch_R[rows], seed)
+        if self.by_batch and next(self._split(), None) is None:
+            # No label of a batch is known outside of it: batches can be asked for nothing.
+            one_R = np.zeros(len(rows), np.int64)
+            self.fold_R, self.by_batch = folds_of(self.label_R, one_R, seed)
 
     def _asked(self, rows_R: np.ndarray, number: int) -> sp.csr_matrix:
         """Log counts of held-out cells, as another batch would have them."""

@@ -195,3 +195,26 @@ def test_the_best_check_is_kept_and_patience_counts_from_it(rng, monkeypatch):
     assert [found for _, found in trained.history] == told[:5] and trained.heldout_nats == 1.0
     torch.testing.assert_close(trained.decoder.head.gene_GD.detach(), seen[1], rtol=0, atol=0)
     assert not torch.equal(seen[1], seen[4])
+
+
+def test_the_mean_of_all_batches_is_that_of_their_cells():
+    """A batch of one cell must not move every cell as much as one of hundreds."""
+    batch = np.repeat([0, 1, 2], [60, 39, 1])
+    counts = sp.csr_matrix(np.random.default_rng(0).poisson(2.0, (100, 30))).astype(np.float32)
+    share_B = TrainingCells.held(counts, batch).share_B
+    torch.testing.assert_close(share_B, torch.tensor([0.6, 0.39, 0.01]))
+    head = ImputationHead(np.full(30, 1 / 30), 3, DecoderSettings(latent=4), share_B=share_B)
+    with torch.no_grad():
+        head.offset_BD.copy_(torch.arange(12.0).reshape(3, 4))
+        head.offset_BD[2] = 1000.0
+        shifted = head.shifted(torch.zeros(2, 4), torch.tensor([-1, 1]))
+    torch.testing.assert_close(shifted[0], share_B @ head.offset_BD.detach())
+    torch.testing.assert_close(shifted[1], head.offset_BD[1].detach())
+    trained = train(counts, batch, replace(QUICK, epochs=1))
+    torch.testing.assert_close(trained.decoder.head.share_B, share_B)
+    # Saved without shares, all batches weigh the same, as they did then.
+    before = head.state_dict()
+    del before["share_B"]
+    again = ImputationHead(np.full(30, 1 / 30), 3, DecoderSettings(latent=4), share_B=share_B)
+    again.load_state_dict(before)
+    torch.testing.assert_close(again.share_B, torch.full((3,), 1 / 3))

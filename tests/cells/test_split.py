@@ -147,8 +147,8 @@ def _ranked(corpus):
 def test_refusals_name_what_is_there(corpus):
     with pytest.raises(DataError, match=r"by tissue, which has one group only \(blood\).*dataset"):
         hold_out(corpus, by="tissue")
-    missing = r"assay, which is missing in every source\. Set holdout\.by to .*donor \(\d+ groups\)"
-    with pytest.raises(DataError, match=missing + ".*holdout.by='' to hold nothing out"):
+    missing = r"assay, which is missing in every source\. Hold out by .*donor \(\d+ groups\)"
+    with pytest.raises(DataError, match=missing + r".*or nothing.*holdout\.by=.*holdout=auto"):
         hold_out(corpus, by="assay")
     with pytest.raises(ConfigError, match="no column 'doner'.*Did you mean 'donor'"):
         hold_out(corpus, by="doner")

@@ -131,6 +131,10 @@ def test_a_gene_that_only_marks_a_batch_is_not_preferred():
     assert not chosen[0]
     assert chosen.sum() == 4
     assert highly_variable(logged, 300, batch).all()
+    lone = batch.copy()
+    lone[0] = "lone"  # a batch of one cell does not make the others one
+    chosen = highly_variable(logged, 4, lone)
+    assert chosen[1] and not chosen[0]
 
 
 def test_what_a_method_needs_is_named(cells):

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from genemodel.errors import ConfigError, DataError
+from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import seurat
 from genemodel.evaluation.baselines import Conditions
 from genemodel.evaluation.evaluate import (
@@ -26,6 +27,7 @@ from genemodel.evaluation.evaluate import (
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.result import EvaluationResult
 from genemodel.evaluation.sizes import run
+from genemodel.inference.integrate import integrate
 
 HAS_SCIB = importlib.util.find_spec("scib_metrics") is not None
 needs_scib = pytest.mark.skipif(
@@ -209,6 +211,153 @@ def test_integration_scores_own_methods_and_standing_embeddings(cells, tmp_path,
     assert max(map(len, result.text().splitlines())) <= 100
 
 
+@pytest.fixture
+def quick_scores(monkeypatch):
+    """Scores without scib-metrics, which compiles for half a minute."""
+
+    def score(embeddings, batch, label=None, **_):
+        row = {"bio": 0.5, "batch": 0.25, "total": 0.4, "kmeans_nmi": np.nan}
+        table = pd.DataFrame([row] * len(embeddings), index=list(embeddings))
+        table.attrs["undefined"] = {}
+        return table
+
+    monkeypatch.setattr("genemodel.evaluation.metrics.score_embeddings", score)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: "here" if name == "scib_metrics" else real(name)
+    )
+
+
+@pytest.mark.parametrize("task", ["integrate", "annotate", "impute"])
+@pytest.mark.usefixtures("quick_scores")
+def test_what_is_scored_is_on_disk_before_the_next_method_runs(cells, tmp_path, task):
+    cells = cells.copy()
+    cells.var_names = [f"gene{i}" for i in range(cells.n_vars)]
+    (tmp_path / "coverage.csv").write_text("of an earlier comparison")
+    seen = {}
+
+    def look(*_):
+        names = sorted(path.name for path in tmp_path.iterdir())
+        seen.update(scores=set(pd.read_csv(tmp_path / "scores.csv")["method"]), names=names)
+        raise KeyboardInterrupt
+
+    def first(adata, *rest):
+        return adata.X.toarray() if task == "impute" else np.eye(3)[np.arange(adata.n_obs) % 3]
+
+    def label(reference, query, key):
+        return np.full(query.n_obs, "t0")
+
+    base = "majority" if task == "annotate" else "none"
+    named = {"majority": None} if task == "annotate" else {"gene_mean": None}
+    named = {"random": None} if task == "integrate" else named
+    methods = {**named, "a/b": label if task == "annotate" else first, "look": look}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(cells, task=task, batch_key="donor", label_key="kind", layer="counts", n_comps=5,
+                 methods=methods, out=tmp_path)  # fmt: skip
+    assert {base, "a/b"} <= seen["scores"]
+    assert {"scores.csv", "summary.csv", "skipped.csv"} <= set(seen["names"])
+    assert ("coverage.csv" in seen["names"]) == (task == "impute")
+    if task == "integrate":
+        stored = np.load(tmp_path / "embeddings" / "a%2Fb.npy")
+        np.testing.assert_array_equal(stored, np.eye(3)[np.arange(240) % 3])
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_a_finished_comparison_has_its_embeddings_in_one_file(cells, tmp_path):
+    evaluate(cells, batch_key="donor", layer="counts", methods=["random"], n_comps=5,
+             out=tmp_path, umaps=False)  # fmt: skip
+    assert not (tmp_path / "embeddings").exists()
+    with np.load(tmp_path / "embeddings.npz") as file:
+        assert set(file) == {"none", "random"}
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_without_the_uncorrected_state_nothing_else_runs(cells, monkeypatch):
+    failing = Method(lambda adata, conditions: broken(adata))
+    monkeypatch.setitem(METHODS["integrate"], "none", failing)
+    ran = []
+    with pytest.raises(DataError, match="uncorrected embedding could not be computed.*divide"):
+        evaluate(cells, batch_key="donor", layer="counts", methods={"mine": ran.append})
+    assert ran == []
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_who_learns_from_labels_is_left_out_where_there_is_one(cells, monkeypatch):
+    learner = Method(lambda adata, conditions: broken(adata), labels=True)
+    monkeypatch.setitem(METHODS["integrate"], "learner", learner)
+    cells = cells.copy()
+    cells.obs["all"] = "T"
+    result = evaluate(cells, batch_key="donor", label_key="all", layer="counts", n_comps=5,
+                      methods=["learner"])  # fmt: skip
+    assert result.skipped["learner"] == "it learns from labels, and obs['all'] holds T alone"
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_a_model_that_cannot_read_the_cells_is_refused_before_anything_runs(
+    cells, random_bundle, monkeypatch
+):
+    monkeypatch.setattr("genemodel.evaluation.evaluate._Comparison._run", None)
+    cells = cells.copy()
+    cells.var_names = [f"gene{i}" for i in range(cells.n_vars)]
+    with pytest.raises(GenemodelError, match="model 0 cannot read these cells.*species"):
+        evaluate(cells, batch_key="donor", layer="counts", models=[random_bundle])
+    integrated = integrate(
+        ad.AnnData(cells.layers["counts"], cells.obs, cells.var), batch_key="donor",
+        settings=IntegrationSettings(steps=2, passes=0, hidden=4, rank=4, latent=3),
+    )  # fmt: skip
+    other = cells.copy()
+    other.var_names = [f"other{i}" for i in range(other.n_vars)]
+    with pytest.raises(DataError, match="model 0 cannot read these cells.*only 0 of"):
+        evaluate(other, batch_key="donor", layer="counts", models=[integrated])
+
+
+def test_a_batch_of_one_cell_weighs_next_to_nothing():
+    rows = [
+        {"method": "m", "kind": "ours", "seed": 0, "metric": "accuracy", "value": value,
+         "direction": name}
+        for name, value in (("others → large", 0.9), ("others → lone", 0.0))
+    ]  # fmt: skip
+    rows.append({**rows[0], "metric": "seconds", "value": 3.0, "direction": "all"})
+    judged = {"others → large": 450, "others → lone": 1}
+    result = EvaluationResult("annotate", pd.DataFrame(rows), {}, judged=judged)
+    assert result.summary().at["m", "accuracy"] == pytest.approx(
+        0.9 * 0.9 / (0.9 + 1 / 51)  # weights 450 / 500 and 1 / 51
+    )
+    assert result.summary().at["m", "seconds"] == 3.0
+    # Of large directions both count the same.
+    even = EvaluationResult("annotate", pd.DataFrame(rows), {}, judged=dict.fromkeys(judged, 10**6))
+    assert even.summary().at["m", "accuracy"] == pytest.approx(0.45)
+
+
+@pytest.mark.slow
+@needs_scib
+def test_labels_that_no_two_batches_share_leave_what_needs_none(cells, tmp_path):
+    cells = cells.copy()
+    cells.obs["line"] = np.where(cells.obs["donor"] == "d0", "HEK", "Jurkat")
+    result = evaluate(cells, batch_key="donor", label_key="line", layer="counts", n_comps=8,
+                      methods=["combat"], out=tmp_path, umaps=False)  # fmt: skip
+    summary = result.summary()
+    assert summary[["bio", "clisi", "ilisi", "pcr", "batch_unlabelled"]].notna().all(axis=None)
+    assert not {"total", "batch", "bras", "kbet", "knn_accuracy_across"} & set(summary.columns)
+    text = result.text()
+    assert "no label occurs in two batches: BRAS, kBET, batch and total are not defined" in text
+    assert "no label occurs in two batches" in (tmp_path / "report.html").read_text()
+    assert set(result.cell_types["cell_type"]) == {"HEK", "Jurkat", "all"}
+
+
+@pytest.mark.slow
+@needs_scib
+def test_of_one_batch_biology_alone_is_scored(cells, tmp_path):
+    cells = cells.copy()
+    cells.obs["one"] = "all"
+    result = evaluate(cells, batch_key="one", label_key="kind", layer="counts", n_comps=8,
+                      methods=["random"], out=tmp_path, umaps=False)  # fmt: skip
+    shown = set(result.summary().columns)
+    assert {"bio", "clisi"} <= shown and not {"total", "batch", "ilisi"} & shown
+    assert "one batch: mixing cannot be scored" in result.text()
+    assert "There is one batch" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.slow
 @needs_scib
 def test_without_labels_the_table_says_so(cells):
@@ -252,6 +401,8 @@ def test_without_labels_the_table_says_so(cells):
         ({"batch_key": "donor", "scvi_epochs": 0}, ConfigError, "scvi_epochs=0"),
         ({"batch_key": "gaps"}, DataError, "is missing in 4 of 240 cells"),
         ({"batch_key": "one"}, DataError, "holds one batch only"),
+        ({"batch_key": "each"}, DataError, "240 batches of 240 cells, so that most are of one"),
+        ({"batch_key": "donor", "label_key": "none"}, DataError, "missing in all but 0 of 240"),
         ({"batch_key": "donor", "out": "/dev/null/x"}, ConfigError, "no folder that you may"),
     ],
 )
@@ -260,8 +411,9 @@ def test_refusals_come_before_work(cells, settings, error, message, monkeypatch)
         raise AssertionError("a method ran")
 
     monkeypatch.setattr("genemodel.evaluation.evaluate._Comparison._run", never)
-    if settings.get("batch_key") in ("gaps", "one"):
+    if settings.get("batch_key") in ("gaps", "one", "each") or settings.get("label_key") == "none":
         cells = cells.copy()
+        cells.obs["each"], cells.obs["none"] = cells.obs_names, "nan"
         cells.obs["gaps"] = cells.obs["donor"].where(np.arange(240) > 3)
         cells.obs["one"] = "all"
     with pytest.raises(error, match=message):

@@ -265,3 +265,11 @@ def test_pca_of_lognorm_equals_the_obvious_version():
     found = lm.pca_of_lognorm(counts, n_comps=5, n_hvg=40)
     np.testing.assert_allclose(np.abs(found), np.abs(u[:, :5] * s[:5]), atol=5e-3)
     assert (found == lm.pca_of_lognorm(counts, n_comps=5, n_hvg=40)).all()
+
+
+def test_types_too_small_to_be_lost_are_none_that_were():
+    """Not one type has enough cells of a batch to be judged: the table of lost types is empty."""
+    rng = np.random.default_rng(0)
+    label, batch = np.arange(24).astype(str), np.arange(24) % 2
+    table = lm.biology_and_batch(rng.normal(size=(24, 3)), batch, label)
+    assert (table["lost_into"].iloc[:-1] == "").all() and table.at["all", "lost_into"] == "0 lost"

@@ -8,9 +8,11 @@ from genemodel.errors import DataError
 from genemodel.evaluation.metrics import (
     BATCH,
     BIO,
+    _Measure,
     _with_totals,
     score_cell_types,
     score_embeddings,
+    undefined_of,
 )
 
 
@@ -44,6 +46,30 @@ def test_totals_are_weighted_as_in_the_scib_study():
     assert table.loc["a", "bio"] == pytest.approx(0.2)
     assert table.loc["a", "batch"] == pytest.approx(0.7)
     assert table.loc["a", "total"] == pytest.approx(0.6 * 0.2 + 0.4 * 0.7)
+
+
+def test_what_labels_and_batches_cannot_say_is_known_before():
+    batch = np.array(["a"] * 6 + ["b"] * 6)
+    one = undefined_of(batch, np.array(["x"] * 6 + ["y"] * 6))
+    assert set(one) == {"bras", "kbet", "batch", "total", "knn_accuracy_across"}
+    assert set(one.values()) == {"no label occurs in two batches"}
+    assert undefined_of(batch, np.array(["x"] * 7 + ["y"] * 5)) == {}  # x is in both
+    lone = undefined_of(batch, np.array(["x"] * 5 + ["pair"] * 2 + ["y"] * 5))
+    assert set(lone) == {"bras", "kbet", "batch", "total"} and "of another" in lone["bras"]
+    assert undefined_of(batch, None) == undefined_of(None, batch) == {}
+
+
+def test_a_metric_without_a_value_is_told_and_the_others_go_on(caplog):
+    measure = _Measure(lambda metric: None, "tool", {"bras": "nothing is shared"})
+
+    def fails():
+        raise ValueError("empty\nmore")
+
+    assert np.isnan(measure("bras", fails)) and np.isnan(measure("kbet", fails))
+    assert measure("ilisi", lambda: 0.5) == 0.5
+    assert measure.failed == {"kbet": "empty"} and "tool: kbet has no value: empty" in caplog.text
+    with pytest.raises(KeyboardInterrupt):
+        measure("pcr", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 import genemodel as gm
 from genemodel.adapt.imputation import DecoderSettings
@@ -56,6 +57,25 @@ def test_the_order_of_genes_is_no_matter_and_strange_ones_get_nothing(trained, c
     for name in ("imputed", "imputed_sd", "imputed_draw0", "imputed_q50"):
         assert np.isnan(both.layers[name][:, -3:]).all()
         assert np.isfinite(both.layers[name][:, :-3]).all()
+
+
+@pytest.mark.parametrize("join", ["-", "."])
+def test_rows_that_were_made_unique_lose_no_counts(trained, cells, join):
+    """Half of the molecules of ten genes stand in a second row, as ``GENE-1`` and ``GENE.1``."""
+    adata, model = trained
+    second = cells[:40, :10].copy()
+    second.X = sp.csr_matrix(np.random.default_rng(0).binomial(second.X.toarray().astype(int), 0.5))
+    first = cells[:40].copy()
+    whole = first.X.toarray()
+    whole[:, :10] -= second.X.toarray()
+    first.X = sp.csr_matrix(whole)
+    second.var_names = [f"{name}{join}1" for name in second.var_names]
+    both = ad.concat([first, second], axis=1, merge="first")
+    gm.impute(both, model)
+    np.testing.assert_allclose(
+        both.layers["imputed"][:, :-10], adata.layers["imputed"][:40], rtol=1e-4
+    )
+    assert np.isnan(both.layers["imputed"][:, -10:]).all()
 
 
 def test_genes_that_were_not_measured_are_predicted(trained, cells, caplog):

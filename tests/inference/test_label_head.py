@@ -152,6 +152,16 @@ def test_whole_donors_are_held_out():
     assert len(np.unique(fold[label == 1])) == 3  # three cells of a type are three folds
 
 
+def test_a_batch_of_one_cell_is_no_other_batch():
+    """Held out against it, hundreds of cells would be judged by what one can teach."""
+    label = np.arange(201) % 2
+    fold, by_batch = folds_of(label, np.array(["lone"] + ["large"] * 200), seed=0)
+    assert not by_batch and len(np.unique(fold)) == 5
+    batch = np.array(["lone"] + ["left", "right"] * 100)
+    fold, by_batch = folds_of(label, batch, seed=0)
+    assert by_batch and len(np.unique(fold[batch == "left"])) == 1
+
+
 def test_another_condition_is_taken_off_where_types_agree(reference):
     profile_LG = profiles(5, 0.7)
     label_C = np.random.default_rng(9).integers(0, 5, 600)
@@ -328,3 +338,22 @@ def test_what_is_missing_is_said(reference, query):
     odd.obs["donor"] = odd.obs["donor"].where(np.arange(odd.n_obs) > 0, None)
     with pytest.raises(DataError, match="'donor'.*missing in 1 of 700"):
         gm.annotate(query.copy(), odd, label_key="kind", batch_key="donor")
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_a_batch_for_every_type_is_no_traceback(labels):
+    """Held out, a batch would leave no cell of its own types to learn from: cells are instead."""
+    reference, query = study(160, labels, seed=1), study(60, labels, seed=2)
+    half = [f"type {code}" for code in range(labels // 2)]
+    reference.obs["donor"] = np.where(reference.obs["kind"].isin(half), "left", "right")
+    gm.annotate(query, reference, label_key="kind", batch_key="donor")
+    assert query.uns["genemodel_label"]["calibrated_on"] == "cells"
+    assert (query.obs["genemodel_label"] == query.obs["kind"]).mean() > 0.5
+
+
+def test_two_columns_of_species_are_refused():
+    reference, query = study(80, 2, seed=1), study(40, 2, seed=2)
+    query.obs["species"] = "human"
+    query.obs = pd.concat([query.obs, query.obs[["species"]]], axis=1)
+    with pytest.raises(DataError, match="two columns of the name 'species'"):
+        gm.annotate(query, reference, label_key="kind")
