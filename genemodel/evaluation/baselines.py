@@ -61,6 +61,8 @@ class Conditions:
         Epochs of scVI; ``None`` = its own heuristic (400 below 20,000 cells).
     corpus
         Whose principal components the cells are projected on; ``None`` where there is none.
+    reading
+        How genes are named in ``adata``.
     shared
         What one method left for another in the same comparison (the scVI model for scANVI).
     borrowed_seconds
@@ -75,6 +77,7 @@ class Conditions:
     n_jobs: int = 1
     scvi_epochs: int | None = None
     corpus: "Corpus | None" = None
+    reading: InputSettings = field(default_factory=InputSettings)
     shared: dict[str, Any] = field(default_factory=dict)
     borrowed_seconds: float = 0.0
 
@@ -154,8 +157,10 @@ def corpus_pca(adata: "AnnData", conditions: Conditions) -> np.ndarray:
             corpus, np.arange(len(corpus)), conditions.n_comps
         )
     found: PrincipalGenes = conditions.shared[key]
-    counts = read_counts(adata, bundle=None, vocabulary=corpus.vocabulary, reading=InputSettings())
-    species = open_source(adata).obs["species"].astype(str)
+    counts = read_counts(
+        adata, bundle=None, vocabulary=corpus.vocabulary, reading=conditions.reading
+    )
+    species = open_source(adata, column=conditions.reading.column).obs["species"].astype(str)
     species_C = np.array([corpus.vocabulary.species.index(name) for name in species])
     # Scores as those of a PCA: of unequal variance, the first component's the largest.
     loading_VK = found.loading_VK * np.linalg.norm(found.deviation_VK, axis=0)

@@ -251,6 +251,7 @@ def evaluate(
         chosen.pop("corpus_pca", None)
     conditions = Conditions(
         corpus=None if corpus is None else _corpus(corpus),
+        reading=reading,
         batch_key=batch_key,
         label_key=label_key,
         n_hvg=n_hvg,
