@@ -366,6 +366,7 @@ def test_who_does_not_say_it_is_told_what_to_say(kind, cells, reference, tmp_pat
 def test_the_page_on_inputs_says_the_matrix(repository):
     page = (repository / "docs/inputs.md").read_text()
     table = page.partition("| kind | all verbs |")[2]
+    print(pd.DataFrame(MATRIX).T.map(lambda said: said[:40]).to_string())  # pytest -s
     for kind in WRITE:
         if kind not in SAID or kind == "h5ad, genes as rows":
             assert kind in table, kind

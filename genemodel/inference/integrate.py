@@ -136,7 +136,7 @@ def integrate_cells(
     bundle: Bundle | None,
     tuning: TuningSettings,
     *,
-    reading: InputSettings,
+    reading: InputSettings | None = None,
     settings: IntegrationSettings,
     where: HeadRun,
     seed: int,
@@ -165,6 +165,7 @@ def integrate_cells(
         The model, and the embedding of all cells, (C, D), NaN for cells without counts.
     """
     start = time.perf_counter()
+    reading = reading or InputSettings()
     missing_labels = reading.missing_labels
     check_seed(seed)
     _check_tuning(bundle, tuning)
