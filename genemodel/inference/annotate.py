@@ -41,6 +41,7 @@ from genemodel.inference.labels import label_names, probabilities_of
 from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import (
     batch_names,
+    check_in_memory,
     check_key_added,
     check_label_is_no_batch,
     column,
@@ -173,6 +174,9 @@ def annotate(
         genome=reference_genome, transpose=False,
     )  # fmt: skip
     missing_labels = reading.missing_labels
+    check_in_memory(query, "query", "genemodel annotate")
+    if reference is not None:
+        check_in_memory(reference, "reference", "genemodel annotate")
     _check(transfer, k, unknown, far_quantile, key_added, seed)
     if model is not None:
         model = model_for("annotate", EMBED, model)

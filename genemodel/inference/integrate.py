@@ -36,6 +36,7 @@ from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.obs_keys import (
     INTEGRATED,
     batch_names,
+    check_in_memory,
     check_key_added,
     check_label_is_no_batch,
     keys_of,
@@ -116,6 +117,7 @@ def integrate(
     ``obsm[key_added]`` is float32 (n_obs, latent), in input order; NaN for cells without counts.
     A warning names populations of one batch that have moved onto others.
     """
+    check_in_memory(adata, "adata", "genemodel finetune task=integrate")
     check_key_added(key_added)
     bundle = None if model is None else model_for("integrate", (Bundle,), model)
     tuning = backbone if isinstance(backbone, TuningSettings) else TuningSettings(tune=backbone)

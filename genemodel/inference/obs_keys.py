@@ -1,6 +1,7 @@
 """Columns of obs as codes: batches from one column or several, labels with gaps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,28 @@ def keys_of(batch_key: str | Sequence[str]) -> tuple[str, ...]:
     if len(set(keys)) < len(keys):
         raise ConfigError(f"batch_key={list(keys)} names a column twice: name each once.")
     return keys
+
+
+def check_in_memory(cells: object, name: str, of_files: str) -> None:
+    """Refuse a path, or anything else that is no AnnData, where results are written into one.
+
+    Parameters
+    ----------
+    cells
+        What was given.
+    name
+        Of the argument.
+    of_files
+        The verb of the command line that does the same with files.
+    """
+    from anndata import AnnData
+
+    if not isinstance(cells, AnnData):
+        given = f"the path {cells}" if isinstance(cells, str | Path) else type(cells).__name__
+        raise ConfigError(
+            f"{name} is {given}: expected an AnnData, into which the result is written. Read a "
+            f"file with anndata.read_h5ad, or give it to `{of_files}`."
+        )
 
 
 def check_key_added(key_added: str, where: str = "obsm") -> None:

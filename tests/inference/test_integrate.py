@@ -326,3 +326,13 @@ def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
         assert ("t4 is found in one batch only, but now lies among t2" in caplog.text) == bool(
             expected
         )
+
+
+def test_a_path_or_a_table_is_no_anndata(tmp_path):
+    import genemodel as gm
+
+    for given in (tmp_path / "a.h5ad", str(tmp_path), np.zeros((3, 3))):
+        with pytest.raises(ConfigError, match=r"^adata is .*genemodel finetune task=integrate"):
+            gm.integrate(given, batch_key="batch")
+        with pytest.raises(ConfigError, match=r"^query is .*genemodel annotate"):
+            gm.annotate(given, given, label_key="cell_type")
