@@ -290,6 +290,12 @@ def scored(table: pd.DataFrame) -> np.ndarray:
     return value_M
 
 
+def imputed(path: Path) -> np.ndarray:
+    """Read the layer; what is no gene of the chosen genome stays in ``var`` as NaN."""
+    layer_CG = ad.read_h5ad(path).layers["imputed"]
+    return layer_CG[:, ~np.isnan(layer_CG).all(0)]
+
+
 def numbers(verb: str, out: Path) -> np.ndarray:
     """Read what a verb made."""
     match verb:
@@ -299,9 +305,9 @@ def numbers(verb: str, out: Path) -> np.ndarray:
         case "embed":
             return ad.read_h5ad(out / "o.h5ad").obsm["X_genemodel"]
         case "impute":
-            return ad.read_h5ad(out / "o.h5ad").layers["imputed"]
+            return imputed(out / "o.h5ad")
         case "finetune":
-            return ad.read_h5ad(out / "run/imputed.h5ad").layers["imputed"]
+            return imputed(out / "run/imputed.h5ad")
         case "annotate":
             return ad.read_h5ad(out / "o.h5ad").obsm["genemodel_label_probability"]
         case _:

@@ -165,11 +165,12 @@ def test_licence_and_citation_are_those_of_the_file_or_of_who_asks(
     silent = make_cells(40, seed=2)
     silent.uns["citation"] = np.arange(3)  # not a text: not one
     silent.write_h5ad(tmp_path / "silent.h5ad")
+    said.write_h5ad(tmp_path / "copy.h5ad")
     sources = [
         tmp_path / "said.h5ad",
         tmp_path / "silent.h5ad",
         open_source(said, name="memory"),
-        SourceFile(str(tmp_path / "said.h5ad"), name="again", licence="CC0"),
+        SourceFile(str(tmp_path / "copy.h5ad"), name="again", licence="CC0"),
     ]
     corpus = Corpus.build(sources, tmp_path / "c", vocabulary=vocabulary)
     found = {source.name: (source.licence, source.citation) for source in corpus.sources}

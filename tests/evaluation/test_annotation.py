@@ -234,11 +234,17 @@ def test_the_table_is_tidy_and_the_summary_the_mean_of_directions(compared):
     assert not table.duplicated(["method", "seed", "direction", "metric"]).any()
     each = result.directions()
     assert list(each) == ["human → mouse", "mouse → human"]
-    one, two = (part.summary().at["pca_knn", "macro_f1"] for part in each.values())
-    assert result.summary().at["pca_knn", "macro_f1"] == pytest.approx((one + two) / 2)
+    score_D = np.array([part.summary().at["pca_knn", "macro_f1"] for part in each.values()])
+    n_D = np.array([result.judged[name] for name in each])
+    weight_D = n_D / (n_D + 50)
+    assert weight_D[0] != weight_D[1]
+    expected = (score_D * weight_D).sum() / weight_D.sum()
+    assert result.summary().at["pca_knn", "macro_f1"] == pytest.approx(expected)
     assert result.spread().at["pca_knn", "macro_f1"] != result.spread().at["pca_knn", "macro_f1"]
     rows = table.query("method == 'genemodel_linear' and metric == 'accuracy'")
-    by_seed = rows.groupby("seed")["value"].mean()
+    by_seed = rows.groupby("seed").apply(
+        lambda of: np.average(of["value"], weights=weight_D[of["direction"].map(list(each).index)])
+    )
     assert result.spread().at["genemodel_linear", "accuracy"] == pytest.approx(by_seed.std())
 
 

@@ -319,7 +319,7 @@ def test_a_dead_worker_is_named_and_the_others_end(job, monkeypatch):
             self.process.kill()
 
     monkeypatch.setattr(workers._Worker, "__init__", watched)
-    with pytest.raises(GenemodelError, match=r"worker 2 of 2 \(device=cpu\) was killed by SIGKILL"):
+    with pytest.raises(GenemodelError, match=r"worker 2 of 2 on cpu was killed by SIGKILL"):
         embed_file(replace(job, device=("cpu", "cpu")))
     assert all(process.poll() is not None for process in begun)
     assert names(job) == ["bundle", "cells.h5ad"]  # no shard was there to keep

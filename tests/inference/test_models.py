@@ -346,6 +346,8 @@ def as_before(folder, number):
         del about["training"]
         named = {}
         for name, tensor in weights.items():
+            if name.endswith("share_B"):
+                continue  # all batches weighed the same
             name = name.replace(".beside.linear.", ".features_in.")
             name = name.replace(".beside.", ".feature_")
             if number < 3:

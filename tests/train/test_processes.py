@@ -85,8 +85,12 @@ def test_processes_are_those_that_were_started(monkeypatch, env, settings, expec
         ({}, (1, 2), "trainer.num_nodes=2.*which node this is.*NODE_RANK"),
         ({**TORCHRUN, "WORLD_SIZE": "7"}, (1, 1), "torchrun started 7 processes, 2 of them"),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "7"}, (1, 1), "srun started 7 tasks on 4 nodes"),
-        ({"LOCAL_RANK": "2"}, (2, 1), "LOCAL_RANK=2.*trainer.devices=2"),
-        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, (2, 1), "NODE_RANK=1.*trainer.num_nodes=1"),
+        ({"LOCAL_RANK": "2"}, (2, 1), "LOCAL_RANK=2.*there are 2 devices.*trainer.devices="),
+        (
+            {"LOCAL_RANK": "0", "NODE_RANK": "1"},
+            (2, 1),
+            "NODE_RANK=1.*on 1 nodes.*trainer.num_nodes=",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(monkeypatch, env, settings, said):

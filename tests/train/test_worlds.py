@@ -40,9 +40,14 @@ def test_the_same_product_goes_on(monkeypatch, run, processes, accumulate):
     ("before", "processes", "accumulate", "said"),
     [
         (2, 3, 1, "has 2 micro-batches, now 1 × 3 = 3; 3 processes cannot share 2"),
-        (4, 3, 1, "but 1 with trainer.accumulate=4, 2 with trainer.accumulate=2, 4 with"),
-        (4, 2, 1, "now 1 × 2 = 2; with 2 processes set trainer.accumulate=2"),
-        (64, 48, 2, "32 with trainer.accumulate=2, 64 with trainer.accumulate=1 can"),
+        (4, 3, 1, "but 1 with 4 micro-batches each, 2 with 2 micro-batches each, 4 with"),
+        (
+            4,
+            2,
+            1,
+            "now 1 × 2 = 2; 2 processes need 2 each (pretrain, finetune: trainer.accumulate=2)",
+        ),
+        (64, 48, 2, "32 with 2 micro-batches each, 64 with 1 micro-batches each can"),
     ],
 )
 def test_another_product_is_refused_with_the_way_out(
