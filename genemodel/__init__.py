@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 # What an editor or a type checker sees; what runs is the same table again, tests compare them.
 if TYPE_CHECKING:
-    from genemodel.adapt.imputation import DecoderSettings as DecoderSettings
-    from genemodel.adapt.imputation_model import ImputationModel as ImputationModel
-    from genemodel.adapt.integration_head import IntegrationSettings as IntegrationSettings
-    from genemodel.adapt.posterior import rubin_pool as rubin_pool
+    from genemodel.annotation.annotate import annotate as annotate
+    from genemodel.batches.tokens import TokenSettings as TokenSettings
     from genemodel.bundle.bundle import Bundle as Bundle
-    from genemodel.cells.corpus import Corpus as Corpus
-    from genemodel.cells.synthetic import synthetic as synthetic
-    from genemodel.cells.tokens import TokenSettings as TokenSettings
-    from genemodel.evaluation import pl as pl
+    from genemodel.command.finetune import FinetuneSettings as FinetuneSettings
+    from genemodel.command.finetune import finetune as finetune
+    from genemodel.corpus.corpus import Corpus as Corpus
+    from genemodel.embedding.contamination import contamination as contamination
+    from genemodel.embedding.embed import embed as embed
     from genemodel.evaluation.evaluate import evaluate as evaluate
     from genemodel.evaluation.sizes import evaluate_sizes as evaluate_sizes
-    from genemodel.finetuning import FinetuneSettings as FinetuneSettings
-    from genemodel.finetuning import finetune as finetune
     from genemodel.genes import GeneVocabulary as GeneVocabulary
-    from genemodel.inference.annotate import annotate as annotate
-    from genemodel.inference.contamination import contamination as contamination
-    from genemodel.inference.embed import embed as embed
-    from genemodel.inference.impute import impute as impute
-    from genemodel.inference.integrate import integrate as integrate
-    from genemodel.inference.integrated_model import IntegratedModel as IntegratedModel
-    from genemodel.inference.models import load as load
+    from genemodel.heads.pretraining import PretrainingSettings as PretrainingSettings
+    from genemodel.imputation.impute import impute as impute
+    from genemodel.imputation.model import ImputationModel as ImputationModel
+    from genemodel.imputation.posterior import rubin_pool as rubin_pool
+    from genemodel.imputation.training import DecoderSettings as DecoderSettings
+    from genemodel.integration.head import IntegrationSettings as IntegrationSettings
+    from genemodel.integration.integrate import integrate as integrate
+    from genemodel.integration.model import IntegratedModel as IntegratedModel
+    from genemodel.loading import load as load
     from genemodel.model.settings import ModelSettings as ModelSettings
     from genemodel.model.tuning import TuningSettings as TuningSettings
-    from genemodel.tasks.pretraining import PretrainingSettings as PretrainingSettings
+    from genemodel.reports import pl as pl
+    from genemodel.simulation.cells import synthetic as synthetic
     from genemodel.train.recipe import pretrain as pretrain
     from genemodel.train.settings import HoldoutSettings as HoldoutSettings
     from genemodel.train.settings import LogSettings as LogSettings
@@ -45,35 +45,35 @@ __version__ = "0.1.0"
 # Public name -> (module, attribute); an empty attribute means the module itself.
 _PUBLIC: dict[str, tuple[str, str]] = {
     "Bundle": ("genemodel.bundle.bundle", "Bundle"),
-    "Corpus": ("genemodel.cells.corpus", "Corpus"),
-    "DecoderSettings": ("genemodel.adapt.imputation", "DecoderSettings"),
-    "FinetuneSettings": ("genemodel.finetuning", "FinetuneSettings"),
+    "Corpus": ("genemodel.corpus.corpus", "Corpus"),
+    "DecoderSettings": ("genemodel.imputation.training", "DecoderSettings"),
+    "FinetuneSettings": ("genemodel.command.finetune", "FinetuneSettings"),
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
     "HoldoutSettings": ("genemodel.train.settings", "HoldoutSettings"),
-    "ImputationModel": ("genemodel.adapt.imputation_model", "ImputationModel"),
-    "IntegratedModel": ("genemodel.inference.integrated_model", "IntegratedModel"),
-    "IntegrationSettings": ("genemodel.adapt.integration_head", "IntegrationSettings"),
+    "ImputationModel": ("genemodel.imputation.model", "ImputationModel"),
+    "IntegratedModel": ("genemodel.integration.model", "IntegratedModel"),
+    "IntegrationSettings": ("genemodel.integration.head", "IntegrationSettings"),
     "LogSettings": ("genemodel.train.settings", "LogSettings"),
     "ModelSettings": ("genemodel.model.settings", "ModelSettings"),
     "OptimSettings": ("genemodel.train.settings", "OptimSettings"),
     "PretrainSettings": ("genemodel.train.settings", "PretrainSettings"),
-    "PretrainingSettings": ("genemodel.tasks.pretraining", "PretrainingSettings"),
-    "TokenSettings": ("genemodel.cells.tokens", "TokenSettings"),
+    "PretrainingSettings": ("genemodel.heads.pretraining", "PretrainingSettings"),
+    "TokenSettings": ("genemodel.batches.tokens", "TokenSettings"),
     "TrainerSettings": ("genemodel.train.settings", "TrainerSettings"),
     "TuningSettings": ("genemodel.model.tuning", "TuningSettings"),
-    "annotate": ("genemodel.inference.annotate", "annotate"),
-    "contamination": ("genemodel.inference.contamination", "contamination"),
-    "embed": ("genemodel.inference.embed", "embed"),
+    "annotate": ("genemodel.annotation.annotate", "annotate"),
+    "contamination": ("genemodel.embedding.contamination", "contamination"),
+    "embed": ("genemodel.embedding.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
     "evaluate_sizes": ("genemodel.evaluation.sizes", "evaluate_sizes"),
-    "finetune": ("genemodel.finetuning", "finetune"),
-    "impute": ("genemodel.inference.impute", "impute"),
-    "integrate": ("genemodel.inference.integrate", "integrate"),
-    "load": ("genemodel.inference.models", "load"),
-    "pl": ("genemodel.evaluation.pl", ""),
+    "finetune": ("genemodel.command.finetune", "finetune"),
+    "impute": ("genemodel.imputation.impute", "impute"),
+    "integrate": ("genemodel.integration.integrate", "integrate"),
+    "load": ("genemodel.loading", "load"),
+    "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
-    "rubin_pool": ("genemodel.adapt.posterior", "rubin_pool"),
-    "synthetic": ("genemodel.cells.synthetic", "synthetic"),
+    "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
+    "synthetic": ("genemodel.simulation.cells", "synthetic"),
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from genemodel.cli import main
+from genemodel.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_kind
-from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.imputation.model import ImputationModel
+from genemodel.integration.model import IntegratedModel
 from genemodel.model.devices import device_of
 
 type Model = Bundle | IntegratedModel | ImputationModel

@@ -57,7 +57,7 @@ def random_csr(n_cells: int, genes: int, n_tokens: int = 40_000, seed: int = 0) 
 
 def bench_tokens() -> None:
     """Rank-value tokeniser against a per-cell argsort over CSR rows, one thread, equal result."""
-    from genemodel.cells.tokens import rank_cells
+    from genemodel.batches.tokens import rank_cells
 
     print("tokeniser, 2,000 genes a cell, one thread")
     X = random_csr(3000, 2000)
@@ -97,7 +97,7 @@ def bench_tokens() -> None:
 
 def bench_packing() -> None:
     """Packing plan: fill and speed, against padding to the longest of 16."""
-    from genemodel.cells.packing import plan_bins
+    from genemodel.batches.packing import plan_bins
 
     print("packing, 16,384 tokens, real-like lengths (log-normal, mean ~1,300, cut at 2,048)")
     length = np.random.default_rng(0).lognormal(7.1, 0.55, 8192 * 4).clip(100, 2048).astype(int)
@@ -111,8 +111,8 @@ def bench_packing() -> None:
 
 
 def build_bench_corpus(folder: Path, n_cells: int, genes: int) -> "object":
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import synthetic
 
     files = []
     for name, adata in synthetic(n_cells, n_genes=12_000, genes_per_cell=genes).items():
@@ -124,8 +124,8 @@ def build_bench_corpus(folder: Path, n_cells: int, genes: int) -> "object":
 
 def bench_loader() -> None:
     """Read, tokenise and pack from disk."""
-    from genemodel.cells.loader import CellStream, inverse_medians
-    from genemodel.cells.tokens import TokenSettings
+    from genemodel.batches.loader import CellStream, inverse_medians
+    from genemodel.batches.tokens import TokenSettings
 
     print("loader (read + tokenise + pack), ~1,500 genes a cell, page cache warm")
     with tempfile.TemporaryDirectory() as folder:
@@ -153,10 +153,10 @@ def tiled_corpus(folder: Path, copies: int) -> "object":
     """Build a corpus of 65,536 generated cells, ``copies`` times by hard links to its groups."""
     from dataclasses import replace
 
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.manifest import write_manifest
     from genemodel.cells.sources import stream_source
-    from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.corpus.manifest import write_manifest
+    from genemodel.simulation.cells import SyntheticWorld, synthetic_chunks
 
     n = 65_536
     world = SyntheticWorld(species=("human",), n_genes=12_000, genes_per_cell=1500)
@@ -191,9 +191,9 @@ def resident() -> float:
 
 def bench_scale(n_batches: int = 1200, cells_per_s: float = 3000.0) -> None:
     """What one rank of many spends on cells that are not its own, and whether it keeps up."""
-    from genemodel.cells.loader import CellStream, inverse_medians
-    from genemodel.cells.tokens import TokenSettings
-    from genemodel.cells.transfer import Ahead
+    from genemodel.batches.loader import CellStream, inverse_medians
+    from genemodel.batches.tokens import TokenSettings
+    from genemodel.batches.transfer import Ahead
 
     print("one rank of many: read + tokenise + pack its share, CPU time of the process")
     with tempfile.TemporaryDirectory() as folder:
@@ -261,19 +261,19 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     import yaml
     from bench_gpu import bert_of, padded_batches
 
-    from genemodel.cells.loader import Window, pack
-    from genemodel.cells.packing import plan_bins
-    from genemodel.cells.statistics import GeneStatistics
-    from genemodel.cells.tokens import TokenSettings
-    from genemodel.config_files import config_folder
+    from genemodel.batches.loader import Window, pack
+    from genemodel.batches.packing import plan_bins
+    from genemodel.batches.tokens import TokenSettings
+    from genemodel.command.config_files import config_folder
+    from genemodel.corpus.statistics import GeneStatistics
+    from genemodel.heads.decode_counts import DecodeCountsSettings
+    from genemodel.heads.masked_value import MaskedValueSettings
+    from genemodel.heads.pretraining import PretrainingObjectives, PretrainingSettings
     from genemodel.model.compiling import compile_for_training
     from genemodel.model.flops import device_peak, encoder_flops, gene_head_flops, training_flops
     from genemodel.model.gene_model import GeneModel
     from genemodel.model.settings import ModelSettings
     from genemodel.settings import parse, to_values
-    from genemodel.tasks.decode_counts import DecodeCountsSettings
-    from genemodel.tasks.masked_value import MaskedValueSettings
-    from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -285,7 +285,7 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     if corpus is None:
         length = rng.lognormal(7.1, 0.55, n_cells).clip(100, context - 1).astype(int)
     else:
-        from genemodel.cells.corpus import Corpus
+        from genemodel.corpus.corpus import Corpus
 
         length = rng.choice(Corpus.open(corpus).n_genes_C, n_cells).clip(8, context - 1)
         length = length.astype(int)
@@ -390,11 +390,11 @@ def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
     import torch
     import yaml
 
+    from genemodel.batches.loader import inverse_medians, pack
+    from genemodel.batches.packing import plan_bins
+    from genemodel.batches.tokens import TokenSettings
     from genemodel.bundle.bundle import Bundle
-    from genemodel.cells.loader import inverse_medians, pack
-    from genemodel.cells.packing import plan_bins
-    from genemodel.cells.tokens import TokenSettings
-    from genemodel.config_files import config_folder
+    from genemodel.command.config_files import config_folder
     from genemodel.genes import GeneVocabulary
     from genemodel.inference.cell_vectors import embedder
     from genemodel.inference.counts import VocabularyChunk, precision, window_of
@@ -420,7 +420,7 @@ def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
     if corpus is None:
         length = rng.lognormal(7.1, 0.55, n_cells).clip(100, 4000).astype(int)
     else:
-        from genemodel.cells.corpus import Corpus
+        from genemodel.corpus.corpus import Corpus
 
         length = rng.choice(Corpus.open(corpus).n_genes_C, n_cells).astype(int)
     genes = [np.sort(rng.choice(np.arange(3, len(vocabulary)), n, replace=False)) for n in length]
@@ -479,9 +479,9 @@ def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
 
 def build_one(n_cells: int, folder: Path) -> None:
     """Build a corpus of generated cells and print its cells/s and peak memory."""
-    from genemodel.cells.corpus import Corpus
     from genemodel.cells.sources import stream_source
-    from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import SyntheticWorld, synthetic_chunks
 
     world = SyntheticWorld(species=("human",), n_genes=12_000, genes_per_cell=1000)
     # One pass for the table of genes and cells; the counts of the second are made as they are read.
@@ -530,9 +530,9 @@ def bench_workers(n_files: int = 2) -> None:
     """Corpus building by several processes and by a Dask cluster: the bytes of one."""
     from distributed import LocalCluster
 
-    from genemodel.cells.corpus import Corpus
     from genemodel.cells.sources import GROUP_CELLS
-    from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import SyntheticWorld, synthetic_chunks
 
     n_cells = n_files * GROUP_CELLS
     print(f"corpus build from {n_files} h5ad files of {GROUP_CELLS:,} cells")

@@ -144,7 +144,7 @@ def line(name: str, figure: str, note: str = "") -> None:
 
 def bench_gpu(plan: Plan) -> None:
     """Run all rows, print them, and write them to ``gpu.json``."""
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     device = torch.device(plan.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -175,8 +175,8 @@ def bench_gpu(plan: Plan) -> None:
 
 
 def _generated(plan: Plan, folder: Path) -> Path:
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import synthetic
 
     begin = time.perf_counter()
     cells = synthetic(
@@ -189,7 +189,7 @@ def _generated(plan: Plan, folder: Path) -> Path:
 
 def shape_of(size: str) -> dict[str, Any]:
     """Settings of a named model size."""
-    from genemodel.config_files import config_folder
+    from genemodel.command.config_files import config_folder
 
     return yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
 
@@ -288,7 +288,7 @@ def _training(
 def _embedding(plan: Plan, size: str, folder: Path) -> dict[str, Any]:
     """Cells a second from AnnData to obsm, with the bundle of the last run."""
     import genemodel as gm
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.simulation.cells import synthetic
 
     device = torch.device(plan.device)
     _fresh(device)

@@ -29,9 +29,9 @@ def peak_gib() -> float:
 
 def generated(n_cells: int, folder: Path) -> Path:
     """Build a corpus of generated cells; nothing of it is timed."""
-    from genemodel.cells.corpus import Corpus
     from genemodel.cells.sources import stream_source
-    from genemodel.cells.synthetic import SyntheticWorld, synthetic_chunks
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import SyntheticWorld, synthetic_chunks
 
     world = SyntheticWorld(
         species=("human",), n_genes=N_GENES, genes_per_cell=GENES_PER_CELL, n_batches=N_BATCHES
@@ -54,12 +54,12 @@ def generated(n_cells: int, folder: Path) -> Path:
 
 def heads_of(n_cells: int, folder: Path) -> None:
     """Integrate and impute so many cells from their corpus; print seconds a cell and memory."""
-    from genemodel.adapt.head_run import HeadRun
-    from genemodel.adapt.imputation import DecoderSettings
-    from genemodel.adapt.integration_head import IntegrationSettings
-    from genemodel.cells.corpus import Corpus
-    from genemodel.inference.impute_corpus import impute_corpus
-    from genemodel.inference.integrate import integrate_cells
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.finetuning.head_run import HeadRun
+    from genemodel.imputation.impute_corpus import impute_corpus
+    from genemodel.imputation.training import DecoderSettings
+    from genemodel.integration.head import IntegrationSettings
+    from genemodel.integration.integrate import integrate_cells
     from genemodel.model.tuning import TuningSettings
 
     built = generated(n_cells, folder)
@@ -94,7 +94,7 @@ def heads_of(n_cells: int, folder: Path) -> None:
 
 def correction(n_batches: int = 1000, of_each: int = 200, width: int = 10) -> None:
     """Fit the correction on random populations in many batches."""
-    from genemodel.adapt.shared_clusters import SharedClusterCorrection
+    from genemodel.integration.shared_clusters import SharedClusterCorrection
 
     rng = np.random.default_rng(0)
     batch_C = np.repeat(np.arange(n_batches), of_each)

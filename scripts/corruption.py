@@ -38,17 +38,17 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import Fingerprints, TrainedSource, TrainingManifest
-from genemodel.cells.corpus import Corpus, verify_corpus
-from genemodel.cells.tokens import TokenSettings
+from genemodel.corpus.corpus import Corpus, verify_corpus
 from genemodel.errors import DataError
 from genemodel.genes import GeneVocabulary
-from genemodel.inference.integrate import integrate
-from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import DecoderSettings
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.integrate import integrate
+from genemodel.integration.model import IntegratedModel
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import to_values

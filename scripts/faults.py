@@ -42,11 +42,12 @@ os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from genemodel import cli, writing
+from genemodel import writing
+from genemodel.batches import loader
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells import loader
+from genemodel.command import cli
 from genemodel.errors import DataError
-from genemodel.tasks.pretraining import PretrainingObjectives
+from genemodel.heads.pretraining import PretrainingObjectives
 from genemodel.train import checkpoint, loop, recipe, record
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.exchange import Exchange
@@ -350,8 +351,8 @@ def make_corpus(folder: Path) -> Path:
     """Generate 600 cells over a thousand genes, in a process of its own: it starts threads."""
     script = (
         "import sys\n"
-        "from genemodel.cells.corpus import Corpus\n"
-        "from genemodel.cells.synthetic import synthetic\n"
+        "from genemodel.corpus.corpus import Corpus\n"
+        "from genemodel.simulation.cells import synthetic\n"
         "from genemodel.genes import GeneVocabulary\n"
         "rows = GeneVocabulary.builtin().genes\n"
         "few = GeneVocabulary(rows[rows['token'] < 1003].reset_index(drop=True))\n"

@@ -21,15 +21,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from genemodel import config_files
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.corpus import Corpus
-from genemodel.evaluation.demo_report import embedding_scores, objective_table
-from genemodel.evaluation.light_metrics import pca_of_lognorm
+from genemodel.command import config_files
+from genemodel.corpus.corpus import Corpus
 from genemodel.genes import GeneVocabulary, add_species
 from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
+from genemodel.metrics.light import pca_of_lognorm
 from genemodel.model.gene_model import GeneModel
+from genemodel.reports.demo import embedding_scores, objective_table
 from genemodel.settings import parse
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings

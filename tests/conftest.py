@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["small_cells"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -51,8 +52,8 @@ def pack_random():
     """Make a packed batch of random cells: ``pack_random(seed, lengths=...)``."""
     import numpy as np
 
-    from genemodel.cells.loader import Window, pack
-    from genemodel.cells.tokens import TokenSettings
+    from genemodel.batches.loader import Window, pack
+    from genemodel.batches.tokens import TokenSettings
 
     def make(
         seed=0, *, lengths=(40, 7, 90, 23), n_tokens=203, budget=256, context=128, cells=None,
@@ -97,11 +98,11 @@ def away():
     import numpy as np
     import torch
 
-    from genemodel.cells.statistics import GeneStatistics
+    from genemodel.corpus.statistics import GeneStatistics
     from genemodel.genes.vocabulary import N_SPECIAL
+    from genemodel.heads.pretraining import PretrainingObjectives, PretrainingSettings
     from genemodel.model.gene_model import GeneModel
     from genemodel.model.settings import ModelSettings
-    from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
 
     n_tokens = 203
 
@@ -136,8 +137,8 @@ def away():
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory):
     """Folder of a corpus of 600 generated cells of two species, four donors."""
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import synthetic
 
     folder = tmp_path_factory.mktemp("tiny")
     files = []
@@ -154,8 +155,8 @@ def random_bundle():
     import numpy as np
     import torch
 
+    from genemodel.batches.tokens import TokenSettings
     from genemodel.bundle.bundle import Bundle
-    from genemodel.cells.tokens import TokenSettings
     from genemodel.genes import GeneVocabulary
     from genemodel.model.gene_model import GeneModel
     from genemodel.model.settings import ModelSettings
@@ -194,9 +195,9 @@ def small_start(tmp_path_factory, small_vocabulary):
 
     Folders ``corpus`` and ``run/bundle`` below the one that is returned.
     """
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.corpus.corpus import Corpus
     from genemodel.settings import parse
+    from genemodel.simulation.cells import synthetic
     from genemodel.train.recipe import pretrain
     from genemodel.train.settings import PretrainSettings
 
@@ -261,4 +262,4 @@ def blank_report(monkeypatch):
     def blank(settings, values):
         (Path(settings.out) / "report.html").touch()
 
-    monkeypatch.setattr("genemodel.finetuning._report", blank)
+    monkeypatch.setattr("genemodel.command.finetune._report", blank)

@@ -211,7 +211,7 @@ def as_if_on_a_device() -> Iterator[None]:
     from unittest.mock import patch
 
     with (
-        patch("genemodel.tasks.masked_gene.is_host", lambda _: False),
+        patch("genemodel.heads.masked_gene.is_host", lambda _: False),
         patch("genemodel.model.gene_model.is_host", lambda _: False),
     ):
         yield

@@ -1,4 +1,4 @@
-"""Small vocabularies and cells for the tests of this room."""
+"""Small vocabularies and cells: fixtures of the tests of cells, corpora and micro-batches."""
 
 import anndata as ad
 import numpy as np

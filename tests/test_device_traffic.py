@@ -148,11 +148,11 @@ def small(pack_random, repository, device):
     """``small`` over 36,287 tokens with all objectives, and 13 cells of real lengths."""
     import yaml
 
-    from genemodel.cells.statistics import GeneStatistics
+    from genemodel.corpus.statistics import GeneStatistics
+    from genemodel.heads.pretraining import PretrainingObjectives, PretrainingSettings
     from genemodel.model.gene_model import GeneModel
     from genemodel.model.settings import ModelSettings
     from genemodel.settings import parse
-    from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
 
     n_tokens = 36_287
     lengths = np.random.default_rng(0).lognormal(7.1, 0.55, 13).clip(100, 2047).astype(int)

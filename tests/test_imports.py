@@ -43,7 +43,7 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize("words", ["'--help'", "'pretrain', '--help'", "'corpus'"])
 def test_help_answers_quickly_and_imports_nothing_heavy(words: str) -> None:
-    loaded, seconds = _loaded(f"from genemodel.cli import main; main([{words}])")
+    loaded, seconds = _loaded(f"from genemodel.command.cli import main; main([{words}])")
     assert not loaded & HEAVY
     assert seconds < 2
 

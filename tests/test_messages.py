@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 import genemodel
-from genemodel import cli, config_files
 from genemodel.cells.input_settings import (
     NAMES,
     OF_ONE_FILE,
@@ -27,6 +26,7 @@ from genemodel.cells.input_settings import (
     InputSettings,
     for_reference,
 )
+from genemodel.command import cli, config_files
 from genemodel.settings import _all_names, _members, setting_types
 
 PACKAGE = Path(genemodel.__file__).parent
@@ -373,8 +373,8 @@ _SUBJECT = re.compile(r"^\n?(?:[\w.\0]+(?:, [\w.]+)?: )?([a-z][a-z_0-9.]*)(?:=| 
 _GRAMMAR = {"key", "group"}
 # Messages that a verb or call comes to by the code, but not with the arguments that it gives.
 DROPPED = (
-    "genemodel.cells.building:FEW_GENES", "genemodel.cells.building:MUCH_MITO",
-    "genemodel.cells.building:BuildOptions.of",
+    "genemodel.corpus.building:FEW_GENES", "genemodel.corpus.building:MUCH_MITO",
+    "genemodel.corpus.building:BuildOptions.of",
 )  # fmt: skip
 NEVER_SHOWN: dict[str, dict[str, str]] = {
     "any": {
@@ -383,21 +383,21 @@ NEVER_SHOWN: dict[str, dict[str, str]] = {
     # Cells are dropped only where a building says so.
     "demo": {
         **dict.fromkeys(DROPPED, "nothing is dropped by default"),
-        "genemodel.cells.assembly:build": "a corpus that is there is opened",
+        "genemodel.corpus.assembly:build": "a corpus that is there is opened",
     },
     "gm.evaluate": {
-        "genemodel.evaluation.metrics:_reference": "every comparison scores 'none'",
+        "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
         "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
     },
     "evaluate": {
-        "genemodel.evaluation.metrics:_reference": "every comparison scores 'none'",
+        "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
         "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
     },
     "finetune": {
         **dict.fromkeys(DROPPED, "nothing is dropped by default"),
-        "genemodel.inference.impute:_checked_output": "an AnnData and a file are given",
-        "genemodel.inference.impute:_refuse_other_genes": "of results in memory",
-        "genemodel.inference.impute:_refuse_too_large": "of results in memory",
+        "genemodel.imputation.impute:_checked_output": "an AnnData and a file are given",
+        "genemodel.imputation.impute:_refuse_other_genes": "of results in memory",
+        "genemodel.imputation.impute:_refuse_too_large": "of results in memory",
     },
 }
 

@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import genemodel as gm
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration_head import IntegrationSettings
-from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import CORPUS, KINDS, sealed, sha256
 from genemodel.bundle.given import model_for
-from genemodel.cells.manifest import MANIFEST
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.command.verbs import DescribeSettings, describe
+from genemodel.corpus.manifest import MANIFEST
+from genemodel.corpus.statistics import GeneStatistics
+from genemodel.embedding.embed import EmbedSettings, embed_file
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.embed import EmbedSettings, embed_file
-from genemodel.inference.impute import IMPUTE
-from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED, MODELS, load
-from genemodel.tasks.decode_counts import CountDecoder
-from genemodel.verbs import DescribeSettings, describe
+from genemodel.heads.decode_counts import CountDecoder
+from genemodel.imputation.impute import IMPUTE
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import DecoderSettings
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.model import IntegratedModel
+from genemodel.integration.shared_clusters import SharedClusterCorrection
+from genemodel.loading import EMBED, MODELS, load
 
 SHORT = IntegrationSettings(steps=6, passes=0, hidden=16, rank=8, latent=6, batch_cells=32)
 

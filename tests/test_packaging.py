@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import genemodel
-from genemodel import config_files
+from genemodel.command import config_files
 
 pytest.importorskip("hatchling", reason="hatchling is in the [dev] extra")
 
@@ -68,7 +68,7 @@ def test_an_experiment_composes_from_an_installed_wheel(
 ) -> None:
     done = _outside(
         "import json\n"
-        "from genemodel.config_files import compose, config_folder\n"
+        "from genemodel.command.config_files import compose, config_folder\n"
         "values = compose('pretrain', ['experiment=pretrain_base', 'seed=3'])\n"
         "print(json.dumps([str(config_folder()), values]))\n",
         installed,
@@ -87,7 +87,7 @@ def test_the_command_of_an_installed_wheel_answers(
     installed: Path, repository: Path, tmp_path: Path
 ) -> None:
     done = _outside(
-        "from genemodel.cli import main\nraise SystemExit(main(['pretrain', '--help']))\n",
+        "from genemodel.command.cli import main\nraise SystemExit(main(['pretrain', '--help']))\n",
         installed,
         repository,
         tmp_path,

@@ -15,7 +15,7 @@ import scipy.io
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.cli import main
+from genemodel.command.cli import main
 from genemodel.errors import GenemodelError
 from genemodel.genes.vocabulary import GeneVocabulary
 

@@ -3,6 +3,6 @@
 Scripts of users import it from here.
 """
 
-from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.integration.head import IntegrationSettings
 
 __all__ = ["IntegrationSettings"]

@@ -15,8 +15,11 @@ import numpy as np
 import pandas as pd
 
 import genemodel
+from genemodel.annotation.label_head import label_counts
+from genemodel.annotation.labels import label_names, probabilities_of
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
+from genemodel.cells.annotations import without_counts
 from genemodel.cells.input_settings import (
     OF_ONE_FILE,
     InputOptions,
@@ -25,20 +28,15 @@ from genemodel.cells.input_settings import (
     reads_cells,
 )
 from genemodel.cells.whole_file import read_anndata
+from genemodel.embedding.contamination import note_contamination
+from genemodel.embedding.embed import writable_h5ad, write_whole
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.expression.neighbours import nearest, without
 from genemodel.genes.species import species_name
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotations import without_counts
 from genemodel.inference.cell_vectors import embedding_of
-from genemodel.inference.contamination import note_contamination
 from genemodel.inference.counts import VocabularyCells
-from genemodel.inference.embed import writable_h5ad, write_whole
 from genemodel.inference.gene_counts import GeneCounts, read_counts
-from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.label_head import label_counts
-from genemodel.inference.labels import label_names, probabilities_of
-from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import (
     batch_names,
     check_in_memory,
@@ -48,6 +46,8 @@ from genemodel.inference.obs_keys import (
     keys_of,
     label_codes,
 )
+from genemodel.integration.model import IntegratedModel
+from genemodel.loading import EMBED
 from genemodel.settings import PathText, SpeciesText, check_seed
 
 if TYPE_CHECKING:

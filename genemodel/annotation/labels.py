@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genemodel.batches.batch import CellBatch
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
 from genemodel.errors import DataError
+from genemodel.heads.labels import LabelHead, Labels, LabelSettings, fitted_temperature
 from genemodel.inference.counts import VocabularyChunk, corpus_chunks
 from genemodel.inference.forward import Forward
-from genemodel.tasks.labels import LabelHead, Labels, LabelSettings, fitted_temperature
 
 if TYPE_CHECKING:
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from genemodel.cells.corpus import JOINT
+from genemodel.corpus.corpus import JOINT
 
 
 class GroupedCells:
@@ -31,7 +31,7 @@ class GroupedCells:
         return [str(c) for c in self.obs if not pd.api.types.is_numeric_dtype(kinds[c])]
 
     def codes(self, *columns: str) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """As :meth:`genemodel.cells.corpus.Corpus.codes`; a column that is missing says nothing.
+        """As :meth:`genemodel.corpus.corpus.Corpus.codes`; a column that is missing says nothing.
 
         The one data set that cells in memory are needs no name: ``dataset`` is left out of pairs
         where there is none.

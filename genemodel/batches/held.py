@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import scipy.sparse as sp
 
-from genemodel.cells.order import Layout
-from genemodel.cells.reading import CountsBlock
+from genemodel.batches.order import Layout
+from genemodel.corpus.reading import CountsBlock
 
 
 class HeldCells:

@@ -25,12 +25,12 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 import torch
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.order import EpochOrder, Layout, Position
-from genemodel.cells.packing import deal, plan_bins, tail_pieces
-from genemodel.cells.reading import CountsBlock
-from genemodel.cells.tokens import TokenSettings, pack_cells
-from genemodel.cells.views import View, lay_out, shown_cells
+from genemodel.batches.batch import CellBatch
+from genemodel.batches.order import EpochOrder, Layout, Position
+from genemodel.batches.packing import deal, plan_bins, tail_pieces
+from genemodel.batches.tokens import TokenSettings, pack_cells
+from genemodel.batches.views import View, lay_out, shown_cells
+from genemodel.corpus.reading import CountsBlock
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import CELL, PAD
 
@@ -240,8 +240,8 @@ class CellStream:
     Parameters
     ----------
     corpus
-        An open :class:`~genemodel.cells.corpus.Corpus`, or
-        :class:`~genemodel.cells.held.HeldCells`.
+        An open :class:`~genemodel.corpus.corpus.Corpus`, or
+        :class:`~genemodel.batches.held.HeldCells`.
     cells
         Sorted permanent numbers of the cells to use (a side of a hold-out split).
     settings

@@ -14,7 +14,7 @@ from typing import Literal, Self
 import numpy as np
 from numba import njit
 
-from genemodel.cells.packing import places_for, tail_pieces
+from genemodel.batches.packing import places_for, tail_pieces
 from genemodel.errors import ConfigError
 from genemodel.expression.normalise import DEPTH
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from genemodel.cells.batch import CellBatch
+from genemodel.batches.batch import CellBatch
 
 AHEAD = 2  # one being copied while one waits
 _ALIGNED = 256  # bytes; what CUDA's own allocations are aligned to
@@ -124,7 +124,7 @@ def on_device[T](
     ----------
     items
         Micro-batches on the CPU, each with something that stays as it is (a
-        :class:`~genemodel.cells.order.Position`).
+        :class:`~genemodel.batches.order.Position`).
     device
         Where to.
 

@@ -23,10 +23,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.directory import ABOUT, BUNDLE, WEIGHTS, read_model, write_model
 from genemodel.bundle.history import no_history
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.tokens import TokenSettings
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.devices import device_of

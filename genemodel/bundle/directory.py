@@ -28,7 +28,7 @@ from torch import Tensor
 
 from genemodel.bundle.history import read_history, write_history
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.manifest import MANIFEST
+from genemodel.corpus.manifest import MANIFEST
 from genemodel.errors import DataError
 from genemodel.settings import refuse_address
 from genemodel.writing import found_again, whole_directory

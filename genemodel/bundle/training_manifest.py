@@ -1,7 +1,7 @@
 """What a model was trained on: its sources, and fingerprints of every cell.
 
 A corpus keeps up to three fingerprints of a cell, each a hash of its counts in a part of the
-vocabulary (:func:`~genemodel.cells.corpus_kernels.fingerprints`): the order of genes, their names
+vocabulary (:func:`~genemodel.cells.kernels.fingerprints`): the order of genes, their names
 and the format of the file do not matter, and a cell that has lost some genes still has the
 fingerprint of a part that has lost none. Of the n fingerprints of a source the leading
 32 + log2(n) bits are kept, sorted, as Elias and Fano encode ascending numbers: 32 bits as they are
@@ -20,8 +20,8 @@ import numpy as np
 import scipy.sparse as sp
 from safetensors.numpy import load_file, save_file
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.corpus_kernels import PRINTS, fingerprints, summarise
+from genemodel.cells.kernels import PRINTS, fingerprints, summarise
+from genemodel.corpus.corpus import Corpus
 from genemodel.settings import parse, some
 
 FINGERPRINTS = "training.safetensors"

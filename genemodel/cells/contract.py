@@ -110,7 +110,7 @@ def _prove(
     block: sp.csr_matrix, first_cell: int, where: str, allow_fractional: bool
 ) -> tuple[int, int, int]:
     """Refuse a block that holds anything but counts; rounds in place where that is allowed."""
-    from genemodel.cells.corpus_kernels import scan
+    from genemodel.cells.kernels import scan
 
     nans, infinite, negative, fractional, zeros, largest = scan(block.data)
     if not (nans or infinite or negative or fractional or largest > LARGEST):

@@ -54,7 +54,7 @@ def diagnose(sample: sp.csr_matrix) -> Finding:
     sample
         (C, G); any real type.
     """
-    from genemodel.cells.corpus_kernels import scan
+    from genemodel.cells.kernels import scan
 
     values = sample.data
     nans, infinite, negative, fractional, zeros, largest = scan(values)

@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from genemodel import __version__, config_files
+from genemodel import __version__
+from genemodel.command import config_files
 from genemodel.errors import ConfigError, GenemodelError
 from genemodel.settings import MissingSettingError, nearest, parse, setting_types, to_values
 
@@ -54,15 +55,15 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(
         summary="the whole path in minutes on a CPU, with a report",
         config="demo",
-        settings="genemodel.demo:DemoSettings",
-        function="genemodel.demo:demo",
+        settings="genemodel.command.demo:DemoSettings",
+        function="genemodel.command.demo:demo",
         examples=("demo", "demo data=lung.h5ad species=human out=runs/lung_demo"),
     ),
     "corpus build": Verb(
         summary="make a corpus from files of raw counts",
         config="corpus_build",
-        settings="genemodel.verbs:CorpusBuildSettings",
-        function="genemodel.verbs:build_corpus",
+        settings="genemodel.command.verbs:CorpusBuildSettings",
+        function="genemodel.command.verbs:build_corpus",
         examples=(
             "corpus build 'sources=[a.h5ad,b.h5ad]' out=corpora/mine",
             "corpus build 'sources=[data/*.h5ad]' out=corpora/lab species=mouse donor_key=animal",
@@ -71,8 +72,8 @@ VERBS: dict[str, Verb] = {
     "corpus append": Verb(
         summary="add files to a corpus",
         config="corpus_append",
-        settings="genemodel.verbs:CorpusAppendSettings",
-        function="genemodel.verbs:append_to_corpus",
+        settings="genemodel.command.verbs:CorpusAppendSettings",
+        function="genemodel.command.verbs:append_to_corpus",
         examples=(
             "corpus append path=corpora/mine sources=c.h5ad",
             "corpus append path=corpora/mine sheet=samples.tsv",
@@ -81,15 +82,15 @@ VERBS: dict[str, Verb] = {
     "corpus verify": Verb(
         summary="check every file of a corpus and name what is broken",
         config="corpus_verify",
-        settings="genemodel.verbs:CorpusVerifySettings",
-        function="genemodel.verbs:verify_corpus",
+        settings="genemodel.command.verbs:CorpusVerifySettings",
+        function="genemodel.command.verbs:verify_corpus",
         examples=("corpus verify path=corpora/mine", "corpus verify path=/archive/corpora/lab"),
     ),
     "corpus describe": Verb(
         summary="report on a corpus: sources, depth, labels, what was dropped",
         config="corpus_describe",
-        settings="genemodel.verbs:CorpusDescribeSettings",
-        function="genemodel.verbs:describe_corpus",
+        settings="genemodel.command.verbs:CorpusDescribeSettings",
+        function="genemodel.command.verbs:describe_corpus",
         examples=(
             "corpus describe path=corpora/mine",
             "corpus describe path=corpora/mine html=corpus.html",
@@ -108,8 +109,8 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb(
         summary="adapt a model to a file: batch-robust embedding, imputed counts, or both",
         config="finetune",
-        settings="genemodel.finetuning:FinetuneSettings",
-        function="genemodel.finetuning:finetune",
+        settings="genemodel.command.finetune:FinetuneSettings",
+        function="genemodel.command.finetune:finetune",
         examples=(
             "finetune data=lung.h5ad batch_key=donor out=runs/lung",
             "finetune data=lung.h5ad 'batch_key=[donor,study]' label_key=cell_type task=both "
@@ -119,8 +120,8 @@ VERBS: dict[str, Verb] = {
     "embed": Verb(
         summary="write cell embeddings for a file of any size",
         config="embed",
-        settings="genemodel.inference.embed:EmbedSettings",
-        function="genemodel.inference.embed:embed_file",
+        settings="genemodel.embedding.embed:EmbedSettings",
+        function="genemodel.embedding.embed:embed_file",
         examples=(
             "embed model=runs/small/bundle input=lung.h5ad output=lung.embedded.h5ad",
             "embed model=runs/small/bundle input=a.h5 output=b.h5ad species=mouse device=[0,1]",
@@ -129,8 +130,8 @@ VERBS: dict[str, Verb] = {
     "impute": Verb(
         summary="denoise the counts of a file, with calibrated uncertainty",
         config="impute",
-        settings="genemodel.inference.impute:ImputeSettings",
-        function="genemodel.inference.impute:impute_file",
+        settings="genemodel.imputation.impute:ImputeSettings",
+        function="genemodel.imputation.impute:impute_file",
         examples=(
             "impute input=lung.h5ad output=lung.imputed.h5ad uncertainty=true",
             "impute input=lung.h5ad output=lung.zarr batch_key=donor batch=mean library=median",
@@ -139,8 +140,8 @@ VERBS: dict[str, Verb] = {
     "annotate": Verb(
         summary="give cells the types of a labelled reference, of another species too",
         config="annotate",
-        settings="genemodel.inference.annotate:AnnotateSettings",
-        function="genemodel.inference.annotate:annotate_file",
+        settings="genemodel.annotation.annotate:AnnotateSettings",
+        function="genemodel.annotation.annotate:annotate_file",
         examples=(
             "annotate query=lung.h5ad reference=atlas.h5ad label_key=cell_type "
             "batch_key=[donor] output=lung.labelled.h5ad",
@@ -162,15 +163,15 @@ VERBS: dict[str, Verb] = {
     "describe": Verb(
         summary="say what a corpus, a model or a vocabulary holds",
         config="describe",
-        settings="genemodel.verbs:DescribeSettings",
-        function="genemodel.verbs:describe",
+        settings="genemodel.command.verbs:DescribeSettings",
+        function="genemodel.command.verbs:describe",
         examples=("describe path=runs/small/bundle", "describe path=four_species.tsv.gz"),
     ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
         config="species",
-        settings="genemodel.verbs:SpeciesSettings",
-        function="genemodel.verbs:species",
+        settings="genemodel.command.verbs:SpeciesSettings",
+        function="genemodel.command.verbs:species",
         examples=(
             "species name=zebrafish genes=genes_zebrafish.tsv.gz orthologs=human_zebrafish.tsv.gz "
             "out=human_mouse_zebrafish.tsv.gz",

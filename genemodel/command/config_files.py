@@ -17,17 +17,17 @@ from genemodel.errors import ConfigError
 from genemodel.settings import nearest
 
 # A group of files, or one file of a group, and the dataclass whose fields it must list, all of
-# them and no others. tests/test_cli.py holds every YAML file to this table.
+# them and no others. tests/command/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
-    "imputation": "genemodel.adapt.imputation:DecoderSettings",
-    "integration": "genemodel.adapt.integration_head:IntegrationSettings",
+    "imputation": "genemodel.imputation.training:DecoderSettings",
+    "integration": "genemodel.integration.head:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",
     "optim": "genemodel.train.settings:OptimSettings",
-    "task/pretraining": "genemodel.tasks.pretraining:PretrainingSettings",
-    "tokens": "genemodel.cells.tokens:TokenSettings",
+    "task/pretraining": "genemodel.heads.pretraining:PretrainingSettings",
+    "tokens": "genemodel.batches.tokens:TokenSettings",
     "trainer": "genemodel.train.settings:TrainerSettings",
 }
 
@@ -55,7 +55,7 @@ def config_folder() -> Path:
     ConfigError
         Neither place has one: the installation is incomplete.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if folder.is_dir():
             return folder

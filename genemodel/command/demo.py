@@ -60,10 +60,10 @@ def demo(settings: DemoSettings) -> str:
     Where everything is, in words.
     """
     from genemodel.bundle.bundle import Bundle
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.split import usual_groups
-    from genemodel.evaluation.demo_report import write_demo_report
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.corpus.split import usual_groups
     from genemodel.genes import GeneVocabulary
+    from genemodel.reports.demo import write_demo_report
     from genemodel.train.recipe import pretrain, split
 
     begin = time.perf_counter()
@@ -132,7 +132,7 @@ def demo(settings: DemoSettings) -> str:
 def _files(settings: DemoSettings, out: Path) -> list[Path]:
     """Files of raw counts for the corpus: generated, fetched, or the user's."""
     if settings.data == (GENERATED,):
-        from genemodel.cells.synthetic import synthetic
+        from genemodel.simulation.cells import synthetic
 
         logger.info("    generating %s human and mouse cells", f"{settings.cells:,}")
         files = []
@@ -180,7 +180,7 @@ def _fetch_pbmc3k(out: Path) -> Path:
 
 def _recipe(settings: DemoSettings, corpus: Path, run: Path, by: str, opened: Any) -> Any:
     """Compose the demo's pre-training from ``configs/experiment/pretrain_demo.yaml``."""
-    from genemodel import config_files
+    from genemodel.command import config_files
     from genemodel.settings import parse
     from genemodel.train.settings import PretrainSettings
 
@@ -243,9 +243,9 @@ def embed_corpus_cells(
     import scipy.sparse as sp
     import torch
 
-    from genemodel.evaluation.light_metrics import pca_of_lognorm
     from genemodel.inference.cell_vectors import encode
     from genemodel.inference.counts import VocabularyChunk
+    from genemodel.metrics.light import pca_of_lognorm
     from genemodel.model.gene_model import GeneModel
 
     runs = np.split(cells, np.flatnonzero(np.diff(cells) > 1) + 1)

@@ -31,36 +31,34 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from genemodel import config_files
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.annotation.annotate import KEY as LABEL
+from genemodel.annotation.annotate import UNKNOWN_BELOW, classify, write_labels
+from genemodel.annotation.labels import calibrate, probabilities_of
+from genemodel.batches.grouped import GroupedCells
+from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import file_of, sha256
 from genemodel.bundle.history import STEP
+from genemodel.cells.annotations import without_counts
 from genemodel.cells.contract import find_counts
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.grouped import GroupedCells
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.manifest import MANIFEST
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.source import Source
 from genemodel.cells.sources import open_source
-from genemodel.cells.tokens import TokenSettings
 from genemodel.cells.whole_file import read_anndata
+from genemodel.command import config_files
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.manifest import MANIFEST
+from genemodel.embedding.embed import write_whole
 from genemodel.errors import ConfigError, DataError, GenemodelError
+from genemodel.finetuning.head_run import HeadRun
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotate import KEY as LABEL
-from genemodel.inference.annotate import UNKNOWN_BELOW, classify, write_labels
-from genemodel.inference.annotations import without_counts
+from genemodel.heads.pretraining import PretrainingSettings
+from genemodel.imputation.impute import impute
+from genemodel.imputation.impute_corpus import impute_corpus, one_species
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import DecoderSettings
 from genemodel.inference.counts import corpus_chunks
-from genemodel.inference.embed import write_whole
-from genemodel.inference.impute import impute
-from genemodel.inference.impute_corpus import impute_corpus, one_species
-from genemodel.inference.integrate import batches_of, integrate_cells
-from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.labels import calibrate, probabilities_of
 from genemodel.inference.obs_keys import (
     INTEGRATED,
     batch_names,
@@ -69,6 +67,9 @@ from genemodel.inference.obs_keys import (
     keys_of,
     label_codes,
 )
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.integrate import batches_of, integrate_cells
+from genemodel.integration.model import IntegratedModel
 from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings, check_fits
@@ -81,7 +82,6 @@ from genemodel.settings import (
     parse,
     to_values,
 )
-from genemodel.tasks.pretraining import PretrainingSettings
 from genemodel.train.job import choose_device
 from genemodel.train.recipe import FREE_ON_RESUME, pretrain, split
 from genemodel.train.record import METRICS
@@ -762,7 +762,7 @@ def encoder_of(settings: FinetuneSettings) -> str:
 
 def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
     """Draw all curves on one page."""
-    from genemodel.evaluation.finetune_report import write_finetune_report
+    from genemodel.reports.finetuning import write_finetune_report
 
     out = Path(settings.out)
     facts = {"what reads the cells": encoder_of(settings)}

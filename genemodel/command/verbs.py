@@ -96,7 +96,7 @@ def build_corpus(settings: CorpusBuildSettings) -> str:
     ConfigError
         The folder exists, or an option is impossible.
     """
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
     from genemodel.genes import GeneVocabulary
 
     corpus = Corpus.build(
@@ -111,7 +111,7 @@ def build_corpus(settings: CorpusBuildSettings) -> str:
 
 def append_to_corpus(settings: CorpusAppendSettings) -> str:
     """Add files to a corpus; the cells that are there keep their numbers."""
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     corpus = Corpus.open(settings.path)
     before = len(corpus)
@@ -127,7 +127,7 @@ def verify_corpus(settings: CorpusVerifySettings) -> str:
     DataError
         Something is broken; all of it is named.
     """
-    from genemodel.cells.corpus import verify_corpus as broken_in
+    from genemodel.corpus.corpus import verify_corpus as broken_in
 
     if broken := broken_in(settings.path):
         raise DataError(
@@ -140,7 +140,7 @@ def verify_corpus(settings: CorpusVerifySettings) -> str:
 
 def describe_corpus(settings: CorpusDescribeSettings) -> str:
     """Examine a corpus: sources, matched genes, depth, labels, what was dropped and why."""
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     report = Corpus.open(settings.path).describe()
     if settings.html is None:
@@ -285,7 +285,7 @@ def describe(settings: DescribeSettings) -> str:
     if kind == CORPUS:
         return describe_corpus(CorpusDescribeSettings(path))
     if kind is not None:
-        from genemodel.inference.models import load
+        from genemodel.loading import load
 
         model = load(path, device="cpu")
         return f"{model.KIND} {path}\n{model.describe()}"

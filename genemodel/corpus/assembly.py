@@ -1,7 +1,7 @@
 """Building and growing a corpus, such that an interruption leaves what was there before.
 
 Every source is opened, has shown raw counts and has matched the vocabulary before a cell is stored.
-Units of work (:mod:`genemodel.cells.units`) are made by one process or many in a folder beside the
+Units of work (:mod:`genemodel.corpus.units`) are made by one process or many in a folder beside the
 corpus, then numbered and moved into place in the order of their sources; the manifest comes last.
 An interrupted run is gone on with: what it made is found again.
 """
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genemodel.cells import manifest as layout
-from genemodel.cells.building import NO_SPECIES, BuildOptions, SourceLike, Streamed
-from genemodel.cells.corpus_statistics import Statistics, read_medians
-from genemodel.cells.engines import Engine, EngineSettings, OneProcess
-from genemodel.cells.manifest import GroupRecord, Manifest, ObjectRecord, SourceRecord
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.remote import is_local
 from genemodel.cells.source import Source
 from genemodel.cells.source_names import Nameless, told_apart
-from genemodel.cells.units import (
+from genemodel.corpus import manifest as layout
+from genemodel.corpus.building import NO_SPECIES, BuildOptions, SourceLike, Streamed
+from genemodel.corpus.engines import Engine, EngineSettings, OneProcess
+from genemodel.corpus.manifest import GroupRecord, Manifest, ObjectRecord, SourceRecord
+from genemodel.corpus.summary import Statistics, read_medians
+from genemodel.corpus.units import (
     HELD,
     MEDIANS,
     PARTIAL,
@@ -440,7 +440,7 @@ def build(
     made_by: str,
 ) -> None:
     """Build a corpus at ``out``; see :meth:`Corpus.build`."""
-    from genemodel.cells.store import create_collection
+    from genemodel.corpus.store import create_collection
 
     out = out.absolute()
     found_again(out)

@@ -354,7 +354,7 @@ class UnitWriter:
         self, counts_CV: sp.csr_matrix, stored_C: npt.NDArray[Any]
     ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[Any]]:
         """Per cell: facts for the index, and why it is dropped ("" where it is kept)."""
-        from genemodel.cells.corpus_kernels import fingerprints, summarise
+        from genemodel.cells.kernels import fingerprints, summarise
 
         genes_C = np.diff(counts_CV.indptr)
         library_C, mito_C, checksum_C = summarise(
@@ -390,7 +390,7 @@ class UnitWriter:
 
     def _flush(self) -> None:
         """Write the waiting cells as one group."""
-        from genemodel.cells.store import write_group
+        from genemodel.corpus.store import write_group
 
         group, self._group = self._group, _Group()
         if not group.n_cells:

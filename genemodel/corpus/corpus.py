@@ -17,23 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from genemodel.cells import manifest as layout
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
-from genemodel.cells.manifest import Manifest, SourceRecord
-from genemodel.cells.mapped import mapped_once
 from genemodel.cells.matrices import refuse_damage
-from genemodel.cells.reading import CountsBlock, CountsReader
 from genemodel.cells.source import CHUNK_CELLS
 from genemodel.cells.sources import GROUP_CELLS
+from genemodel.corpus import manifest as layout
+from genemodel.corpus.manifest import Manifest, SourceRecord
+from genemodel.corpus.mapped import mapped_once
+from genemodel.corpus.reading import CountsBlock, CountsReader
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.settings import refuse_address
 from genemodel.writing import found_again
 
 if TYPE_CHECKING:
-    from genemodel.cells.assembly import Sources
-    from genemodel.cells.building import BuildOptions
-    from genemodel.cells.corpus_report import CorpusReport
+    from genemodel.corpus.assembly import Sources
+    from genemodel.corpus.building import BuildOptions
+    from genemodel.corpus.report import CorpusReport
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ class Corpus:
         ConfigError
             The folder exists, an option is impossible, or the cluster cannot be used.
         """
-        from genemodel.cells import assembly
-        from genemodel.cells.engines import EngineSettings
+        from genemodel.corpus import assembly
+        from genemodel.corpus.engines import EngineSettings
 
         refuse_address("out", out)
         how = _options(
@@ -206,8 +206,8 @@ class Corpus:
         **options
             How the sources are read.
         """
-        from genemodel.cells import assembly
-        from genemodel.cells.engines import EngineSettings
+        from genemodel.corpus import assembly
+        from genemodel.corpus.engines import EngineSettings
 
         how = _options(
             InputSettings.given(options), columns, batch_key, donor_key, label_key, keep,
@@ -343,7 +343,7 @@ class Corpus:
 
         Read anew at every call; computed from the counts where an earlier version built the corpus.
         """
-        from genemodel.cells.corpus_kernels import PRINTS, fingerprints
+        from genemodel.cells.kernels import PRINTS, fingerprints
 
         print_CP, start = np.zeros((len(self), PRINTS), np.uint64), 0
         for group in self.manifest.groups:
@@ -565,7 +565,7 @@ class Corpus:
 
     def describe(self) -> "CorpusReport":
         """Examine what a curator wants to know: sources, depth, labels, warnings."""
-        from genemodel.cells.corpus_report import CorpusReport
+        from genemodel.corpus.report import CorpusReport
 
         return CorpusReport.of(self)
 
@@ -586,7 +586,7 @@ def verify_corpus(path: str | Path, *, contents: bool = True) -> list[str]:
     list of str
         One line per fault, each with the file's name; empty where all is well.
     """
-    from genemodel.cells.verification import broken_files, contradictions
+    from genemodel.corpus.verification import broken_files, contradictions
 
     path = found_again(Path(path))
     problems = broken_files(path)
@@ -607,7 +607,7 @@ def _options(
     keep: Sequence[str],
     **values: Any,
 ) -> "BuildOptions":
-    from genemodel.cells.building import BuildOptions
+    from genemodel.corpus.building import BuildOptions
 
     named = {"batch": batch_key, "donor": donor_key, "cell_type": label_key}
     return BuildOptions.of(columns=columns, keep=keep, named=named, **reading.options(), **values)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from genemodel.cells.units import Bench, Desk, Input
+from genemodel.corpus.units import Bench, Desk, Input
 from genemodel.errors import ConfigError, DataError, GenemodelError
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from genemodel.cells.manifest import COLLECTION, GroupRecord
 from genemodel.cells.matrices import refuse_damage
+from genemodel.corpus.manifest import COLLECTION, GroupRecord
 from genemodel.errors import DataError
 
 if TYPE_CHECKING:
-    from genemodel.cells.store import GroupReader
+    from genemodel.corpus.store import GroupReader
 
 # Values below which a thread's work is done sooner than handed out.
 _WORTH_A_THREAD = 1_000_000
@@ -149,7 +149,7 @@ class CountsReader:
     def _reader(self, number: int) -> "GroupReader":
         found = self._readers.get(number)
         if found is None:
-            from genemodel.cells.store import GroupReader
+            from genemodel.corpus.store import GroupReader
 
             group = self._groups[number]
             folder = self._path / COLLECTION / group.name

@@ -20,7 +20,7 @@ from genemodel.writing import whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
 # Thresholds of the warnings.
 SHALLOW_GENES = 200

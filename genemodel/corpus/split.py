@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from genemodel.cells.corpus import JOINT
+from genemodel.corpus.corpus import JOINT
 from genemodel.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from genemodel.expression.components import right_singular_vectors
 from genemodel.expression.normalise import depth_factor, log_normalised
 
 if TYPE_CHECKING:
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
 # Cells looked at. Gene means are known to about a per cent long before this many.
 SAMPLE = 50_000

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from genemodel.cells import building, remote, store
-from genemodel.cells import manifest as layout
-from genemodel.cells.building import BuildOptions, Columns, Streamed, UnitWriter, match_source
-from genemodel.cells.corpus_statistics import mitochondrial_V, write_medians
-from genemodel.cells.manifest import ObjectRecord
+from genemodel.cells import remote
 from genemodel.cells.matrices import ColumnRows, SelectedColumns
 from genemodel.cells.source import Source
 from genemodel.cells.sources import SourceFile
 from genemodel.cells.sources_tenx import is_market
+from genemodel.corpus import building, store
+from genemodel.corpus import manifest as layout
+from genemodel.corpus.building import BuildOptions, Columns, Streamed, UnitWriter, match_source
+from genemodel.corpus.manifest import ObjectRecord
+from genemodel.corpus.summary import mitochondrial_V, write_medians
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.genes.vocabulary import GeneVocabulary

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from genemodel.cells import manifest as layout
-from genemodel.cells.manifest import Manifest
+from genemodel.corpus import manifest as layout
+from genemodel.corpus.manifest import Manifest
 from genemodel.errors import DataError
 
 if TYPE_CHECKING:
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
 # Cells whose counts are held at once.
 _BLOCK_CELLS = 8192
@@ -86,8 +86,8 @@ def contradictions(corpus: "Corpus") -> list[str]:
     list of str
         As of :func:`broken_files`.
     """
-    from genemodel.cells.corpus_kernels import fingerprints, summarise
-    from genemodel.cells.corpus_statistics import mitochondrial_V
+    from genemodel.cells.kernels import fingerprints, summarise
+    from genemodel.corpus.summary import mitochondrial_V
 
     problems = []
     n_tokens = len(corpus.vocabulary)

@@ -14,13 +14,13 @@ import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
-from genemodel.cells.corpus_kernels import PRINTS, fingerprints
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
+from genemodel.cells.kernels import PRINTS, fingerprints
 from genemodel.cells.whole_file import read_anndata
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.gene_counts import gene_order, read_counts
-from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import TOLD, Model
+from genemodel.integration.model import IntegratedModel
+from genemodel.loading import TOLD, Model
 
 if TYPE_CHECKING:
     from anndata import AnnData

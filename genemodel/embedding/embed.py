@@ -19,18 +19,16 @@ import torch
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
+from genemodel.cells.annotations import copy_annotations, read_annotations, without_counts
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.annotations import copy_annotations, read_annotations, without_counts
 from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
 from genemodel.inference.forward import Compile, compiles
-from genemodel.inference.integrated_model import IntegratedModel
-from genemodel.inference.models import EMBED
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank
@@ -43,6 +41,8 @@ from genemodel.inference.shards import (
     refuse_full_disk,
 )
 from genemodel.inference.workers import Job, embed_on
+from genemodel.integration.model import IntegratedModel
+from genemodel.loading import EMBED
 from genemodel.settings import PathText, to_values
 from genemodel.writing import whole
 

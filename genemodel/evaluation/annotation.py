@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pandas as pd
 
+from genemodel.annotation.annotate import (
+    MIN_REFERENCE,
+    UNKNOWN,
+    UNKNOWN_BELOW,
+    Transfer,
+    transfer_labels,
+)
+from genemodel.annotation.label_head import calibration_error, label_counts
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
@@ -34,15 +42,7 @@ from genemodel.evaluation.baselines import (
 )
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotate import (
-    MIN_REFERENCE,
-    UNKNOWN,
-    UNKNOWN_BELOW,
-    Transfer,
-    transfer_labels,
-)
 from genemodel.inference.gene_counts import read_counts
-from genemodel.inference.label_head import calibration_error, label_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
     from genemodel.model.tuning import Tune
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def corpus_pca(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     species there; a gene that was not measured counts as average.
     """
     from genemodel.cells.sources import open_source
-    from genemodel.cells.statistics import PrincipalGenes
+    from genemodel.corpus.statistics import PrincipalGenes
     from genemodel.inference.gene_counts import read_counts
 
     corpus = conditions.corpus
@@ -369,8 +369,8 @@ def tuned(
     **options: Unpack[InputOptions],
 ) -> np.ndarray:
     """Embed with `genemodel.integrate`, from scratch or from a pre-trained model."""
-    from genemodel.inference.integrate import integrate
     from genemodel.inference.obs_keys import INTEGRATED
+    from genemodel.integration.integrate import integrate
 
     if conditions.batch_key is None:
         raise DataError("genemodel.integrate removes a batch effect and needs batch_key")

@@ -26,21 +26,23 @@ import scipy.sparse as sp
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError, GenemodelError
-from genemodel.evaluation import annotation, imputation_metrics, metrics
+from genemodel.evaluation import annotation
 from genemodel.evaluation.baselines import Conditions, column, tuned
 from genemodel.evaluation.methods import Denoised, Method, Own, choose
-from genemodel.evaluation.result import BOTH, EvaluationResult, clear, write_embedding
 from genemodel.inference.obs_keys import check_label_is_no_batch
+from genemodel.metrics import imputation as imputation_metrics
+from genemodel.metrics import scib as metrics
 from genemodel.model.tuning import Tune
+from genemodel.reports.comparison import BOTH, EvaluationResult, clear, write_embedding
 from genemodel.settings import check_out_folder, check_seed, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from genemodel.bundle.bundle import Bundle
-    from genemodel.cells.corpus import Corpus
-    from genemodel.inference.contamination import Contamination
-    from genemodel.inference.integrated_model import IntegratedModel
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.embedding.contamination import Contamination
+    from genemodel.integration.model import IntegratedModel
 
 logger = logging.getLogger(__name__)
 
@@ -437,7 +439,7 @@ def read_cells(
 
 
 def _corpus(given: "Corpus | str | Path") -> "Corpus":
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     return given if isinstance(given, Corpus) else Corpus.open(given)
 
@@ -454,7 +456,7 @@ def _loaded(
 ) -> "dict[str, Bundle | IntegratedModel]":
     """Trained models by name, loaded now: a wrong path is refused before anything runs."""
     from genemodel.bundle.given import model_for
-    from genemodel.inference.models import EMBED
+    from genemodel.loading import EMBED
 
     found: dict[str, Bundle | IntegratedModel] = {}
     for number, given in enumerate(models):
@@ -493,7 +495,7 @@ def _contaminations(
     models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
 ) -> "dict[str, Contamination]":
     """How many of the cells each model was trained on, for those that can read them."""
-    from genemodel.inference.contamination import contamination
+    from genemodel.embedding.contamination import contamination
 
     found = {}
     for name, model in models.items():
@@ -512,7 +514,7 @@ def _model_methods(
 ) -> dict[str, Method]:
     """Methods for trained models."""
     reading = reading or InputSettings()
-    from genemodel.inference.integrated_model import IntegratedModel
+    from genemodel.integration.model import IntegratedModel
 
     found: dict[str, Method] = {}
     for name, model in models.items():
@@ -560,7 +562,7 @@ def _encoder(model: "IntegratedModel", reading: InputSettings) -> Any:
 
 def _embedder(bundle: "Bundle", reading: InputSettings) -> Any:
     def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        from genemodel.inference.embed import embed
+        from genemodel.embedding.embed import embed
         from genemodel.inference.obs_keys import EMBEDDED
 
         cells = adata.copy()
@@ -854,7 +856,7 @@ class _Comparison:
     def impute(self, keep: float, mixture: tuple[str, ...]) -> EvaluationResult:
         from anndata import AnnData
 
-        from genemodel.evaluation.imputation_metrics import mcv_split, score_denoised
+        from genemodel.metrics.imputation import mcv_split, score_denoised
 
         obs, var = cast(pd.DataFrame, self.cells.obs), cast(pd.DataFrame, self.cells.var)
         coverage: list[pd.DataFrame] = []

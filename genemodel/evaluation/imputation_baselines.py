@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
-from genemodel.adapt.imputation import BLOCK_CELLS
-from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.evaluation.baselines import (
     SCVI_LOGGERS,
     Conditions,
@@ -30,6 +28,8 @@ from genemodel.evaluation.baselines import (
 from genemodel.expression.components import principal_components, singular_vectors
 from genemodel.expression.neighbours import nearest
 from genemodel.expression.normalise import DEPTH, log_normalised, normalised
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import BLOCK_CELLS
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -16,7 +16,7 @@ import pandas as pd
 from genemodel.cells.input_settings import NAMES, InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation.evaluate import MIN_CELLS, EvaluateSettings, evaluate, read_cells
-from genemodel.evaluation.result import COLUMNS
+from genemodel.reports.comparison import COLUMNS
 from genemodel.settings import check_out_folder
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.packing import tail_pieces
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.batch import CellBatch
+from genemodel.batches.packing import tail_pieces
+from genemodel.batches.tokens import TokenSettings
 from genemodel.model.count_encoder import CountsBesideBackbone, ReadsCounts
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import TuningSettings, merged, rate_shares, tune

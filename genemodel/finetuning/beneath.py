@@ -6,10 +6,10 @@ from dataclasses import replace
 import pandas as pd
 
 import genemodel
-from genemodel.adapt.backbone import Backbone
+from genemodel.batches.loader import inverse_medians
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.loader import inverse_medians
+from genemodel.finetuning.backbone import Backbone
 from genemodel.inference.cell_vectors import cell_projection
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import TuningSettings

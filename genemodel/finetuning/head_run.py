@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from genemodel.batches.order import ORDER_VERSION
 from genemodel.bundle.history import STEP, no_history
-from genemodel.cells.order import ORDER_VERSION
 from genemodel.errors import ConfigError
 from genemodel.model.devices import calculates_in_half, check_device, device_of
 from genemodel.model.settings import ModelSettings

@@ -11,10 +11,10 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.held import HeldCells
-from genemodel.cells.loader import Cells
-from genemodel.cells.order import Layout
+from genemodel.batches.held import HeldCells
+from genemodel.batches.loader import Cells
+from genemodel.batches.order import Layout
+from genemodel.corpus.corpus import Corpus
 
 # Variable genes, means and deviations are settled by far fewer cells: at 50,000 the standard error
 # of a mean is below half a per cent of the deviation.

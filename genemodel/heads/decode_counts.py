@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch, sums_within
-from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
+from genemodel.batches.batch import CellBatch, sums_within
+from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import ConfigError
 from genemodel.expression.likelihood import negative_binomial_loss
+from genemodel.heads.masking import Chosen
+from genemodel.heads.objective import Passed
 from genemodel.model.gene_model import initialise
-from genemodel.tasks.masking import Chosen
-from genemodel.tasks.objective import Passed
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ class CountDecoder(nn.Module):
         self.register_buffer("measured_XV", measured_XV, persistent=False)
 
     def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
-        """See :class:`~genemodel.tasks.objective.Head`: expressed genes.
+        """See :class:`~genemodel.heads.objective.Head`: expressed genes.
 
         Per expressed gene the loss is of the order of a cross-entropy, whatever the panel.
         """
         return torch.full((), batch.full_gene_N.shape[0], device=batch.device)
 
     def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
-        """See :class:`~genemodel.tasks.objective.Head`: the molecules that were not shown."""
+        """See :class:`~genemodel.heads.objective.Head`: the molecules that were not shown."""
         truth = passed.truth
         # Compiled shapes are constant: all places are decoded, and the number of expressed genes
         # is the one axis that is left open. Otherwise only the real cells are.
@@ -148,7 +148,7 @@ class CountDecoder(nn.Module):
         return found
 
     def compile_region(self, backend: str | Callable[..., Any]) -> None:
-        """See :class:`~genemodel.tasks.objective.Head`."""
+        """See :class:`~genemodel.heads.objective.Head`."""
         self.compiled = True
         self.compile(dynamic=False, fullgraph=True, backend=backend)
 

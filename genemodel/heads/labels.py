@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch
+from genemodel.batches.batch import CellBatch
 from genemodel.errors import ConfigError
+from genemodel.heads.masking import Chosen
+from genemodel.heads.objective import Passed
 from genemodel.model.gene_model import initialise
-from genemodel.tasks.masking import Chosen
-from genemodel.tasks.objective import Passed
 
 # A rare label counts at most so many times as much as an average one: a label of a few cells would
 # otherwise decide every step that it is in.
@@ -123,18 +123,18 @@ class LabelHead(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
-        """See :class:`~genemodel.tasks.objective.Head`: cells with a label."""
+        """See :class:`~genemodel.heads.objective.Head`: cells with a label."""
         return (self.codes(batch.cell_C) >= 0).sum()
 
     def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
-        """See :class:`~genemodel.tasks.objective.Head`."""
+        """See :class:`~genemodel.heads.objective.Head`."""
         found: tuple[Tensor, Tensor | None] = self(
             passed.encoded.cell_CD, passed.truth.cell_C, trivial=trivial
         )
         return found
 
     def compile_region(self, backend: str | Callable[..., Any]) -> None:
-        """See :class:`~genemodel.tasks.objective.Head`."""
+        """See :class:`~genemodel.heads.objective.Head`."""
         self.compile(dynamic=False, fullgraph=True, backend=backend)
 
     def codes(self, cell_C: Tensor) -> Tensor:

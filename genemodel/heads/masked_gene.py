@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.batches.batch import CellBatch
+from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError
+from genemodel.heads.masking import Chosen
+from genemodel.heads.objective import Passed
 from genemodel.model.compiling import Regions
 from genemodel.model.devices import full_precision, half_of, is_host
 from genemodel.model.gene_model import initialise
-from genemodel.tasks.masking import Chosen
-from genemodel.tasks.objective import Passed
 
 # Logit bias of genes of other species: they cannot occur, and e⁻³⁰ keeps gradients finite.
 IMPOSSIBLE = -30.0
@@ -73,12 +73,12 @@ class MaskedGeneHead(nn.Module):
         self.regions = Regions()
 
     def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
-        """See :class:`~genemodel.tasks.objective.Head`: hidden genes."""
+        """See :class:`~genemodel.heads.objective.Head`: hidden genes."""
         assert chosen is not None
         return chosen.n
 
     def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
-        """See :class:`~genemodel.tasks.objective.Head`."""
+        """See :class:`~genemodel.heads.objective.Head`."""
         at = passed.hidden
         assert at is not None
         gene_VD = passed.model.embedding.token.weight
@@ -88,7 +88,7 @@ class MaskedGeneHead(nn.Module):
         return found
 
     def compile_region(self, backend: str | Callable[..., Any]) -> None:
-        """See :class:`~genemodel.tasks.objective.Head`: the chunks and what lies before them."""
+        """See :class:`~genemodel.heads.objective.Head`: the chunks and what lies before them."""
         self.regions.backend = backend
 
     def transform(self, hidden_MD: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.batches.batch import CellBatch
+from genemodel.corpus.statistics import GeneStatistics
+from genemodel.heads.masked_gene import check_fraction
+from genemodel.heads.masking import Chosen
+from genemodel.heads.objective import Passed
 from genemodel.model.gene_model import initialise
-from genemodel.tasks.masked_gene import check_fraction
-from genemodel.tasks.masking import Chosen
-from genemodel.tasks.objective import Passed
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class MaskedValueHead(nn.Module):
         self.register_buffer("trivial_SV", mean_SV, persistent=False)
 
     def count(self, batch: CellBatch, chosen: Chosen | None) -> Tensor:
-        """See :class:`~genemodel.tasks.objective.Head`: hidden values."""
+        """See :class:`~genemodel.heads.objective.Head`: hidden values."""
         assert chosen is not None
         return chosen.n
 
     def cost(self, passed: Passed, *, trivial: bool) -> tuple[Tensor, Tensor | None]:
-        """See :class:`~genemodel.tasks.objective.Head`."""
+        """See :class:`~genemodel.heads.objective.Head`."""
         at = passed.hidden
         assert at is not None
         found: tuple[Tensor, Tensor | None] = self(
@@ -74,7 +74,7 @@ class MaskedValueHead(nn.Module):
         return found
 
     def compile_region(self, backend: str | Callable[..., Any]) -> None:
-        """See :class:`~genemodel.tasks.objective.Head`."""
+        """See :class:`~genemodel.heads.objective.Head`."""
         self.compile(dynamic=False, fullgraph=True, backend=backend)
 
     def predict(self, hidden_MD: Tensor, gene_M: Tensor, species_M: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ to a :class:`~genemodel.train.job.Job`. The loop then does the rest::
 
 A loss is a *sum* over items, and ``prepared.items`` says how many there are: the loop adds both up
 over micro-batches and processes and divides once, so that a step means the same however its cells
-are dealt. Randomness comes from addresses (:mod:`genemodel.tasks.masking`) or from torch, which the
+are dealt. Randomness comes from addresses (:mod:`genemodel.heads.masking`) or from torch, which the
 loop seeds for every micro-batch; both survive a restart and any number of processes.
 """
 
@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from genemodel.cells.batch import CellBatch
+from genemodel.batches.batch import CellBatch
+from genemodel.heads.masking import Chosen, Hidden
+from genemodel.heads.parts import LossPart
 from genemodel.model.gene_model import Encoded, GeneModel
-from genemodel.tasks.masking import Chosen, Hidden
-from genemodel.tasks.parts import LossPart
 
 
 class Prepared(Protocol):

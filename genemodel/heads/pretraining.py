@@ -1,6 +1,6 @@
 """The pre-training objectives together: what is hidden, and what each objective costs.
 
-Axes as in ``genemodel.cells.batch``.
+Axes as in ``genemodel.batches.batch``.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.batches.batch import CellBatch
+from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError
+from genemodel.heads.decode_counts import CountDecoder, DecodeCountsSettings
+from genemodel.heads.labels import LabelHead, Labels, LabelSettings
+from genemodel.heads.masked_gene import MaskedGeneHead, MaskedGeneSettings
+from genemodel.heads.masked_value import MaskedValueHead, MaskedValueSettings
+from genemodel.heads.masking import Chosen, Hidden, choose, eligible, hide, key_of, uniform_at
+from genemodel.heads.objective import Head, Passed
+from genemodel.heads.parts import LossPart
 from genemodel.model.flops import encoder_flops, gene_head_flops
 from genemodel.model.gene_model import Encoded, GeneModel
-from genemodel.tasks.decode_counts import CountDecoder, DecodeCountsSettings
-from genemodel.tasks.labels import LabelHead, Labels, LabelSettings
-from genemodel.tasks.masked_gene import MaskedGeneHead, MaskedGeneSettings
-from genemodel.tasks.masked_value import MaskedValueHead, MaskedValueSettings
-from genemodel.tasks.masking import Chosen, Hidden, choose, eligible, hide, key_of, uniform_at
-from genemodel.tasks.objective import Head, Passed
-from genemodel.tasks.parts import LossPart
 
 # Purposes of randomness; part of every address, so streams never coincide.
 HIDE, DROP_BATCH = 1, 2

@@ -16,9 +16,25 @@ import scipy.sparse as sp
 import torch
 
 import genemodel
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings
-from genemodel.adapt.imputation_model import (
+from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
+from genemodel.bundle.training_manifest import TrainingManifest
+from genemodel.cells.contract import refuse_numbers
+from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
+from genemodel.cells.source import Source
+from genemodel.cells.sources import open_source
+from genemodel.errors import ConfigError, DataError
+from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.genes.recognition import without_appended
+from genemodel.genes.species import SPECIES
+from genemodel.imputation.impute_genes import (
+    Columns,
+    Unmeasured,
+    columns_of_data,
+    columns_of_model,
+)
+from genemodel.imputation.model import (
     LARGEST_IN_MEMORY,
     MEDIAN_LIBRARY,
     GammaPosterior,
@@ -29,28 +45,8 @@ from genemodel.adapt.imputation_model import (
     check_batch,
     check_library,
 )
-from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
-from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.contract import refuse_numbers
-from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
-from genemodel.cells.source import Source
-from genemodel.cells.sources import open_source
-from genemodel.errors import ConfigError, DataError
-from genemodel.genes.recognition import without_appended
-from genemodel.genes.species import SPECIES
-from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
-from genemodel.inference.cell_vectors import embedding_of
-from genemodel.inference.counts import VocabularyCells, VocabularyChunk
-from genemodel.inference.gene_counts import GeneOrder, gene_order
-from genemodel.inference.impute_genes import (
-    Columns,
-    Unmeasured,
-    columns_of_data,
-    columns_of_model,
-)
-from genemodel.inference.impute_output import InPlace, Layers, Sink, Tables, ToFile
-from genemodel.inference.impute_pretrained import (
+from genemodel.imputation.output import InPlace, Layers, Sink, Tables, ToFile
+from genemodel.imputation.pretrained import (
     Bring,
     PretrainedImputation,
     in_a_stream,
@@ -58,6 +54,10 @@ from genemodel.inference.impute_pretrained import (
     median_library,
     refuse_without_decoder,
 )
+from genemodel.imputation.training import BLOCK_CELLS, DecoderSettings
+from genemodel.inference.cell_vectors import embedding_of
+from genemodel.inference.counts import VocabularyCells, VocabularyChunk
+from genemodel.inference.gene_counts import GeneOrder, gene_order
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.model.tuning import Tune, TuningSettings, check_fits

@@ -11,18 +11,18 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import BLOCK_CELLS, DecoderSettings, train_decoder
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.corpus import Corpus
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
+from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.output import Layers, Tables, ToFile
+from genemodel.imputation.training import BLOCK_CELLS, DecoderSettings, train_decoder
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import corpus_chunks
-from genemodel.inference.impute_output import Layers, Tables, ToFile
 from genemodel.inference.obs_keys import batch_names
 from genemodel.inference.progress import Progress
 from genemodel.model.tuning import TuningSettings

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genemodel.adapt.imputation_model import ImputationModel
+from genemodel.batches.batch import CellBatch
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.source import Source
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.match import USUAL_COLUMNS
+from genemodel.heads.decode_counts import CountDecoder
+from genemodel.imputation.model import ImputationModel
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.forward import Forward
 from genemodel.settings import nearest
-from genemodel.tasks.decode_counts import CountDecoder
 
 logger = logging.getLogger(__name__)
 

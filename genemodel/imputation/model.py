@@ -25,9 +25,22 @@ import torch
 from numpy.typing import NDArray
 
 import genemodel
-from genemodel.adapt.backbone import Backbone
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import (
+from genemodel.bundle.bundle import VOCABULARY, Bundle
+from genemodel.bundle.directory import IMPUTATION, read_model, write_model
+from genemodel.bundle.training_manifest import TrainingManifest
+from genemodel.errors import ConfigError, DataError
+from genemodel.expression.normalise import depth_factor
+from genemodel.finetuning.backbone import Backbone
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.imputation.posterior import (
+    expected_log1p,
+    posterior_draws,
+    posterior_gamma,
+    rate_quantiles,
+)
+from genemodel.imputation.training import (
     BLOCK_CELLS,
     Coverage,
     Decoder,
@@ -37,19 +50,6 @@ from genemodel.adapt.imputation import (
     decode_fraction,
     train_decoder,
 )
-from genemodel.adapt.posterior import (
-    expected_log1p,
-    posterior_draws,
-    posterior_gamma,
-    rate_quantiles,
-)
-from genemodel.adapt.training_cells import TrainingCells
-from genemodel.bundle.bundle import VOCABULARY, Bundle
-from genemodel.bundle.directory import IMPUTATION, read_model, write_model
-from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.errors import ConfigError, DataError
-from genemodel.expression.normalise import depth_factor
-from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.count_encoder import encoder_name
 from genemodel.settings import nearest, parse, some, to_values
 

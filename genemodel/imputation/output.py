@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 import numpy as np
 import pandas as pd
 
-from genemodel.adapt.imputation import BLOCK_CELLS
-from genemodel.adapt.imputation_model import GammaPosterior
-from genemodel.cells.source import Source
-from genemodel.errors import ConfigError
-from genemodel.inference.annotations import (
+from genemodel.cells.annotations import (
     annotations_of,
     copy_annotations,
     taken,
     write_element,
 )
-from genemodel.inference.impute_genes import Columns
+from genemodel.cells.source import Source
+from genemodel.errors import ConfigError
+from genemodel.imputation.impute_genes import Columns
+from genemodel.imputation.model import GammaPosterior
+from genemodel.imputation.training import BLOCK_CELLS
 from genemodel.writing import whole
 
 if TYPE_CHECKING:

@@ -17,7 +17,12 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from genemodel.adapt.imputation import (
+from genemodel.bundle.bundle import Bundle
+from genemodel.cells.source import Source
+from genemodel.errors import ConfigError, DataError
+from genemodel.expression.thinning import split_molecules
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import (
     BLOCK_CELLS,
     Decoder,
     DecoderSettings,
@@ -25,11 +30,6 @@ from genemodel.adapt.imputation import (
     TrainedDecoder,
     calibrated,
 )
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.bundle.bundle import Bundle
-from genemodel.cells.source import Source
-from genemodel.errors import ConfigError, DataError
-from genemodel.expression.thinning import split_molecules
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, blocks_of
 from genemodel.inference.progress import Progress

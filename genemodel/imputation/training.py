@@ -22,36 +22,36 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genemodel.adapt.backbone import (
+from genemodel.batches.batch import CellBatch, sums_within
+from genemodel.batches.loader import CellStream
+from genemodel.batches.transfer import on_device
+from genemodel.batches.views import View
+from genemodel.bundle.history import STEP
+from genemodel.errors import ConfigError, DataError
+from genemodel.expression.likelihood import MultinomialLoss
+from genemodel.expression.normalise import depth_factor
+from genemodel.finetuning.backbone import (
     STANDARDISED,
     Backbone,
     even_size,
     micro_batches,
     tuned,
 )
-from genemodel.adapt.head_run import HeadRun, out_of_bounds, train_head
-from genemodel.adapt.posterior import (
+from genemodel.finetuning.head_run import HeadRun, out_of_bounds, train_head
+from genemodel.finetuning.setting_ranges import check_numbers
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.heads.parts import LossPart
+from genemodel.imputation.posterior import (
     Floats,
     calibrate_dispersion,
     posterior_gamma,
     randomised_pit,
     tally_coverage,
 )
-from genemodel.adapt.setting_ranges import check_numbers
-from genemodel.adapt.training_cells import TrainingCells
-from genemodel.bundle.history import STEP
-from genemodel.cells.batch import CellBatch, sums_within
-from genemodel.cells.loader import CellStream
-from genemodel.cells.transfer import on_device
-from genemodel.cells.views import View
-from genemodel.errors import ConfigError, DataError
-from genemodel.expression.likelihood import MultinomialLoss
-from genemodel.expression.normalise import depth_factor
 from genemodel.model.count_encoder import VectorsBeside
 from genemodel.model.flops import encoder_flops
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.settings import to_values
-from genemodel.tasks.parts import LossPart
 from genemodel.train.reading import Built, Reading
 from genemodel.train.settings import OptimSettings
 
@@ -240,7 +240,7 @@ class _Prepared:
 class ImputationHead(nn.Module):
     """Shares of molecules ``softmax(<z + offset_b, e_g> + bias_g)``, and what they cost.
 
-    An objective (:class:`~genemodel.tasks.objective.Objective`) of one loss: nats a molecule that
+    An objective (:class:`~genemodel.heads.objective.Objective`) of one loss: nats a molecule that
     was not shown.
 
     Parameters

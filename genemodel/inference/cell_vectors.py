@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor, nn
 
+from genemodel.batches.batch import CellBatch
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.corpus import Corpus
+from genemodel.corpus.corpus import Corpus
+from genemodel.heads.decode_counts import CellProjection
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, corpus_chunks
 from genemodel.inference.forward import Forward
 from genemodel.inference.progress import Progress
-from genemodel.tasks.decode_counts import CellProjection
 
 
 def embedder(bundle: Bundle, *, batch_size: int | None = None, compile: bool = False) -> Forward:

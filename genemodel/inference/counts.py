@@ -13,12 +13,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from genemodel.batches.loader import Window
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.corpus import Corpus
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.loader import Window
 from genemodel.cells.source import Source
 from genemodel.cells.sources import open_source
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.model.devices import calculates_in_half

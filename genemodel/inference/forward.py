@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genemodel.batches.batch import CellBatch
+from genemodel.batches.loader import BATCHES_AHEAD, PACKING_THREADS, Window, inverse_medians, pack
+from genemodel.batches.packing import plan_bins
+from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.transfer import on_device
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.loader import BATCHES_AHEAD, PACKING_THREADS, Window, inverse_medians, pack
-from genemodel.cells.packing import plan_bins
-from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.transfer import on_device
 from genemodel.errors import ConfigError
 from genemodel.inference.counts import VocabularyChunk, precision, window_of
 from genemodel.model.devices import is_out_of_memory

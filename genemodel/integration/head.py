@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genemodel.adapt.setting_ranges import check_numbers
-from genemodel.cells.batch import CellBatch
+from genemodel.batches.batch import CellBatch
 from genemodel.errors import ConfigError
 from genemodel.expression.likelihood import negative_binomial_loss
+from genemodel.finetuning.setting_ranges import check_numbers
+from genemodel.heads.parts import LossPart
 from genemodel.model.count_encoder import CountEncoder
 from genemodel.model.flops import encoder_flops
 from genemodel.model.gene_model import Encoded
-from genemodel.tasks.parts import LossPart
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Prepared:
 class IntegrationHead(nn.Module):
     """Latent of a cell, and the decoder of its counts, which alone is told the batch.
 
-    An objective (:class:`~genemodel.tasks.objective.Objective`) of three losses: ``counts``, in
+    An objective (:class:`~genemodel.heads.objective.Objective`) of three losses: ``counts``, in
     nats a cell of all molecules whichever were shown; ``kl``; and ``label`` where there are labels.
 
     Parameters

@@ -13,26 +13,22 @@ import numpy as np
 import torch
 
 import genemodel
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.integration import Integration, train_integration
-from genemodel.adapt.integration_head import IntegrationSettings
-from genemodel.adapt.overcorrection import private_populations, vanished
-from genemodel.adapt.training_cells import TrainingCells
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.bundle.history import STEP
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.corpus import Corpus
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
+from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.inference.cell_vectors import corpus_vectors
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.gene_counts import GeneCounts, read_counts
-from genemodel.inference.integrated_model import IntegratedModel
 from genemodel.inference.obs_keys import (
     INTEGRATED,
     batch_names,
@@ -42,6 +38,10 @@ from genemodel.inference.obs_keys import (
     keys_of,
     label_codes,
 )
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.model import IntegratedModel
+from genemodel.integration.overcorrection import private_populations, vanished
+from genemodel.integration.training import Integration, train_integration
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
 from genemodel.settings import check_seed, to_values
 

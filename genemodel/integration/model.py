@@ -19,9 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from genemodel.adapt.integration import IntegrationNet
-from genemodel.adapt.integration_head import IntegrationHead, IntegrationSettings
-from genemodel.adapt.shared_clusters import SharedClusterCorrection
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import INTEGRATION, read_model, write_model
 from genemodel.bundle.history import no_history
@@ -32,6 +29,9 @@ from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import gene_order, read_counts
 from genemodel.inference.obs_keys import INTEGRATED, batch_names
+from genemodel.integration.head import IntegrationHead, IntegrationSettings
+from genemodel.integration.shared_clusters import SharedClusterCorrection
+from genemodel.integration.training import IntegrationNet
 from genemodel.model.count_encoder import CountEncoder, encoder_name
 from genemodel.settings import parse, some, to_values
 

@@ -17,27 +17,27 @@ import torch
 from scipy import sparse
 from torch import nn
 
-from genemodel.adapt.backbone import (
+from genemodel.batches.loader import CellStream
+from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.transfer import on_device
+from genemodel.batches.views import View
+from genemodel.expression.normalise import log_normalised, normalised
+from genemodel.expression.variable_genes import select_genes
+from genemodel.finetuning.backbone import (
     STANDARDISED,
     Backbone,
     even_size,
     micro_batches,
     tuned,
 )
-from genemodel.adapt.head_run import HeadRun, out_of_bounds, train_head
-from genemodel.adapt.integration_head import (
+from genemodel.finetuning.head_run import HeadRun, out_of_bounds, train_head
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.integration.head import (
     IntegrationHead,
     IntegrationSettings,
     start_at_vectors,
 )
-from genemodel.adapt.shared_clusters import SharedClusterCorrection
-from genemodel.adapt.training_cells import TrainingCells
-from genemodel.cells.loader import CellStream
-from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.transfer import on_device
-from genemodel.cells.views import View
-from genemodel.expression.normalise import log_normalised, normalised
-from genemodel.expression.variable_genes import select_genes
+from genemodel.integration.shared_clusters import SharedClusterCorrection
 from genemodel.model.count_encoder import CountEncoder, CountsBesideVectors
 from genemodel.model.gene_model import GeneModel
 from genemodel.settings import to_values

@@ -1,7 +1,7 @@
 """Scores of an embedding that need only numpy, scipy and scikit-learn.
 
 They answer in seconds, so they run in the demo, in tests and during fine-tuning; the neutral judges
-(scib-metrics) live in ``genemodel.evaluation.metrics``. Biology and batch are always reported
+(scib-metrics) live in ``genemodel.metrics.scib``. Biology and batch are always reported
 together: either of the two can be made perfect by destroying the other.
 
 Axes: C cells, D embedding width, K neighbours, B batches, T cell types.

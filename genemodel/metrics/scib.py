@@ -2,7 +2,7 @@
 
 The totals are those of scib-metrics (bio conservation, batch correction, 0.6 × bio + 0.4 × batch),
 computed with its metric functions and its defaults, without its plotting front end. Beside them
-stand scores of `genemodel.evaluation.light_metrics` that need no convention to be read, and a
+stand scores of `genemodel.metrics.light` that need no convention to be read, and a
 table per cell type.
 """
 
@@ -16,9 +16,9 @@ import pandas as pd
 
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
-from genemodel.evaluation import light_metrics
 from genemodel.expression.neighbours import nearest
 from genemodel.inference.collapse import effective_rank
+from genemodel.metrics import light as light_metrics
 
 if TYPE_CHECKING:
     from scib_metrics.nearest_neighbors import NeighborsResults
@@ -183,7 +183,7 @@ def score_cell_types(
     Returns
     -------
     pandas.DataFrame
-        The rows of `genemodel.evaluation.light_metrics.biology_and_batch` with the columns
+        The rows of `genemodel.metrics.light.biology_and_batch` with the columns
         ``method`` and ``cell_type`` before them; the cell type "all" is the whole.
     """
     if not embeddings:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genemodel.cells.batch import CellBatch
+from genemodel.batches.batch import CellBatch
 from genemodel.expression.normalise import log_normalised
 from genemodel.model.gene_model import Encoded
 

@@ -1,6 +1,6 @@
 """``GeneModel``: a transformer over the expressed genes of a cell.
 
-Axes as in ``genemodel.cells.batch``: T tokens, C cells, D width, H heads, K head width, V
+Axes as in ``genemodel.batches.batch``: T tokens, C cells, D width, H heads, K head width, V
 vocabulary, P knowledge tables, S species.
 """
 
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from genemodel.cells.batch import CellBatch
+from genemodel.batches.batch import CellBatch
 from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.model.attention import attend
 from genemodel.model.devices import full_precision, half_of, is_host
 from genemodel.model.settings import ModelSettings
 
-# value_T below this asks for the learned "value hidden" vector (see genemodel.tasks.masking).
+# value_T below this asks for the learned "value hidden" vector (see genemodel.heads.masking).
 HIDDEN_VALUE = -1.0
 
 
@@ -341,7 +341,7 @@ def initialise(module: nn.Module) -> None:
     vectors (hidden value, absent gene) normal, 0.02
     ==================================  ====================================================
 
-    Heads set their output biases from corpus statistics afterwards (``genemodel.tasks``).
+    Heads set their output biases from corpus statistics afterwards (``genemodel.heads``).
     """
     for part in module.modules():
         if isinstance(part, nn.Embedding):

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
-from genemodel.evaluation.report import Report
+from genemodel.reports.page import Report
 from genemodel.settings import some
 from genemodel.writing import remove, whole
 
 if TYPE_CHECKING:
-    from genemodel.inference.contamination import Contamination
+    from genemodel.embedding.contamination import Contamination
 
 # Metric -> heading in the terminal and the report, and which direction is better.
 COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
@@ -350,7 +350,7 @@ class EvaluationResult:
                     self.calls.to_csv(partial, index_label="cell")
 
     def report(self, *, umaps: bool = True) -> Report:
-        """Lay the comparison out as one page; see `genemodel.evaluation.report`."""
+        """Lay the comparison out as one page; see `genemodel.reports.page`."""
         if self.task == "integrate":
             return _integration_report(self, umaps).settings(self.settings)
         if self.task == "annotate":
@@ -414,7 +414,7 @@ def _opening(
     result: EvaluationResult, title: str, explanation: str, bars: list[str], caption: str
 ) -> Report:
     """Title, the table and the figure that matter, and what did not run."""
-    from genemodel.evaluation import plots
+    from genemodel.reports import plots
 
     settings = result.settings
     size = f"{settings.get('cells', 0):,} cells × {settings.get('genes', 0):,} genes"
@@ -504,7 +504,7 @@ def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
 
 def _umaps(result: EvaluationResult, across: int = 4) -> Iterator[tuple[np.ndarray, list[str]]]:
     """Panels of a few methods at a time; every figure starts with the state before."""
-    from genemodel.evaluation import plots
+    from genemodel.reports import plots
 
     keys = [result.settings.get("batch_key"), result.settings.get("label_key")]
     columns = [key for key in keys if key is not None]
@@ -540,7 +540,7 @@ def _cell_type_section(report: Report, cell_types: pd.DataFrame, order: list[str
 
 
 def _time_section(report: Report, summary: pd.DataFrame) -> None:
-    from genemodel.evaluation import plots
+    from genemodel.reports import plots
 
     costs = summary[["seconds", "peak_mb"]].rename(columns={"peak_mb": "peak MB"})
     report.section("Time and memory").figure(
@@ -551,7 +551,7 @@ def _time_section(report: Report, summary: pd.DataFrame) -> None:
 
 
 def _annotation_report(result: EvaluationResult) -> Report:
-    from genemodel.evaluation import plots
+    from genemodel.reports import plots
 
     report = _opening(
         result,
@@ -633,7 +633,7 @@ def _imputation_report(result: EvaluationResult) -> Report:
 
 
 def _coverage_section(report: Report, coverage: pd.DataFrame, order: list[str]) -> None:
-    from genemodel.evaluation import plots
+    from genemodel.reports import plots
 
     whole = coverage[coverage["entries"] == "all"]
     levels = sorted(whole["level"].unique())
@@ -657,7 +657,7 @@ def _coverage_section(report: Report, coverage: pd.DataFrame, order: list[str]) 
 
 
 def _count_section(report: Report, result: EvaluationResult, order: list[str]) -> None:
-    from genemodel.evaluation import plots
+    from genemodel.reports import plots
 
     statistics = dict(result.gene_statistics)
     observed = statistics.pop("held-out counts", None)

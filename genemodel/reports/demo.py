@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
-from genemodel.evaluation import light_metrics, plots
-from genemodel.evaluation.report import Report
 from genemodel.inference.collapse import effective_rank, mean_cosine
+from genemodel.metrics import light as light_metrics
+from genemodel.reports import plots
+from genemodel.reports.page import Report
 
 __all__ = ["DemoReport", "embedding_scores", "objective_table", "write_demo_report"]
 

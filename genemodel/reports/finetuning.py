@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from genemodel.evaluation import plots
-from genemodel.evaluation.report import Report
+from genemodel.reports import plots
+from genemodel.reports.page import Report
 
 _POINTS = 150
 

@@ -128,7 +128,7 @@ class Report:
     --------
     >>> report = Report("Two studies of lung")
     >>> report.section("Scores").text("Higher is better.")  # doctest: +ELLIPSIS
-    <genemodel.evaluation.report.Report object at ...>
+    <genemodel.reports.page.Report object at ...>
     >>> report.write("report.html")  # doctest: +SKIP
     """
 

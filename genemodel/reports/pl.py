@@ -13,15 +13,15 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation import plots
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
+from genemodel.reports import plots
 
 if TYPE_CHECKING:
     import anndata as ad
     from matplotlib.axes import Axes
 
-    from genemodel.cells.corpus import Corpus
-    from genemodel.evaluation.result import EvaluationResult
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.reports.comparison import EvaluationResult
 
 __all__ = [
     "annotation",
@@ -254,7 +254,7 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
     array of Axes
         One per metric.
     """
-    from genemodel.evaluation.result import COLUMNS
+    from genemodel.reports.comparison import COLUMNS
 
     table = result.summary()
     if metrics is None:

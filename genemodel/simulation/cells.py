@@ -34,10 +34,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from genemodel.cells.synthetic_biology import HOUSEKEEPING, PLATFORMS, PROGRAMS, TISSUES, TYPES
-from genemodel.cells.synthetic_kernels import alias_tables, describe_cells, draw_counts, scatter
 from genemodel.errors import ConfigError
 from genemodel.genes import GeneVocabulary
+from genemodel.simulation.biology import HOUSEKEEPING, PLATFORMS, PROGRAMS, TISSUES, TYPES
+from genemodel.simulation.kernels import alias_tables, describe_cells, draw_counts, scatter
 
 __all__ = ["SyntheticWorld", "synthetic", "synthetic_chunks"]
 

@@ -6,10 +6,10 @@ from itertools import batched
 
 import torch
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.loader import CellStream
-from genemodel.cells.order import Position
-from genemodel.cells.transfer import on_device
+from genemodel.batches.batch import CellBatch
+from genemodel.batches.loader import CellStream
+from genemodel.batches.order import Position
+from genemodel.batches.transfer import on_device
 
 
 class RankStream:

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from genemodel.batches.order import Position
 from genemodel.bundle.directory import read_tensors
-from genemodel.cells.order import Position
 from genemodel.errors import ConfigError
 from genemodel.model.flops import device_peak
 from genemodel.train.checkpoint import Checkpoint, newest_checkpoint

@@ -22,8 +22,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from genemodel.cells.batch import CellBatch
-from genemodel.cells.order import Position
+from genemodel.batches.batch import CellBatch
+from genemodel.batches.order import Position
 from genemodel.errors import GenemodelError
 from genemodel.model.devices import is_out_of_memory
 from genemodel.train import ranks as at
@@ -66,7 +66,7 @@ class Losses(nn.Module):
     model
         Encodes a micro-batch.
     objectives
-        See :class:`~genemodel.tasks.objective.Objective`.
+        See :class:`~genemodel.heads.objective.Objective`.
     """
 
     def __init__(self, model: nn.Module, objectives: nn.Module) -> None:

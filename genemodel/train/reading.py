@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from genemodel.cells.loader import Cells, CellStream
-from genemodel.cells.order import Layout
-from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.views import View
+from genemodel.batches.loader import Cells, CellStream
+from genemodel.batches.order import Layout
+from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.views import View
 from genemodel.train.data import RankStream
 
 
@@ -24,7 +24,7 @@ class Built:
     model
         Encodes a micro-batch.
     objectives
-        What is asked of it; see :class:`~genemodel.tasks.objective.Objective`.
+        What is asked of it; see :class:`~genemodel.heads.objective.Objective`.
     rate_shares
         Learning rates of the model's parameters by name, as shares of the run's.
     """

@@ -17,24 +17,24 @@ import torch
 from torch import Tensor
 
 import genemodel
+from genemodel.batches.loader import inverse_medians
+from genemodel.batches.order import ORDER_VERSION
+from genemodel.batches.views import View
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import file_of
 from genemodel.bundle.history import STEP, no_history
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import inverse_medians
-from genemodel.cells.manifest import MANIFEST
-from genemodel.cells.mapped import shared
-from genemodel.cells.order import ORDER_VERSION
-from genemodel.cells.split import Grouped, hold_out, usual_groups
-from genemodel.cells.views import View
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.manifest import MANIFEST
+from genemodel.corpus.mapped import shared
+from genemodel.corpus.split import Grouped, hold_out, usual_groups
 from genemodel.errors import ConfigError
+from genemodel.heads.labels import Labels
 from genemodel.model.compiling import compile_for_training
 from genemodel.model.devices import Ways, check_device
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import rate_shares
 from genemodel.settings import check_out_folder, difference, parse, to_values
-from genemodel.tasks.labels import Labels
 from genemodel.train.checkpoint import Checkpoint
 from genemodel.train.job import (
     Job,

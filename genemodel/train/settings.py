@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.tokens import TokenSettings
 from genemodel.errors import ConfigError
+from genemodel.heads.pretraining import PretrainingSettings
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings
 from genemodel.settings import PathText, check_seed
-from genemodel.tasks.pretraining import PretrainingSettings
 
 
 @dataclass(frozen=True)

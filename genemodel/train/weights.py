@@ -13,17 +13,17 @@ from torch import Tensor
 
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import DataError
 from genemodel.genes.knowledge import KnowledgeTable
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.heads.decode_counts import CountDecoder
+from genemodel.heads.labels import Labels
+from genemodel.heads.pretraining import PretrainingObjectives
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import merged, tune
 from genemodel.settings import to_values
-from genemodel.tasks.decode_counts import CountDecoder
-from genemodel.tasks.labels import Labels
-from genemodel.tasks.pretraining import PretrainingObjectives
 from genemodel.train.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 import genemodel as gm
-from genemodel.adapt.integration_head import IntegrationSettings
-from genemodel.cells.input_settings import InputSettings
-from genemodel.errors import ConfigError, DataError
-from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.annotate import (
+from genemodel.annotation.annotate import (
     AnnotateSettings,
     _Transfer,
     _unit,
     annotate_file,
     transfer_labels,
 )
-from genemodel.inference.embed import write_whole
+from genemodel.cells.input_settings import InputSettings
+from genemodel.embedding.embed import write_whole
+from genemodel.errors import ConfigError, DataError
+from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import read_counts
+from genemodel.integration.head import IntegrationSettings
 
 SHORT = IntegrationSettings(steps=150, passes=1, hidden=32, rank=16, latent=10, batch_cells=64)
 
@@ -219,7 +219,7 @@ def test_what_is_no_model_is_refused(cells):
 
 
 def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):
-    from genemodel.cli import main
+    from genemodel.command.cli import main
 
     cells["human"].write_h5ad(tmp_path / "human.h5ad")
     cells["mouse"].write_h5ad(tmp_path / "mouse.h5ad")

@@ -13,9 +13,8 @@ import scipy.sparse as sp
 from sklearn.metrics import roc_auc_score
 
 import genemodel as gm
-from genemodel.errors import ConfigError, DataError
-from genemodel.inference import label_head
-from genemodel.inference.label_head import (
+from genemodel.annotation import label_head
+from genemodel.annotation.label_head import (
     Novelty,
     Regression,
     calibration_error,
@@ -27,6 +26,7 @@ from genemodel.inference.label_head import (
     unit_logs,
     votes,
 )
+from genemodel.errors import ConfigError, DataError
 
 GENES = 400
 MEAN_COUNTS = 800

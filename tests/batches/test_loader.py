@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import CellStream, inverse_medians
-from genemodel.cells.order import EpochOrder, Layout, Position
-from genemodel.cells.packing import plan_bins
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.loader import CellStream, inverse_medians
+from genemodel.batches.order import EpochOrder, Layout, Position
+from genemodel.batches.packing import plan_bins
+from genemodel.batches.tokens import TokenSettings
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
 
 # Windows of 64 cells in four or five parts, so that a small corpus has many of them.

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from genemodel.cells import order as order_module
-from genemodel.cells.order import (
+from genemodel.batches import order as order_module
+from genemodel.batches.order import (
     BLOCK,
     MANY_CELLS,
     MOST_LANES,

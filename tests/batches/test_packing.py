@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import CellStream
-from genemodel.cells.packing import places_for, plan_bins, tail_pieces
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.loader import CellStream
+from genemodel.batches.packing import places_for, plan_bins, tail_pieces
+from genemodel.batches.tokens import TokenSettings
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError
 from genemodel.genes.vocabulary import PAD
 

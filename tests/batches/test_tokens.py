@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from genemodel.cells.tokens import (
+from genemodel.batches.tokens import (
     TokenSettings,
     pack_cells,
     published_sequence,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from genemodel.cells import transfer
-from genemodel.cells.transfer import Ahead, on_device
+from genemodel.batches import transfer
+from genemodel.batches.transfer import Ahead, on_device
 
 
 class LazyDevice:

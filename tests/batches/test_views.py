@@ -5,11 +5,11 @@ import pytest
 import scipy.sparse as sp
 from scipy import stats
 
-from genemodel.cells.held import HeldCells
-from genemodel.cells.loader import CellStream
-from genemodel.cells.order import Position
-from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.views import View, binomial
+from genemodel.batches.held import HeldCells
+from genemodel.batches.loader import CellStream
+from genemodel.batches.order import Position
+from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.views import View, binomial
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from genemodel.bundle.training_manifest import (
     TrainedSource,
     TrainingManifest,
 )
-from genemodel.cells.corpus import Corpus
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
 
 

@@ -64,7 +64,7 @@ def test_a_batch_that_is_unknown_is_missing():
 def test_it_is_said_once_for_a_source_and_stands_in_the_manifest(
     make_cells, vocabulary, tmp_path, caplog
 ):
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     files = []
     for n in (1, 2):

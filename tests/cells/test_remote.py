@@ -9,8 +9,8 @@ import fsspec
 import pytest
 
 from genemodel.cells import remote
-from genemodel.cells.corpus import Corpus
 from genemodel.cells.sources import open_source
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 
 SETTINGS = {"group_cells": 40, "chunk_cells": 16}

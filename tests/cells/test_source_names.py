@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from genemodel.cells.corpus import Corpus
 from genemodel.cells.source_names import Nameless, told_apart
 from genemodel.cells.sources import open_source
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError
 
 

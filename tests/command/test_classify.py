@@ -8,9 +8,9 @@ import torch
 
 import genemodel as gm
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.synthetic import synthetic
-from genemodel.cli import main
+from genemodel.command.cli import main
 from genemodel.errors import DataError
+from genemodel.simulation.cells import synthetic
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from genemodel import cli, config_files
+from genemodel.command import cli, config_files
 from genemodel.errors import ConfigError, DataError
 from genemodel.settings import _is_path, _members, is_address, parse, setting_types
 
@@ -295,7 +295,7 @@ def test_reading_a_commented_file(tmp_path: Path) -> None:
 
 
 def test_an_installation_without_files_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_files, "__file__", "/nowhere/genemodel/config_files.py")
+    monkeypatch.setattr(config_files, "__file__", "/nowhere/genemodel/command/config_files.py")
     with pytest.raises(ConfigError, match="install genemodel again"):
         config_files.config_folder()
 

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 import genemodel as gm
-from genemodel.cells.synthetic import synthetic
-from genemodel.demo import DemoSettings, demo
+from genemodel.command.demo import DemoSettings, demo
 from genemodel.errors import DataError
+from genemodel.simulation.cells import synthetic
 
 
 def test_generated_cells_to_report(tmp_path):

@@ -13,16 +13,16 @@ import pandas as pd
 import pytest
 
 import genemodel as gm
-from genemodel import config_files
-from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.synthetic import synthetic
-from genemodel.cli import main
-from genemodel.finetuning import FinetuneSettings, encoder_of
-from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.command import config_files
+from genemodel.command.cli import main
+from genemodel.command.finetune import FinetuneSettings, encoder_of
+from genemodel.corpus.corpus import Corpus
+from genemodel.imputation.model import ImputationModel
+from genemodel.integration.model import IntegratedModel
 from genemodel.model.tuning import TuningSettings
 from genemodel.settings import parse
+from genemodel.simulation.cells import synthetic
 from genemodel.train.loop import Loop
 
 TINY = [f"integration.{word}" for word in ("steps=6", "passes=0", "hidden=8", "rank=4", "latent=5")]
@@ -382,7 +382,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(mine, small_start, tmp_p
     assert main(for_task(mine, small_start, whole, words, *many)) == 0
     task = words[0].partition("=")[2]
     given = for_task(mine, small_start, parts, words, *many)
-    program = "import sys; from genemodel.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from genemodel.command.cli import main; sys.exit(main(sys.argv[1:]))"
     run = subprocess.Popen([sys.executable, "-c", program, *given])
     checkpoints = parts / RUNS[task] / "checkpoints"
     deadline = time.monotonic() + 120
@@ -404,7 +404,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(mine, small_start, tmp_p
 
 @pytest.mark.usefixtures("blank_report")
 def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatch, caplog):
-    from genemodel.adapt.integration_head import IntegrationHead
+    from genemodel.integration.head import IntegrationHead
 
     seen, prepare_itself = {True: [], False: []}, IntegrationHead.prepare
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from genemodel import cli
+from genemodel.command import cli
 
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -13,7 +13,7 @@ Typed = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with one file of human and one of mouse cells."""
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.simulation.cells import synthetic
 
     folder = tmp_path_factory.mktemp("cells")
     for name, adata in synthetic(60, n_genes=1000, seed=3).items():
@@ -37,7 +37,7 @@ def typed(
 
 
 def test_corpus_from_files_to_report(typed: Typed, cells: Path, tmp_path: Path) -> None:
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     status, out, err = typed("corpus", "build", f"sources={cells}/hum*.h5ad", "out=c")
     assert status == 0, err
@@ -76,7 +76,7 @@ def test_verify_names_the_damaged_file(typed: Typed, cells: Path, tmp_path: Path
 def test_a_sheet_gives_each_source_its_own_options(
     typed: Typed, cells: Path, tmp_path: Path
 ) -> None:
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     sheet = cells / "samples.csv"
     sheet.write_text(
@@ -155,7 +155,7 @@ def test_a_species_is_added_with_one_command(typed: Typed, tmp_path: Path) -> No
 
 
 def test_describe_knows_what_fine_tuning_writes(typed: Typed, tmp_path: Path) -> None:
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.simulation.cells import synthetic
 
     cells = synthetic(80, species=("human",), n_batches=2, n_genes=300, genes_per_cell=60, seed=1)
     cells["human"].write_h5ad(tmp_path / "cells.h5ad")

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from genemodel.cells import assembly, building, manifest, reading, store
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.corpus_kernels import fingerprints
+from genemodel.cells.kernels import fingerprints
 from genemodel.cells.obs_columns import COLUMNS
 from genemodel.cells.sources import SourceFile, open_source
+from genemodel.corpus import assembly, building, manifest, reading, store
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 
 

@@ -5,7 +5,7 @@ from base64 import b64decode
 import numpy as np
 import pytest
 
-from genemodel.cells.corpus import Corpus
+from genemodel.corpus.corpus import Corpus
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import tempfile
 import numpy as np
 import pytest
 
-from genemodel.cells import mapped
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import CellStream
-from genemodel.cells.mapped import mapped_once, shared
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.loader import CellStream
+from genemodel.batches.tokens import TokenSettings
+from genemodel.corpus import mapped
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.mapped import mapped_once, shared
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_processes_that_ask_at_once_make_it_once(folder):
     code = f"""
 import sys, tempfile, time
 import numpy as np
-from genemodel.cells import mapped
+from genemodel.corpus import mapped
 mapped.MAPPED_FROM = 1
 tempfile.tempdir = {str(folder)!r}
 def parts():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.split import hold_out, split_cells, usual_groups
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.split import hold_out, split_cells, usual_groups
 from genemodel.errors import ConfigError, DataError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.statistics import GeneStatistics, PrincipalGenes
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 
 
 @pytest.fixture(scope="module")

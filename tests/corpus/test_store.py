@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 
-from genemodel.cells import store
+from genemodel.corpus import store
 
 
 def test_threads_of_one_process_write_every_chunk(tmp_path, monkeypatch):

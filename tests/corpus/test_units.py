@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from genemodel.cells import assembly, engines, manifest, matrices, units
-from genemodel.cells.corpus import Corpus
+from genemodel.cells import matrices
 from genemodel.cells.sources import open_source
+from genemodel.corpus import assembly, engines, manifest, units
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 
@@ -314,8 +315,8 @@ def test_an_append_that_is_given_again_adds_its_cells_once(point, files, vocabul
 
 SCRIPT = """
 import os, signal, sys
-from genemodel.cells import assembly, units
-from genemodel.cells.corpus import Corpus
+from genemodel.corpus import assembly, units
+from genemodel.corpus.corpus import Corpus
 from genemodel.cells.sources import open_source
 from genemodel.genes.vocabulary import GeneVocabulary
 

@@ -4,8 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
-from genemodel.cells.corpus import Corpus, verify_corpus
-from genemodel.cells.manifest import Manifest, file_record, write_manifest
+from genemodel.corpus.corpus import Corpus, verify_corpus
+from genemodel.corpus.manifest import Manifest, file_record, write_manifest
 from genemodel.errors import DataError
 
 COUNTS = "cells.zarr/dataset_0/X/data/c/0"

@@ -10,17 +10,17 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.bundle import training_manifest
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.corpus import Corpus
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.synthetic import synthetic
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.integrate import integrate_cells
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.imputation.training import DecoderSettings
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.integrate import integrate_cells
 from genemodel.model.tuning import TuningSettings
+from genemodel.simulation.cells import synthetic
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.cells.synthetic import synthetic
+from genemodel.embedding.embed import EmbedSettings, embed_file
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference.embed import EmbedSettings, embed_file
+from genemodel.simulation.cells import synthetic
 
 
 @pytest.fixture(scope="module")

@@ -22,18 +22,18 @@ import scipy.sparse as sp
 import torch
 
 import genemodel as gm
-from genemodel.cells.synthetic import synthetic
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.tokens import TokenSettings
+from genemodel.embedding import embed as module
+from genemodel.embedding.embed import EmbedSettings, embed_file
 from genemodel.errors import ConfigError, DataError, GenemodelError
-from genemodel.inference import embed as module
 from genemodel.inference import ranks, workers
 from genemodel.inference.counts import SHARD_CELLS
-from genemodel.inference.embed import EmbedSettings, embed_file
 from genemodel.inference.forward import Forward, _Result
 from genemodel.inference.shards import Shards
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import to_values
+from genemodel.simulation.cells import synthetic
 
 KEY = "X_genemodel"
 
@@ -178,7 +178,8 @@ def test_kill_minus_nine_and_again_is_bit_identical(job, whole, tmp_path):
     script = textwrap.dedent(
         f"""
         import time
-        from genemodel.inference import embed, shards
+        from genemodel.embedding import embed
+        from genemodel.inference import shards
         embed.SHARD_CELLS = 64
         write = shards.Shards.write
         def slowly(self, number, values):

@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from genemodel.cells.synthetic import synthetic
 from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation
 from genemodel.evaluation.annotation import Called, Direction
@@ -14,6 +13,7 @@ from genemodel.evaluation.evaluate import EvaluateSettings, evaluate
 from genemodel.evaluation.methods import Method
 from genemodel.evaluation.sizes import run
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.simulation.cells import synthetic
 
 
 @pytest.fixture(scope="module")

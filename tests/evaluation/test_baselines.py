@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.imputation_model import ImputationModel
 from genemodel.errors import DataError
 from genemodel.evaluation import baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions, highly_variable
-from genemodel.evaluation.imputation_metrics import mcv_split, score_denoised
-from genemodel.evaluation.light_metrics import knn_accuracy, same_batch_share
 from genemodel.expression.normalise import log_normalised
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import DecoderSettings
+from genemodel.metrics.imputation import mcv_split, score_denoised
+from genemodel.metrics.light import knn_accuracy, same_batch_share
 
 INSTALLED = {
     name: importlib.util.find_spec(name) is not None for name in ("harmonypy", "scanorama", "scvi")
@@ -310,8 +310,8 @@ def test_a_hushed_library_says_nothing(capsys):
 
 def test_a_projection_on_a_corpus_is_its_pca(small_start, small_vocabulary):
     """The corpus's own cells: their scores are those of a decomposition written out here."""
-    from genemodel.cells.corpus import Corpus
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.corpus.corpus import Corpus
+    from genemodel.simulation.cells import synthetic
 
     cells = synthetic(
         240, species=("human",), n_genes=500, genes_per_cell=60, seed=1, vocabulary=small_vocabulary

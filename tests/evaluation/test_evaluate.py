@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import seurat
 from genemodel.evaluation.baselines import Conditions
@@ -25,9 +24,10 @@ from genemodel.evaluation.evaluate import (
     evaluate,
 )
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
-from genemodel.evaluation.result import EvaluationResult
 from genemodel.evaluation.sizes import run
-from genemodel.inference.integrate import integrate
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.integrate import integrate
+from genemodel.reports.comparison import EvaluationResult
 
 HAS_SCIB = importlib.util.find_spec("scib_metrics") is not None
 needs_scib = pytest.mark.skipif(
@@ -221,7 +221,7 @@ def quick_scores(monkeypatch):
         table.attrs["undefined"] = {}
         return table
 
-    monkeypatch.setattr("genemodel.evaluation.metrics.score_embeddings", score)
+    monkeypatch.setattr("genemodel.metrics.scib.score_embeddings", score)
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: "here" if name == "scib_metrics" else real(name)
@@ -499,7 +499,7 @@ def test_the_meter_sees_time_and_memory():
 
 @pytest.fixture(scope="module")
 def human_cells():
-    from genemodel.cells.synthetic import synthetic
+    from genemodel.simulation.cells import synthetic
 
     return synthetic(60, species=("human",), n_genes=300, genes_per_cell=80, seed=0)["human"]
 
@@ -543,14 +543,14 @@ def test_it_says_how_many_cells_the_models_were_trained_on(
     random_bundle, human_cells, tmp_path, monkeypatch
 ):
     from genemodel.bundle.training_manifest import TrainingManifest
-    from genemodel.cells.corpus import Corpus
+    from genemodel.corpus.corpus import Corpus
 
     corpus = Corpus.build({"ours": human_cells}, tmp_path / "corpus")
     training = TrainingManifest.of(corpus, np.arange(45))
     replace(random_bundle, training=training).save(tmp_path / "known" / "bundle")
     random_bundle.save(tmp_path / "earlier" / "bundle")
     monkeypatch.setattr("genemodel.evaluation.evaluate._model_methods", lambda *models: {})
-    monkeypatch.setattr("genemodel.inference.annotate.MIN_REFERENCE", 10)
+    monkeypatch.setattr("genemodel.annotation.annotate.MIN_REFERENCE", 10)
     monkeypatch.setattr("genemodel.evaluation.annotation.MIN_REFERENCE", 10)
     result = evaluate(
         human_cells, task="annotate", batch_key="batch", label_key="cell_type",
@@ -572,7 +572,7 @@ def test_it_says_how_many_cells_the_models_were_trained_on(
 
 def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
     """The hook hands over the right columns and gives back the right array."""
-    import genemodel.inference.integrate
+    import genemodel.integration.integrate
 
     asked = []
 
@@ -581,7 +581,7 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
         asked.append((batch_key, label_key, model, seed))
         adata.obsm["X_integrated"] = np.full((adata.n_obs, 2), seed, np.float32)
 
-    monkeypatch.setattr(genemodel.inference.integrate, "integrate", integrate)
+    monkeypatch.setattr(genemodel.integration.integrate, "integrate", integrate)
     conditions = Conditions(batch_key="batch", label_key="cell_type", seed=5)
     for name in ("genemodel", "genemodel_labels"):
         array = METHODS["integrate"][name].run(human_cells, conditions)
@@ -591,8 +591,8 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
 
 
 def test_our_imputations_share_one_training(human_cells, monkeypatch):
-    from genemodel.adapt.imputation import DecoderSettings
-    from genemodel.adapt.imputation_model import ImputationModel
+    from genemodel.imputation.model import ImputationModel
+    from genemodel.imputation.training import DecoderSettings
 
     trainings = []
     train = ImputationModel.train

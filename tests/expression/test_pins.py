@@ -13,19 +13,21 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from genemodel.adapt import overcorrection
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.integration import train_integration
-from genemodel.adapt.integration_head import IntegrationSettings
-from genemodel.adapt.shared_clusters import SharedClusterCorrection
-from genemodel.adapt.training_cells import TrainingCells
-from genemodel.evaluation import baselines, imputation_baselines, imputation_metrics, plots
-from genemodel.evaluation import light_metrics as lm
+from genemodel.annotation.annotate import transfer_labels
+from genemodel.evaluation import baselines, imputation_baselines
 from genemodel.evaluation.baselines import Conditions
 from genemodel.expression.variable_genes import select_genes, variable_counts
-from genemodel.inference.annotate import transfer_labels
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import DecoderSettings
+from genemodel.integration import overcorrection
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.shared_clusters import SharedClusterCorrection
+from genemodel.integration.training import train_integration
+from genemodel.metrics import imputation as imputation_metrics
+from genemodel.metrics import light as lm
+from genemodel.reports import plots
 
 PINS = Path(__file__).with_name("pins.json")
 # A training, and a layout still more, take a rounding further; the rest is as good as float32.

@@ -9,16 +9,16 @@ import torch
 from device_traffic import DeviceTraffic, as_if_on_a_device, emptied_to, fake_cuda, moved_to
 
 import genemodel as gm
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import (
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.imputation.training import (
     DecoderSettings,
     ImputationHead,
     SparseCountEncoder,
     train_decoder,
 )
-from genemodel.adapt.integration import train_integration
-from genemodel.adapt.integration_head import IntegrationHead, IntegrationSettings
-from genemodel.adapt.training_cells import TrainingCells
+from genemodel.integration.head import IntegrationHead, IntegrationSettings
+from genemodel.integration.training import train_integration
 from genemodel.model.count_encoder import CountEncoder, CountsBesideBackbone
 from genemodel.train.loop import Loop
 from genemodel.train.settings import TrainerSettings

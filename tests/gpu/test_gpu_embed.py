@@ -5,7 +5,7 @@ import pytest
 
 import genemodel as gm
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.synthetic import synthetic
+from genemodel.simulation.cells import synthetic
 
 
 @pytest.fixture(scope="module")

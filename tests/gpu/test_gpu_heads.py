@@ -5,8 +5,8 @@ import pytest
 
 import genemodel as gm
 from genemodel import DecoderSettings, IntegrationSettings
-from genemodel.adapt.head_run import HeadRun
-from genemodel.inference.integrate import integrate_cells
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.integration.integrate import integrate_cells
 from genemodel.model.tuning import TuningSettings
 from genemodel.train.settings import TrainerSettings
 

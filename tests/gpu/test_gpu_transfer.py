@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from genemodel.cells.transfer import on_device
+from genemodel.batches.transfer import on_device
 
 
 def digest(batch):

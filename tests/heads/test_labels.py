@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genemodel.errors import ConfigError
-from genemodel.tasks.labels import LabelHead, Labels, LabelSettings, fitted_temperature
+from genemodel.heads.labels import LabelHead, Labels, LabelSettings, fitted_temperature
 
 CODES = np.array([0, 1, 1, -1, 2, 1, 1, 0], np.int32)
 LABELS = Labels(("a", "b", "c"), CODES, np.array([20, 200, 2]))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from genemodel.cells.statistics import GeneStatistics
+from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError
 from genemodel.genes.vocabulary import MASK, N_SPECIAL
+from genemodel.heads.masked_gene import MaskedGeneSettings
+from genemodel.heads.masking import choose, uniform
+from genemodel.heads.pretraining import PretrainingObjectives, PretrainingSettings
 from genemodel.model.gene_model import HIDDEN_VALUE, GeneModel
 from genemodel.model.settings import ModelSettings
-from genemodel.tasks.masked_gene import MaskedGeneSettings
-from genemodel.tasks.masking import choose, uniform
-from genemodel.tasks.pretraining import PretrainingObjectives, PretrainingSettings
 
 N_TOKENS = 203
 
@@ -150,8 +150,8 @@ def test_every_objective_starts_near_its_trivial_predictor_and_learns(pack_rando
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, on_host):
-    from genemodel.tasks import masked_gene
-    from genemodel.tasks.masked_gene import ChunkedCrossEntropy, MaskedGeneHead
+    from genemodel.heads import masked_gene
+    from genemodel.heads.masked_gene import ChunkedCrossEntropy, MaskedGeneHead
 
     monkeypatch.setattr(masked_gene, "is_host", lambda _: on_host)
     monkeypatch.setattr(ChunkedCrossEntropy, "BUFFER", 5 * N_TOKENS)  # five rows a chunk
@@ -175,8 +175,8 @@ def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, on_host):
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_chunked_cross_entropy_makes_only_the_gradients_that_are_asked_for(monkeypatch, on_host):
-    from genemodel.tasks import masked_gene
-    from genemodel.tasks.masked_gene import MaskedGeneHead
+    from genemodel.heads import masked_gene
+    from genemodel.heads.masked_gene import MaskedGeneHead
 
     monkeypatch.setattr(masked_gene, "is_host", lambda _: on_host)
     torch.manual_seed(0)
@@ -328,7 +328,7 @@ def test_every_head_keeps_to_the_one_contract(away):
     import ast
     import inspect
 
-    from genemodel.tasks import pretraining
+    from genemodel.heads import pretraining
 
     tree = ast.parse(inspect.getsource(pretraining))
     called = [node.func.id for node in ast.walk(tree)

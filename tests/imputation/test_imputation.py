@@ -7,16 +7,16 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.imputation import (
+from genemodel.errors import ConfigError, DataError
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.imputation.training import (
     Decoder,
     DecoderSettings,
     ImputationHead,
     decode_fraction,
     train_decoder,
 )
-from genemodel.adapt.training_cells import TrainingCells
-from genemodel.errors import ConfigError, DataError
 
 
 def train(counts, batch=None, settings=None, *, seed=0):

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from genemodel.adapt.imputation import (
+from genemodel.errors import DataError
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import (
     Decoder,
     DecoderSettings,
     SparseCountEncoder,
     start_at_vectors,
 )
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.errors import DataError
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=3, batch_cells=32, learning_rate=1e-2)
 N, G = 90, 50

@@ -11,21 +11,21 @@ import scipy.sparse as sp
 import torch
 
 import genemodel as gm
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.posterior import (
+from genemodel.command.cli import main
+from genemodel.corpus.statistics import GeneStatistics
+from genemodel.errors import ConfigError, DataError
+from genemodel.expression.thinning import split_molecules
+from genemodel.heads.decode_counts import CountDecoder
+from genemodel.imputation import impute as module
+from genemodel.imputation.posterior import (
     posterior_gamma,
     randomised_pit,
     tally_coverage,
 )
-from genemodel.cells.statistics import GeneStatistics
-from genemodel.cells.synthetic import synthetic
-from genemodel.cli import main
-from genemodel.errors import ConfigError, DataError
-from genemodel.expression.thinning import split_molecules
-from genemodel.inference import impute as module
+from genemodel.imputation.training import DecoderSettings
 from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
-from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.simulation.cells import synthetic
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
 
@@ -475,7 +475,7 @@ def test_missing_batches_paths_and_few_cells_are_refused(cells, tmp_path):
 
 
 def test_a_posterior_too_large_for_memory_is_refused(done, monkeypatch):
-    from genemodel.adapt import imputation_model
+    from genemodel.imputation import model as imputation_model
 
     monkeypatch.setattr(imputation_model, "LARGEST_IN_MEMORY", 1e5)
     with pytest.raises(ConfigError, match="fewer rows"):

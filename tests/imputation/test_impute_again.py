@@ -6,12 +6,13 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.cells.synthetic import synthetic
-from genemodel.cli import main
+from genemodel.command.cli import main
 from genemodel.errors import ConfigError, DataError
-from genemodel.inference import impute, impute_pretrained
+from genemodel.imputation import impute
+from genemodel.imputation import pretrained as impute_pretrained
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.training import DecoderSettings
+from genemodel.simulation.cells import synthetic
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
 

@@ -9,21 +9,21 @@ import scipy.sparse as sp
 import torch
 
 import genemodel as gm
-from genemodel.adapt.imputation import DecoderSettings, ImputationHead
-from genemodel.adapt.imputation_model import ImputationModel
-from genemodel.adapt.posterior import posterior_gamma, randomised_pit, tally_coverage
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.statistics import GeneStatistics
-from genemodel.cells.synthetic import synthetic
-from genemodel.cli import main
+from genemodel.command.cli import main
+from genemodel.corpus.corpus import Corpus
+from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
-from genemodel.inference import impute as module
-from genemodel.inference import impute_pretrained
+from genemodel.heads.decode_counts import CountDecoder
+from genemodel.imputation import impute as module
+from genemodel.imputation import pretrained as impute_pretrained
+from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.posterior import posterior_gamma, randomised_pit, tally_coverage
+from genemodel.imputation.training import DecoderSettings, ImputationHead
 from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
 from genemodel.settings import parse
-from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.simulation.cells import synthetic
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 

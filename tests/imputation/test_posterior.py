@@ -8,7 +8,8 @@ import scipy.sparse as sp
 from scipy import stats
 
 import genemodel as gm
-from genemodel.adapt.posterior import (
+from genemodel.errors import DataError
+from genemodel.imputation.posterior import (
     calibrate_dispersion,
     expected_log1p,
     posterior_draws,
@@ -18,7 +19,6 @@ from genemodel.adapt.posterior import (
     rubin_pool,
     tally_coverage,
 )
-from genemodel.errors import DataError
 
 
 @pytest.fixture

@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import genemodel as gm
+from genemodel.annotation.annotate import annotate
+from genemodel.batches.tokens import TokenSettings
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.statistics import GeneStatistics
-from genemodel.cells.synthetic import synthetic
-from genemodel.cells.tokens import TokenSettings
+from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError
+from genemodel.heads.decode_counts import CountDecoder
+from genemodel.imputation.impute_genes import Unmeasured
 from genemodel.inference import forward as module
-from genemodel.inference.annotate import annotate
 from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.forward import Forward, compiles, places
 from genemodel.inference.gene_counts import read_counts
-from genemodel.inference.impute_genes import Unmeasured
 from genemodel.model.devices import is_out_of_memory
-from genemodel.tasks.decode_counts import CountDecoder
+from genemodel.simulation.cells import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_compiling_depends_on_all_cells_and_not_on_the_share_of_a_device():
 
 def test_the_embedding_is_the_slow_obvious_loop(random_bundle, human):
     """One cell a batch, on one thread, without anything ahead."""
-    from genemodel.cells.loader import inverse_medians, pack
+    from genemodel.batches.loader import inverse_medians, pack
     from genemodel.inference.counts import window_of
 
     cells = VocabularyCells(human, random_bundle)

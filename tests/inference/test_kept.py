@@ -10,13 +10,13 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.adapt.imputation import DecoderSettings
-from genemodel.adapt.integration_head import IntegrationSettings
+from genemodel.cells.annotations import copy_annotations, read_annotations
 from genemodel.cells.sources import open_source
-from genemodel.cells.synthetic import synthetic
-from genemodel.cli import main
+from genemodel.command.cli import main
 from genemodel.errors import DataError
-from genemodel.inference.annotations import copy_annotations, read_annotations
+from genemodel.imputation.training import DecoderSettings
+from genemodel.integration.head import IntegrationSettings
+from genemodel.simulation.cells import synthetic
 
 BRIEF = IntegrationSettings(steps=4, passes=0, hidden=8, rank=4, latent=5)
 TINY = [f"integration.{word}" for word in ("steps=4", "passes=0", "hidden=8", "rank=4", "latent=5")]
@@ -360,7 +360,7 @@ def test_a_table_of_counts_alone_gets_no_invented_columns(awkward, tmp_path):
 def test_a_column_that_no_file_holds_is_named_before_work(
     awkward, tmp_path, monkeypatch, column, values, said, ending
 ):
-    monkeypatch.setattr("genemodel.adapt.imputation_model.ImputationModel.train", None)
+    monkeypatch.setattr("genemodel.imputation.model.ImputationModel.train", None)
     adata = awkward.copy()
     adata.obs[column] = values
     with pytest.raises(DataError, match=said):

@@ -10,10 +10,10 @@ import pytest
 import scipy.sparse as sp
 
 import genemodel as gm
-from genemodel.adapt.integration_head import IntegrationSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.neighbours import nearest
-from genemodel.inference.integrated_model import IntegratedModel
+from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.model import IntegratedModel
 
 N_GENES = 300
 QUICK = IntegrationSettings(steps=400, passes=1, hidden=48, rank=24, latent=12, batch_cells=64)
@@ -306,9 +306,9 @@ def test_settings_that_make_no_run_are_refused():
 
 def test_a_type_that_vanishes_is_named_in_a_warning(integrated, caplog):
     """The guard, fed a result in which the private type was moved onto another one."""
-    from genemodel.adapt.integration import Integration
-    from genemodel.adapt.training_cells import TrainingCells
-    from genemodel.inference.integrate import _guard
+    from genemodel.finetuning.training_cells import TrainingCells
+    from genemodel.integration.integrate import _guard
+    from genemodel.integration.training import Integration
 
     adata, model = integrated
     kind = adata.obs["cell_type"].astype("category").cat.codes.to_numpy().astype(int)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy import sparse
 
-from genemodel.adapt.head_run import HeadRun
-from genemodel.adapt.integration import train_integration
-from genemodel.adapt.integration_head import IntegrationHead, IntegrationSettings
-from genemodel.adapt.training_cells import TrainingCells
 from genemodel.expression.variable_genes import select_genes
+from genemodel.finetuning.head_run import HeadRun
+from genemodel.finetuning.training_cells import TrainingCells
+from genemodel.integration.head import IntegrationHead, IntegrationSettings
+from genemodel.integration.training import train_integration
 from genemodel.model.count_encoder import CountEncoder
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from genemodel.adapt.integration_head import (
+from genemodel.integration.head import (
     IntegrationHead,
     IntegrationSettings,
     gaussian_kl,

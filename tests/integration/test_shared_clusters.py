@@ -6,17 +6,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from genemodel.adapt import shared_clusters
-from genemodel.adapt.overcorrection import private_populations, vanished
-from genemodel.adapt.shared_clusters import (
+from genemodel.expression.groups import rows_by_group
+from genemodel.expression.neighbours import nearest
+from genemodel.integration import shared_clusters
+from genemodel.integration.overcorrection import private_populations, vanished
+from genemodel.integration.shared_clusters import (
     SharedClusterCorrection,
     _mass,
     _paired_at_once,
     _paired_by_batch,
     shared_evidence,
 )
-from genemodel.expression.groups import rows_by_group
-from genemodel.expression.neighbours import nearest
 
 
 def points(seed=0, n=90, private=True):

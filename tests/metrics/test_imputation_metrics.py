@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from scipy import stats
 
 from genemodel.errors import DataError
-from genemodel.evaluation.imputation_metrics import (
+from genemodel.metrics.imputation import (
     count_agreement,
     expression_bins,
     gene_statistics,

@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation import light_metrics as lm
+from genemodel.metrics import light as lm
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from genemodel.errors import DataError
-from genemodel.evaluation.metrics import (
+from genemodel.metrics.scib import (
     BATCH,
     BIO,
     _Measure,

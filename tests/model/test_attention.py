@@ -5,8 +5,8 @@ import pytest
 import torch
 from device_traffic import DeviceTraffic, fake_cuda
 
-from genemodel.cells.packing import plan_bins
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.packing import plan_bins
+from genemodel.batches.tokens import TokenSettings
 from genemodel.model.attention import (
     attend,
     attend_padded,

@@ -4,12 +4,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from genemodel.adapt.imputation import Decoder, DecoderSettings, SparseCountEncoder
-from genemodel.cells.batch import sums_within
-from genemodel.cells.held import HeldCells
-from genemodel.cells.loader import CellStream
-from genemodel.cells.tokens import TokenSettings
-from genemodel.cells.views import View
+from genemodel.batches.batch import sums_within
+from genemodel.batches.held import HeldCells
+from genemodel.batches.loader import CellStream
+from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.views import View
+from genemodel.imputation.training import Decoder, DecoderSettings, SparseCountEncoder
 from genemodel.model.count_encoder import CountEncoder
 
 COUNTS = sp.csr_matrix(np.random.default_rng(0).poisson(0.7, (50, 30)).astype(np.float32))

@@ -140,8 +140,8 @@ def test_flops_equal_torchs_counter(pack_random, change):
 
 
 def test_gene_head_flops_equal_torchs_counter():
-    from genemodel.cells.statistics import GeneStatistics
-    from genemodel.tasks.masked_gene import MaskedGeneHead
+    from genemodel.corpus.statistics import GeneStatistics
+    from genemodel.heads.masked_gene import MaskedGeneHead
 
     head = MaskedGeneHead(32, GeneStatistics.empty(2, 203))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

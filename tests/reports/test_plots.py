@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation import pl, plots
-from genemodel.evaluation.result import EvaluationResult
+from genemodel.reports import pl, plots
+from genemodel.reports.comparison import EvaluationResult
 
 RNG = np.random.default_rng(0)
 

@@ -14,12 +14,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation.demo_report import (
+from genemodel.reports.demo import (
     embedding_scores,
     objective_table,
     write_demo_report,
 )
-from genemodel.evaluation.report import Report, number_text
+from genemodel.reports.page import Report, number_text
 
 
 class _Reader(HTMLParser):

@@ -11,10 +11,10 @@ from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
-from genemodel.cells import synthetic_kernels as kernels
-from genemodel.cells.synthetic import SyntheticWorld, synthetic, synthetic_chunks
 from genemodel.errors import ConfigError
 from genemodel.genes import GeneVocabulary
+from genemodel.simulation import kernels as kernels
+from genemodel.simulation.cells import SyntheticWorld, synthetic, synthetic_chunks
 
 COLUMNS = ["cell_type", "batch", "donor", "dataset", "species", "assay", "tissue"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from genemodel.config_files import compose
+from genemodel.command.config_files import compose
 from genemodel.settings import parse
 from genemodel.train.settings import PretrainSettings
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genemodel.cells.order import Position
+from genemodel.batches.order import Position
 from genemodel.settings import parse
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.loop import Loop, Losses, Progress

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import CellStream
-from genemodel.cells.packing import deal
-from genemodel.cells.tokens import TokenSettings
+from genemodel.batches.loader import CellStream
+from genemodel.batches.packing import deal
+from genemodel.batches.tokens import TokenSettings
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError
 from genemodel.model.devices import is_out_of_memory
 from genemodel.settings import parse

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from genemodel.batches.loader import CellStream
+from genemodel.batches.order import Position
+from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.bundle import Bundle
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.loader import CellStream
-from genemodel.cells.order import Position
-from genemodel.cells.tokens import TokenSettings
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse

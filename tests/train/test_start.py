@@ -7,11 +7,11 @@ import torch
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import TrainingManifest
-from genemodel.cells.corpus import Corpus
-from genemodel.cells.synthetic import synthetic
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes import GeneVocabulary
 from genemodel.settings import parse
+from genemodel.simulation.cells import synthetic
 from genemodel.train import recipe
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.loop import Loop
