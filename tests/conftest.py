@@ -11,7 +11,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that two processes end together."""
-    first = ("test_resume.py", "test_demo.py", "test_recipe.py")
+    first = (
+        "test_faults.py",
+        "test_resume.py",
+        "test_corruption.py",
+        "test_demo.py",
+        "test_recipe.py",
+    )
     items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 9)
 
 

@@ -208,7 +208,7 @@ def _go_on() -> None:
 @contextmanager
 def _said_once(again: bool) -> Iterator[None]:
     """Keep what opening a source says to itself where it is opened again."""
-    room = logging.getLogger(__package__)
+    room = logging.getLogger("genemodel.cells")  # whose sources they are
     level = room.level
     if again:
         room.setLevel(logging.ERROR)

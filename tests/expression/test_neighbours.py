@@ -63,10 +63,9 @@ def test_a_gpu_finds_the_same_as_the_processor():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "recall"), [(10, 0.99), (50, 0.97)])
-def test_above_the_limit_nearly_all_neighbours_are_found(width, recall):
-    """25,000 cells, searched in themselves and by others: the true 15 of 500 of them."""
-    values, others = blobs(25_000, width), blobs(20_000, width, seed=1)
-    assert not room.is_exact(len(others), len(values))
+def test_the_approximate_search_finds_nearly_all_neighbours(width, recall):
+    """6,000 cells, searched in themselves and by others: the true 15 of 500 of them."""
+    values, others = blobs(6_000, width), blobs(2_000, width, seed=1)
     for query in (values, others):
         index, distance = room._by_pynndescent(query, values, 15)
         exact = NearestNeighbors(n_neighbors=15, algorithm="brute").fit(values)
