@@ -96,3 +96,12 @@ def test_editors_see_what_is_reached_on_first_use() -> None:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'embbed'"):
         genemodel.embbed  # noqa: B018
+
+
+def test_names_of_the_version_before_are_still_there() -> None:
+    from genemodel.adapt.integration_net import IntegrationSettings
+    from genemodel.cli import main
+    from genemodel.command import cli
+
+    assert main is cli.main
+    assert IntegrationSettings is genemodel.IntegrationSettings

@@ -34,7 +34,7 @@ ORDER = (
     ("reports",),
     ("evaluation",),
     ("command",),
-    ("__main__", "adapt"),  # adapt: one name of the version before
+    ("__main__", "adapt", "cli"),  # adapt, cli: names of the version before
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
