@@ -634,6 +634,25 @@ MUTANTS = (
         "annotation/test_label_head.py::test_the_limit_is_set_on_types_left_out_but_keeps_known_cells",
     ),
     mutant(
+        "same-draw", "evaluation/sizes.py",
+        "default_rng((size, draw))", "default_rng(size)",
+        "all draws of a size are of the same cells",
+        "evaluation/test_sizes.py::test_every_method_sees_the_same_cells_of_every_draw",
+    ),
+    mutant(
+        "corpus-mean", "evaluation/baselines.py",
+        "average_SK[species_C], \"f4\"", "0 * average_SK[species_C], \"f4\"",
+        "cells are projected on a corpus without taking its mean off",
+        "evaluation/test_baselines.py::test_a_projection_on_a_corpus_is_its_pca",
+    ),
+    mutant(
+        "second-rows", "inference/gene_counts.py",
+        "column_N = np.flatnonzero(at_G >= 0)",
+        "column_N = np.array([g for g, w in enumerate(at_G) if w >= 0 and w not in at_G[:g]])",
+        "of a gene that stands in several columns the first alone counts",
+        "imputation/test_impute_again.py::test_rows_that_were_made_unique_lose_no_counts",
+    ),
+    mutant(
         "hidden-labels", "evaluation/evaluate.py",
         "label.mask(hidden_C, None)", "label.where(hidden_C, None)",
         "the complement of the labels is hidden",

@@ -251,8 +251,9 @@ def evaluate(
         cells = annotation.shared_genes(cells, batch_key)
         size["genes that all batches have"] = cells.n_vars
     chosen |= given
-    if corpus is None:
-        chosen.pop("corpus_pca", None)
+    if corpus is None and "corpus_pca" in chosen:
+        del chosen["corpus_pca"]
+        skipped["corpus_pca"] = "it projects on a corpus; name its folder with corpus"
     conditions = Conditions(
         corpus=None if corpus is None else _corpus(corpus),
         reading=reading,

@@ -18,9 +18,12 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation.evaluate import MIN_CELLS, EvaluateSettings, evaluate, read_cells
 from genemodel.reports.comparison import COLUMNS
 from genemodel.settings import check_out_folder
+from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from genemodel.embedding.contamination import Contamination
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +49,15 @@ class SizesResult:
         Methods that did not run on some draw: (size, draw, method) to the reason.
     encoders
         Ours: method to what turned counts into what is scored.
+    contamination
+        Models that were given: how many cells of every draw they had been trained on.
     """
 
     task: str
     table: pd.DataFrame
     skipped: dict[tuple[int, int, str], str] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
+    contamination: "dict[str, list[Contamination]]" = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{size:,}" for size in sorted(set(self.table["size"])))
@@ -76,6 +82,13 @@ class SizesResult:
         draws = self.table["draw"].nunique()
         parts.append(f"Means of {draws} draw{'s' if draws > 1 else ''} of each size.")
         parts += [f"{name}: {encoder}" for name, encoder in self.encoders.items()]
+        for name, draws_of in self.contamination.items():
+            counts = [one.n_found for one in draws_of if one.n_found is not None]
+            said = draws_of[0].text()
+            if counts:
+                n_cells = sum(one.n_cells for one in draws_of)
+                said = f"{sum(counts):,} of {n_cells:,} cells, of all draws, were in its training"
+            parts.append(f"{name}: {said}.")
         parts += [
             f"{size:,} cells, draw {draw}: {method} {reason}"
             for (size, draw, method), reason in self.skipped.items()
@@ -89,7 +102,6 @@ def evaluate_sizes(
     sizes: Sequence[int],
     draws: int = 3,
     out: str | Path | None = None,
-    umaps: bool = False,
     **options: Any,
 ) -> SizesResult:
     """Score methods on random draws of several numbers of cells.
@@ -104,8 +116,6 @@ def evaluate_sizes(
         Draws of each; the number of the draw is the seed of every method on it.
     out
         Folder: ``sizes.csv``, and the report of every draw in ``SIZE/DRAW``.
-    umaps
-        Draw UMAPs into these reports.
     **options
         The other settings of ``evaluate``.
 
@@ -140,15 +150,14 @@ def evaluate_sizes(
     tables: list[pd.DataFrame] = []
     skipped: dict[tuple[int, int, str], str] = {}
     encoders: dict[str, str] = {}
+    contamination: dict[str, list[Contamination]] = {}
     for size in wanted:
         for draw in range(draws):
             rows = np.random.default_rng((size, draw)).choice(adata.n_obs, size, replace=False)
             logger.info("%s cells, draw %d of %d", f"{size:,}", draw + 1, draws)
             part = None if folder is None else folder / str(size) / str(draw)
             try:
-                result = evaluate(
-                    adata[np.sort(rows)].copy(), seeds=(draw,), out=part, umaps=umaps, **options
-                )
+                result = evaluate(adata[np.sort(rows)].copy(), seeds=(draw,), out=part, **options)
             except DataError as error:
                 # A draw may lack a second batch, and the next one have it.
                 skipped[size, draw, "all methods"] = str(error)
@@ -157,12 +166,16 @@ def evaluate_sizes(
             tables.append(result.table.assign(size=size, draw=draw))
             skipped |= {(size, draw, name): why for name, why in result.skipped.items()}
             encoders |= result.encoders
+            for name, found in result.contamination.items():
+                contamination.setdefault(name, []).append(found)
             if folder is not None:
                 # Written after every draw: what has been scored is not lost with what follows.
-                pd.concat(tables).to_csv(folder / "sizes.csv", index=False)
+                with whole(folder / "sizes.csv") as partial:
+                    pd.concat(tables).to_csv(partial, index=False)
     if not tables:
         raise DataError(f"{where}: nothing could be scored on any draw: {skipped}")
-    return SizesResult(task, pd.concat(tables, ignore_index=True), skipped, encoders)
+    table = pd.concat(tables, ignore_index=True)
+    return SizesResult(task, table, skipped, encoders, contamination)
 
 
 def run(settings: EvaluateSettings) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import DataError
 from genemodel.evaluation import baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions, highly_variable
@@ -331,5 +332,11 @@ def test_a_projection_on_a_corpus_is_its_pca(small_start, small_vocabulary):
     # Cells are projected one by one: which others come along changes nothing.
     few_CK = baselines.corpus_pca(cells[::7].copy(), conditions(corpus=corpus, n_comps=4))
     np.testing.assert_allclose(few_CK, found_CK[::7], atol=1e-4)
+    # Names in a column that the comparison was told of.
+    renamed = cells.copy()
+    renamed.var["here"] = renamed.var_names
+    renamed.var_names = [f"row {i}" for i in range(renamed.n_vars)]
+    told = conditions(corpus=corpus, n_comps=4, reading=InputSettings(column="here"))
+    np.testing.assert_allclose(baselines.corpus_pca(renamed, told), found_CK, atol=1e-4)
     with pytest.raises(DataError, match="corpus="):
         baselines.corpus_pca(cells, conditions())

@@ -6,8 +6,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from genemodel.embedding.contamination import Contamination
 from genemodel.errors import ConfigError
+from genemodel.evaluation import sizes
 from genemodel.evaluation.sizes import evaluate_sizes
+from genemodel.reports.comparison import EvaluationResult
 
 
 @pytest.fixture
@@ -62,3 +65,22 @@ def test_every_method_sees_the_same_cells_of_every_draw(cells, tmp_path):
 def test_what_cannot_be_is_refused_before_any_work(cells, options, said):
     with pytest.raises(ConfigError, match=said):
         evaluate_sizes(cells, task="impute", **options)
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [(True, "model run: 6 of 60 cells, of all draws, were in its training."),
+     (False, "model run: unknown whether these cells were in its training")],
+)  # fmt: skip
+def test_it_says_what_a_model_had_seen_of_all_draws(cells, monkeypatch, known, said):
+    def evaluate(part, **_):
+        seen_C = np.arange(part.n_obs) < part.n_obs // 10
+        found = Contamination(seen_C if known else None, part.n_obs, {}, True, 0.0)
+        row = {"method": "none", "metric": "total", "value": 0.5}
+        return EvaluationResult(
+            "integrate", pd.DataFrame([row]), {}, contamination={"model run": found}
+        )
+
+    monkeypatch.setattr(sizes, "evaluate", evaluate)
+    result = evaluate_sizes(cells, sizes=[20, 40], draws=1)
+    assert said in result.text()
