@@ -3,21 +3,13 @@
 Axes: C cells, G genes, D embedding width.
 """
 
-import copy
-import ctypes
-import gc
 import importlib
 import importlib.util
 import logging
-import resource
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,10 +17,18 @@ import scipy.sparse as sp
 
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.missing_labels import without_placeholders
-from genemodel.errors import ConfigError, DataError, GenemodelError
+from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation import annotation
-from genemodel.evaluation.baselines import Conditions, column, tuned
-from genemodel.evaluation.methods import Denoised, Method, Own, choose
+from genemodel.evaluation.baselines import Conditions, column
+from genemodel.evaluation.meter import Meter
+from genemodel.evaluation.methods import FAILURES, MIN_CELLS, Denoised, Method, Own, choose
+from genemodel.evaluation.models import (
+    Model,
+    contaminations,
+    loaded,
+    model_methods,
+    refuse_unreadable,
+)
 from genemodel.inference.obs_keys import check_label_is_no_batch
 from genemodel.metrics import imputation as imputation_metrics
 from genemodel.metrics import scib as metrics
@@ -39,27 +39,10 @@ from genemodel.settings import check_out_folder, check_seed, nearest
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from genemodel.bundle.bundle import Bundle
     from genemodel.corpus.corpus import Corpus
-    from genemodel.embedding.contamination import Contamination
-    from genemodel.integration.model import IntegratedModel
 
 logger = logging.getLogger(__name__)
 
-# What a published method may raise on data that it cannot handle: it fails, the comparison goes on.
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-MIN_CELLS = 10
 COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
@@ -99,7 +82,7 @@ def evaluate(
     batch_key: str | None = None,
     label_key: str | None = None,
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
-    models: "Sequence[str | Path | Bundle | IntegratedModel]" = (),
+    models: "Sequence[str | Path | Model]" = (),
     obsm: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     max_cells: int | None = None,
@@ -187,11 +170,8 @@ def evaluate(
     seeds = tuple(seeds)
     if not seeds:
         raise ConfigError("seeds is empty: give at least one, seeds=[0]")
-    if task == "impute" and (obsm or models):
-        raise ConfigError(
-            "obsm and models give embeddings, which task=impute cannot score; genemodel.impute, "
-            "the method 'genemodel', learns from the data themselves"
-        )
+    if task == "impute" and obsm:
+        raise ConfigError("obsm gives embeddings, which task=impute cannot score: leave it out")
     if not 0.0 <= hidden_labels < 1.0:
         raise ConfigError(f"hidden_labels={hidden_labels}: a share of the cells, from 0 to below 1")
     if hidden_labels and label_key is None:
@@ -228,11 +208,11 @@ def evaluate(
     if task == "integrate":
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
         skipped |= _leave_out_learners(chosen, cells, label_key)
-    loaded = _loaded(models)
-    _refuse_unreadable(loaded, cells, reading)
-    own = _model_methods(loaded, backbones, reading)
+    ready = loaded(models, task)
+    refuse_unreadable(ready, cells, reading)
+    own = model_methods(ready, task, backbones, reading)
     given = {f"obsm:{key}": _standing(key) for key in obsm} | own
-    contaminations = _contaminations(loaded, cells, reading)
+    contaminated = contaminations(ready, cells, reading)
     size = {"cells": cells.n_obs, "genes": cells.n_vars}
     directions: list[annotation.Direction] = []
     if task == "annotate":
@@ -281,7 +261,7 @@ def evaluate(
         result = comparison.annotate(directions)
     else:
         result = comparison.impute(keep, tuple(mixture))
-    result.contamination = contaminations
+    result.contamination = contaminated
     result.encoders = {name: m.encoder for name, m in chosen.items() if m.encoder}
     result.settings = {
         "data": where,
@@ -450,202 +430,6 @@ def _standing(key: str) -> Method:
         return np.asarray(cast(Any, adata.obsm[key]))
 
     return Method(read, kind="own")
-
-
-def _loaded(
-    models: "Sequence[str | Path | Bundle | IntegratedModel]",
-) -> "dict[str, Bundle | IntegratedModel]":
-    """Trained models by name, loaded now: a wrong path is refused before anything runs."""
-    from genemodel.bundle.given import model_for
-    from genemodel.loading import EMBED
-
-    found: dict[str, Bundle | IntegratedModel] = {}
-    for number, given in enumerate(models):
-        name = f"model {number}"
-        model = model_for("embed", EMBED, given)
-        if isinstance(given, str | Path):
-            name = f"model {_short_name(Path(given))}"
-            if name in found:  # runs of one name: the folders above tell them apart
-                name = f"model {Path(given)}"
-        if name in found:
-            raise ConfigError(f"models: {given} is named twice")
-        found[name] = model
-    return found
-
-
-def _refuse_unreadable(
-    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
-) -> None:
-    """Refuse models that cannot read these cells before any method runs."""
-    from genemodel.bundle.bundle import Bundle
-    from genemodel.inference.counts import VocabularyCells
-
-    for name, model in models.items():
-        try:
-            if isinstance(model, Bundle):
-                VocabularyCells(cells, model, reading)
-            else:
-                model.encode(cells[:MIN_CELLS].copy(), **reading.options())
-        except GenemodelError as error:
-            raise type(error)(f"{name} cannot read these cells: {error}") from error
-        except FAILURES:
-            continue  # of a few cells; all of them may do
-
-
-def _contaminations(
-    models: "Mapping[str, Bundle | IntegratedModel]", cells: "AnnData", reading: InputSettings
-) -> "dict[str, Contamination]":
-    """How many of the cells each model was trained on, for those that can read them."""
-    from genemodel.embedding.contamination import contamination
-
-    found = {}
-    for name, model in models.items():
-        try:
-            found[name] = contamination(cells, model, **reading.options())
-        except GenemodelError:
-            continue  # it will fail as a method, with the reason
-        logger.info("%s: %s", name, found[name].text())
-    return found
-
-
-def _model_methods(
-    models: "Mapping[str, Bundle | IntegratedModel]",
-    backbones: Sequence[Tune] = ("frozen",),
-    reading: InputSettings | None = None,
-) -> dict[str, Method]:
-    """Methods for trained models."""
-    reading = reading or InputSettings()
-    from genemodel.integration.model import IntegratedModel
-
-    found: dict[str, Method] = {}
-    for name, model in models.items():
-        if isinstance(model, IntegratedModel):
-            beside = (
-                "a network on counts, beside the cell vectors of a frozen transformer"
-                if model.bundle is not None
-                else "a network on counts; no transformer"
-            )
-            found[name] = Method(_encoder(model, reading), kind="ours", encoder=beside)
-            continue
-        bundle = model
-        shape = bundle.model.settings
-        transformer = f"the transformer ({shape.layers} × {shape.width})"
-        found[name] = Method(
-            _embedder(bundle, reading),
-            kind="ours",
-            encoder=f"{transformer} as it is, not trained here",
-        )
-        for tune in backbones:
-            found[f"{name} {'tuned' if tune == 'frozen' else tune}"] = Method(
-                _tuner(bundle, tune, reading), kind="ours", seeded=True,
-                encoder=f"a network on counts, beside the cell vectors of {transformer}, {tune}",
-            )  # fmt: skip
-        found[f"{name} untrained"] = Method(
-            _untrained(bundle, reading), kind="control", seeded=True
-        )
-    return found
-
-
-def _short_name(path: Path) -> str:
-    """Name the run that a model lies in: ``runs/lung/backbone/bundle`` is lung's backbone."""
-    parts = list(path.resolve().parts)
-    if len(parts) > 1 and parts[-1] in ("bundle", "model"):
-        parts.pop()
-    return "/".join(parts[-2:]) if parts[-1] == "backbone" else parts[-1]
-
-
-def _encoder(model: "IntegratedModel", reading: InputSettings) -> Any:
-    def encode(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        return model.encode(adata, **reading.options())
-
-    return encode
-
-
-def _embedder(bundle: "Bundle", reading: InputSettings) -> Any:
-    def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        from genemodel.embedding.embed import embed
-        from genemodel.inference.obs_keys import EMBEDDED
-
-        cells = adata.copy()
-        embed(cells, bundle, **reading.options())
-        return np.asarray(cast(Any, cells.obsm[EMBEDDED]))
-
-    return embed
-
-
-def _tuner(bundle: "Bundle", backbone: Tune, reading: InputSettings) -> Any:
-    def tune(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        options = reading.options()
-        return tuned(adata, conditions, model=bundle, backbone=backbone, **options)
-
-    return tune
-
-
-def _untrained(bundle: "Bundle", reading: InputSettings) -> Any:
-    """Control: the same architecture with the matrices drawn anew."""
-
-    def embed(adata: "AnnData", conditions: Conditions) -> np.ndarray:
-        import torch
-
-        model = copy.deepcopy(bundle.model)
-        draw = torch.Generator(device="cpu").manual_seed(conditions.seed)
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.ndim >= 2:
-                    noise = torch.randn(weight.shape, generator=draw)
-                    weight.copy_(0.02 * noise.to(weight))
-        return np.asarray(_embedder(replace(bundle, model=model), reading)(adata, conditions))
-
-    return embed
-
-
-class Meter:
-    """Wall time, and the peak of this process's memory above where it started.
-
-    A thread reads the resident memory fifty times a second. What earlier work freed is given back
-    to the system first where that is possible (glibc); what it did not give back and the method
-    takes over is not seen, so the figure is a lower bound. Where the system has no ``/proc``, the
-    growth of the process's own peak stands in.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.peak_mb = 0.0
-        self._stop = threading.Event()
-
-    def __enter__(self) -> Self:
-        gc.collect()
-        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if give_back is not None:
-            give_back(0)
-        self._before = self._highest = _resident_mb()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        self._start = time.perf_counter()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self._highest = max(self._highest, _resident_mb())
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.seconds = time.perf_counter() - self._start
-        self._stop.set()
-        self._thread.join()
-        self.peak_mb = max(self._highest, _resident_mb()) - self._before
-
-
-def _resident_mb() -> float:
-    statistics = Path("/proc/self/statm")
-    if statistics.exists():
-        return int(statistics.read_text().split()[1]) * resource.getpagesize() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 @dataclass

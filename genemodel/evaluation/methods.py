@@ -21,10 +21,25 @@ from genemodel.settings import nearest
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["METHODS", "Denoised", "Method", "Own", "Task", "choose"]
+__all__ = ["FAILURES", "METHODS", "MIN_CELLS", "Denoised", "Method", "Own", "Task", "choose"]
 
 type Task = Literal["integrate", "impute", "annotate"]
 type Own = Callable[..., Any]
+
+# What a published method may raise on data that it cannot handle: it fails, the comparison goes on.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+MIN_CELLS = 10
 
 # What reads the counts in our methods where no model is given: the transformer takes no part.
 ON_COUNTS = "a network on the counts of these cells; no transformer"

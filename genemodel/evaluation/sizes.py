@@ -15,7 +15,8 @@ import pandas as pd
 
 from genemodel.cells.input_settings import NAMES, InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation.evaluate import MIN_CELLS, EvaluateSettings, evaluate, read_cells
+from genemodel.evaluation.evaluate import EvaluateSettings, evaluate, read_cells
+from genemodel.evaluation.methods import MIN_CELLS
 from genemodel.reports.comparison import COLUMNS
 from genemodel.settings import check_out_folder
 from genemodel.writing import whole

@@ -45,9 +45,14 @@ _SETTLED, _STRETCHES = 2048, 32
 _ROUNDS = 2
 
 
+def has_decoder(bundle: Bundle) -> bool:
+    """Whether the model can impute without training."""
+    return "decode_counts.gene.weight" in bundle.heads
+
+
 def refuse_without_decoder(bundle: Bundle) -> None:
     """Refuse a model that cannot impute without training."""
-    if "decode_counts.gene.weight" in bundle.heads:
+    if has_decoder(bundle):
         return
     has = ", ".join(sorted({name.split(".")[0] for name in bundle.heads})) or "no heads"
     raise ConfigError(

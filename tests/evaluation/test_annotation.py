@@ -283,9 +283,9 @@ def test_trained_models_read_all_genes(cells, monkeypatch):
         given["genes"] = adata.n_vars
         return np.nan_to_num(one_hot(adata, conditions))
 
-    monkeypatch.setattr("genemodel.evaluation.evaluate._loaded", lambda models: {})
+    monkeypatch.setattr("genemodel.evaluation.evaluate.loaded", lambda models, task: {})
     monkeypatch.setattr(
-        "genemodel.evaluation.evaluate._model_methods",
+        "genemodel.evaluation.evaluate.model_methods",
         lambda *models: {"model mine": Method(embed, kind="ours")},
     )
     result = evaluate(

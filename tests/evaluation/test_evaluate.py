@@ -15,16 +15,12 @@ import scipy.sparse as sp
 from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.evaluation import seurat
 from genemodel.evaluation.baselines import Conditions
-from genemodel.evaluation.evaluate import (
-    EvaluateSettings,
-    Meter,
-    _Comparison,
-    _loaded,
-    _model_methods,
-    evaluate,
-)
+from genemodel.evaluation.evaluate import EvaluateSettings, _Comparison, evaluate
+from genemodel.evaluation.meter import Meter
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
+from genemodel.evaluation.models import loaded, model_methods
 from genemodel.evaluation.sizes import run
+from genemodel.imputation.training import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import integrate
 from genemodel.reports.comparison import EvaluationResult
@@ -506,8 +502,10 @@ def human_cells():
 
 def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_cells, tmp_path):
     random_bundle.save(tmp_path / "mine" / "bundle")
-    found = _model_methods(
-        _loaded([tmp_path / "mine" / "bundle", random_bundle]), ("frozen", "lora")
+    found = model_methods(
+        loaded([tmp_path / "mine" / "bundle", random_bundle], "integrate"),
+        "integrate",
+        ("frozen", "lora"),
     )
     assert list(found) == [
         "model mine", "model mine tuned", "model mine lora", "model mine untrained",
@@ -526,17 +524,54 @@ def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_ce
     np.testing.assert_allclose(again, as_it_is, atol=1e-5)
 
 
+def test_models_impute_as_they_are_and_tuned(small_start, small_vocabulary, tmp_path):
+    import genemodel as gm
+    from genemodel.simulation.cells import synthetic
+
+    bundle = gm.load(small_start / "run" / "bundle", device="cpu")
+    cells = synthetic(
+        90, species=("human",), n_genes=300, genes_per_cell=60, vocabulary=small_vocabulary
+    )["human"]
+    cells.var_names = [*cells.var_names[:-1], "of no vocabulary"]
+    trained = gm.impute(cells[:, :200].copy(), settings=DecoderSettings(epochs=2))
+    trained.save(tmp_path / "lung" / "imputation_model")
+    result = evaluate(
+        cells, task="impute", batch_key="batch", methods=["gene_mean"],
+        models=[bundle, replace(bundle, heads={}), tmp_path / "lung" / "imputation_model"],
+    )  # fmt: skip
+    assert not result.skipped
+    scored = result.table.pivot(index="method", columns="metric", values="value")
+    # The second bundle has no count decoder, so that it imputes nothing as it is.
+    assert {name for name in scored.index if name.startswith("model")} == {
+        "model 0", "model 0 tuned", "model 1 tuned", "model lung",
+    }  # fmt: skip
+    assert scored["poisson"].notna().all()
+    np.testing.assert_allclose(
+        scored["poisson"]["model 0 tuned"], scored["poisson"]["model 1 tuned"], rtol=1e-5
+    )
+    as_they_are = scored["poisson"][["model 0", "model 0 tuned", "model lung", "gene_mean"]]
+    assert as_they_are.nunique() == 4
+    assert "genes that it does not know at their mean" in result.encoders["model 0"]
+    assert "frozen" in result.encoders["model 1 tuned"]
+    with pytest.raises(ConfigError, match="cannot impute"):
+        evaluate(cells, task="impute", models=[cells])
+
+
 def test_models_of_one_name_are_told_apart_by_their_folders(random_bundle, tmp_path):
     paths = [tmp_path / a / "lung" / "bundle" for a in ("one", "two")]
     paths.append(tmp_path / "third" / "backbone" / "bundle")
     for path in paths:
         random_bundle.save(path)
-    names = [name for name in _model_methods(_loaded(paths)) if not name.endswith(" tuned")]
+    names = [
+        name
+        for name in model_methods(loaded(paths, "integrate"), "integrate")
+        if not name.endswith(" tuned")
+    ]
     assert [name for name in names if "untrained" not in name] == [
         "model lung", f"model {paths[1]}", "model third/backbone",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="is named twice"):
-        _loaded([paths[0], paths[1], paths[1]])
+        loaded([paths[0], paths[1], paths[1]], "integrate")
 
 
 def test_it_says_how_many_cells_the_models_were_trained_on(
@@ -549,7 +584,7 @@ def test_it_says_how_many_cells_the_models_were_trained_on(
     training = TrainingManifest.of(corpus, np.arange(45))
     replace(random_bundle, training=training).save(tmp_path / "known" / "bundle")
     random_bundle.save(tmp_path / "earlier" / "bundle")
-    monkeypatch.setattr("genemodel.evaluation.evaluate._model_methods", lambda *models: {})
+    monkeypatch.setattr("genemodel.evaluation.evaluate.model_methods", lambda *models: {})
     monkeypatch.setattr("genemodel.annotation.annotate.MIN_REFERENCE", 10)
     monkeypatch.setattr("genemodel.evaluation.annotation.MIN_REFERENCE", 10)
     result = evaluate(
