@@ -546,11 +546,7 @@ def test_models_impute_as_they_are_and_tuned(small_start, small_vocabulary, tmp_
         "model 0", "model 0 tuned", "model 1 tuned", "model lung",
     }  # fmt: skip
     assert scored["poisson"].notna().all()
-    np.testing.assert_allclose(
-        scored["poisson"]["model 0 tuned"], scored["poisson"]["model 1 tuned"], rtol=1e-5
-    )
-    as_they_are = scored["poisson"][["model 0", "model 0 tuned", "model lung", "gene_mean"]]
-    assert as_they_are.nunique() == 4
+    assert scored["poisson"].nunique() == len(scored)
     assert "genes that it does not know at their mean" in result.encoders["model 0"]
     assert "frozen" in result.encoders["model 1 tuned"]
     with pytest.raises(ConfigError, match="cannot impute"):
