@@ -692,8 +692,16 @@ class Loop:
             fill=float(np.mean([batch.fill for batch in batches])),
             forward_flops=int(objectives.forward_flops(self.losses.model, lengths)),
             waited_s=stream.waited_s,
-            minutes=self._session_minutes,
+            minutes_left=self._minutes_left(),
         )
+
+    def _minutes_left(self) -> float | None:
+        """Minutes until the session or the schedule ends by the clock; None without such an end."""
+        ends = [
+            (self.settings.max_minutes, self._session_minutes),
+            (self.optim.horizon_minutes, self.progress.minutes),
+        ]
+        return min((allowed - spent for allowed, spent in ends if allowed), default=None)
 
 
 def _wanted(wishes: list[float]) -> list[Any]:

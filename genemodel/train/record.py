@@ -174,9 +174,9 @@ class Record:
         fill: float,
         forward_flops: int,
         waited_s: float,
-        minutes: float,
+        minutes_left: float | None,
     ) -> None:
-        """Note one step; write a row where one is due."""
+        """Note one step; write a row where one is due. ``minutes_left`` of those allowed."""
         self._rows.append(
             {
                 **{f"train/{name}": x for name, x in losses.items()},
@@ -216,11 +216,11 @@ class Record:
         if not self.active:
             return
         append_row(self.run / METRICS, row)
-        self._say(step, row, minutes)
+        self._say(step, row, minutes_left)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
-    def _say(self, step: int, row: Mapping[str, float], minutes: float) -> None:
+    def _say(self, step: int, row: Mapping[str, float], minutes_left: float | None) -> None:
         losses = "  ".join(
             f"{k.removeprefix('train/')} {v:.3f}" for k, v in row.items() if k.startswith("train/")
         )
@@ -234,16 +234,16 @@ class Record:
         logger.info(
             "step %s/%s  %s  lr %.2g  %.0f cells/s  fill %.3f  data wait %.0f %%  %s",
             f"{step:,}", f"{self.settings.max_steps:,}", losses, row["lr"], row["cells_per_s"],
-            row["fill"], 100 * row["data_wait"], self._left(step, row["seconds"], minutes),
+            row["fill"], 100 * row["data_wait"], self._left(step, row["seconds"], minutes_left),
         )  # fmt: skip
 
-    def _left(self, step: int, seconds: float, minutes: float) -> str:
+    def _left(self, step: int, seconds: float, minutes_left: float | None) -> str:
         """Say how long it will be, and whether the time allowed ends it before."""
         per_step = seconds / max(step - self._first, 1)
         left = (self.settings.max_steps - step) * per_step
-        allowed = 60 * (self.settings.max_minutes - minutes)
-        if not self.settings.max_minutes or left <= allowed:
+        if minutes_left is None or left <= 60 * minutes_left:
             return f"{duration(left)} left"
+        allowed = 60 * minutes_left
         there = step + int(allowed / max(per_step, 1e-9))
         return (
             f"{duration(max(0.0, allowed))} left of the time allowed, at about step {there:,} of "

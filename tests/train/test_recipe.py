@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -179,7 +180,8 @@ def test_the_saved_state_knows_the_look_at_its_step(tiny_corpus, tmp_path, caplo
     assert step == 6 and best == min(totals)
 
 
-def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path):
+def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path, caplog):
+    caplog.set_level("INFO", logger="genemodel")
     timed = settings(tiny_corpus, tmp_path / "run", max_steps=100_000, log_every=1)
     timed = dataclasses.replace(
         timed, optim=dataclasses.replace(timed.optim, warmup_steps=1, horizon_minutes=0.1)
@@ -190,6 +192,8 @@ def test_the_schedule_can_be_told_minutes(tiny_corpus, tmp_path):
     found = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found.about["ended"] == "horizon" and found.step < 100_000
     assert (tmp_path / "run" / "bundle" / "model.json").exists()
+    told = re.findall(r"step 2/100,000 .*  (\d+)m(\d\d)s left of the time allowed", caplog.text)
+    assert told and int(told[0][0]) == 0 and int(told[0][1]) <= 6
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def noted(kept, steps):
     for step in steps:
         kept.step(
             step, losses={"a": 1.0 / step}, trivial={}, lr=0.1, norm=float(step), cells=step,
-            tokens=10 * step, fill=0.5 + step / 100, forward_flops=1, waited_s=0.0, minutes=0.0,
+            tokens=10 * step, fill=0.5 + step / 100, forward_flops=1, waited_s=0.0,
+            minutes_left=None,
         )  # fmt: skip
 
 
