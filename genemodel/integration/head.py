@@ -56,6 +56,10 @@ class IntegrationSettings:
         Whether the anchor-gated correction is fitted after training.
     gene_vectors
         Whether the genes start from the gene vectors of a pre-trained model, where there is one.
+    few_cells
+        With fewer cells than this to train on, the latent is linear components of the cells and
+        what the network adds to them in few passes: a twentieth of the cells, but 10. 0 for never,
+        which is so where labels are given.
     """
 
     n_genes: int = 2000
@@ -77,6 +81,7 @@ class IntegrationSettings:
     label_weight: float = 20.0
     correct: bool = True
     gene_vectors: bool = False
+    few_cells: int = 500
 
     def __post_init__(self) -> None:
         """Refuse values that no run can be made with."""
@@ -84,7 +89,7 @@ class IntegrationSettings:
             self,
             positive=("n_genes", "latent", "hidden", "rank", "steps", "batch_cells"),
             shares=("warm_up", "keep_min", "kl_ramp", "dropout", "feature_dropout"),
-            not_negative=("passes", "weight_decay", "kl_weight", "label_weight"),
+            not_negative=("passes", "few_cells", "weight_decay", "kl_weight", "label_weight"),
         )
         if self.keep_min == 0 or self.peak_rate <= 0 or self.max_norm <= 0:
             raise ConfigError("keep_min, peak_rate and max_norm must be above 0.")
@@ -123,6 +128,9 @@ class IntegrationHead(nn.Module):
     share_B
         Share of the cells in each batch, which a cell of unknown batch is decoded at: a batch of
         one cell says next to nothing. The same for all by default.
+    linear
+        Whether the encoder lays linear components beside its hidden units, as many as the latent is
+        wide: the latent starts there.
     """
 
     place_V: Tensor
@@ -141,11 +149,18 @@ class IntegrationHead(nn.Module):
         n_labels: int = 0,
         mean_share_G: np.ndarray | None = None,
         share_B: Tensor | None = None,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         width, latent, rank = settings.hidden, settings.latent, settings.rank
         self.settings, self.n_genes = settings, n_genes
-        self.to_mean, self.to_log_var = nn.Linear(width, latent), nn.Linear(width, latent)
+        read = width + latent if linear else width
+        self.to_mean, self.to_log_var = nn.Linear(read, latent), nn.Linear(read, latent)
+        if linear:
+            # The mean starts at the components; what the hidden units say is added to them.
+            with torch.no_grad():
+                self.to_mean.weight.copy_(torch.eye(latent, read).roll(width, 1))
+                self.to_mean.bias.zero_()
         nn.init.zeros_(self.to_log_var.weight)
         nn.init.constant_(self.to_log_var.bias, -2.0)
         self.decode_in = nn.Linear(latent + n_batches, width)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 import genemodel
@@ -26,8 +27,9 @@ from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.cell_vectors import corpus_vectors
+from genemodel.inference.cell_vectors import corpus_vectors, encode
 from genemodel.inference.collapse import collapse, warn_of_collapse
+from genemodel.inference.counts import VocabularyChunk
 from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.obs_keys import (
     INTEGRATED,
@@ -39,6 +41,7 @@ from genemodel.inference.obs_keys import (
     label_codes,
 )
 from genemodel.integration.head import IntegrationSettings
+from genemodel.integration.linear_start import MakesVectors
 from genemodel.integration.model import IntegratedModel
 from genemodel.integration.overcorrection import private_populations, vanished
 from genemodel.integration.training import Integration, train_integration
@@ -47,7 +50,6 @@ from genemodel.settings import check_seed, to_values
 
 if TYPE_CHECKING:
     import pandas as pd
-    import scipy.sparse as sp
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
@@ -184,13 +186,16 @@ def integrate_cells(
     code_C = np.searchsorted(np.array(batches, dtype=object), name_C)
     live = bundle is not None and tuning.tune != "frozen"
     vocabulary = None
-    features_CF = None
+    features_CF = species_C = None
     if isinstance(data, Corpus):
         vocabulary = data.vocabulary if bundle is None else bundle.vocabulary
         genes = [str(token) for token in range(len(vocabulary))]
         if bundle is not None and not live:
             features_CF = corpus_vectors(data, bundle)
         cells = TrainingCells.of_corpus(data, code_C, label_C=label_C, held_out=held_out, seed=seed)
+        if bundle is not None:
+            code_N, names = data.codes("species")
+            species_C = np.array([bundle.species.index(name) for name in names])[code_N]
     else:
         if bundle is not None:
             vocabulary = bundle.vocabulary
@@ -207,6 +212,7 @@ def integrate_cells(
             counts.counts_CG, code_C, label_C=label_C, held_out=held_out,
             species_C=None if bundle is None else counts.species_C, seed=seed,
         )  # fmt: skip
+        species_C = counts.species_C
     used_C = cells.used
     if len(used_C) < n_cells:
         logger.warning(
@@ -232,6 +238,7 @@ def integrate_cells(
         vectors_NF=features_CF,
         backbone=backbone_of(bundle, tuning) if bundle is not None and live else None,
         gene_vectors_VE=vectors_VE,
+        makes_vectors=None if bundle is None else _vectors_of(bundle, cells, genes, species_C),
         where=where,
         seed=seed,
     )
@@ -271,6 +278,7 @@ def integrate_cells(
         "cells": len(used_C),
         "genes": len(trained.gene_G),
         "steps": trained.steps,
+        **({} if trained.start is None else {"vector_share": trained.start.share}),
         "losses": _last_losses(trained.history),
         "seconds": round(time.perf_counter() - start, 2),
         **collapse(embedding_CD),
@@ -279,6 +287,28 @@ def integrate_cells(
     result.provenance["vanished"] = _guard(trained, cells, labels, seed)
     warn_of_collapse(result.provenance, "integrate")
     return result, embedding_CD
+
+
+def _vectors_of(
+    bundle: Bundle, cells: TrainingCells, genes: list[str], species_C: np.ndarray | None
+) -> MakesVectors:
+    """Have a bundle make vectors of sampled cells, of the molecules that it is given."""
+    token_G = np.array([int(name) for name in genes], np.int64)
+    onto_GV = sp.csr_matrix(
+        (np.ones(token_G.size, np.float32), (np.arange(token_G.size), token_G)),
+        (token_G.size, len(bundle.vocabulary)),
+    )
+
+    def make(row_R: np.ndarray, counts_RG: sp.csr_matrix) -> np.ndarray:
+        assert species_C is not None
+        counts_RV = sp.csr_matrix(counts_RG @ onto_GV)
+        counts_RV.sort_indices()
+        library_R = np.asarray(counts_RV.sum(1)).ravel().astype(np.float32)
+        return encode(
+            VocabularyChunk(0, counts_RV, species_C[cells.sample[row_R]], library_R), bundle
+        )
+
+    return make
 
 
 def _manifest(

@@ -292,14 +292,17 @@ class IntegratedModel:
         vocabulary = bundle.vocabulary if bundle is not None else None
         if (path / VOCABULARY).is_file():
             vocabulary = GeneVocabulary.read(path / VOCABULARY)
+        linear = "net.encoder.components.gene_KG" in weights
         encoder = CountEncoder(
             np.arange(len(genes)), len(genes), hidden=settings.hidden, dropout=settings.dropout,
             n_features=weights["net.encoder.beside.mean_F"].shape[0],
             feature_dropout=settings.feature_dropout,
+            n_components=settings.latent if linear else 0,
         )  # fmt: skip
         head = IntegrationHead(
-            len(genes), len(about["batches"]), settings, n_labels=len(about["labels"])
-        )
+            len(genes), len(about["batches"]), settings, n_labels=len(about["labels"]),
+            linear=linear,
+        )  # fmt: skip
         net = IntegrationNet(encoder, head)
         net.load_state_dict(
             {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}

@@ -60,12 +60,47 @@ class VectorsBeside(nn.Module):
         self.mean_F.copy_(whole_CF.mean(0))
         self.sd_F.copy_(whole_CF.std(0, unbiased=False))
 
+    def centred(self, features_CF: Tensor) -> Tensor:
+        """Standardise vectors; a row with NaN stands for the mean of all."""
+        return torch.nan_to_num((features_CF - self.mean_F) / (self.sd_F + 1e-6))
+
     def forward(self, hidden_CH: Tensor, features_CF: Tensor | None) -> Tensor:
-        """Add the term; a row with NaN stands for the mean of all."""
+        """Add the term."""
         if self.linear is None or features_CF is None:
             return hidden_CH
-        centred_CF = (features_CF - self.mean_F) / (self.sd_F + 1e-6)
-        return hidden_CH + self.linear(torch.nan_to_num(centred_CF))
+        return hidden_CH + self.linear(self.centred(features_CF))
+
+
+class LinearComponents(nn.Module):
+    """Components of standardised genes, and of cell vectors beside them; they do not learn.
+
+    Parameters
+    ----------
+    n_genes, n_features, n_components
+        Width of what is read (G and F) and of what comes out (K).
+    """
+
+    def __init__(self, n_genes: int, n_features: int, n_components: int) -> None:
+        super().__init__()
+        self.gene_KG = nn.Buffer(torch.zeros(n_components, n_genes))
+        self.feature_KF = nn.Buffer(torch.zeros(n_components, n_features))
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.gene_KG.shape[0]
+
+    @torch.no_grad()
+    def lay(self, gene_KG: np.ndarray, feature_KF: np.ndarray) -> None:
+        """Take up projections; components that there are none of stay 0."""
+        self.gene_KG[: len(gene_KG)] = torch.from_numpy(gene_KG)
+        if feature_KF.shape[1]:
+            self.feature_KF[: len(feature_KF)] = torch.from_numpy(feature_KF)
+
+    def forward(self, value_CG: Tensor, centred_CF: Tensor | None) -> Tensor:
+        """Project, (C, K)."""
+        out_CK = value_CG @ self.gene_KG.T
+        return out_CK if centred_CF is None else out_CK + centred_CF @ self.feature_KF.T
 
 
 # What an encoder called these before they were a module.
@@ -96,6 +131,9 @@ class CountEncoder(nn.Module):
         Width of the vectors beside the counts (F), 0 without.
     feature_dropout
         Share of cells whose vector is hidden in a step.
+    n_components
+        Linear components (K) that are laid beside the hidden units, 0 for none: see
+        :class:`LinearComponents`.
     """
 
     place_V: Tensor
@@ -109,10 +147,14 @@ class CountEncoder(nn.Module):
         dropout: float,
         n_features: int = 0,
         feature_dropout: float = 0.0,
+        n_components: int = 0,
     ) -> None:
         super().__init__()
         n_genes = len(gene_G)
         self.n_genes, self.feature_dropout = n_genes, feature_dropout
+        self.components = (
+            LinearComponents(n_genes, n_features, n_components) if n_components else None
+        )
         self.genes_in = nn.Linear(n_genes, hidden)
         self.beside = VectorsBeside(n_features, hidden, bias=True)
         self.norm_in, self.norm_hidden = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
@@ -146,7 +188,7 @@ class CountEncoder(nn.Module):
         features_CF: Tensor | None = None,
         measured_G: Tensor | None = None,
     ) -> Tensor:
-        """Encode a table of counts, (C, H).
+        """Encode a table of counts, (C, H), or (C, H + K) with components.
 
         Parameters
         ----------
@@ -163,7 +205,12 @@ class CountEncoder(nn.Module):
             value_CG = value_CG * measured_G
         hidden_CH = self.beside(self.genes_in(value_CG), features_CF)
         hidden_CH = self.dropout(functional.gelu(self.norm_in(hidden_CH)))
-        return self.dropout(functional.gelu(self.norm_hidden(self.hidden(hidden_CH) + hidden_CH)))
+        hidden_CH = functional.gelu(self.norm_hidden(self.hidden(hidden_CH) + hidden_CH))
+        hidden_CH = self.dropout(hidden_CH)
+        if self.components is None:
+            return hidden_CH
+        centred_CF = None if features_CF is None else self.beside.centred(features_CF)
+        return torch.cat([hidden_CH, self.components(value_CG, centred_CF)], 1)
 
 
 class ReadsCounts(Protocol):

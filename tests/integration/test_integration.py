@@ -46,7 +46,7 @@ def test_passes_raise_the_number_of_steps():
     np.testing.assert_array_equal(trained.embedding_CD, trained.latent_CD)
 
 
-SMALL = {"passes": 0, "hidden": 16, "rank": 4, "latent": 4, "correct": False}
+SMALL = {"passes": 0, "few_cells": 0, "hidden": 16, "rank": 4, "latent": 4, "correct": False}
 
 
 def late(trained, name):
