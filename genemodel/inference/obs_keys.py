@@ -11,7 +11,8 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
 
 JOIN = " | "
-# Where vectors go by default: those of a pre-trained model, and those free of the batch.
+# Where vectors go by default: those of embedding, with whatever model, and those that an
+# integration trained on these very cells writes. Of one object neither replaces the other.
 EMBEDDED, INTEGRATED = "X_genemodel", "X_integrated"
 
 
