@@ -201,7 +201,7 @@ class IntegratedModel:
                 )
             return np.full(adata.n_obs, "", dtype=object)
         name_C = batch_names(
-            adata.obs, self.batch_keys, missing_labels=None, what="batch column of the model"
+            adata.obs, self.batch_keys, what="batch column of the model", settled=True
         )
         unknown = sorted(set(name_C) - set(self.batches))
         if unknown and new_batch is False:
