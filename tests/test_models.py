@@ -125,8 +125,8 @@ def test_embedding_by_a_network_on_counts_is_its_own_embedding(cells, integrated
     expected = integrated.encode(cells)
     adata = cells.copy()
     assert gm.embed(adata, integrated) is None
-    np.testing.assert_array_equal(adata.obsm["X_integrated"], expected)
-    assert "X_genemodel" not in adata.obsm
+    np.testing.assert_array_equal(adata.obsm["X_genemodel"], expected)
+    assert "X_integrated" not in adata.obsm  # which is what an integration wrote
     gm.embed(adata, folders / "model", key_added="X_new", new_batch=True)
     np.testing.assert_array_equal(adata.obsm["X_new"], integrated.encode(cells, new_batch=True))
     assert np.abs(adata.obsm["X_new"] - expected).max() > 0
@@ -134,11 +134,15 @@ def test_embedding_by_a_network_on_counts_is_its_own_embedding(cells, integrated
 
 def test_integrating_and_embedding_write_side_by_side(cells, random_bundle, folders):
     adata = cells.copy()
-    gm.integrate(adata, batch_key="batch", settings=SHORT)
+    model = gm.integrate(adata, batch_key="batch", settings=SHORT)
     integrated = adata.obsm["X_integrated"].copy()
     gm.embed(adata, random_bundle)
     np.testing.assert_array_equal(adata.obsm["X_integrated"], integrated)
     assert adata.obsm["X_genemodel"].shape == (90, random_bundle.model.settings.width)
+    model.embed(adata)
+    np.testing.assert_array_equal(adata.obsm["X_integrated"], integrated)
+    assert adata.obsm["X_genemodel"].shape == integrated.shape
+    gm.embed(adata, random_bundle)
     by_path = cells.copy()
     gm.embed(by_path, folders / "bundle", device="cpu")
     np.testing.assert_array_equal(by_path.obsm["X_genemodel"], adata.obsm["X_genemodel"])
@@ -155,7 +159,7 @@ def test_what_only_a_transformer_can_use_is_refused(cells, integrated, options, 
     adata = cells.copy()
     with pytest.raises(ConfigError, match=said):
         gm.embed(adata, integrated, **options)
-    assert "X_integrated" not in adata.obsm
+    assert "X_genemodel" not in adata.obsm
 
 
 def test_a_bundle_knows_of_no_batches(cells, random_bundle):
@@ -182,14 +186,14 @@ def test_the_verb_embeds_a_file_with_a_network_on_counts(cells, integrated, fold
         assert not (tmp_path / "out.h5ad").exists()
     written = ad.read_h5ad(embed_file(EmbedSettings(**given)))
     np.testing.assert_allclose(
-        written.obsm["X_integrated"], integrated.encode(cells), rtol=1e-5, atol=1e-6
+        written.obsm["X_genemodel"], integrated.encode(cells), rtol=1e-5, atol=1e-6
     )
     assert written.X is None and not written.layers
     assert list(written.obs_names) == list(cells.obs_names)
     assert set(written.obs) == set(cells.obs) and set(written.var) == set(cells.var)
     # In Python the same from the path, with the counts left out of what is returned.
     back = gm.embed(tmp_path / "cells.h5ad", folders / "model")
-    np.testing.assert_array_equal(back.obsm["X_integrated"], written.obsm["X_integrated"])
+    np.testing.assert_array_equal(back.obsm["X_genemodel"], written.obsm["X_genemodel"])
     assert back.X is None
     (tmp_path / "cells.csv").write_text("")
     with pytest.raises(DataError, match="cells.csv: is empty"):

@@ -19,6 +19,7 @@ import scipy.sparse as sp
 
 from genemodel.cells.diagnosis import LARGEST, Finding, diagnose, equal_sums
 from genemodel.cells.features import genes_among
+from genemodel.cells.genomes import genome_of
 from genemodel.cells.matrices import Rows, SelectedColumns, rows_of
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.recognition import are_numbers, name_column, refuse_turned
@@ -290,13 +291,14 @@ def _with_alternatives(
 
 def _of_genome(genes: pd.DataFrame, genome: str, where: str) -> npt.NDArray[np.bool_]:
     """Tell the genes of one genome of a reference of several."""
-    known = sorted(set(genes["genome"].astype(str))) if "genome" in genes.columns else []
-    if genome not in known:
+    names = genome_of(genes)
+    known = [] if names is None else sorted(set(names.dropna()))
+    if names is None or genome not in known:
         raise DataError(
             f"{where}: has no genome {genome!r}; it has {', '.join(known) or 'no genome names'}. "
             "Set genome= to one of them, or leave it out"
         )
-    return (genes["genome"].astype(str) == genome).to_numpy(bool)
+    return (names == genome).to_numpy(bool)
 
 
 def _named(genes: pd.DataFrame, where: str, column: str | None) -> pd.DataFrame:

@@ -2,7 +2,9 @@
 
 What a file says where it knows nothing ("nan" out of ``astype(str)``, "", "Unknown") is no cell
 type, and no batch either. All readers of such columns ask here, so that a model learns none of
-them.
+them; and each column is asked about once, where it comes in. What has been settled (the columns of
+a corpus, what a comparison handed on) knows missing values only as None or NaN, so that a label
+that was kept is not dropped behind the user's back.
 """
 
 import logging
@@ -40,7 +42,7 @@ def plain(text: object) -> str:
     return " ".join(lowered.replace("_", " ").replace("-", " ").split())
 
 
-def placeholders(missing_labels: Iterable[str] = ()) -> frozenset[str]:
+def placeholders(missing_labels: Iterable[str] = (), *, settled: bool = False) -> frozenset[str]:
     """Return the texts that mean "missing", the usual ones changed by a setting.
 
     Parameters
@@ -48,6 +50,9 @@ def placeholders(missing_labels: Iterable[str] = ()) -> frozenset[str]:
     missing_labels
         Further texts, such as ``"doublet"``; with a minus before it (``"-unknown"``) one that is a
         label after all.
+    settled
+        The usual ones have been taken out of the column before, as the user wanted it then: of a
+        corpus, when it was built. Only those that the setting adds are left.
 
     Raises
     ------
@@ -74,6 +79,8 @@ def placeholders(missing_labels: Iterable[str] = ()) -> frozenset[str]:
                 f"value. These do: {', '.join(sorted(filter(None, PLACEHOLDERS)))}"
             )
         words.discard(plain(text[1:]))
+    if settled:
+        return frozenset(plain(text) for text in missing_labels if not text.startswith("-"))
     return frozenset(words)
 
 
@@ -86,7 +93,7 @@ def found(column: str, counts: Sequence[tuple[str, int]]) -> str:
     """Say in one line which texts of a column were taken for missing values."""
     shown = ", ".join(f"{text!r} ({n:,} cells)" for text, n in counts[:_SHOWN])
     more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
-    meant = next((text for text, _ in counts if plain(text) not in EMPTY), None)
+    meant = next((text for text, _ in counts if plain(text) in PLACEHOLDERS - EMPTY), None)
     return (
         f"obs[{column!r}]: {shown}{more} {'stands' if len(counts) == 1 else 'stand'} for a missing "
         "value" + (f"; missing_labels=[-{meant}] makes a label of it" if meant else "")
@@ -99,13 +106,14 @@ def without_placeholders(
     *,
     column: str,
     where: str,
-    quiet: bool = False,
+    settled: bool = False,
 ) -> pd.Series:
     """Return the column with NaN where a text stands for a missing value.
 
-    Categories that are left keep their order. Says in one log line what was found.
+    Categories that are left keep their order. Says in one log line what was found. ``settled`` as
+    in :func:`placeholders`.
     """
-    words = placeholders(missing_labels)
+    words = placeholders(missing_labels, settled=settled)
     if isinstance(values.dtype, pd.CategoricalDtype):
         texts = list(values.cat.categories)
         counts = np.bincount(values.cat.codes[values.cat.codes >= 0], minlength=len(texts))
@@ -118,7 +126,7 @@ def without_placeholders(
     if not gone:
         return values
     seen = sorted(((str(t), n) for t, n in gone.items() if n), key=lambda pair: -pair[1])
-    if seen and not quiet:
+    if seen:
         log.warning("%s: %s", where, found(column, seen))
     if isinstance(values.dtype, pd.CategoricalDtype):
         return values.cat.set_categories([text for text in texts if text not in gone])

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from genemodel.cells.genomes import only_species
 from genemodel.cells.missing_labels import EMPTY, PLACEHOLDERS, found, is_missing, placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import species_name
@@ -16,8 +17,9 @@ log = logging.getLogger(__name__)
 
 # obs columns every corpus knows; each is there, or missing, in every source.
 COLUMNS = ("species", "dataset", "batch", "donor", "cell_type", "assay", "tissue")
-# Key of DataFrame.attrs for what a curator should know.
-NOTES = "notes"
+# Keys of DataFrame.attrs: what a curator should know; columns that were not taken, since two obs
+# columns have their name.
+NOTES, TWICE = "notes", "twice"
 # Where CELLxGENE and others name the species of their cells.
 ORGANISM = ("organism", "organism_ontology_term_id")
 
@@ -28,7 +30,8 @@ class ColumnPlan:
 
     ``wanted``: corpus column -> obs column, demanded; ``optional``: the same, absent is allowed.
     ``species``: a constant, or None where it comes from a column. ``words``: texts that mean
-    "missing". ``every``: all columns as they are, and nothing is demanded.
+    "missing". ``every``: all columns as they are, and nothing is demanded. ``kept``: names that the
+    caller asked for.
     """
 
     wanted: Mapping[str, str]
@@ -36,6 +39,7 @@ class ColumnPlan:
     species: str | None
     words: frozenset[str] = PLACEHOLDERS
     every: bool = False
+    kept: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -59,10 +63,12 @@ class ColumnPlan:
             else:
                 constant = species_name(species)
                 wanted.pop("species", None)
+        keep = tuple(keep)
         optional = {name: name for name in (*COLUMNS, *keep) if name not in wanted}
         if constant is not None:
             optional.pop("species", None)
-        return cls(wanted, optional, constant, placeholders(missing_labels))
+        words = placeholders(missing_labels)
+        return cls(wanted, optional, constant, words, kept=frozenset(keep))
 
     def names(self) -> list[str]:
         """Corpus columns in order: the usual ones, then the further ones."""
@@ -80,8 +86,15 @@ class ColumnPlan:
         read: Callable[[str], Any],
         where: str,
         name: str,
+        *,
+        genes: Callable[[], pd.DataFrame] | None = None,
+        genome: str | None = None,
     ) -> pd.DataFrame:
-        """Make the obs table of a source from its columns."""
+        """Make the obs table of a source from its columns.
+
+        ``genes`` reads the var table, whose genomes name the species where nothing else does (and
+        must be of one); ``genome`` is the one that was chosen of them.
+        """
         if self.every:
             columns = {column: pd.Series(read(column)).array for column in present}
             return pd.DataFrame(columns, index=pd.Index(index.astype(str), name=None))
@@ -97,17 +110,27 @@ class ColumnPlan:
                     f"{column} out"
                 )
             taken[column] = read(key)
+        skipped: list[str] = []
         for column, key in self.optional.items():
             if key in twice:
-                raise DataError(_named_twice(where, key))
-            if key in present:
+                # The usual columns are of use to a corpus; other verbs never look at most of them.
+                if column == "species" or column in self.kept:
+                    raise DataError(_named_twice(where, key))
+                skipped.append(key)
+            elif key in present:
                 taken[column] = read(key)
         if self.species is None and "species" not in taken:
             organism = next((key for key in ORGANISM if key in present and key not in twice), None)
             if organism is not None:
                 log.info("%s: the species of its cells stands in obs[%r]", where, organism)
                 taken["species"] = read(organism)
+        constant = self.species
         notes: list[str] = []
+        if genes is not None and "species" not in taken:
+            found_species = only_species(genes(), genome, where)
+            if constant is None and found_species is not None:
+                log.info("%s: %s, as the genome of its genes says", where, found_species)
+                constant = found_species
         obs = pd.DataFrame(index=pd.Index(index.astype(str), name=None))
         for column in self.names():
             values = taken.get(column)
@@ -122,8 +145,8 @@ class ColumnPlan:
             if gone:
                 notes.append(found(self.wanted.get(column, column), gone))
                 log.warning("%s: %s", where, notes[-1])
-        if self.species is not None:
-            obs["species"] = pd.Categorical([self.species] * len(obs))
+        if constant is not None:
+            obs["species"] = pd.Categorical([constant] * len(obs))
         elif "species" not in taken:
             raise ConfigError(
                 f"{where}: the species of its cells is not stated. Set species=human (or "
@@ -132,8 +155,20 @@ class ColumnPlan:
             )
         if obs["dataset"].isna().all():
             obs["dataset"] = pd.Categorical([name] * len(obs))
-        obs.attrs[NOTES] = tuple(notes)
+        obs.attrs |= {NOTES: tuple(notes), TWICE: tuple(skipped)}
         return obs
+
+
+def refuse_named_twice(obs: pd.DataFrame, where: str) -> None:
+    """Refuse what :meth:`ColumnPlan.apply` left out, where all columns are wanted.
+
+    Raises
+    ------
+    DataError
+        Two obs columns of the source have one name.
+    """
+    for key in obs.attrs.get(TWICE, ()):
+        raise DataError(_named_twice(where, key))
 
 
 def _no_column(column: str) -> Any:

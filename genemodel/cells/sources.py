@@ -421,6 +421,12 @@ def _open_stored(
 
     where = path.name
     of_cells, of_genes = ("var", "obs") if options.transpose else ("obs", "var")
+
+    @functools.cache
+    def var() -> pd.DataFrame:
+        with refuse_damage(f"{where}, {of_genes}"):
+            return ad.io.read_elem(root[of_genes])
+
     with refuse_damage(f"{where}, {of_cells}"):
         obs_group = root[of_cells]
         refuse_old(obs_group, where)
@@ -435,12 +441,9 @@ def _open_stored(
             def read(column: str) -> Any:
                 return ad.io.read_elem(obs_group[column])
 
-        obs = options.plan.apply(index, present, read, where, options.name)
-
-    @functools.cache
-    def var() -> pd.DataFrame:
-        with refuse_damage(f"{where}, {of_genes}"):
-            return ad.io.read_elem(root[of_genes])
+        obs = options.plan.apply(
+            index, present, read, where, options.name, genes=var, genome=options.genome
+        )
 
     def raw_var() -> pd.DataFrame:
         with refuse_damage(f"{where}, raw/var"):
@@ -495,6 +498,8 @@ def _open_anndata(adata: Any, options: OpenOptions) -> Source:
         adata.obs.__getitem__,
         options.name,
         options.name,
+        genes=lambda: adata.var,
+        genome=options.genome,
     )
     counts = find_counts(
         adata,

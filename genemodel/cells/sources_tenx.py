@@ -14,6 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells.contract import Candidate, choose_counts
+from genemodel.cells.genomes import GENOME
 from genemodel.cells.matrices import (
     Rows,
     SequentialRows,
@@ -24,6 +25,7 @@ from genemodel.cells.matrices import (
 from genemodel.cells.source import OpenOptions, Source
 from genemodel.errors import DataError
 from genemodel.genes.recognition import refuse_turned
+from genemodel.genes.species import ASSEMBLY_NAME, SPECIES, species_name
 
 # Lines of a matrix-market file parsed at once, and the most that are sorted in memory.
 _LINES = 4_000_000
@@ -67,6 +69,8 @@ def open_hdf5(file: Any, path: Path, options: OpenOptions) -> Source:
     with refuse_damage(where):
         barcodes = _strings(group["barcodes"])
         genes = _features(group, where)
+        if GENOME not in genes and species_name(group.name.strip("/")) in SPECIES:
+            genes[GENOME] = group.name.strip("/")  # version 2
         arrays = group["data"], group["indices"], group["indptr"]
     # Cell Ranger stores genes × cells by columns, which is cells × genes by rows.
     rows: Rows = numeric(SparseRows(*arrays, (len(barcodes), len(genes)), where), where)
@@ -114,7 +118,10 @@ def _source(
         )
     options.refuse_transpose(where, kind)
     present = [str(c) for c in cells.columns]
-    obs = options.plan.apply(cells.index, present, cells.__getitem__, where, options.name)
+    obs = options.plan.apply(
+        cells.index, present, cells.__getitem__, where, options.name,
+        genes=lambda: genes, genome=genome,
+    )  # fmt: skip
     refuse_turned(
         obs.index, genes.index, where,
         "Its files of the names of cells and genes are exchanged: rename them",
@@ -190,6 +197,8 @@ def open_folder(path: Path, options: OpenOptions) -> Source:
         )
     cells_first = fits[0]
     var = _features_of(genes, market.shape[int(cells_first)])
+    if GENOME not in var and ASSEMBLY_NAME.fullmatch(folder.name):
+        var[GENOME] = folder.name  # Cell Ranger 2: filtered_gene_bc_matrices/hg19
     obs = cells.table(market.shape[int(not cells_first)])
     if len(cells.rows) == len(obs):
         obs = obs.iloc[:, :0]

@@ -108,7 +108,10 @@ def _of_table(
     remedy: str,
 ) -> Source:
     present = [str(c) for c in cells.columns]
-    obs = options.plan.apply(cells.index, present, cells.__getitem__, path.name, options.name)
+    obs = options.plan.apply(
+        cells.index, present, cells.__getitem__, path.name, options.name,
+        genes=lambda: genes, genome=options.genome,
+    )  # fmt: skip
     refuse_turned(obs.index, genes.index, path.name, remedy)
     counts = choose_counts(
         [Candidate("table", "X", rows, genes)],
@@ -333,8 +336,9 @@ def open_loom(file: Any, path: Path, options: OpenOptions) -> Source:
         key = next((n for n in _CELL_NAMES if n in present), None)
         cells = texts(columns[key]) if key else np.arange(n_cells)
         obs = options.plan.apply(
-            pd.Index(cells.astype(str)), present, lambda c: texts(columns[c]), where, options.name
-        )
+            pd.Index(cells.astype(str)), present, lambda c: texts(columns[c]), where, options.name,
+            genes=lambda: genes, genome=options.genome,
+        )  # fmt: skip
 
     def matrix(dataset: Any, place: str) -> Rows:
         return numeric(DenseRows(dataset, place, transposed=True), place)

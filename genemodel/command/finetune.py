@@ -301,14 +301,16 @@ def finetune(settings: FinetuneSettings) -> Path:
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
     corpus, adata, reading, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
+    words = {"missing_labels": settings.missing_labels, "settled": corpus is not None}
+    keys = keys_of(settings.batch_key) if settings.batch_key else ()
     if settings.classifies:
-        label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
+        label_codes(adata.obs, settings.label_key, **words)
     elif settings.integrates:
-        batches_of(adata.obs, keys_of(settings.batch_key), settings.missing_labels)
+        batches_of(adata.obs, keys, **words)
         if settings.label_key:
-            label_codes(adata.obs, settings.label_key, missing_labels=settings.missing_labels)
-    elif settings.batch_key:
-        batch_names(adata.obs, keys_of(settings.batch_key), missing_labels=settings.missing_labels)
+            label_codes(adata.obs, settings.label_key, **words)
+    elif keys:
+        batch_names(adata.obs, keys, **words)
     if corpus is None:
         find_counts(adata, where=settings.data, **reading.counting())
     _refuse_impossible(settings, bundle, corpus, adata)
@@ -446,7 +448,9 @@ def _read(
     if (data / MANIFEST).is_file():
         corpus = Corpus.open(data)
         reading = settings.reading
-        if settled := [name for name in reading.changed if name != "missing_labels"]:
+        # The labels of a corpus are learnt by the code; batches and beside labels are read here.
+        free = () if settings.classifies else ("missing_labels",)
+        if settled := [name for name in reading.changed if name not in free]:
             raise ConfigError(
                 f"data={data} is a corpus, whose {' and '.join(settled)} "
                 f"{'was' if len(settled) == 1 else 'were'} settled when it was built: leave "

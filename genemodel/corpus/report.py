@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
-from genemodel.cells.missing_labels import is_missing
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -191,12 +190,8 @@ def _per_file(corpus: "Corpus", key: str) -> int:
 
 
 def _examine(corpus: "Corpus") -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """One row per source, and the codes of the metadata with 'unknown' as missing."""
-    codes: dict[str, np.ndarray] = {}
-    for column in _METADATA:
-        codes_C, categories = corpus.codes(column)
-        unknown = [i for i, name in enumerate(categories) if is_missing(name)]
-        codes[column] = np.where(np.isin(codes_C, unknown), -1, codes_C)
+    """One row per source, and the codes of the metadata, -1 where missing."""
+    codes = {column: corpus.codes(column)[0] for column in _METADATA}
     rows = []
     for number, source in enumerate(corpus.sources):
         (cell,) = np.nonzero(corpus.source_C == number)

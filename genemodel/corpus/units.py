@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from genemodel.cells import remote
 from genemodel.cells.matrices import ColumnRows, SelectedColumns
+from genemodel.cells.obs_columns import refuse_named_twice
 from genemodel.cells.source import Source
 from genemodel.cells.sources import SourceFile
 from genemodel.cells.sources_tenx import is_market
@@ -313,6 +314,7 @@ def survey(bench: Bench, wanted: Input, desk: Desk) -> Survey:
     identity = identify(wanted)
     source, matches = desk.open(bench, wanted, identity)
     obs = source.obs
+    refuse_named_twice(obs, source.where)
     place = set(matches)
     column = obs["species"].cat
     known = np.array([name in place for name in column.categories] + [False])

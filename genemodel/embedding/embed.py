@@ -29,7 +29,7 @@ from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
 from genemodel.inference.forward import Compile, compiles
-from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED, check_key_added
+from genemodel.inference.obs_keys import EMBEDDED, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank
 from genemodel.inference.shards import (
@@ -91,8 +91,9 @@ def embed(
     model
         From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
     key_added
-        Key in ``obsm``; ``uns[key_added]`` gets the provenance. Default ``X_genemodel``, and for an
-        IntegratedModel ``X_integrated``, as of :func:`genemodel.integrate`.
+        Key in ``obsm``; ``uns[key_added]`` gets the provenance. Default ``X_genemodel``, with
+        whatever model. Say ``X_integrated`` to set new cells beside those of
+        :func:`genemodel.integrate`.
     batch_size
         Most cells at once, for small devices. Cannot change the result; where memory runs out, the
         batch is made smaller by itself.
@@ -137,7 +138,7 @@ def embed(
             target = adata
         else:
             target, reading = read_anndata(adata, reading)
-        key = key_added or INTEGRATED
+        key = key_added or EMBEDDED
         model.embed(target, new_batch=new_batch, key_added=key, **reading.options())
         return None if given else without_counts(target)
     if new_batch is not None:
@@ -276,7 +277,7 @@ class EmbedSettings(InputSettings):
     output
         h5ad to write: all that the input holds but its counts, with embedding and provenance.
     key_added
-        Key in obsm; null for X_genemodel, and of an IntegratedModel X_integrated.
+        Key in obsm; null for X_genemodel.
     batch_size
         Most cells at once; 0 for as many as fit the token budget.
     device
@@ -406,7 +407,7 @@ def _embed_in_memory(
     _refuse_of_transformer(batch_size=settings.batch_size, device=several, compile=settings.compile)
     logger.info("%s is read into memory: an IntegratedModel does not stream.", settings.input)
     adata, reading = read_anndata(settings.input, settings.reading)
-    key = settings.key_added or INTEGRATED
+    key = settings.key_added or EMBEDDED
     model.embed(adata, key_added=key, **reading.options())
     _warn_of_empty(_empty(adata.obsm[key]), settings.input, adata.n_obs, "counts")
     write_whole(without_counts(adata), output)

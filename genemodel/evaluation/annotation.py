@@ -24,7 +24,6 @@ from genemodel.annotation.annotate import (
 )
 from genemodel.annotation.label_head import calibration_error, label_counts
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
 from genemodel.evaluation.baselines import (
     SCVI_LOGGERS,
@@ -135,8 +134,8 @@ type Classifier = Callable[[np.ndarray, np.ndarray, np.ndarray], Answer]
 
 
 def labels_of(adata: "AnnData", label_key: str) -> np.ndarray:
-    """Label of each cell as text, None where it is missing or says that it is unknown."""
-    label = without_placeholders(column(adata, label_key), column=label_key, where="adata")
+    """Label of each cell as text, None where it is missing; which texts mean that is settled."""
+    label = column(adata, label_key)
     missing_C = label.isna().to_numpy()
     label_C = label.astype(str).to_numpy(dtype=object)
     label_C[missing_C] = None

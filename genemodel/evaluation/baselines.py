@@ -375,6 +375,7 @@ def tuned(
     if conditions.batch_key is None:
         raise DataError("genemodel.integrate removes a batch effect and needs batch_key")
     copy = adata.copy()
+    options.setdefault("missing_labels", conditions.reading.missing_labels)
     integrate(
         copy,
         batch_key=conditions.batch_key,

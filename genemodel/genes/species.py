@@ -117,8 +117,9 @@ _TAXON = re.compile(r"^(?:(?:ncbi)?_?tax(?:on|id|onomy)?|txid)?[ :_]*(\d+)$")
 _ASSEMBLY_OF = {a: s.name for s in SPECIES.values() for a in s.assemblies}
 _ASSEMBLY = "(" + "|".join(sorted(map(re.escape, _ASSEMBLY_OF), key=len, reverse=True)) + ")"
 ASSEMBLY_PREFIX = re.compile(rf"^{_ASSEMBLY}[_-]+(?=.)", re.IGNORECASE)
-# GRCh38, GRCh38.p14, GRCh38-2024-A, refdata-gex-mm10-2020-A
-_ASSEMBLY_NAMED = re.compile(rf"(?:^|[-_ ]){_ASSEMBLY}(?:\.p\d+)?(?:[-_ ].*)?$")
+ASSEMBLY_NAME = re.compile(_ASSEMBLY, re.IGNORECASE)
+# GRCh38, GRCh38.p14, GRCh38-2024-A, refdata-gex-mm10-2020-A; of GRCh38_and_mm10 both.
+_ASSEMBLY_NAMED = re.compile(rf"(?:^|[-_ ]){_ASSEMBLY}(?=(?:\.p\d+)?(?:[-_ ]|$))")
 
 
 def species_name(text: str) -> str:
@@ -127,8 +128,8 @@ def species_name(text: str) -> str:
     Known are the short name, the Latin one in full or shortened (``Homo sapiens``, ``H. sapiens``,
     ``hsapiens``), both together (``Homo sapiens (human)``), the NCBI taxon with or without its
     prefix (``NCBITaxon:9606``) and genome assemblies (``GRCh38``, ``mm10-2020-A``), in any case.
-    An unknown name is returned in lower case: a vocabulary may hold species that are not listed in
-    ``SPECIES``.
+    An unknown name, and one of several (``GRCh38_and_mm10``), is returned in lower case: a
+    vocabulary may hold species that are not listed in ``SPECIES``.
     """
     written = str(text).strip().lower()
     plain = " ".join(re.sub(r"[-_.\s]+", " ", written).split())
@@ -141,8 +142,8 @@ def species_name(text: str) -> str:
             return _BY_NAME[name]
     if found := _TAXON.match(written):
         return _BY_TAXON.get(found[1], written)
-    if found := _ASSEMBLY_NAMED.search(written):
-        return _ASSEMBLY_OF[found[1]]
+    if len(found := {_ASSEMBLY_OF[name] for name in _ASSEMBLY_NAMED.findall(written)}) == 1:
+        return found.pop()
     return "_".join(written.replace("_", " ").split())
 
 

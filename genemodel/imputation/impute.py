@@ -423,7 +423,7 @@ def _batch_names(source: Source, keys: tuple[str, ...]) -> np.ndarray:
                 f"{source.n_cells:,} cells. Fill them in (a name of their own will do), or leave "
                 "those cells out."
             )
-    return batch_names(source.obs, keys, source.where, None).astype(str)
+    return batch_names(source.obs, keys, source.where, settled=True).astype(str)
 
 
 def _check_backbone(

@@ -83,7 +83,8 @@ def impute_corpus(
     code_C = np.zeros(len(corpus), np.int64)
     if batch_keys:
         names, code_C = np.unique(
-            batch_names(corpus.obs(list(batch_keys)), batch_keys).astype(str), return_inverse=True
+            batch_names(corpus.obs(list(batch_keys)), batch_keys, settled=True).astype(str),
+            return_inverse=True,
         )
         batches = tuple(map(str, names))
     data = TrainingCells.of_corpus(corpus, code_C, seed=seed)

@@ -11,7 +11,8 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.settings import nearest
 
 JOIN = " | "
-# Where vectors go by default: those of a pre-trained model, and those free of the batch.
+# Where vectors go by default: those of embedding, with whatever model, and those that an
+# integration trained on these very cells writes. Of one object neither replaces the other.
 EMBEDDED, INTEGRATED = "X_genemodel", "X_integrated"
 
 
@@ -88,13 +89,15 @@ def batch_names(
     obs: pd.DataFrame,
     keys: Sequence[str],
     where: str = "adata",
-    missing_labels: Sequence[str] | None = (),
+    missing_labels: Sequence[str] = (),
     what: str = "batch_key",
+    *,
+    settled: bool = False,
 ) -> np.ndarray:
     """Name the batch of every cell: the values of the columns, joined.
 
     ``what`` the columns are, for messages. ``missing_labels`` changes which texts stand for a
-    missing value; None: none does.
+    missing value; ``settled`` says that this has been seen to, as in a corpus.
 
     Raises
     ------
@@ -103,9 +106,9 @@ def batch_names(
     """
     parts = []
     for key in keys:
-        values = column(obs, key, what, where)
-        if missing_labels is not None:
-            values = without_placeholders(values, missing_labels, column=key, where=where)
+        values = without_placeholders(
+            column(obs, key, what, where), missing_labels, column=key, where=where, settled=settled
+        )
         missing = int(values.isna().sum())
         if missing:
             raise DataError(
@@ -125,8 +128,12 @@ def label_codes(
     what: str = "label_key",
     where: str = "adata",
     missing_labels: Sequence[str] = (),
+    *,
+    settled: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Code the labels, -1 where missing, or where a text stands for that.
+
+    ``missing_labels`` and ``settled`` as in :func:`batch_names`.
 
     Raises
     ------
@@ -134,7 +141,7 @@ def label_codes(
         The column is not there or holds fewer than two labels.
     """
     values = column(obs, key, what, where)
-    values = without_placeholders(values, missing_labels, column=key, where=where)
+    values = without_placeholders(values, missing_labels, column=key, where=where, settled=settled)
     known = values.notna().to_numpy()
     names = sorted({str(value) for value in values[known]})
     if len(names) < 2:

@@ -174,12 +174,15 @@ def integrate_cells(
     check_seed(seed)
     _check_tuning(bundle, tuning)
     check_label_is_no_batch(keys, label_key)
+    settled = isinstance(data, Corpus)
     obs = data.obs if not isinstance(data, Corpus) else data.obs()
-    name_C, batches = batches_of(obs, keys, missing_labels)
+    name_C, batches = batches_of(obs, keys, missing_labels, settled=settled)
     label_C: np.ndarray | None = None
     labels: list[str] = []
     if label_key is not None:
-        label_C, labels = label_codes(obs, label_key, missing_labels=missing_labels)
+        label_C, labels = label_codes(
+            obs, label_key, missing_labels=missing_labels, settled=settled
+        )
     n_cells = len(name_C)
     if n_cells < MIN_CELLS:
         raise DataError(f"adata has {n_cells} cells: fewer than {MIN_CELLS} cannot be integrated.")
@@ -346,10 +349,14 @@ def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:
 
 
 def batches_of(
-    obs: "pd.DataFrame", keys: Sequence[str], missing_labels: Sequence[str] = ()
+    obs: "pd.DataFrame",
+    keys: Sequence[str],
+    missing_labels: Sequence[str] = (),
+    *,
+    settled: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Name the batch of every cell, and all batches in order; refuses fewer than two."""
-    name_C = batch_names(obs, keys, missing_labels=missing_labels)
+    name_C = batch_names(obs, keys, missing_labels=missing_labels, settled=settled)
     batches = sorted(set(name_C))
     if len(batches) < 2:
         raise DataError(

@@ -28,7 +28,7 @@ from genemodel.errors import DataError
 from genemodel.expression.groups import rows_by_group
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import gene_order, read_counts
-from genemodel.inference.obs_keys import INTEGRATED, batch_names
+from genemodel.inference.obs_keys import EMBEDDED, batch_names
 from genemodel.integration.head import IntegrationHead, IntegrationSettings
 from genemodel.integration.shared_clusters import SharedClusterCorrection
 from genemodel.integration.training import IntegrationNet
@@ -173,7 +173,7 @@ class IntegratedModel:
         adata: "AnnData",
         *,
         new_batch: bool | None = None,
-        key_added: str = INTEGRATED,
+        key_added: str = EMBEDDED,
         **options: Unpack[InputOptions],
     ) -> None:
         """Write :meth:`encode` to ``obsm[key_added]`` and how to ``uns[key_added]``.
@@ -183,7 +183,7 @@ class IntegratedModel:
         adata, new_batch
             As in :meth:`encode`.
         key_added
-            Key in ``obsm`` and ``uns``.
+            Key in ``obsm`` and ``uns``; ``X_integrated`` is that of the cells trained on.
         **options
             How the cells are read.
         """
@@ -201,7 +201,7 @@ class IntegratedModel:
                 )
             return np.full(adata.n_obs, "", dtype=object)
         name_C = batch_names(
-            adata.obs, self.batch_keys, missing_labels=None, what="batch column of the model"
+            adata.obs, self.batch_keys, what="batch column of the model", settled=True
         )
         unknown = sorted(set(name_C) - set(self.batches))
         if unknown and new_batch is False:

@@ -22,7 +22,6 @@ from sklearn.metrics import (
     silhouette_samples,
 )
 
-from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import principal_components
 from genemodel.expression.neighbours import nearest_elsewhere, nearest_others
@@ -72,9 +71,8 @@ def _embedding(embedding_CD: np.ndarray, *columns: tuple[str, Labels]) -> np.nda
 
 
 def _codes(column: Labels) -> tuple[np.ndarray, list[str]]:
-    """Return codes (-1 for missing) and names."""
+    """Return codes (-1 for None and NaN) and names; what texts mean was settled before."""
     values = pd.Series(np.asarray(column, dtype=object))
-    values = without_placeholders(values, column="label", where="scores", quiet=True)
     values = values.where(~values.isna(), None)
     present = values.notna()
     values[present] = values[present].astype(str)

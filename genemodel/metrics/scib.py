@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import DataError
 from genemodel.expression.neighbours import nearest
 from genemodel.inference.collapse import effective_rank
@@ -65,7 +64,8 @@ def score_embeddings(
         Batch of each cell. ``None`` or a single batch: the batch metrics are left out.
     label
         Cell type of each cell. ``None``: only what needs no label is scored. Cells whose label is
-        missing (``None`` or ``nan``) are left out of the scoring, and counted in the log.
+        missing (``None`` or ``nan``) are left out of the scoring, and counted in the log. A text is
+        a label, whatever it says: what stands for a missing one was settled by who read the cells.
     pre
         The uncorrected embedding (PCA) that "PCR comparison" measures the gain against; by default
         ``embeddings["none"]`` or ``embeddings["pca"]``.
@@ -214,7 +214,6 @@ def _cells_to_score(
                 f"{what} has {len(series)} entries but the embeddings have {n_cells} rows: "
                 "pass one value per cell, in the order of the embeddings"
             )
-        series = without_placeholders(series, column=what, where="scores")
         missing_C = series.isna().to_numpy()
         if what == "batch" and missing_C.any():
             raise DataError(

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from genemodel.cells.sources import open_source
 from genemodel.cells.whole_file import read_anndata
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 
@@ -345,11 +346,26 @@ def test_fractions_beside_whole_numbers_are_rounded_on_request_and_it_is_said(sp
     assert f"to {int(counts.sum()):,} in all" in said and source.counts.tally.rounded > 0
 
 
-def test_organism_says_the_species_and_two_columns_of_a_name_are_refused(make_cells):
+def test_organism_says_the_species_and_two_columns_of_a_name_are_refused_where_they_are_used(
+    make_cells, vocabulary, tmp_path
+):
     cells = make_cells(6)
     cells.obs = cells.obs.rename(columns={"species": "organism_ontology_term_id"})
     cells.obs["organism_ontology_term_id"] = "NCBITaxon:9606"
     assert set(open_source(cells).obs["species"]) == {"human"}
     cells.obs = pd.concat([cells.obs, cells.obs[["donor"]]], axis=1)
-    with pytest.raises(DataError, match="two obs columns of the name 'donor'"):
+    with open_source(cells) as source:  # who embeds asks for no donor
+        assert set(source.obs["species"]) == {"human"} and source.obs["donor"].isna().all()
+    said = "two obs columns of the name 'donor', and nothing says which one is meant"
+    for how in ({"keep": ["donor"]}, {"columns": {"batch": "donor"}}):
+        with pytest.raises(DataError, match=said):
+            open_source(cells, **how)
+    with pytest.raises(DataError, match=said):
+        Corpus.build([cells], tmp_path / "c", vocabulary=vocabulary)
+    assert not (tmp_path / "c").exists()
+    cells.obs.columns = [*cells.obs.columns[:-1], "species"]
+    cells.obs["species"] = "human"
+    cells.obs = pd.concat([cells.obs, cells.obs[["species"]]], axis=1)
+    with pytest.raises(DataError, match="two obs columns of the name 'species'"):
         open_source(cells)
+    assert set(open_source(cells, species="human").obs["species"]) == {"human"}

@@ -232,6 +232,61 @@ def test_one_genome_of_several(adata, counts, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("genome", "species"),
+    [("GRCh38", "human"), ("hg19", "human"), ("mm10", "mouse"), ("GRCm39", "mouse")],
+)
+@pytest.mark.parametrize("kind", ["h5", "h5 of version 2", "mtx", "mtx, names", "AnnData", "h5ad"])
+def test_the_species_is_that_of_the_genome(adata, tmp_path, genome, species, kind, caplog):
+    adata = adata.copy()
+    if kind == "h5":
+        data = tenx_v3(adata, tmp_path, genomes=[genome] * (G - 1) + [""])
+    elif kind == "h5 of version 2":
+        data = tenx_v2(adata, tmp_path, genomes=(genome,))
+    elif kind == "mtx":
+        data = market(adata, tmp_path, old=True).rename(tmp_path / genome)
+    elif kind == "mtx, names":
+        adata.var_names = [f"{genome}_{name}" for name in adata.var_names]
+        data = market(adata, tmp_path, zipped=True)
+    else:
+        del adata.obs["organism"]
+        adata.var["genome"] = genome
+        data = adata if kind == "AnnData" else h5ad(adata, tmp_path)
+    with caplog.at_level("INFO"), open_source(data) as source:
+        assert set(source.obs["species"]) == {species}
+    assert f"{species}, as the genome of its genes says" in caplog.text
+    with open_source(data, species="pig") as source:  # what is said goes before
+        assert set(source.obs["species"]) == {"pig"}
+
+
+@pytest.mark.parametrize("how", [{}, {"species": "human"}])
+def test_genes_of_two_species_are_refused_where_nothing_says_of_which_a_cell_is(
+    adata, counts, tmp_path, how
+):
+    adata = adata.copy()
+    organism = adata.obs.pop("organism")
+    genomes = ["GRCh38"] * 10 + ["mm10"] * (G - 10)
+    both = tenx_v3(adata, tmp_path, genomes=genomes)
+    names = adata.copy()
+    names.var_names = [f"{g}_{n}" for g, n in zip(genomes, adata.var_names, strict=True)]
+    for data in (both, market(names, tmp_path), h5ad(names, tmp_path), names):
+        said = r"genes are of 2 species \(GRCh38, mm10\).*Set genome=GRCh38"
+        with pytest.raises(DataError, match=said):
+            open_source(data, **how)
+        with open_source(data, genome="mm10") as source:
+            assert set(source.obs["species"]) == {"mouse"}
+            np.testing.assert_array_equal(total(source)[0], counts[:, 10:])
+    adata.obs["organism"], adata.var["genome"] = organism, genomes
+    with open_source(adata, species=None if not how else "obs:organism") as source:
+        assert source.counts.shape == counts.shape
+
+
+def test_a_genome_that_nobody_knows_says_nothing(adata, tmp_path):
+    for genomes in (["mine"] * G, ["GRCh38"] * (G - 1) + ["mine"], ["GRCh38_and_mm10"] * G):
+        with pytest.raises(ConfigError, match="species of its cells is not stated"):
+            open_source(tenx_v3(adata, tmp_path, genomes=genomes))
+
+
 def test_a_program_may_stream_cells(adata, counts):
     obs = pd.DataFrame({"donor": ["d"] * N}, index=[str(i) for i in range(N)])
 

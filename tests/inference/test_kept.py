@@ -223,7 +223,7 @@ def test_embed_by_an_integrated_model(awkward, file, tmp_path):
     model.save(tmp_path / "model")
     run("embed", f"model={tmp_path}/model", f"input={file}", f"output={tmp_path}/out.h5ad")
     for found in (ad.read_h5ad(tmp_path / "out.h5ad"), gm.embed(file, model)):
-        kept(found, awkward, uns=["X_integrated"], obsm=["X_integrated"])
+        kept(found, awkward, uns=["X_genemodel"], obsm=["X_genemodel"])
 
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])

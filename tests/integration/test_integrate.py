@@ -127,12 +127,12 @@ def test_a_batch_never_seen_lands_among_its_types(integrated):
     new = planted(200, seed=5, batches=("c",), private=False)
     assert model.embed(new) is None
     kind = adata.obs["cell_type"].to_numpy()
-    near = nearest(new.obsm["X_integrated"], adata.obsm["X_integrated"], 1)[0][:, 0]
+    near = nearest(new.obsm["X_genemodel"], adata.obsm["X_integrated"], 1)[0][:, 0]
     assert (kind[near] == new.obs["cell_type"].to_numpy()).mean() > 0.8
     blind = new.copy()
     del blind.obs["batch"]
-    np.testing.assert_array_equal(model.encode(blind), new.obsm["X_integrated"])
-    np.testing.assert_array_equal(model.encode(new, new_batch=True), new.obsm["X_integrated"])
+    np.testing.assert_array_equal(model.encode(blind), new.obsm["X_genemodel"])
+    np.testing.assert_array_equal(model.encode(new, new_batch=True), new.obsm["X_genemodel"])
     with pytest.raises(DataError, match="'c' was not trained on"):
         model.encode(new, new_batch=False)
 
