@@ -62,13 +62,15 @@ def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
         settings.start, f"{context:,}",
     )  # fmt: skip
     budget = max(settings.tokens.budget, context)
-    tokens = replace(settings.tokens, context=context, budget=budget)
+    tokens = replace(
+        settings.tokens, context=context, budget=budget, style=start.tokens.style
+    )
     return replace(settings, model=start.model.settings, tokens=tokens)
 
 
 def medians_of(corpus: Corpus, start: Bundle | None) -> np.ndarray:
     """Medians that scale the counts: those a model has learnt with, the corpus's for new genes."""
-    medians_V = np.asarray(corpus.medians_V, np.float32)
+    medians_V = np.asarray(corpus.medians_V)
     if start is None:
         return medians_V
     return np.where(np.isfinite(start.medians_V), start.medians_V, medians_V)
