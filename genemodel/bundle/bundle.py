@@ -31,7 +31,7 @@ from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
-from genemodel.model.hosted import FusionShape, HostedEmbedding, fusion_values
+from genemodel.model.hosted import FusionShape, HostedEmbedding
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse, some, to_values
 
@@ -196,6 +196,7 @@ class Bundle:
             self.vocabulary.save(folder / VOCABULARY)
             write_medians(folder / STATISTICS, self.medians_V)
 
+        fusion = fusion_of(self.model)
         about = {
             "model": to_values(self.model.settings),
             "tokens": to_values(self.tokens),
@@ -206,7 +207,7 @@ class Bundle:
                 for name, part in self.model.embedding.knowledge.items()
                 if isinstance(part, KnowledgeEmbedding)
             },
-            "fusion": fusion_values(fusion_of(self.model)),
+            "fusion": None if fusion is None else to_values(fusion),
         }
         write_model(
             path, BUNDLE, about, self._weights(), provenance=self.provenance,

@@ -51,7 +51,7 @@ def fusion_state(
     cat = take.tensors.get(f"{_EMBEDDINGS}.concat_embeddings.cat_fc.weight")
     if cat is None:
         raise DataError(f"{take.where} lacks {_EMBEDDINGS}.concat_embeddings.cat_fc.weight.")
-    priors = {}
+    priors: list[tuple[str, int, int]] = []
     for name in PRIORS:
         table = take.tensors.get(f"{_EMBEDDINGS}.{name}_knowledge")
         if table is not None:
@@ -60,14 +60,14 @@ def fusion_state(
                     f"{take.where}: {_EMBEDDINGS}.{name}_knowledge is {tuple(table.shape)}, but "
                     f"{found.n_tokens:,} rows belong there."
                 )
-            priors[name] = (int(table.shape[0]), int(table.shape[1]))
+            priors.append((name, int(table.shape[0]), int(table.shape[1])))
     beside = int(cat.shape[1]) - width * (1 + len(priors))
     if beside not in (0, 1):
         raise DataError(
             f"{take.where}: the fusion reads {cat.shape[1]:,} numbers, which are not a gene of "
             f"{width}, a value and {len(priors)} priors of {width} each."
         )
-    shape = FusionShape(values=bool(beside), priors=priors)
+    shape = FusionShape(values=bool(beside), priors=tuple(priors))
     ours = "embedding.fusion"
     concat = f"{_EMBEDDINGS}.concat_embeddings"
     state = {
@@ -77,7 +77,7 @@ def fusion_state(
         "embedding.species.weight": take.take("bert.cls_embedding.weight", len(SPECIES), width),
         f"{ours}.alpha": take.tensors.pop("emb_warmup.alpha", torch.ones(())).float().reshape(()),
     }
-    for name, (table_rows, columns) in priors.items():
+    for name, table_rows, columns in priors:
         own = f"{ours}.tables.{name}"
         state[f"{own}.table_QP"] = take.take(f"{_EMBEDDINGS}.{name}_knowledge", table_rows, columns)
         projection = f"{_EMBEDDINGS}.{name}_embeddings.linear1"

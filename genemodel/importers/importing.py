@@ -69,10 +69,10 @@ class ImportSettings:
         Keep GeneCompass's knowledge as one vector per gene and species: the same numbers to
         rounding, and faster.
     verify
-        Print tensors, checksums, and the loss on masked genes.
+        Print tensors, checksums and, with ``cells``, the loss on masked genes.
     cells
-        h5ad or other counts to measure that loss on; null: the 500 published cells where they are
-        (an npz with tokens and offsets).
+        What that loss is measured on: counts in any file that embed reads, or an npz with published
+        ``tokens`` and ``offsets``; null: it is not measured.
     overwrite
         Replace a bundle that exists.
     """
@@ -274,6 +274,10 @@ def run_import(settings: ImportSettings) -> str:
     """Import a model and write the bundle; returns what was found, and how to go on."""
     folder = settings.path.expanduser()
     out = settings.out or folder.resolve().parent / f"{folder.resolve().name}.bundle"
+    if settings.cells is not None and not settings.verify:
+        raise ConfigError(f"cells={settings.cells} is for verify=true: set that too.")
+    if settings.cells is not None and not settings.cells.expanduser().exists():
+        raise ConfigError(f"cells={settings.cells} does not exist.")
     if out.exists() and not settings.overwrite:
         raise ConfigError(f"out={out} exists: set overwrite=true, or another out.")
     bundle = import_model(

@@ -2,7 +2,7 @@
 
 A pickle is a program. This reads it as a list of instructions (:func:`pickletools.genops`) and
 carries out only those that build plain values: dictionaries, lists, tuples, text, bytes, numbers.
-Of all the names that it may call, seven have a meaning here, and each means a few lines of this
+Of all the names that it may call, eight have a meaning here, and each means a few lines of this
 file: nothing is imported, and numpy sees bytes only after kind, size and shape have been checked.
 """
 
@@ -29,6 +29,8 @@ _MEANINGS = {
     "numpy.ndarray": "ndarray",
     "_codecs.encode": "encode",
     "collections.OrderedDict": "dict",
+    # No bytes at all, up to protocol 2.
+    "__builtin__.bytes": "bytes",
 }
 # Numbers alone: no objects, no text, no fields.
 _KINDS = {
@@ -234,6 +236,8 @@ def _call(called: Any, arguments: tuple[Any, ...]) -> Any:
     match called.meaning, arguments:
         case "dict", ():
             return {}
+        case "bytes", ():
+            return b""
         case "dict", (list() as pairs,):
             return _pairs([part for pair in pairs for part in _exactly_pair(pair)])
         case "dtype", (str() as code, *_):

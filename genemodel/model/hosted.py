@@ -4,8 +4,7 @@ Axes as in ``genemodel.batches.batch``: T tokens, D width, V vocabulary, S speci
 published knowledge table, P its columns.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +28,14 @@ class FusionShape:
     values
         Whether it reads the value of a gene.
     priors
-        Rows and columns of every knowledge table, in the order in which they are read.
+        Name, rows and columns of every knowledge table, in the order in which they are read.
     folded
         One vector per species and gene stands for all that does not depend on the value: the same
         numbers to rounding, without tables and their projections.
     """
 
     values: bool = True
-    priors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    priors: tuple[tuple[str, int, int], ...] = ()
     folded: bool = False
 
 
@@ -105,7 +104,7 @@ class KnowledgeFusion(nn.Module):
         self.register_buffer("row_SV", torch.zeros(n_species, n_tokens, dtype=torch.int64))
         self.register_buffer("alpha", torch.ones(()))
         self.tables = nn.ModuleDict()
-        for name, (rows, columns) in shape.priors.items():
+        for name, rows, columns in shape.priors:
             self.tables[name] = PriorTable(rows, columns, width)
 
     def parts(self, gene_TD: Tensor, gene_T: Tensor, species_T: Tensor) -> list[Tensor]:
@@ -128,7 +127,7 @@ class KnowledgeFusion(nn.Module):
         n_species, n_tokens = self.row_SV.shape
         width = token.embedding_dim
         made = FoldedFusion(
-            FusionShape(self.shape.values, {}, folded=True), width, n_tokens, n_species
+            FusionShape(self.shape.values, folded=True), width, n_tokens, n_species
         )
         no_value = torch.zeros(n_tokens, dtype=token.weight.dtype)
         gene_V = torch.arange(n_tokens)
@@ -180,11 +179,3 @@ class PriorTable(nn.Module):
 def quick_gelu(x: Tensor) -> Tensor:
     """Return x · σ(1.702 x)."""
     return x * F.sigmoid(1.702 * x)
-
-
-def fusion_values(shape: FusionShape | None) -> Mapping[str, object] | None:
-    """Give a shape as plain values, for ``model.json``."""
-    if shape is None:
-        return None
-    priors = {name: list(size) for name, size in shape.priors.items()}
-    return {"values": shape.values, "priors": priors, "folded": shape.folded}

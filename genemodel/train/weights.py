@@ -17,7 +17,7 @@ from genemodel.corpus.corpus import Corpus
 from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import DataError
 from genemodel.genes.knowledge import KnowledgeTable
-from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.genes.vocabulary import EOS, N_SPECIAL, GeneVocabulary
 from genemodel.heads.decode_counts import CountDecoder
 from genemodel.heads.labels import Labels
 from genemodel.heads.pretraining import PretrainingObjectives
@@ -133,6 +133,7 @@ def build(
         measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
         seed=settings.seed,
         labels=labels,
+        first_gene=EOS + 1 if settings.model.hosts == "geneformer_v2" else N_SPECIAL,
     )
     taken = objectives.start_from(start.heads) if start is not None else []
     new = {name: head for name, head in objectives.heads.items() if name not in taken}
@@ -154,7 +155,25 @@ def build(
 
 
 def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
-    """Make a backbone of new weights for the genes of the corpus."""
+    """Make a backbone of new weights for the genes of the corpus.
+
+    Raises
+    ------
+    DataError
+        The shape is that of a published model, and the genes are not.
+    """
+    hosts = settings.model.hosts
+    published = corpus.vocabulary.provenance.get("published", "native")
+    if hosts == "genecompass" or (hosts != "native" and hosts != published):
+        raise DataError(
+            f"model.hosts={hosts} with new weights: "
+            + (
+                "the knowledge of GeneCompass is in its checkpoint. Set start=BUNDLE."
+                if hosts == "genecompass"
+                else f"the vocabulary of corpus {corpus.path} is not that of an imported Geneformer. "
+                "Build it with vocabulary=BUNDLE/vocabulary.tsv.gz."
+            )
+        )
     vocabulary = corpus.vocabulary
     knowledge = {}
     for name in settings.model.knowledge:
