@@ -133,7 +133,7 @@ def inverse_medians(medians_V: np.ndarray) -> np.ndarray:
 
 
 def rank_scale(medians_V: np.ndarray, style: Style) -> np.ndarray:
-    """What :func:`pack` ranks by: 1 ÷ median as float32, or the medians of a published style.
+    """Make what :func:`pack` ranks by: 1 ÷ median as float32, or the medians of a published style.
 
     Those are float64 and are divided by as published, because there the last bit may decide a rank.
     """

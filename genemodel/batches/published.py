@@ -28,7 +28,7 @@ CONTEXT: dict[PublishedStyle, int] = {
 def rank_values(
     style: Style, count_N: np.ndarray, median_N: np.ndarray, total_N: np.ndarray | float
 ) -> np.ndarray:
-    """What genes are ranked by, float64 (N,): the larger, the earlier.
+    """Compute what genes are ranked by, float64 (N,): the larger, the earlier.
 
     Geneformer's x ÷ n × 10⁴ ÷ median, in that order; GeneCompass's log2(1 + x ÷ median), which is
     also its value.

@@ -102,8 +102,15 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over vocabulary and weights, to name the model in what it writes."""
+        """Sha256 over vocabulary and weights, to name the model in what it writes.
+
+        Of a hosted model also over how it reads: the same weights give other vectors of cells.
+        """
         digest = hashlib.sha256(self.vocabulary.fingerprint.encode())
+        shape = self.model.settings
+        if shape.hosts != "native":
+            digest.update(f"{self.tokens.style} {shape.cell} {shape.cell_layer}".encode())
+            digest.update(np.ascontiguousarray(self.medians_V).tobytes())
         for name, tensor in sorted(self._weights().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -273,7 +280,7 @@ class Bundle:
 
 
 def fusion_of(model: GeneModel) -> FusionShape | None:
-    """What the input of a hosted GeneCompass is made of; None for every other model."""
+    """Say what the input of a hosted GeneCompass is made of; None for every other model."""
     embedding = model.embedding
     if isinstance(embedding, HostedEmbedding) and embedding.fusion is not None:
         return embedding.fusion.shape

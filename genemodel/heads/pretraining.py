@@ -177,9 +177,7 @@ class PretrainingObjectives(nn.Module):
             low = genes[1]
         if settings.masked_value.weight > 0:
             values = (low, low + settings.masked_value.fraction)
-        self.hiding = Hiding(
-            genes, values, settings.decode_counts.batch_dropout, first_gene
-        )
+        self.hiding = Hiding(genes, values, settings.decode_counts.batch_dropout, first_gene)
 
     @property
     def parts(self) -> dict[str, Head]:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from genemodel.batches.published import PublishedStyle
 from genemodel.errors import DataError
 from genemodel.importers.checkpoint import Checkpoint
 from genemodel.model.settings import ModelSettings
@@ -84,7 +83,9 @@ def recognise(checkpoint: Checkpoint) -> Recognised:
         tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
     for pattern, what in _OTHERS:
         if any(re.search(pattern, name) for name in tensors):
-            raise DataError(f"{path} is refused: it is {what}. Geneformer and GeneCompass are read.")
+            raise DataError(
+                f"{path} is refused: it is {what}. Geneformer and GeneCompass are read."
+            )
     if WORD not in tensors or POSITION not in tensors:
         some = ", ".join(sorted(tensors)[:3])
         raise DataError(
@@ -221,9 +222,7 @@ class Taker:
 
     def norm(self, name: str, into: str, width: int) -> dict[str, Tensor]:
         """Take a layer norm."""
-        return {
-            f"{into}.{part}": self.take(f"{name}.{part}", width) for part in ("weight", "bias")
-        }
+        return {f"{into}.{part}": self.take(f"{name}.{part}", width) for part in ("weight", "bias")}
 
     def twin(self, name: str, of: Tensor, what: str) -> None:
         """Take an alias where it is stored, which has to be equal to what it stands for."""

@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({error}): it is damaged or cut off. Copy it again."
@@ -157,7 +157,9 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # -- adapters ---------------------------------------------------------------------------------
 
 _LORA = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?\.weight$")
-_SAVED = re.compile(r"^(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(weight|bias)$")
+_SAVED = re.compile(
+    r"^(?:base_model\.model\.)?(.+?)(?:\.modules_to_save(?:\.\w+)?)?\.(weight|bias)$"
+)
 
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:

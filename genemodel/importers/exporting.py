@@ -155,7 +155,7 @@ def _specials(bundle: Bundle) -> dict[str, int]:
 
 
 def source_tokens(bundle: Bundle) -> np.ndarray:
-    """Published token of each of ours, int64 (V,); −1 for a cell token that the model has not.
+    """Give the published token of each of ours, int64 (V,); −1 for a cell token that is not one.
 
     Genes have in both the same order, and fill what the special tokens leave.
     """

@@ -103,5 +103,3 @@ def value_head_state(take: Taker, width: int) -> dict[str, Tensor]:
     take.twin(f"{own}.decoder.bias", bias, f"{own}.bias")
     state[f"{ours}.out.bias"] = bias
     return state
-
-

@@ -38,7 +38,7 @@ class KnownFile:
 
 @functools.lru_cache(maxsize=1)
 def known_files() -> dict[str, KnownFile]:
-    """Published files by sha256; of the same bytes the first name."""
+    """Give published files by sha256; of the same bytes the first name."""
     text = (resources.files("genemodel.importers") / "data" / "known_files.tsv").read_text("utf-8")
     found: dict[str, KnownFile] = {}
     for line in text.splitlines()[1:]:

@@ -29,7 +29,9 @@ def refuse_pointer(path: Path) -> None:
         raise DataError(f"{path} is empty: copy it again from where it came from.")
     if beginning.startswith(_BEGINNING):
         wanted = dict(
-            line.split(" ", 1) for line in beginning.decode("ascii", "replace").splitlines() if " " in line
+            line.split(" ", 1)
+            for line in beginning.decode("ascii", "replace").splitlines()
+            if " " in line
         )
         size_text = wanted.get("size", "?")
         raise DataError(

@@ -153,9 +153,7 @@ def _sequences(bundle: Bundle, path: Path) -> Iterator[CellBatch]:
         yield as_batch([own[c] for c in chosen], chosen, context=context, budget=budget)
 
 
-def as_batch(
-    own: list[np.ndarray], numbers: np.ndarray, *, context: int, budget: int
-) -> CellBatch:
+def as_batch(own: list[np.ndarray], numbers: np.ndarray, *, context: int, budget: int) -> CellBatch:
     """Pack finished sequences of our tokens; positions count from the first token."""
     places = len(own) + tail_pieces(budget, context)
     length_C = np.array([genes.size for genes in own], np.int64)

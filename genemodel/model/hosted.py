@@ -126,9 +126,7 @@ class KnowledgeFusion(nn.Module):
         """Add up, for every species and gene, all that does not depend on the value."""
         n_species, n_tokens = self.row_SV.shape
         width = token.embedding_dim
-        made = FoldedFusion(
-            FusionShape(self.shape.values, folded=True), width, n_tokens, n_species
-        )
+        made = FoldedFusion(FusionShape(self.shape.values, folded=True), width, n_tokens, n_species)
         no_value = torch.zeros(n_tokens, dtype=token.weight.dtype)
         gene_V = torch.arange(n_tokens)
         for species in range(n_species):

@@ -157,9 +157,7 @@ def rate_shares(model: GeneModel, settings: TuningSettings) -> dict[str, float]:
     return shares
 
 
-def _matrices(
-    model: GeneModel, top: int | None = None
-) -> list[tuple[nn.Module, str, nn.Linear]]:
+def _matrices(model: GeneModel, top: int | None = None) -> list[tuple[nn.Module, str, nn.Linear]]:
     """All matrices of the blocks below ``top``, with where they are."""
     found: list[tuple[nn.Module, str, nn.Linear]] = []
     for block in model.blocks[:top]:

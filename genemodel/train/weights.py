@@ -62,9 +62,7 @@ def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
         settings.start, f"{context:,}",
     )  # fmt: skip
     budget = max(settings.tokens.budget, context)
-    tokens = replace(
-        settings.tokens, context=context, budget=budget, style=start.tokens.style
-    )
+    tokens = replace(settings.tokens, context=context, budget=budget, style=start.tokens.style)
     return replace(settings, model=start.model.settings, tokens=tokens)
 
 
@@ -170,7 +168,7 @@ def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
             + (
                 "the knowledge of GeneCompass is in its checkpoint. Set start=BUNDLE."
                 if hosts == "genecompass"
-                else f"the vocabulary of corpus {corpus.path} is not that of an imported Geneformer. "
+                else f"the vocabulary of corpus {corpus.path} is not that of an imported model. "
                 "Build it with vocabulary=BUNDLE/vocabulary.tsv.gz."
             )
         )

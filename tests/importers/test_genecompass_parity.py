@@ -188,7 +188,9 @@ def published_cell(adata, row, median):
             gene = next(g for g, t in token.items() if t == own)
             scored.append((-np.log2(1 + x / median.get(gene, 1.0)), own))
     scored.sort()
-    return [t for _, t in scored][:POSITIONS], [float(np.float32(-v)) for v, _ in scored][:POSITIONS]
+    return [t for _, t in scored][:POSITIONS], [float(np.float32(-v)) for v, _ in scored][
+        :POSITIONS
+    ]
 
 
 @pytest.mark.parametrize("n_priors", range(5))

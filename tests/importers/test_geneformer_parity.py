@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import cells, published_inputs, write_dictionaries, write_geneformer
 
 import genemodel as gm
+from genemodel.batches.loader import pack, rank_scale
 from genemodel.heads.published import PublishedGeneHead
 from genemodel.importers.importing import import_model
 from genemodel.inference.counts import VocabularyCells, window_of
-from genemodel.batches.loader import pack, rank_scale
-from tiny_models import cells, published_inputs, write_dictionaries, write_geneformer
 
 transformers = pytest.importorskip("transformers")
 # fp32: sums of three layers in another order than transformers'.

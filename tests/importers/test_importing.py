@@ -79,7 +79,9 @@ def same_weights(a, b):
 def test_a_bin_file_with_any_prefix_is_the_same_model(changed, v2, prefix, tied):
     tensors = tensors_of(changed)
     if tied:
-        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+        tensors["cls.predictions.decoder.weight"] = tensors[
+            "bert.embeddings.word_embeddings.weight"
+        ]
         tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]
         tensors["bert.embeddings.position_ids"] = torch.arange(40)[None]
     torch.save({prefix + name: t for name, t in tensors.items()}, changed / "pytorch_model.bin")
@@ -286,7 +288,7 @@ REFUSED = {
         with_tensor("bert.encoder.layer.0.attention.output.dense.bias", torch.zeros(7)),
         r"is \(7,\), but \(32,\)"),
     "untied": (
-        with_tensor("cls.predictions.decoder.weight", torch.zeros(124, 32)), "not equal to the word"),
+        with_tensor("cls.predictions.decoder.weight", torch.zeros(124, 32)), "not equal to"),
     "config of another size": (with_config(hidden_size=64), "hidden_size=64.*weights say 32"),
     "other positions": (
         with_config(position_embedding_type="relative_key"), "position_embedding_type"),
@@ -300,7 +302,7 @@ REFUSED = {
     "scGPT": (
         lambda f: rewritten(f, {"transformer_encoder.layers.0.x": torch.zeros(2)}), "scGPT"),
     "something else": (
-        lambda f: rewritten(f, {"decoder.w": torch.zeros(2)}), "neither Geneformer nor GeneCompass"),
+        lambda f: rewritten(f, {"decoder.w": torch.zeros(2)}), "neither Geneformer nor"),
     "nothing": (lambda f: [one.unlink() for one in f.iterdir()], "has no model.safetensors"),
 }  # fmt: skip
 
@@ -371,13 +373,18 @@ def test_a_lora_adapter_is_added_to_the_model_that_it_names(v2, tmp_path, rslora
     change = scale * low[f"{own}.lora_B.weight"] @ low[f"{own}.lora_A.weight"]
     expected = base.model.blocks[1].qkv.weight[64:] + change
     torch.testing.assert_close(tuned.model.blocks[1].qkv.weight[64:], expected)
-    assert torch.equal(tuned.model.blocks[1].qkv.weight[32:64], base.model.blocks[1].qkv.weight[32:64])
+    assert torch.equal(
+        tuned.model.blocks[1].qkv.weight[32:64], base.model.blocks[1].qkv.weight[32:64]
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"base_model_name_or_path": "ctheodoris/Geneformer"}, "which is not here: give base=FOLDER"),
+        (
+            {"base_model_name_or_path": "ctheodoris/Geneformer"},
+            "which is not here: give base=FOLDER",
+        ),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"rank_pattern": {"query": 2}}, "merge it with peft"),
@@ -443,7 +450,9 @@ def test_transformers_loads_an_export_silently_and_to_the_bit(tmp_path, version,
 
 
 def test_a_native_model_and_a_strange_folder_are_not_exported(random_bundle, v2, tmp_path):
-    with pytest.raises(ConfigError, match="a model of our own, which BERT cannot express: it .*depth"):
+    with pytest.raises(
+        ConfigError, match="a model of our own, which BERT cannot express: it .*depth"
+    ):
         gm.export_model(random_bundle, tmp_path / "x")
     bundle = import_model(v2)
     (tmp_path / "mine").mkdir()
@@ -474,7 +483,9 @@ def test_the_loss_on_masked_genes_is_that_of_transformers(v2, tmp_path):
         masked = drawn < FRACTION
         with torch.no_grad():
             logits = theirs(torch.where(masked, 1, ids)[None]).logits[0]
-        total += float(torch.nn.functional.cross_entropy(logits[masked], ids[masked], reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits[masked], ids[masked], reduction="sum")
+        )
         n += int(masked.sum())
     assert n == n_masked and total / n == pytest.approx(loss, rel=1e-5)
 

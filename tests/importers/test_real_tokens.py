@@ -39,7 +39,8 @@ def real(request, shared_parity, tmp_path_factory):
         medians = shared_parity / "maxtoki_medians.tsv.gz"  # a stand-in: V2's own are not public
         median = {r["gene_id"]: float(r["nonzero_median"]) for r in table(medians)}
         given = {
-            "dictionaries": shared_parity / "geneformer_v2_vocabulary.tsv.gz", "medians": medians
+            "dictionaries": shared_parity / "geneformer_v2_vocabulary.tsv.gz",
+            "medians": medians,
         }
     token = {r["gene_id"]: int(r["token"]) for r in rows}
     config = bert_config(

@@ -26,7 +26,9 @@ def write_dictionaries(folder, version, *, numpy_scalars=False):
     folder.mkdir(parents=True, exist_ok=True)
     token = tokens_of(version)
     rng = np.random.default_rng(version)
-    median = {name: float(m) for name, m in zip(token, rng.uniform(0.3, 6, len(token)), strict=True)}
+    median = {
+        name: float(m) for name, m in zip(token, rng.uniform(0.3, 6, len(token)), strict=True)
+    }
     median = {name: m for name, m in median.items() if name.startswith("ENSG")}
     mapping = {name: name for name in median} | {"ENSG00099999999": gene(0)}
     if numpy_scalars:
@@ -93,7 +95,9 @@ def cells(n_cells=7, seed=0, extra=30, n=GENES):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(rng.gamma(0.4, 3.0, (n_cells, n + extra))).astype(np.float32)
     adata = ad.AnnData(sp.csr_matrix(counts))
-    adata.var_names = [gene(i) for i in range(n)] + [f"ENSG{900_000 + i:011d}" for i in range(extra)]
+    adata.var_names = [gene(i) for i in range(n)] + [
+        f"ENSG{900_000 + i:011d}" for i in range(extra)
+    ]
     adata.obs_names = [f"cell{i}" for i in range(n_cells)]
     return adata
 
