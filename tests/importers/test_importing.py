@@ -105,7 +105,7 @@ def test_dictionaries_are_found_in_a_clone_and_read_from_json_and_tables(v2, tmp
     write_json(clone / "geneformer" / "gene_median_dictionary.json", median)
     again = import_model(model)
     np.testing.assert_array_equal(first.medians_V, again.medians_V)
-    write_table(tmp_path / "genes.tsv.gz", 2)
+    write_table(tmp_path / "genes.tsv.gz", 2, median)
     table = import_model(model, dictionaries=tmp_path / "genes.tsv.gz")
     np.testing.assert_array_equal(first.medians_V, table.medians_V)
 

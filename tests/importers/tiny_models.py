@@ -75,14 +75,12 @@ def write_geneformer(folder, version=2, kind="BertForMaskedLM", **changes):
     return model
 
 
-def write_table(path, version):
+def write_table(path, version, median):
     """The dictionaries as one table."""
-    token = tokens_of(version)
-    rng = np.random.default_rng(version)
     lines = ["gene_id\ttoken\tnonzero_median"]
     lines += [
-        f"{name}\t{t}\t{'' if name.startswith('<') else repr(float(rng.uniform(0.3, 6)))}"
-        for name, t in token.items()
+        f"{name}\t{token}\t{repr(median[name]) if name in median else ''}"
+        for name, token in tokens_of(version).items()
     ]
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
 
