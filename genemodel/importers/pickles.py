@@ -135,6 +135,7 @@ def _finished(array: _Array) -> np.ndarray:
 def _run(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in _CONSTANTS:

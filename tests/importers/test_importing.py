@@ -422,6 +422,25 @@ def test_a_fine_tuned_classifier_keeps_its_head_and_labels(tmp_path, kind):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+def test_an_imported_classifier_of_cells_labels_cells(tmp_path):
+    """V1 pools the first token, which is the highest gene."""
+    from test_geneformer_parity import packed
+
+    labels = {0: "healthy", 1: "dilated", 2: "hypertrophic"}
+    theirs = write_geneformer(tmp_path / "m", 1, "BertForSequenceClassification", id2label=labels)
+    bundle = import_model(tmp_path / "m")
+    adata = cells(n_cells=12, seed=8)
+    gm.annotate(adata, model=bundle, key_added="label")
+    batch = packed(bundle, adata)
+    starts = batch.starts_C1.tolist()
+    for row in range(12):
+        ids = batch.gene_T[starts[row] : starts[row + 1]] - 1
+        with torch.no_grad():
+            probability = theirs(ids[None]).logits[0].softmax(-1).numpy()
+        np.testing.assert_allclose(adata.obsm["label_probability"][row], probability, atol=1e-5)
+    assert list(adata.uns["label"]["labels"]) == list(labels.values())
+
+
 # -- the way back -----------------------------------------------------------------------------
 
 
