@@ -6,11 +6,15 @@ decides. Their sorts are unstable; here ties go to the smaller token.
 Axes: C cells, N stored genes of the cells end to end, V vocabulary, T packed tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
+from genemodel.batches.batch import CellBatch
+from genemodel.batches.packing import tail_pieces
 from genemodel.batches.tokens import Style, TokenSettings
 from genemodel.batches.views import joined
 from genemodel.errors import ConfigError
@@ -111,6 +115,65 @@ def lay_out_published(
     n_tail = starts_C1.size - n_cells
     starts_C1[n_cells:] = np.minimum(at + np.arange(n_tail) * settings.context, budget)
     return at
+
+
+def pack_sequences(
+    settings: TokenSettings,
+    tokens: Sequence[np.ndarray],
+    numbers: np.ndarray,
+    *,
+    values: Sequence[np.ndarray] | None = None,
+    species: np.ndarray | None = None,
+) -> CellBatch:
+    """Pack finished sequences of a published style, such as variants of a cell; there is no count.
+
+    Parameters
+    ----------
+    settings
+        Style, context and budget; the sequences have to fit into it (see ``plan_bins``).
+    tokens
+        Our tokens of every sequence, its framing included, none longer than the context.
+    numbers
+        Of the sequences, int64; where randomness has an address, it is this.
+    values
+        Values beside the tokens (GeneCompass).
+    species
+        Code of every sequence; all 0 by default.
+    """
+    budget, context = settings.budget, settings.context
+    n_cells = len(tokens)
+    length_C = np.array([genes.size for genes in tokens], np.int64)
+    places, n = n_cells + tail_pieces(budget, context), int(length_C.sum())
+    if n > budget or (n_cells and length_C.max() > context):
+        raise AssertionError(f"sequences of {n} tokens in a budget of {budget}")
+    tail_C1 = np.minimum(n + np.arange(places + 1 - n_cells) * context, budget)
+    starts_C1 = np.concatenate([np.cumsum(length_C) - length_C, tail_C1]).astype(np.int32)
+    gene_T, value_T = np.full(budget, PAD, np.int64), np.zeros(budget, np.float32)
+    rank_T = np.zeros(budget, np.int64)
+    gene_T[:n] = np.concatenate(tokens)
+    rank_T[:n] = np.arange(n) - np.repeat(starts_C1[:n_cells], length_C)
+    if settings.style == "genecompass":  # its species token has no position
+        rank_T[:n] = np.maximum(rank_T[:n] - 1, 0)
+    if values is not None:
+        value_T[:n] = np.concatenate(values)
+
+    def placed(given: np.ndarray | None, dummy: int) -> torch.Tensor:
+        out = np.full(places, dummy, np.int64)
+        if given is not None:
+            out[:n_cells] = given
+        return torch.from_numpy(out)
+
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return CellBatch(
+        gene_T=torch.from_numpy(gene_T), value_T=torch.from_numpy(value_T),
+        rank_T=torch.from_numpy(rank_T),
+        segment_T=torch.from_numpy(np.repeat(np.arange(places), np.diff(starts_C1))),
+        starts_C1=torch.from_numpy(starts_C1), species_C=placed(species, 0),
+        library_C=torch.ones(places), batch_C=placed(None, -1), panel_C=placed(None, -1),
+        cell_C=placed(numbers, -1), full_gene_N=nothing, full_count_N=torch.zeros(0),
+        full_cell_N=nothing, length_C=length_C, n_cells=n_cells, n_tokens=n,
+        longest=min(context, budget),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,9 @@ def _beside(path: Path, token: dict[str, int], specials: dict[str, int]) -> Dict
     aliases: dict[str, list[str]] = {}
     for kinds, into in ((_MEDIANS, "median"), (_NAMES, "names"), (_ALIASES, "aliases")):
         paths = _called(path.parent, kinds)
-        if wanted:  # token_dictionary_gc30M.pkl goes with …_gc30M.pkl
-            paths = [one for one in paths if _version(one) in (wanted, "")]
+        # token_dictionary_gc30M.pkl goes with …_gc30M.pkl; in a clone of several versions lie both.
+        own = [one for one in paths if _version(one) == wanted]
+        paths = own or [one for one in paths if not _version(one)]
         for one in paths:
             values = _mapping(one)
             if into == "median":

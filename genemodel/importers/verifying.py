@@ -17,10 +17,11 @@ import torch.nn.functional as F
 
 from genemodel.batches.batch import CellBatch
 from genemodel.batches.loader import pack, rank_scale
-from genemodel.batches.packing import plan_bins, tail_pieces
+from genemodel.batches.packing import plan_bins
+from genemodel.batches.published import pack_sequences
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError, DataError
-from genemodel.genes.vocabulary import CELL, EOS, MASK, PAD
+from genemodel.genes.vocabulary import CELL, EOS, MASK
 from genemodel.heads.masking import eligible, uniform
 from genemodel.heads.published import PublishedGeneHead
 from genemodel.importers.exporting import head_of, source_tokens
@@ -141,7 +142,7 @@ def _sequences(bundle: Bundle, path: Path) -> Iterator[CellBatch]:
     ours_Q = np.zeros(int(source_V.max()) + 1, np.int64)
     ours_Q[source_V[source_V >= 0]] = np.flatnonzero(source_V >= 0)
     v2 = bundle.tokens.style == "geneformer_v2"
-    context, budget = bundle.tokens.context, bundle.tokens.budget
+    context = bundle.tokens.context
     own = []
     for a, b in zip(offsets[:MOST_CELLS], offsets[1:], strict=False):
         genes = ours_Q[tokens[a:b]]
@@ -149,32 +150,5 @@ def _sequences(bundle: Bundle, path: Path) -> Iterator[CellBatch]:
             genes = np.concatenate([[CELL], genes[: context - 2], [EOS]])
         own.append(genes[:context])
     length_C = np.array([genes.size for genes in own])
-    for chosen in plan_bins(length_C, budget, bundle.tokens.max_cells):
-        yield as_batch([own[c] for c in chosen], chosen, context=context, budget=budget)
-
-
-def as_batch(own: list[np.ndarray], numbers: np.ndarray, *, context: int, budget: int) -> CellBatch:
-    """Pack finished sequences of our tokens; positions count from the first token."""
-    places = len(own) + tail_pieces(budget, context)
-    length_C = np.array([genes.size for genes in own], np.int64)
-    n = int(length_C.sum())
-    starts_C1 = np.minimum(n + np.arange(places + 1 - len(own)) * context, budget)
-    starts_C1 = np.concatenate([np.cumsum(length_C) - length_C, starts_C1]).astype(np.int32)
-    gene_T = np.full(budget, PAD, np.int64)
-    gene_T[:n] = np.concatenate(own)
-    rank_T = np.zeros(budget, np.int64)
-    rank_T[:n] = np.concatenate([np.arange(size) for size in length_C])
-    segment_T = np.repeat(np.arange(places), np.diff(starts_C1))
-    cell_C = np.full(places, -1, np.int64)
-    cell_C[: len(own)] = numbers
-    unknown, nothing = np.full(places, -1, np.int64), np.zeros(0, np.int64)
-    tensor = torch.from_numpy
-    return CellBatch(
-        gene_T=tensor(gene_T), value_T=torch.zeros(budget), rank_T=tensor(rank_T),
-        segment_T=tensor(segment_T), starts_C1=tensor(starts_C1),
-        species_C=torch.zeros(places, dtype=torch.int64), library_C=torch.ones(places),
-        batch_C=tensor(unknown), panel_C=tensor(unknown), cell_C=tensor(cell_C),
-        full_gene_N=tensor(nothing), full_count_N=tensor(nothing.astype(np.float32)),
-        full_cell_N=tensor(nothing), length_C=length_C, n_cells=len(own), n_tokens=n,
-        longest=min(context, budget),
-    )  # fmt: skip
+    for chosen in plan_bins(length_C, bundle.tokens.budget, bundle.tokens.max_cells):
+        yield pack_sequences(bundle.tokens, [own[c] for c in chosen], chosen)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from genemodel.batches.loader import Window, pack, rank_scale
-from genemodel.batches.published import published_sequence
+from genemodel.batches.published import pack_sequences, published_sequence
 from genemodel.batches.tokens import TokenSettings
 from genemodel.errors import ConfigError
 from genemodel.genes.vocabulary import CELL, EOS
@@ -109,6 +110,15 @@ def test_packed_cells_are_the_published_sequences_of_their_cells(style):
     np.testing.assert_array_equal(
         batch.segment_T.numpy(), np.repeat(np.arange(starts.size - 1), np.diff(starts))
     )
+    # The same cells as finished sequences are the same batch.
+    ours = [batch.gene_T[a:b].numpy() for a, b in zip(starts[:5], starts[1:6], strict=True)]
+    values = [batch.value_T[a:b].numpy() for a, b in zip(starts[:5], starts[1:6], strict=True)]
+    again = pack_sequences(settings, ours, rows, values=values)
+    for name in ("gene_T", "value_T", "rank_T"):
+        assert torch.equal(getattr(again, name), getattr(batch, name)), name
+    n = batch.n_tokens
+    assert torch.equal(again.segment_T[:n], batch.segment_T[:n])
+    np.testing.assert_array_equal(again.cell_C[:5].numpy(), batch.cell_C[:5].numpy())
     full = np.concatenate([gene_N[window.begin_C[r] : window.end_C[r]] for r in rows])
     np.testing.assert_array_equal(batch.full_gene_N.numpy(), full)
 

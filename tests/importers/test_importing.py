@@ -110,6 +110,18 @@ def test_dictionaries_are_found_in_a_clone_and_read_from_json_and_tables(v2, tmp
     np.testing.assert_array_equal(first.medians_V, table.medians_V)
 
 
+def test_dictionaries_of_two_versions_in_a_folder_do_not_mix(changed, v2):
+    """Medians of another version would rank every cell wrongly, and say nothing."""
+    other = {gene(i): 1.0 for i in range(GENES)}
+    for name in ("gene_median_dictionary_gc30M.pkl", "gene_median_dictionary.pkl"):
+        (changed / name).write_bytes(pickle.dumps(other))
+    for old in list(changed.glob("*_gcX.pkl")):
+        old.rename(changed / old.name.replace("gcX", "gc104M"))
+    np.testing.assert_array_equal(import_model(changed).medians_V, import_model(v2).medians_V)
+    (changed / "token_dictionary_gc104M.pkl").rename(changed / "token_dictionary.pkl")
+    assert set(import_model(changed).medians_V[4:]) == {1.0}
+
+
 def test_numpy_scalars_and_float64_medians_survive_the_bundle(tmp_path):
     write_geneformer(tmp_path / "m", 1)
     median = write_dictionaries(tmp_path / "m", 1, numpy_scalars=True)
