@@ -124,7 +124,7 @@ MUTANTS = (
     ),
     mutant(
         "medians-ones", "batches/loader.py",
-        "return (1.0 / medians_V).astype(np.float32)",
+        "return (1.0 / _known(medians_V)).astype(np.float32)",
         "return np.ones_like(medians_V, dtype=np.float32)",
         "the ranking of a corpus ignores the medians",
         "batches/test_loader.py::test_genes_are_ranked_by_their_counts_over_their_medians",

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -65,10 +65,10 @@ class Window:
     batch_C: np.ndarray
     panel_C: np.ndarray
     cell_C: np.ndarray
-    total_C: np.ndarray = None  # type: ignore[assignment]
+    total_C: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
-        if self.total_C is None:
+        if not self.total_C.size:
             object.__setattr__(self, "total_C", self.library_C)
 
     def __len__(self) -> int:

@@ -417,13 +417,19 @@ _KNOWN: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {}
 
 
 def _symbols(species: str) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Symbol and other names of genes by id, of the vocabulary that comes with genemodel."""
+    """Symbol and other symbols of genes by id, of the vocabulary that comes with genemodel.
+
+    Its retired ids are left out: which ids a published model sums is said by its own mapping.
+    """
     if species not in _KNOWN:
         genes = GeneVocabulary.builtin().genes
         own = genes[genes["species"] == species]
         columns = (own["ensembl_id"], own["symbol"], own["aliases"])
         _KNOWN[species] = {
-            gene.upper(): (symbol, tuple(name for name in aliases.split("|") if name))
+            gene.upper(): (
+                symbol,
+                tuple(n for n in aliases.split("|") if n and not n.upper().startswith("ENS")),
+            )
             for gene, symbol, aliases in zip(*columns, strict=True)
         }
     return _KNOWN[species]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import genemodel
-from genemodel.batches.published import CONTEXT
+from genemodel.batches.published import CONTEXT, PublishedStyle
 from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.importers.architecture import (
     WORD,
@@ -43,9 +44,9 @@ from genemodel.model.settings import ModelSettings
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ImportSettings:
-    """Settings of ``genemodel import``, see ``configs/import.yaml``.
+@dataclass(frozen=True, kw_only=True)
+class ImportSettings(InputSettings):
+    """Settings of ``genemodel import``, see ``configs/import.yaml``; how ``cells`` are read too.
 
     Attributes
     ----------
@@ -129,6 +130,7 @@ def import_model(
     if own_medians is not None and not own_medians.is_file():
         raise ConfigError(f"medians={own_medians} is no file.")
     said = find_dictionaries(checkpoint.folder, found.n_tokens, given, own_medians)
+    style: PublishedStyle
     if found.family == "genecompass":
         made = genecompass_vocabulary(said, homologs(found).numpy())
         style = "genecompass"
@@ -289,6 +291,6 @@ def run_import(settings: ImportSettings) -> str:
     if settings.verify:
         from genemodel.importers.verifying import verification
 
-        lines += verification(bundle, settings.cells)
+        lines += verification(bundle, settings.cells, settings.reading)
     lines += [f"in {out}; use it with: genemodel embed model={out} input=... output=..."]
     return "\n".join(lines)

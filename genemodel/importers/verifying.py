@@ -20,6 +20,7 @@ from genemodel.batches.loader import pack, rank_scale
 from genemodel.batches.packing import plan_bins
 from genemodel.batches.published import pack_sequences
 from genemodel.bundle.bundle import Bundle
+from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import CELL, EOS, MASK
 from genemodel.heads.masking import eligible, uniform
@@ -36,7 +37,9 @@ MOST_CELLS = 500
 _SEED, _PURPOSE = 0, 77
 
 
-def verification(bundle: Bundle, cells: Path | None = None) -> list[str]:
+def verification(
+    bundle: Bundle, cells: Path | None = None, reading: InputSettings | None = None
+) -> list[str]:
     """Say what can be checked of an imported model, a line each."""
     said = bundle.provenance
     unique = sum(p.numel() for p in bundle.model.parameters()) + sum(
@@ -53,7 +56,7 @@ def verification(bundle: Bundle, cells: Path | None = None) -> list[str]:
     if cells is None:
         return [*lines, "loss on masked genes: not measured; give cells=FILE (counts, or an npz "
                 "with tokens and offsets)"]  # fmt: skip
-    loss, accuracy, n_masked, n_cells = masked_gene_loss(bundle, cells)
+    loss, accuracy, n_masked, n_cells = masked_gene_loss(bundle, cells, reading)
     n_genes = len(bundle.vocabulary)
     return [
         *lines,
@@ -63,7 +66,9 @@ def verification(bundle: Bundle, cells: Path | None = None) -> list[str]:
 
 
 @torch.inference_mode()
-def masked_gene_loss(bundle: Bundle, cells: str | Path) -> tuple[float, float, int, int]:
+def masked_gene_loss(
+    bundle: Bundle, cells: str | Path, reading: InputSettings | None = None
+) -> tuple[float, float, int, int]:
     """Measure the loss on masked genes as in the model's training, without its randomness.
 
     15 % of all tokens but ``<pad>`` and ``<mask>`` are masked, the same ones every time; all of
@@ -76,6 +81,8 @@ def masked_gene_loss(bundle: Bundle, cells: str | Path) -> tuple[float, float, i
     cells
         Counts in any file that ``embed`` reads; or an npz with ``tokens`` (published tokens, cells
         end to end) and ``offsets``.
+    reading
+        How counts are read.
 
     Returns
     -------
@@ -85,7 +92,7 @@ def masked_gene_loss(bundle: Bundle, cells: str | Path) -> tuple[float, float, i
     head = PublishedGeneHead(model.settings, len(bundle.vocabulary))
     head = bundle.head(PublishedGeneHead.NAME, head).eval()  # type: ignore[assignment]
     total, right, n_masked, n_cells = 0.0, 0, 0, 0
-    for batch in _batches(bundle, Path(cells)):
+    for batch in _batches(bundle, Path(cells), reading):
         cell_T = batch.cell_C[batch.segment_T]
         chosen_T = eligible(batch.gene_T) | (batch.gene_T == CELL)
         if model.settings.hosts != "geneformer_v2":  # GeneCompass's species token is no target
@@ -106,11 +113,11 @@ def masked_gene_loss(bundle: Bundle, cells: str | Path) -> tuple[float, float, i
     return total / n_masked, right / n_masked, n_masked, n_cells
 
 
-def _batches(bundle: Bundle, path: Path) -> Iterator[CellBatch]:
+def _batches(bundle: Bundle, path: Path, reading: InputSettings | None) -> Iterator[CellBatch]:
     if path.suffix == ".npz":
         yield from _sequences(bundle, path)
         return
-    view = VocabularyCells(path, bundle)
+    view = VocabularyCells(path, bundle, reading)
     tokens = bundle.tokens
     scale_V = rank_scale(bundle.medians_V, tokens.style)
     try:

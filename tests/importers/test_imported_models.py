@@ -120,7 +120,7 @@ def test_labels_are_learnt_on_a_corpus_with_its_tokens(geneformers, tmp_path):
     adata.write_h5ad(tmp_path / "c.h5ad")
     words = (
         f"finetune data={tmp_path / 'c.h5ad'} model={tmp_path / 'b'} out={tmp_path / 'r'} "
-        "task=classify label_key=cell_type batch_key=batch backbone=last trainer.max_steps=4 "
+        "task=classify label_key=cell_type backbone=last trainer.max_steps=4 "
         "holdout.by=batch device=cpu"
     )
     assert main(words.split()) == 0
