@@ -142,17 +142,17 @@ def _shape(checkpoint: Checkpoint, tensors: dict[str, Tensor], family: Family) -
         said = config.get(name, value)
         if said != value:
             raise DataError(
-                f"{checkpoint.folder}: config.json says {name}={said!r}, but the weights say "
+                f"{checkpoint.folder}: config.json: {name} is {said!r}, but the weights say "
                 f"{value!r}: they are of two models, or it is a variant that is not read."
             )
     if activation not in ("relu", "gelu"):
         raise DataError(
-            f"{checkpoint.folder}: config.json says hidden_act={activation!r}; relu and gelu are "
+            f"{checkpoint.folder}: config.json: hidden_act is {activation!r}; relu and gelu are "
             "read, as all published models have them."
         )
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise DataError(
-            f"{checkpoint.folder}: config.json says num_attention_heads={heads!r}, which does not "
+            f"{checkpoint.folder}: config.json: num_attention_heads is {heads!r}, which does not "
             f"divide the width {width}."
         )
     return ModelSettings(

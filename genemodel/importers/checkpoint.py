@@ -212,7 +212,7 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         if change.shape != old.shape or parts["A"].shape[0] != rank:
             raise DataError(
                 f"{adapter.path}: the change of {name} is {tuple(change.shape)} of rank "
-                f"{parts['A'].shape[0]}, but the matrix is {tuple(old.shape)} and r={rank}."
+                f"{parts['A'].shape[0]}, but the matrix is {tuple(old.shape)} and r is {rank}."
             )
         tensors[name] = old + scale * change
     return Checkpoint(

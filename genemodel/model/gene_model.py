@@ -252,7 +252,7 @@ def mean_over_genes(x_TD: Tensor, batch: CellBatch, *, closed: bool) -> Tensor:
         return sum_CD / n_C.clamp_min(1.0)[:, None]
     place_C1 = torch.arange(n_places, device=batch.segment_T.device)[:, None]
     with full_precision(x_TD.device):
-        of_CT = ((batch.segment_T == place_C1) & is_gene_T).float()
+        of_CT = (is_gene_T & (batch.segment_T == place_C1)).float()
         return (of_CT @ x_TD.float()) / of_CT.sum(1, keepdim=True).clamp_min(1.0)
 
 

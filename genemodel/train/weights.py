@@ -166,7 +166,8 @@ def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
         raise DataError(
             f"model.hosts={hosts} with new weights: "
             + (
-                "the knowledge of GeneCompass is in its checkpoint. Start from the bundle (pretrain: start=BUNDLE)."
+                "the knowledge of GeneCompass is in its checkpoint. Start from the bundle "
+                "(pretrain: start=BUNDLE)."
                 if hosts == "genecompass"
                 else f"the vocabulary of corpus {corpus.path} is not that of an imported model. "
                 "Build it with that (corpus build: vocabulary=BUNDLE/vocabulary.tsv.gz)."

@@ -301,11 +301,11 @@ REFUSED = {
         r"is \(7,\), but \(32,\)"),
     "untied": (
         with_tensor("cls.predictions.decoder.weight", torch.zeros(124, 32)), "not equal to"),
-    "config of another size": (with_config(hidden_size=64), "hidden_size=64.*weights say 32"),
+    "config of another size": (with_config(hidden_size=64), "hidden_size is 64.*weights say 32"),
     "other positions": (
         with_config(position_embedding_type="relative_key"), "position_embedding_type"),
-    "other activation": (with_config(hidden_act="silu"), "hidden_act='silu'"),
-    "heads that do not divide": (with_config(num_attention_heads=5), "num_attention_heads=5"),
+    "other activation": (with_config(hidden_act="silu"), "hidden_act is 'silu'"),
+    "heads that do not divide": (with_config(num_attention_heads=5), "num_attention_heads is 5"),
     "config is damaged": (written("config.json", b"{"), "config.json cannot be read"),
     "MaxToki": (
         lambda f: rewritten(f, {"model.embed_tokens.weight": torch.zeros(4, 2)}), "MaxToki"),
