@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from genemodel.evaluation.sizes import evaluate_sizes as evaluate_sizes
     from genemodel.genes import GeneVocabulary as GeneVocabulary
     from genemodel.heads.pretraining import PretrainingSettings as PretrainingSettings
+    from genemodel.importers.exporting import export_model as export_model
+    from genemodel.importers.importing import import_model as import_model
     from genemodel.imputation.impute import impute as impute
     from genemodel.imputation.model import ImputationModel as ImputationModel
     from genemodel.imputation.posterior import rubin_pool as rubin_pool
@@ -66,7 +68,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "embed": ("genemodel.embedding.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
     "evaluate_sizes": ("genemodel.evaluation.sizes", "evaluate_sizes"),
+    "export_model": ("genemodel.importers.exporting", "export_model"),
     "finetune": ("genemodel.command.finetune", "finetune"),
+    "import_model": ("genemodel.importers.importing", "import_model"),
     "impute": ("genemodel.imputation.impute", "impute"),
     "integrate": ("genemodel.integration.integrate", "integrate"),
     "load": ("genemodel.loading", "load"),
@@ -100,7 +104,9 @@ __all__ = [
     "embed",
     "evaluate",
     "evaluate_sizes",
+    "export_model",
     "finetune",
+    "import_model",
     "impute",
     "integrate",
     "load",

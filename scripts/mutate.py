@@ -124,7 +124,7 @@ MUTANTS = (
     ),
     mutant(
         "medians-ones", "batches/loader.py",
-        "return (1.0 / medians_V).astype(np.float32)",
+        "return (1.0 / _known(medians_V)).astype(np.float32)",
         "return np.ones_like(medians_V, dtype=np.float32)",
         "the ranking of a corpus ignores the medians",
         "batches/test_loader.py::test_genes_are_ranked_by_their_counts_over_their_medians",
@@ -376,7 +376,7 @@ MUTANTS = (
     ),
     mutant(
         "attention-padding", "model/gene_model.py",
-        "(batch.segment_T == place_C1)", "(batch.segment_T <= place_C1)",
+        "(batch.segment_T == place_C1).to(", "(batch.segment_T <= place_C1).to(",
         "a cell's components hold those of the cells before it",
         "model/test_gene_model.py::test_a_cell_does_not_depend_on_its_company_order_or_budget",
     ),
@@ -698,6 +698,57 @@ MUTANTS = (
         "_BIO_WEIGHT = 0.6", "_BIO_WEIGHT = 0.5",
         "totals are not those of scIB",
         "metrics/test_metrics.py::test_totals_are_weighted_as_in_the_scib_study",
+    ),
+    # -- published models ------------------------------------------------------------------------
+    mutant(
+        "published_depth", "batches/published.py",
+        "return count_N / total_N * 10_000.0 / median_N", "return count_N / median_N",
+        "Geneformer's ranks differ where two genes tie to the last bit",
+        "batches/test_published.py::test_the_whole_depth_of_a_cell_decides_ties_to_the_last_bit",
+    ),
+    mutant(
+        "published_position", "batches/published.py",
+        'place_N[kept_N] + (style == "geneformer_v2")', "place_N[kept_N]",
+        "genes of Geneformer V2 stand one position too early",
+        "batches/test_published.py",
+    ),
+    mutant(
+        "published_mean", "model/gene_model.py",
+        "batch.gene_T >= (EOS + 1 if closed else N_SPECIAL)", "batch.gene_T >= N_SPECIAL",
+        "the closing token is in the mean over a cell's genes",
+        "importers/test_geneformer_parity.py::"
+        "test_embeddings_are_means_of_genes_in_the_second_to_last_layer",
+    ),
+    mutant(
+        "published_homologs", "importers/genecompass.py",
+        "torch.stack([own_V, homolog_Q[own_V]])", "torch.stack([own_V, own_V])",
+        "mouse cells read the knowledge of human genes",
+        "importers/test_genecompass_parity.py",
+    ),
+    mutant(
+        "published_tuning", "model/tuning.py",
+        "if cells_only and model.cell_stop is not None:", "if False:",
+        "a block that no loss reaches is the one that learns",
+        "importers/test_imported_models.py::"
+        "test_a_head_reaches_the_blocks_that_cells_are_read_from",
+    ),
+    mutant(
+        "pickle_names", "importers/pickles.py",
+        "    if meaning is None:\n", "    if meaning is None and not name:\n",
+        "an unknown name in a pickle is not refused by its name",
+        "importers/test_pickles.py",
+    ),
+    mutant(
+        "adapter_scale", "importers/checkpoint.py",
+        "tensors[name] = old + scale * change", "tensors[name] = old + change",
+        "a LoRA adapter is added without its weight",
+        "importers/test_importing.py::test_a_lora_adapter_is_added_to_the_model_that_it_names",
+    ),
+    mutant(
+        "left_over", "importers/importing.py",
+        "    take.finish()\n", "",
+        "tensors that a model has no place for are passed over",
+        "importers/test_importing.py",
     ),
 )  # fmt: skip
 

@@ -29,6 +29,7 @@ ORDER = (
     ("imputation",),
     ("loading",),
     ("embedding",),
+    ("importers",),
     ("annotation",),
     ("metrics",),
     ("reports",),

@@ -16,6 +16,7 @@ from genemodel.batches.batch import CellBatch
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import DataError
 from genemodel.heads.labels import LabelHead, Labels, LabelSettings, fitted_temperature
+from genemodel.heads.published import PublishedClassifier
 from genemodel.inference.counts import VocabularyChunk, corpus_chunks
 from genemodel.inference.forward import Forward
 
@@ -33,7 +34,16 @@ MOST_CALIBRATION_CELLS = 20_000
 
 def label_names(bundle: Bundle) -> list[str]:
     """Labels that a bundle tells apart, in the order of its logits; empty where it does not."""
-    return list(bundle.settings.get("labels") or [])
+    return list(bundle.settings.get("labels") or []) or _published_names(bundle)
+
+
+def _published_names(bundle: Bundle) -> list[str]:
+    """Labels of an imported classifier of cells, as its publishers name them."""
+    published = bundle.settings.get("published") or {}
+    if PublishedClassifier.NAME + ".weight" not in bundle.heads or published["head"] != "cells":
+        return []
+    named = published["config"].get("id2label") or {}
+    return [str(named.get(str(i), f"label {i}")) for i in range(published["n_labels"])]
 
 
 def labeller(bundle: Bundle, *, calibrated: bool = True) -> Forward:
@@ -51,6 +61,9 @@ def labeller(bundle: Bundle, *, calibrated: bool = True) -> Forward:
             "task=classify label_key=...`, or give a labelled reference."
         )
     nothing = Labels(tuple(names), np.zeros(0, np.int32), np.ones(len(names)))
+    if _published_names(bundle):
+        published = PublishedClassifier(bundle.heads).to(bundle.device).eval()
+        return Forward(bundle, lambda cell_BD, _: published(cell_BD).float(), len(names))
     width = bundle.model.settings.width
     head: Any = bundle.head("labels", LabelHead(width, nothing, LabelSettings()))
     head.eval()

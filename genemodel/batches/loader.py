@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -28,8 +28,9 @@ import torch
 from genemodel.batches.batch import CellBatch
 from genemodel.batches.order import EpochOrder, Layout, Position
 from genemodel.batches.packing import deal, plan_bins, tail_pieces
-from genemodel.batches.tokens import TokenSettings, pack_cells
-from genemodel.batches.views import View, lay_out, shown_cells
+from genemodel.batches.published import lay_out_published
+from genemodel.batches.tokens import Style, TokenSettings, pack_cells
+from genemodel.batches.views import View, joined, lay_out, shown_cells
 from genemodel.corpus.reading import CountsBlock
 from genemodel.errors import DataError
 from genemodel.genes.vocabulary import CELL, PAD
@@ -50,7 +51,9 @@ _CATCH_UP = 4
 class Window:
     """Counts and labels of cells that may be packed together; C cells, N genes end to end.
 
-    Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending, and its counts beside it.
+    Cell c owns ``gene_N[begin_C[c]:end_C[c]]``, ascending, and its counts beside it. ``total_C``
+    are counts over all genes of the source, also those without a token, where they are known; by
+    default the libraries.
     """
 
     begin_C: np.ndarray
@@ -62,13 +65,18 @@ class Window:
     batch_C: np.ndarray
     panel_C: np.ndarray
     cell_C: np.ndarray
+    total_C: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        if not self.total_C.size:
+            object.__setattr__(self, "total_C", self.library_C)
 
     def __len__(self) -> int:
         return self.cell_C.shape[0]
 
     def lengths_C(self, settings: TokenSettings) -> np.ndarray:
         """Tokens of every cell under ``settings``, the cell token included."""
-        return np.minimum(self.end_C - self.begin_C, settings.context - 1) + 1
+        return settings.lengths(self.end_C - self.begin_C)
 
     def take(self, rows: np.ndarray) -> "Window":
         """Copy these rows, and no more of the counts than theirs."""
@@ -85,6 +93,7 @@ class Window:
             batch_C=self.batch_C[rows],
             panel_C=self.panel_C[rows],
             cell_C=self.cell_C[rows],
+            total_C=self.total_C[rows],
         )
 
     def only(self, genes_V: np.ndarray) -> "Window":
@@ -120,8 +129,21 @@ def inverse_medians(medians_V: np.ndarray) -> np.ndarray:
     medians_V
         Non-zero medians, NaN where the gene was never seen.
     """
-    medians_V = np.where(np.isfinite(medians_V) & (medians_V > 0), medians_V, 1.0)
-    return (1.0 / medians_V).astype(np.float32)
+    return (1.0 / _known(medians_V)).astype(np.float32)
+
+
+def rank_scale(medians_V: np.ndarray, style: Style) -> np.ndarray:
+    """Make what :func:`pack` ranks by: 1 ÷ median as float32, or the medians of a published style.
+
+    Those are float64 and are divided by as published, because there the last bit may decide a rank.
+    """
+    if style == "native":
+        return inverse_medians(medians_V)
+    return _known(medians_V).astype(np.float64)
+
+
+def _known(medians_V: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(medians_V) & (medians_V > 0), medians_V, 1.0)
 
 
 def pack(
@@ -139,7 +161,8 @@ def pack(
     """Make one micro-batch of the window's rows ``cells`` (they must fit; see ``plan_bins``).
 
     With a view the tokens, and the library, are of the molecules that are shown. Genes at or above
-    ``n_tokens`` are no tokens; they are only among the ``full`` ones.
+    ``n_tokens`` are no tokens; they are only among the ``full`` ones. ``inverse_median_V`` is what
+    :func:`rank_scale` makes.
     """
     budget = settings.budget if budget is None else budget
     max_cells = settings.max_cells if max_cells is None else max_cells
@@ -151,6 +174,7 @@ def pack(
     segment_T = np.empty(budget, np.int64)
     starts_C1 = np.empty(places + 1, np.int32)
     library = np.ascontiguousarray(window.library_C[cells], np.float32)
+    total_C = window.total_C[cells].astype(np.float64)
     begin_C, end_C = window.begin_C[cells], window.end_C[cells]
     gene_N, count_N = window.gene_N, window.count_N
     n_full = int((end_C - begin_C).sum())
@@ -163,25 +187,36 @@ def pack(
         begin_C, end_C, gene_N, count_N, library = shown_cells(
             begin_C, end_C, gene_N, shown_N, n_tokens
         )
-    n_tokens = pack_cells(
-        begin_C,
-        end_C,
-        gene_N,
-        count_N,
-        inverse_median_V,
-        library,
-        settings.context - 1,
-        CELL,
-        PAD,
-        gene_T,
-        value_T,
-        rank_T,
-        segment_T,
-        starts_C1,
-        full_gene_N,
-        full_count_N,
-        full_cell_N,
-    )
+        total_C = library.astype(np.float64)
+    if settings.style == "native":
+        n_tokens = pack_cells(
+            begin_C,
+            end_C,
+            gene_N,
+            count_N,
+            inverse_median_V,
+            library,
+            settings.context - 1,
+            CELL,
+            PAD,
+            gene_T,
+            value_T,
+            rank_T,
+            segment_T,
+            starts_C1,
+            full_gene_N,
+            full_count_N,
+            full_cell_N,
+        )
+    else:
+        n_tokens = lay_out_published(
+            settings, begin_C, end_C, gene_N, count_N, inverse_median_V, total_C,
+            gene_T=gene_T, value_T=value_T, rank_T=rank_T, segment_T=segment_T,
+            starts_C1=starts_C1,
+        )  # fmt: skip
+        if there_N is None:
+            lay_out(begin_C, end_C, gene_N, full_gene_N, full_cell_N)
+            full_count_N[:] = joined(begin_C, end_C, count_N, n_full)
     assert starts_C1[-1] == budget, f"{cells.size} cells and their tail in {places} places"
     if there_N is not None:
         # Of the cells as they are, not as they are shown.
@@ -315,7 +350,7 @@ class CellStream:
             )
         self.corpus = corpus
         self.cells = np.asarray(cells, np.int64)
-        self.settings = settings.placed(_mean_length(corpus, settings.context))
+        self.settings = settings.placed(_mean_length(corpus, settings))
         self.pieces, self.view, self.n_tokens, self.genes_V = pieces, view, n_tokens, genes_V
         self.seed = seed
         self.inverse_median_V = inverse_median_V
@@ -436,7 +471,7 @@ class CellStream:
         epoch, window = divmod(number, self.order(0).n_windows)
         place_C, starts_P1 = self.order(epoch).cells(window)
         cell_C = self.cells[place_C]
-        length_C = np.minimum(self.corpus.label("n_genes")[cell_C], self.settings.context - 1) + 1
+        length_C = self.settings.lengths(self.corpus.label("n_genes")[cell_C])
         bins = plan_bins(length_C, self.settings.budget, self.settings.max_cells)
         return _Plan(epoch, cell_C, starts_P1, bins)
 
@@ -453,9 +488,9 @@ def _pieces_of(
         yield piece, after
 
 
-def _mean_length(corpus: Cells, context: int) -> float:
+def _mean_length(corpus: Cells, settings: TokenSettings) -> float:
     """Mean tokens over the whole corpus: training and held-out cells get micro-batches alike."""
-    return float(np.minimum(corpus.label("n_genes"), context - 1).mean()) + 1
+    return float(settings.lengths(corpus.label("n_genes")).mean())
 
 
 @dataclass(frozen=True)
@@ -491,7 +526,7 @@ class _MicroBatch:
             rows = np.arange(len(window))
         settings = stream.settings.piece(stream.pieces)
         size_C = window.end_C[rows] - window.begin_C[rows]
-        dealt = deal(np.minimum(size_C, settings.context - 1) + 1, stream.pieces)
+        dealt = deal(settings.lengths(size_C), stream.pieces)
         return [
             pack(
                 window,

@@ -2,8 +2,7 @@
 
 A gene's rank value is its count divided by the gene's non-zero median; dividing by the cell's
 library as well cannot change the order, so the native tokeniser does not. Ties go to the smaller
-token, always. The published models' own sequences are made by :func:`published_sequence`, in
-float64 and in their order of operations, because there the last bit decides the rank.
+token, always. The published models' own sequences are made in :mod:`genemodel.batches.published`.
 
 Axes: C cells, N stored genes of the cells end to end, V vocabulary.
 """
@@ -17,6 +16,8 @@ from numba import njit
 from genemodel.batches.packing import places_for, tail_pieces
 from genemodel.errors import ConfigError
 from genemodel.expression.normalise import DEPTH
+
+Style = Literal["native", "geneformer_v1", "geneformer_v2", "genecompass"]
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,22 @@ class TokenSettings:
     places
         Cells of a packed micro-batch, pieces of the empty tail included; 0 chooses about twice
         the typical number of cells, from the cells' mean length.
+    style
+        ``native``; or the published model whose order and framing of a cell are made, as they come
+        with an imported bundle: ``geneformer_v1`` (genes alone), ``geneformer_v2`` (``<cls>``,
+        genes, ``<eos>``) or ``genecompass`` (species token, genes with values).
     """
 
     context: int = 2048
     budget: int = 16_384
     places: int = 0
+    style: Style = "native"
 
     def __post_init__(self) -> None:
-        if self.context < 2:
+        if self.context < 1 + self.framing:
             raise ConfigError(
                 f"tokens.context is {self.context}: it must hold the cell token and at least one "
-                "gene. Set tokens.context to 2 or more."
+                f"gene. Set tokens.context to {1 + self.framing} or more."
             )
         if self.budget < self.context:
             raise ConfigError(
@@ -57,6 +63,15 @@ class TokenSettings:
                 f"{self.budget:,} tokens may need {fewest}. Set tokens.places to at least "
                 f"{fewest}, or to 0 to have it chosen."
             )
+
+    @property
+    def framing(self) -> int:
+        """Tokens of a cell that are no genes."""
+        return {"geneformer_v1": 0, "geneformer_v2": 2}.get(self.style, 1)
+
+    def lengths(self, n_genes_C: np.ndarray) -> np.ndarray:
+        """Tokens of cells with so many expressed genes."""
+        return np.minimum(n_genes_C, self.context - self.framing) + self.framing
 
     def placed(self, mean_length: float) -> Self:
         """Choose the number of places for cells of this mean length, where it is left open."""
@@ -296,87 +311,3 @@ def rank_cells_reference(
         order = np.lexsort((gene_N[lo:hi], -value))
         cells.append(lo + order[:limit])
     return cells
-
-
-PublishedStyle = Literal["geneformer_v1", "geneformer_v2", "genecompass"]
-
-
-@dataclass(frozen=True)
-class PublishedSequence:
-    """One cell as a published model reads it, unpadded.
-
-    Attributes
-    ----------
-    token
-        Token ids in the model's own vocabulary, int64, shape (length,).
-    value
-        log2(1 + count ÷ median) for GeneCompass, else None.
-    species
-        0 human, 1 mouse for GeneCompass, else None.
-    """
-
-    token: np.ndarray
-    value: np.ndarray | None = None
-    species: int | None = None
-
-
-def published_sequence(
-    style: PublishedStyle,
-    token: np.ndarray,
-    count: np.ndarray,
-    median: np.ndarray,
-    *,
-    library: float | None = None,
-    cls: int | None = None,
-    eos: int | None = None,
-    species: int | None = None,
-) -> PublishedSequence:
-    """Tokenise one cell exactly as Geneformer V1, V2 or GeneCompass would.
-
-    Parameters
-    ----------
-    style
-        Which model's sequence.
-    token, count, median
-        Of the cell's genes that the model's dictionary holds: token ids, raw counts, non-zero
-        medians of the model's corpus; shape (genes,). Explicit zeros are left out.
-    library
-        Total counts of the cell over *all* its genes (Geneformer only), also those without token.
-    cls, eos
-        Ids of ``<cls>`` and ``<eos>`` (Geneformer V2 only).
-    species
-        0 human, 1 mouse (GeneCompass only).
-
-    Notes
-    -----
-    Geneformer ranks x ÷ n × 10⁴ ÷ median in float64, in that order of operations (V1: 2,048 genes;
-    V2: 4,096 with ``<cls>`` and ``<eos>``). GeneCompass ranks log2(1 + x ÷ median) and keeps 2,048
-    genes with their values. Upstream sorts are unstable; here ties go to the smaller token.
-    """
-    count = np.asarray(count, np.float64)
-    expressed = count > 0
-    token = np.asarray(token, np.int64)[expressed]
-    count, median = count[expressed], np.asarray(median, np.float64)[expressed]
-    if style == "genecompass":
-        if species not in (0, 1):
-            raise ConfigError(
-                f"GeneCompass knows species 0 (human) and 1 (mouse), not {species!r}: pass one."
-            )
-        value = np.log2(1.0 + count / median)
-        order = np.lexsort((token, -value))[:2048]
-        return PublishedSequence(token[order], value[order].astype(np.float32), species)
-    if library is None or library <= 0:
-        raise ConfigError(
-            f"Geneformer divides by the cell's total counts, but library is {library!r}: pass the "
-            "positive sum over all genes of the cell."
-        )
-    value = count / library * 10_000.0 / median  # Geneformer's own, whatever ours is
-    order = np.lexsort((token, -value))
-    if style == "geneformer_v1":
-        return PublishedSequence(token[order[:2048]])
-    if cls is None or eos is None:
-        raise ConfigError(
-            "Geneformer V2 frames a cell with <cls> and <eos>: pass cls= and eos= as its "
-            "dictionary has them."
-        )
-    return PublishedSequence(np.concatenate([[cls], token[order[:4094]], [eos]]))

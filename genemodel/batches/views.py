@@ -81,7 +81,7 @@ class View:
         ends_C = np.cumsum(end_C - begin_C)
         starts_C = ends_C - (end_C - begin_C)
         shown_N = np.empty(n_stored, np.float32)
-        genes_N = _joined(begin_C, end_C, gene_N, n_stored)
+        genes_N = joined(begin_C, end_C, gene_N, n_stored)
         _share_out(starts_C, ends_C, genes_N, rest_N, cell_C,
                    1.0 - self.high, 1.0 - self.low, _key(self.seed, _THIN, epoch),
                    _key(self.seed, _SHARE, epoch), rest_N, shown_N)  # fmt: skip
@@ -139,8 +139,8 @@ def lay_out(
     out_cell_N: np.ndarray,
 ) -> None:
     """Write genes and numbers of consecutive cells end to end."""
-    out_gene_N[:] = _joined(np.asarray(begin_C, np.int64), np.asarray(end_C, np.int64), gene_N,
-                            out_gene_N.size)  # fmt: skip
+    out_gene_N[:] = joined(np.asarray(begin_C, np.int64), np.asarray(end_C, np.int64), gene_N,
+                           out_gene_N.size)  # fmt: skip
     out_cell_N[:] = np.repeat(np.arange(begin_C.size), end_C - begin_C)
 
 
@@ -149,7 +149,8 @@ def _key(seed: int, purpose: int, epoch: int) -> np.uint64:
 
 
 @njit(nogil=True, cache=True)
-def _joined(begin_C, end_C, gene_N, n_stored):  # type: ignore[no-untyped-def]
+def joined(begin_C, end_C, gene_N, n_stored):  # type: ignore[no-untyped-def]
+    """Lay what the cells own of an array end to end, (n_stored,)."""
     out_N = np.empty(n_stored, gene_N.dtype)
     at = 0
     for c in range(begin_C.shape[0]):

@@ -31,6 +31,7 @@ from genemodel.errors import DataError
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.model.devices import device_of
 from genemodel.model.gene_model import GeneModel, KnowledgeEmbedding
+from genemodel.model.hosted import FusionShape, HostedEmbedding
 from genemodel.model.settings import ModelSettings
 from genemodel.settings import parse, some, to_values
 
@@ -101,8 +102,15 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over vocabulary and weights, to name the model in what it writes."""
+        """Sha256 over vocabulary and weights, to name the model in what it writes.
+
+        Of a hosted model also over how it reads: the same weights give other vectors of cells.
+        """
         digest = hashlib.sha256(self.vocabulary.fingerprint.encode())
+        shape = self.model.settings
+        if shape.hosts != "native":
+            digest.update(f"{self.tokens.style} {shape.cell} {shape.cell_layer}".encode())
+            digest.update(np.ascontiguousarray(self.medians_V).tobytes())
         for name, tensor in sorted(self._weights().items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -139,8 +147,10 @@ class Bundle:
             The vocabulary is not its own with more behind, or the model reads knowledge tables,
             which say nothing about new genes.
         """
-        if not vocabulary.extends(self.vocabulary) or self.model.embedding.knowledge:
-            why = "reads knowledge tables" if self.model.embedding.knowledge else "is another"
+        embedding = self.model.embedding
+        knows = bool(embedding.knowledge) or fusion_of(self.model) is not None
+        if not vocabulary.extends(self.vocabulary) or knows:
+            why = "reads knowledge tables" if knows else "is another"
             raise DataError(
                 f"A model over {len(self.vocabulary):,} tokens of {', '.join(self.species)} cannot "
                 f"grow to {len(vocabulary):,} tokens of {', '.join(vocabulary.species)}: it {why}. "
@@ -155,7 +165,7 @@ class Bundle:
         state = model.state_dict()
         for name, tensor in self.model.state_dict().items():
             fill_corner(state[name], tensor)
-        medians_V = np.full(len(vocabulary), np.nan, np.float32)
+        medians_V = np.full(len(vocabulary), np.nan, self.medians_V.dtype)
         medians_V[: len(self.vocabulary)] = self.medians_V
         return replace(self, model=model, vocabulary=vocabulary, medians_V=medians_V)
 
@@ -193,6 +203,7 @@ class Bundle:
             self.vocabulary.save(folder / VOCABULARY)
             write_medians(folder / STATISTICS, self.medians_V)
 
+        fusion = fusion_of(self.model)
         about = {
             "model": to_values(self.model.settings),
             "tokens": to_values(self.tokens),
@@ -203,6 +214,7 @@ class Bundle:
                 for name, part in self.model.embedding.knowledge.items()
                 if isinstance(part, KnowledgeEmbedding)
             },
+            "fusion": None if fusion is None else to_values(fusion),
         }
         write_model(
             path, BUNDLE, about, self._weights(), provenance=self.provenance,
@@ -245,6 +257,7 @@ class Bundle:
             n_species=len(vocabulary.species),
             context=tokens.context,
             knowledge=knowledge,
+            fusion=_fusion(about.get("fusion"), stored.where),
         )
         own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
         _load_exactly(model, own, path)
@@ -264,6 +277,20 @@ class Bundle:
             training=stored.training,
         )
         return bundle.to(there)
+
+
+def fusion_of(model: GeneModel) -> FusionShape | None:
+    """Say what the input of a hosted GeneCompass is made of; None for every other model."""
+    embedding = model.embedding
+    if isinstance(embedding, HostedEmbedding) and embedding.fusion is not None:
+        return embedding.fusion.shape
+    return None
+
+
+def _fusion(values: Any, where: str) -> FusionShape | None:
+    if values is None:
+        return None
+    return parse(FusionShape, values, where=f"{where}: fusion")
 
 
 def fill_corner(larger: Tensor, smaller: Tensor) -> None:
@@ -288,17 +315,21 @@ def write_medians(path: Path, medians_V: np.ndarray) -> None:
     text = io.StringIO()
     text.write("token\tnonzero_median_per_10k\n")
     for token in np.flatnonzero(np.isfinite(medians_V)):
-        text.write(f"{token}\t{float(np.float32(medians_V[token]))!r}\n")
+        text.write(f"{token}\t{float(medians_V[token])!r}\n")
     with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
         file.write(text.getvalue().encode())
 
 
 def read_medians(path: Path, n_tokens: int) -> np.ndarray:
-    """Read what :func:`write_medians` wrote: float32, NaN where a gene was never seen."""
-    medians_V = np.full(n_tokens, np.nan, np.float32)
+    """Read what :func:`write_medians` wrote; NaN where a gene was never seen.
+
+    float32, but for medians of other models, which need all of float64.
+    """
+    medians_V = np.full(n_tokens, np.nan)
     with gzip.open(path, "rt") as file:
         next(file)
         for line in file:
             token, median = line.split("\t")
             medians_V[int(token)] = float(median)
-    return medians_V
+    short_V = medians_V.astype(np.float32)
+    return short_V if np.array_equal(short_V, medians_V, equal_nan=True) else medians_V

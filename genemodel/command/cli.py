@@ -42,6 +42,8 @@ class Verb:
         What runs, ``module:function``: takes the settings, returns text or a path to print or None.
     examples
         Two command lines that show the verb at work, without the leading ``genemodel``.
+    takes
+        The setting that a first word without ``=`` stands for; empty for none.
     """
 
     summary: str
@@ -49,6 +51,7 @@ class Verb:
     settings: str
     function: str
     examples: tuple[str, str]
+    takes: str = ""
 
 
 VERBS: dict[str, Verb] = {
@@ -166,6 +169,28 @@ VERBS: dict[str, Verb] = {
         settings="genemodel.command.verbs:DescribeSettings",
         function="genemodel.command.verbs:describe",
         examples=("describe path=runs/small/bundle", "describe path=four_species.tsv.gz"),
+    ),
+    "import": Verb(
+        summary="make a bundle of a published model: Geneformer or GeneCompass",
+        config="import",
+        settings="genemodel.importers.importing:ImportSettings",
+        function="genemodel.importers.importing:run_import",
+        examples=(
+            "import Geneformer/Geneformer-V2-104M out=models/geneformer",
+            "import GeneCompass/pretrained_models/GeneCompass_Base folded=true verify=true",
+        ),
+        takes="path",
+    ),
+    "export": Verb(
+        summary="write an imported model as transformers reads it",
+        config="export",
+        settings="genemodel.importers.exporting:ExportSettings",
+        function="genemodel.importers.exporting:run_export",
+        examples=(
+            "export models/geneformer format=hf",
+            "export runs/lung/backbone/bundle format=hf out=lung_geneformer",
+        ),
+        takes="path",
     ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
@@ -341,6 +366,9 @@ def _reach(name: str) -> Any:
 def _values(name: str, overrides: Iterable[str], user_folder: Path | None) -> dict[str, Any]:
     """Compose the values of a verb and refuse top-level names that nothing reads."""
     verb = VERBS[name]
+    overrides = list(overrides)
+    if verb.takes and overrides and "=" not in overrides[0]:
+        overrides[0] = f"{verb.takes}={overrides[0]}"
     values = config_files.compose(verb.config, list(overrides), user_folder=user_folder)
     fields = setting_types(_reach(verb.settings))
     known = [*fields, *config_files.defaults_of(verb.config)]

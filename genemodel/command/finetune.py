@@ -508,7 +508,9 @@ def _adapt(
     else:
         context = bundle.tokens.context
         model = bundle.model.settings
-        tokens = TokenSettings(context, max(settings.tokens.budget, context))
+        tokens = TokenSettings(
+            context, max(settings.tokens.budget, context), style=bundle.tokens.style
+        )
     what = "labels" if settings.classifies else "the backbone alone on these cells"
     logger.info("Training %s (backbone %s).", what, settings.backbone.tune)
     path = pretrain(

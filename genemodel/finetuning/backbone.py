@@ -60,7 +60,7 @@ class Backbone:
         beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection)).eval()
         with torch.no_grad():
             counts.beside.standardise(torch.cat([beside.vectors(batch) for batch in some]))
-        tune(model, self.tuning)
+        tune(model, self.tuning, cells_only=True)
         shares = {f"backbone.{k}": v for k, v in rate_shares(model, self.tuning).items()}
         return Built(beside.train(), head, shares)
 

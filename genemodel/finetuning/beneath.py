@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 
 import genemodel
-from genemodel.batches.loader import inverse_medians
+from genemodel.batches.loader import rank_scale
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.finetuning.backbone import Backbone
@@ -19,7 +19,7 @@ def backbone_of(bundle: Bundle, tuning: TuningSettings) -> Backbone:
     """Copy what a training reads of a bundle, and may change."""
     return Backbone(
         copy.deepcopy(bundle.model).cpu(), copy.deepcopy(cell_projection(bundle)).cpu(),
-        replace(bundle.tokens, places=0), inverse_medians(bundle.medians_V), tuning,
+        replace(bundle.tokens, places=0), rank_scale(bundle.medians_V, bundle.tokens.style), tuning,
     )  # fmt: skip
 
 

@@ -38,6 +38,9 @@ PAD = 0
 MASK = 1
 CELL = 2
 N_SPECIAL = 3
+# Where a published model closes its cells with a token: the first row of its vocabulary, a gene
+# that no file has, because its name is "<eos>".
+EOS = 3
 SPECIAL_NAMES = ("<pad>", "<mask>", "<cell>")
 
 _MAGIC = "# genemodel gene vocabulary 1"

@@ -101,9 +101,12 @@ def choose(uniform_T: Tensor, eligible_T: Tensor, low: float, high: float) -> Ch
     return Chosen(index_M, chosen_T[index_M])
 
 
-def eligible(gene_T: Tensor) -> Tensor:
-    """Genes of real cells: not special tokens, not the dummy tail; shape (T,), bool."""
-    return gene_T >= N_SPECIAL
+def eligible(gene_T: Tensor, first_gene: int = N_SPECIAL) -> Tensor:
+    """Genes of real cells: not special tokens, not the dummy tail; shape (T,), bool.
+
+    ``first_gene`` is the lowest token of a gene: a hosted Geneformer V2 closes cells with a token.
+    """
+    return gene_T >= first_gene
 
 
 def hide(

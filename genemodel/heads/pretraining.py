@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from genemodel.batches.batch import CellBatch
 from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError
+from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.heads.decode_counts import CountDecoder, DecodeCountsSettings
 from genemodel.heads.labels import LabelHead, Labels, LabelSettings
 from genemodel.heads.masked_gene import MaskedGeneHead, MaskedGeneSettings
@@ -86,6 +87,8 @@ class Hiding(nn.Module):
         (low, high) of the uniform numbers whose genes, and whose values, are hidden.
     batch_dropout
         Share of cells whose technical batch is hidden; 0 for none.
+    first_gene
+        Lowest token that may be hidden.
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class Hiding(nn.Module):
         genes: tuple[float, float] | None,
         values: tuple[float, float] | None,
         batch_dropout: float,
+        first_gene: int = N_SPECIAL,
     ) -> None:
         super().__init__()
+        self.first_gene = first_gene
         self.genes, self.values, self.batch_dropout = genes, values, batch_dropout
 
     def forward(
@@ -106,7 +111,7 @@ class Hiding(nn.Module):
         """
         cell_T = batch.cell_C[batch.segment_T]
         uniform_T = uniform_at(key, cell_T, batch.gene_T)
-        can_T = eligible(batch.gene_T)
+        can_T = eligible(batch.gene_T, self.first_gene)
         genes = choose(uniform_T, can_T, *self.genes) if self.genes else None
         values = choose(uniform_T, can_T, *self.values) if self.values else None
         gene_T, value_T = hide(batch.gene_T, batch.value_T, genes, values)
@@ -136,6 +141,8 @@ class PretrainingObjectives(nn.Module):
         Address of the masks.
     labels
         Of the cells, where ``settings.labels`` is on.
+    first_gene
+        Lowest token that may be hidden.
     """
 
     def __init__(
@@ -148,6 +155,7 @@ class PretrainingObjectives(nn.Module):
         measured_XV: Tensor,
         seed: int,
         labels: Labels | None = None,
+        first_gene: int = N_SPECIAL,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -169,7 +177,7 @@ class PretrainingObjectives(nn.Module):
             low = genes[1]
         if settings.masked_value.weight > 0:
             values = (low, low + settings.masked_value.fraction)
-        self.hiding = Hiding(genes, values, settings.decode_counts.batch_dropout)
+        self.hiding = Hiding(genes, values, settings.decode_counts.batch_dropout, first_gene)
 
     @property
     def parts(self) -> dict[str, Head]:

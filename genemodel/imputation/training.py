@@ -702,6 +702,7 @@ class _Plan:
         inverse_median_V = np.ones(data.n_genes, np.float32)
         if backbone is not None:
             known_V = backbone.inverse_median_V
+            inverse_median_V = inverse_median_V.astype(known_V.dtype)
             inverse_median_V[: len(known_V)] = known_V[: data.n_genes]
         held_out = data.held_out if data.held_out.size else data.sample
         self.reading = Reading(

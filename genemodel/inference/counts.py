@@ -50,12 +50,15 @@ class VocabularyChunk:
         Species code of every cell.
     library_C
         Counts over the vocabulary; 0 for a cell without any known gene.
+    total_C
+        Counts over all genes of the source, where they are known; by default ``library_C``.
     """
 
     start: int
     counts_CV: sp.csr_matrix
     species_C: np.ndarray
     library_C: np.ndarray
+    total_C: np.ndarray | None = None
 
 
 class VocabularyCells:
@@ -139,7 +142,8 @@ class VocabularyCells:
             )
             counts_CV = stacked[np.argsort(np.concatenate([rows for rows, _ in parts]))]
         library_C = np.asarray(counts_CV.sum(1)).ravel().astype(np.float32)
-        return VocabularyChunk(start, counts_CV, species_C, library_C)
+        total_C = np.asarray(counts_CG.sum(1, dtype=np.float64)).ravel()
+        return VocabularyChunk(start, counts_CV, species_C, library_C, total_C)
 
     def close(self) -> None:
         """Close the file."""
@@ -222,6 +226,7 @@ def window_of(chunk: VocabularyChunk) -> Window:
         batch_C=unknown,
         panel_C=unknown,
         cell_C=np.arange(chunk.start, chunk.start + n),
+        total_C=chunk.library_C if chunk.total_C is None else chunk.total_C,
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
-from genemodel.batches.loader import BATCHES_AHEAD, PACKING_THREADS, Window, inverse_medians, pack
+from genemodel.batches.loader import BATCHES_AHEAD, PACKING_THREADS, Window, pack, rank_scale
 from genemodel.batches.packing import plan_bins
 from genemodel.batches.tokens import TokenSettings
 from genemodel.batches.transfer import on_device
@@ -52,7 +52,7 @@ def compiles(setting: Compile, device: torch.device, n_cells: int) -> bool:
     return setting
 
 
-def compiled(model: GeneModel) -> Callable[[CellBatch], Encoded]:
+def compiled(model: GeneModel) -> Callable[[CellBatch, int | None], Encoded]:
     """Return the compiled forward pass; one graph for each number of places."""
     return torch.compile(model, dynamic=False)
 
@@ -189,7 +189,7 @@ class Forward:
         self.bundle, self.device, self.columns = bundle, bundle.device, columns
         self._read_out = read_out
         self._encode = compiled(bundle.model) if compile else bundle.model
-        self._inverse_median_V = inverse_medians(bundle.medians_V)
+        self._inverse_median_V = rank_scale(bundle.medians_V, bundle.tokens.style)
         self._limits = _Limits(budget, cells)
 
     def over(
@@ -335,7 +335,8 @@ class Forward:
     def _run(self, job: _Job, batch: CellBatch) -> _Result:
         with _current(self.device):
             with precision(self.device):
-                cell_BD = self._encode(batch).cell_CD[: job.rows.size]
+                encoded = self._encode(batch, self.bundle.model.cell_stop)
+                cell_BD = encoded.cell_CD[: job.rows.size]
                 result_BF = self._read_out(cell_BD, batch)
             result_BF = result_BF.float()
             if not result_BF.is_cuda:

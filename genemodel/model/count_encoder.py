@@ -245,7 +245,9 @@ class CountsBesideBackbone(nn.Module):
 
     def vectors(self, batch: CellBatch) -> Tensor:
         """Cell vectors of the real cells, (C, F)."""
-        return self.projection(self.backbone(batch).cell_CD[: batch.n_cells]).float()
+        # Blocks above those that cell vectors are read from have no part in them.
+        encoded = self.backbone(batch, self.backbone.cell_stop)
+        return self.projection(encoded.cell_CD[: batch.n_cells]).float()
 
     def forward(self, batch: CellBatch) -> Encoded:
         """Encode the real cells."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from genemodel.batches.batch import CellBatch
-from genemodel.genes.vocabulary import N_SPECIAL
+from genemodel.genes.vocabulary import EOS, N_SPECIAL
 from genemodel.model.attention import attend
 from genemodel.model.devices import full_precision, half_of, is_host
+from genemodel.model.hosted import FusionShape, HostedEmbedding
 from genemodel.model.settings import ModelSettings
 
 # value_T below this asks for the learned "value hidden" vector (see genemodel.heads.masking).
@@ -236,6 +237,25 @@ class Block(nn.Module):
         return self.norm2(x_TD + self.dropout(self.ffn(x_TD))).to(stream)
 
 
+def mean_over_genes(x_TD: Tensor, batch: CellBatch, *, closed: bool) -> Tensor:
+    """Mean of every cell's genes, (C, D) float32; zeros for a place without any.
+
+    ``closed`` says that the first row of the vocabulary is no gene but closes every cell.
+    """
+    is_gene_T = batch.gene_T >= (EOS + 1 if closed else N_SPECIAL)
+    n_places = batch.species_C.shape[0]
+    if is_host(x_TD.device):
+        # One token after the other: to the bit the same whatever cells lie beside it.
+        own_TD = x_TD.float() * is_gene_T[:, None]
+        sum_CD = own_TD.new_zeros(n_places, x_TD.shape[1]).index_add(0, batch.segment_T, own_TD)
+        n_C = own_TD.new_zeros(n_places).index_add(0, batch.segment_T, is_gene_T.float())
+        return sum_CD / n_C.clamp_min(1.0)[:, None]
+    place_C1 = torch.arange(n_places, device=batch.segment_T.device)[:, None]
+    with full_precision(x_TD.device):
+        of_CT = (is_gene_T & (batch.segment_T == place_C1)).float()
+        return (of_CT @ x_TD.float()) / of_CT.sum(1, keepdim=True).clamp_min(1.0)
+
+
 class Readout(nn.LayerNorm):
     """The final norm, where there is one, and the cells' opening tokens."""
 
@@ -267,6 +287,8 @@ class GeneModel(nn.Module):
         For every name in ``settings.knowledge``: a (V, P) table and a (V,) mask of known genes.
     context
         No cell is longer; a constant for compiled attention.
+    fusion
+        What GeneCompass's input is made of, where ``settings.hosts`` says that it is hosted.
 
     Attributes
     ----------
@@ -282,11 +304,16 @@ class GeneModel(nn.Module):
         n_species: int,
         context: int,
         knowledge: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        fusion: FusionShape | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
         self.context = context
-        self.embedding = GeneEmbedding(settings, n_tokens, n_species, knowledge or {})
+        self.embedding: GeneEmbedding | HostedEmbedding = (
+            GeneEmbedding(settings, n_tokens, n_species, knowledge or {})
+            if settings.hosts == "native"
+            else HostedEmbedding(settings, n_tokens, n_species, fusion)
+        )
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
         self.final_norm = Readout(settings)
         self.recompute = False
@@ -305,17 +332,39 @@ class GeneModel(nn.Module):
         batch
             Packed cells; the pieces of the tail are encoded as cells and mean nothing.
         layer
-            Stop after this many blocks (default: all), without the final norm when fewer.
+            Stop after this many blocks (default: all), without the final norm when fewer; the
+            vectors of cells are then of the last of them, unless ``settings.cell_layer`` says one
+            below.
         """
         x_TD = self.embedding(batch)
         stop = len(self.blocks) if layer is None else layer
-        for block in self.blocks[:stop]:
+        read = len(self.blocks) - self.settings.cell_layer
+        read_TD = None
+        for number, block in enumerate(self.blocks[:stop]):
+            if number == read:
+                read_TD = x_TD
             x_TD = self._through(block, x_TD, batch)
         if stop == len(self.blocks):
-            hidden_TD, cell_CD = self.final_norm(x_TD, batch.starts_C1)
-            return Encoded(hidden_TD, cell_CD)
+            x_TD, cell_CD = self.final_norm(x_TD, batch.starts_C1)
+        else:
+            first_C, _ = opening_tokens(batch.starts_C1, x_TD.shape[0])
+            cell_CD = x_TD.index_select(0, first_C)
+        if read_TD is not None or self.settings.cell == "genes":
+            cell_CD = self._cells(x_TD if read_TD is None else read_TD, batch)
+        return Encoded(hidden_TD=x_TD, cell_CD=cell_CD)
+
+    @property
+    def cell_stop(self) -> int | None:
+        """How many blocks the vectors of cells need; None for all."""
+        skipped = self.settings.cell_layer
+        return len(self.blocks) - skipped if skipped else None
+
+    def _cells(self, x_TD: Tensor, batch: CellBatch) -> Tensor:
+        if self.settings.cell == "genes":
+            closed = self.settings.hosts == "geneformer_v2"
+            return mean_over_genes(x_TD, batch, closed=closed).to(x_TD.dtype)
         first_C, _ = opening_tokens(batch.starts_C1, x_TD.shape[0])
-        return Encoded(hidden_TD=x_TD, cell_CD=x_TD.index_select(0, first_C))
+        return x_TD.index_select(0, first_C)
 
     def _through(self, block: nn.Module, x_TD: Tensor, batch: CellBatch) -> Tensor:
         if not (self.recompute and torch.is_grad_enabled()):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from genemodel.batches.tokens import Style
 from genemodel.errors import ConfigError
 from genemodel.settings import PathText
 
@@ -44,6 +45,15 @@ class ModelSettings:
     knowledge
         Gene knowledge tables (files: gene id, then numbers) projected and added to the gene
         embedding; a gene missing from a table gets a learned vector instead.
+    hosts
+        ``native``, or the published model whose embedding stands in for ours, as an imported bundle
+        has it: ``geneformer_v1``, ``geneformer_v2`` or ``genecompass``.
+    cell
+        What a cell's vector is: the state of its ``opening`` token, or the mean over its ``genes``,
+        no special tokens among them.
+    cell_layer
+        Blocks below the last one at whose output that is taken: 0 the last, 1 the one before it
+        (Geneformer's convention).
     """
 
     layers: int = 2
@@ -62,6 +72,9 @@ class ModelSettings:
     norm_eps: float = 1e-5
     residual: Literal["float32", "bfloat16"] = "float32"
     knowledge: tuple[PathText, ...] = ()
+    hosts: Style = "native"
+    cell: Literal["opening", "genes"] = "opening"
+    cell_layer: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "ffn", "max_rank"):
@@ -78,6 +91,11 @@ class ModelSettings:
             raise ConfigError(
                 f"model.components is {self.components} and model.values is {self.values}: the "
                 "components are sums of values. Set model.components=0, or model.values=true."
+            )
+        if not 0 <= self.cell_layer < self.layers:
+            raise ConfigError(
+                f"model.cell_layer is {self.cell_layer}, but the model has {self.layers} blocks: "
+                f"set it from 0 (the last) to {self.layers - 1}."
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"model.dropout is {self.dropout}: it must be in [0, 1).")

@@ -93,8 +93,18 @@ def check_fits(settings: TuningSettings, shape: ModelSettings) -> None:
             )
 
 
-def tune(model: GeneModel, settings: TuningSettings) -> None:
+def tune(model: GeneModel, settings: TuningSettings, *, cells_only: bool = False) -> None:
     """Freeze what is not to learn, and put in the adapters where they are asked for.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    settings
+        What learns.
+    cells_only
+        The loss sees vectors of cells alone: blocks above those that they are read from have no
+        part in it, and are frozen.
 
     Raises
     ------
@@ -105,11 +115,16 @@ def tune(model: GeneModel, settings: TuningSettings) -> None:
     everything = settings.tune in ("full", "scratch")
     model.requires_grad_(everything)
     check_fits(settings, shape)
+    top = len(model.blocks)
+    if cells_only and model.cell_stop is not None:
+        top = model.cell_stop
+        for block in model.blocks[top:]:
+            block.requires_grad_(False)
     if settings.tune == "last":
-        for part in (*model.blocks[-settings.layers :], model.final_norm):
+        for part in (*model.blocks[max(0, top - settings.layers) : top], model.final_norm):
             part.requires_grad_(True)
     elif settings.tune == "lora":
-        for owner, name, matrix in _matrices(model):
+        for owner, name, matrix in _matrices(model, top):
             setattr(owner, name, AdaptedLinear(matrix, settings.rank, settings.alpha))
 
 
@@ -119,7 +134,8 @@ def merged(model: GeneModel) -> GeneModel:
         return model
     plain = copy.deepcopy(model)
     for owner, name, matrix in _matrices(plain):
-        assert isinstance(matrix, AdaptedLinear)
+        if not isinstance(matrix, AdaptedLinear):
+            continue
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = matrix.in_features, matrix.out_features
         linear.weight, linear.bias = nn.Parameter(matrix.sum().detach()), matrix.bias
@@ -141,10 +157,10 @@ def rate_shares(model: GeneModel, settings: TuningSettings) -> dict[str, float]:
     return shares
 
 
-def _matrices(model: GeneModel) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """All matrices of the blocks, with where they are."""
+def _matrices(model: GeneModel, top: int | None = None) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """All matrices of the blocks below ``top``, with where they are."""
     found: list[tuple[nn.Module, str, nn.Linear]] = []
-    for block in model.blocks:
+    for block in model.blocks[:top]:
         assert isinstance(block, Block)
         found += [(block, "qkv", block.qkv), (block, "out", block.out)]
         found += [(block.ffn, "up", block.ffn.up), (block.ffn, "down", block.ffn.down)]

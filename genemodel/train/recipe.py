@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import genemodel
-from genemodel.batches.loader import inverse_medians
+from genemodel.batches.loader import rank_scale
 from genemodel.batches.order import ORDER_VERSION
 from genemodel.batches.views import View
 from genemodel.bundle.bundle import Bundle
@@ -257,7 +257,8 @@ def _job(plan: _Plan) -> Job:
         run=plan.run,
         about=plan.about,
         reading=Reading(
-            corpus, settings.tokens, inverse_medians(medians_V), plan.train_cells, plan.held_out,
+            corpus, settings.tokens, rank_scale(medians_V, settings.tokens.style),
+            plan.train_cells, plan.held_out,
             batch_codes=shared(batch_codes), view=view, held_view=view,
         ),
         trainer=trainer,

@@ -300,6 +300,11 @@ class PretrainSettings:
                 f"backbone={tune} leaves weights as they are, and without start there are only new "
                 "ones: set start=BUNDLE, or backbone=full."
             )
+        if not self.start and self.tokens.style != self.model.hosts:
+            raise ConfigError(
+                f"tokens.style={self.tokens.style}, but model.hosts={self.model.hosts}: both come "
+                "with an imported model. Leave both out, or set start=BUNDLE."
+            )
         if self.start and tune == "scratch":
             raise ConfigError(
                 f"backbone=scratch means new weights, but start={self.start} names some: leave "

@@ -17,7 +17,7 @@ from genemodel.corpus.corpus import Corpus
 from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import DataError
 from genemodel.genes.knowledge import KnowledgeTable
-from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.genes.vocabulary import EOS, N_SPECIAL, GeneVocabulary
 from genemodel.heads.decode_counts import CountDecoder
 from genemodel.heads.labels import Labels
 from genemodel.heads.pretraining import PretrainingObjectives
@@ -62,13 +62,13 @@ def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
         settings.start, f"{context:,}",
     )  # fmt: skip
     budget = max(settings.tokens.budget, context)
-    tokens = replace(settings.tokens, context=context, budget=budget)
+    tokens = replace(settings.tokens, context=context, budget=budget, style=start.tokens.style)
     return replace(settings, model=start.model.settings, tokens=tokens)
 
 
 def medians_of(corpus: Corpus, start: Bundle | None) -> np.ndarray:
     """Medians that scale the counts: those a model has learnt with, the corpus's for new genes."""
-    medians_V = np.asarray(corpus.medians_V, np.float32)
+    medians_V = np.asarray(corpus.medians_V)
     if start is None:
         return medians_V
     return np.where(np.isfinite(start.medians_V), start.medians_V, medians_V)
@@ -131,6 +131,7 @@ def build(
         measured_XV=torch.from_numpy(np.asarray(corpus.measured_SV)),
         seed=settings.seed,
         labels=labels,
+        first_gene=EOS + 1 if settings.model.hosts == "geneformer_v2" else N_SPECIAL,
     )
     taken = objectives.start_from(start.heads) if start is not None else []
     new = {name: head for name, head in objectives.heads.items() if name not in taken}
@@ -152,7 +153,26 @@ def build(
 
 
 def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
-    """Make a backbone of new weights for the genes of the corpus."""
+    """Make a backbone of new weights for the genes of the corpus.
+
+    Raises
+    ------
+    DataError
+        The shape is that of a published model, and the genes are not.
+    """
+    hosts = settings.model.hosts
+    published = corpus.vocabulary.provenance.get("published", "native")
+    if hosts == "genecompass" or (hosts != "native" and hosts != published):
+        raise DataError(
+            f"model.hosts={hosts} with new weights: "
+            + (
+                "the knowledge of GeneCompass is in its checkpoint. Start from the bundle "
+                "(pretrain: start=BUNDLE)."
+                if hosts == "genecompass"
+                else f"the vocabulary of corpus {corpus.path} is not that of an imported model. "
+                "Build it with that (corpus build: vocabulary=BUNDLE/vocabulary.tsv.gz)."
+            )
+        )
     vocabulary = corpus.vocabulary
     knowledge = {}
     for name in settings.model.knowledge:

@@ -6,7 +6,6 @@ import pytest
 from genemodel.batches.tokens import (
     TokenSettings,
     pack_cells,
-    published_sequence,
     rank_cells,
     rank_cells_reference,
 )
@@ -84,57 +83,6 @@ def test_packed_cells_keep_values_and_open_with_the_cell_token():
     assert out_starts[4:].tolist() == [min(n + 51 * i, budget) for i in range(12)]
     assert (gene_T[n:] == 0).all()
     np.testing.assert_array_equal(segment_T[n:], 4 + np.arange(budget - n) // 51)
-
-
-def test_geneformer_v1_sequence():
-    """Transcription of the published steps, one gene at a time, in float64."""
-    rng = np.random.default_rng(2)
-    token = rng.permutation(30_000)[:3000]
-    count = rng.integers(0, 40, 3000)
-    median = rng.uniform(0.5, 3.0, 3000)
-    library = float(count.sum() + 17)  # genes without a token count too
-    scored = []
-    for t, x, m in zip(token, count, median, strict=True):
-        if x > 0:
-            scored.append((-(float(x) / library * 10_000.0 / float(m)), int(t)))
-    expected = [t for _, t in sorted(scored)][:2048]
-    got = published_sequence("geneformer_v1", token, count, median, library=library)
-    assert got.token.tolist() == expected
-    assert got.value is None and got.species is None
-    v2 = published_sequence(
-        "geneformer_v2", token, count, median, library=library, cls=25_001, eos=25_002
-    )
-    full = [t for _, t in sorted(scored)][:4094]
-    assert v2.token.tolist() == [25_001, *full, 25_002]
-
-
-def test_genecompass_sequence_with_values_and_species():
-    rng = np.random.default_rng(3)
-    token = rng.permutation(50_000)[:2600]
-    count = rng.integers(1, 30, 2600)
-    median = rng.uniform(0.5, 3.0, 2600)
-    scored = sorted(
-        (-np.log2(1.0 + float(x) / float(m)), int(t))
-        for t, x, m in zip(token, count, median, strict=True)
-    )[:2048]
-    got = published_sequence("genecompass", token, count, median, species=1)
-    assert got.token.tolist() == [t for _, t in scored]
-    np.testing.assert_allclose(got.value, [-v for v, _ in scored], rtol=1e-6)
-    assert got.species == 1
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        ({"style": "geneformer_v1", "library": None}, "library is None"),
-        ({"style": "geneformer_v2", "library": 10.0}, "cls= and eos="),
-        ({"style": "genecompass", "species": None}, "species 0 (human) and 1 (mouse)"),
-    ],
-)
-def test_published_sequences_refuse_what_they_cannot_do(call, words):
-    style = call.pop("style")
-    with pytest.raises(ConfigError, match=words.replace("(", r"\(").replace(")", r"\)")):
-        published_sequence(style, np.array([1]), np.array([1]), np.array([1.0]), **call)
 
 
 def test_settings_refuse_impossible_shapes():
