@@ -30,6 +30,7 @@ ORDER = (
     ("loading",),
     ("embedding",),
     ("annotation",),
+    ("perturbation",),
     ("metrics",),
     ("reports",),
     ("evaluation",),
