@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from genemodel.loading import load as load
     from genemodel.model.settings import ModelSettings as ModelSettings
     from genemodel.model.tuning import TuningSettings as TuningSettings
+    from genemodel.perturbation.perturb import perturb as perturb
     from genemodel.reports import pl as pl
     from genemodel.simulation.cells import synthetic as synthetic
     from genemodel.train.recipe import pretrain as pretrain
@@ -74,6 +75,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "impute": ("genemodel.imputation.impute", "impute"),
     "integrate": ("genemodel.integration.integrate", "integrate"),
     "load": ("genemodel.loading", "load"),
+    "perturb": ("genemodel.perturbation.perturb", "perturb"),
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
@@ -110,6 +112,7 @@ __all__ = [
     "impute",
     "integrate",
     "load",
+    "perturb",
     "pl",
     "pretrain",
     "rubin_pool",

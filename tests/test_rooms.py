@@ -31,6 +31,7 @@ ORDER = (
     ("embedding",),
     ("importers",),
     ("annotation",),
+    ("perturbation",),
     ("metrics",),
     ("reports",),
     ("evaluation",),

@@ -152,6 +152,17 @@ VERBS: dict[str, Verb] = {
             "label_key=cell_type species=mouse reference_species=human output=mice.labelled.h5ad",
         ),
     ),
+    "perturb": Verb(
+        summary="change genes of cells in silico, and test where the cells go",
+        config="perturb",
+        settings="genemodel.perturbation.settings:PerturbSettings",
+        function="genemodel.perturbation.perturb:perturb_file",
+        examples=(
+            "perturb model=runs/small/bundle input=lung.h5ad 'genes=[STAT1,IRF1]' out=stat1",
+            "perturb model=runs/small/bundle input=lung.h5ad state_key=condition "
+            "start_state=disease goal_state=healthy donor_key=donor out=targets",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",

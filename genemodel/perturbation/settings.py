@@ -1,0 +1,199 @@
+"""What is perturbed and what is measured: one description for the call and for the verb."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from genemodel.cells.input_settings import InputSettings
+from genemodel.errors import ConfigError
+from genemodel.perturbation.passes import MODES, How, Mode, Precision
+from genemodel.perturbation.variants import OPERATIONS, QUARTILES, Operation
+from genemodel.settings import PathText, check_seed
+
+# AUC of telling two states apart below which a shift between them is noise: .5 is chance.
+MIN_AUC = 0.6
+# A gene in fewer cells, or in so small a share of them, has no mean to speak of.
+MIN_CELLS, MIN_COVERAGE = 10, 0.01
+# Genes that are alike, for each that is tested.
+NULLS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is perturbed and measured.
+
+    Attributes
+    ----------
+    genes
+        Symbols or Ensembl ids, each perturbed alone; ``A+B`` together; ``all`` for every gene in
+        enough cells.
+    perturb_type
+        delete, overexpress, inhibit or activate.
+    rank_shift
+        Quartiles by which inhibit and activate move a gene, 1 to 3; None: to the very end.
+    combos
+        Perturb up to so many of the genes together, in every combination.
+    anchor_gene
+        A gene that each of the others is perturbed with, too.
+    group_needs
+        Cells in which a group is perturbed: those with ``any`` of its genes, or with ``all``.
+    emb_mode
+        A cell's vector: ``cls``, as :func:`genemodel.embed` gives it, or ``cell``, the mean of its
+        genes; ``cls_and_gene`` and ``cell_and_gene`` also measure every other gene.
+    state_key
+        obs column of the states. With start_state alone only those cells are perturbed; with
+        goal_state shifts are measured towards it, and towards alt_states.
+    start_state, goal_state, alt_states
+        Values of the column.
+    donor_key
+        obs column of donors, which are the replicates.
+    nulls
+        Genes alike in rank, detection and mean that each gene is compared with; 0 for none.
+    position_preserving
+        Measure each deletion a second time with the other genes kept at rank and value.
+    min_cells, min_coverage
+        Least number and share of the cells that a gene must be held by to be tested.
+    min_auc
+        Stop where start and goal are told apart less well, on donors held out; 0: go on.
+    max_cells
+        Most cells that are perturbed, and of every other state; 0 for all.
+    precision
+        On a GPU: float32, or bfloat16, which is faster and rounds small shifts away.
+    seed
+        Of samples and folds.
+    """
+
+    genes: tuple[str, ...] = ("all",)
+    perturb_type: Operation = "delete"
+    rank_shift: int | None = None
+    combos: int = 1
+    anchor_gene: str = ""
+    group_needs: Literal["any", "all"] = "any"
+    emb_mode: Mode = "cls"
+    state_key: str = ""
+    start_state: str = ""
+    goal_state: str = ""
+    alt_states: tuple[str, ...] = ()
+    donor_key: str = ""
+    nulls: int = NULLS
+    position_preserving: bool = True
+    min_cells: int = MIN_CELLS
+    min_coverage: float = MIN_COVERAGE
+    min_auc: float = MIN_AUC
+    max_cells: int = 2000
+    precision: Precision = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("perturb_type", OPERATIONS), ("emb_mode", MODES), ("group_needs", ("any", "all")),
+            ("precision", ("float32", "bfloat16")),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}."
+                )
+        for name in ("genes", "alt_states"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, name, tuple(map(str, value)))
+        check_seed(self.seed)
+        shifted = self.perturb_type in ("inhibit", "activate")
+        if self.rank_shift is not None and not (shifted and 1 <= self.rank_shift < QUARTILES):
+            raise ConfigError(
+                f"rank_shift is {self.rank_shift} with perturb_type={self.perturb_type}: inhibit "
+                f"and activate move a gene by 1 to {QUARTILES - 1} quartiles; leave it out "
+                "otherwise."
+            )
+        if self.combos < 1:
+            raise ConfigError(f"combos is {self.combos}: give 1 for each gene alone, 2 for pairs.")
+        if self.combos > 1 and self.anchor_gene:
+            raise ConfigError(
+                f"combos={self.combos} and anchor_gene={self.anchor_gene} both say what is "
+                "combined: give one of them."
+            )
+        if self.combos > 1 and "all" in self.genes:
+            raise ConfigError(
+                f"combos={self.combos} of all genes are millions: name the genes that are combined."
+            )
+        if (self.start_state or self.goal_state or self.alt_states) and not self.state_key:
+            raise ConfigError("states are named and no state_key: give the obs column they are of.")
+        if self.goal_state and not self.start_state:
+            raise ConfigError(
+                f"goal_state={self.goal_state} has no start_state: say which cells are perturbed."
+            )
+        if self.state_key and not self.start_state:
+            raise ConfigError(
+                f"state_key={self.state_key} has no start_state: say which cells are perturbed."
+            )
+        if self.alt_states and not self.goal_state:
+            raise ConfigError("alt_states stand beside a goal_state: give that too.")
+        named = [self.goal_state, self.start_state, *self.alt_states]
+        named = [name for name in named if name]
+        if len(set(named)) < len(named):
+            raise ConfigError(f"states {', '.join(named)}: one is named twice.")
+        for name in ("nulls", "max_cells", "min_cells"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative.")
+        for name in ("min_auc", "min_coverage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1].")
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Goal, start, alternatives; empty without a goal."""
+        return (self.goal_state, self.start_state, *self.alt_states) if self.goal_state else ()
+
+    @property
+    def how(self) -> How:
+        """What of this the passes through a model know."""
+        return How(
+            operation=self.perturb_type,
+            quartiles=self.rank_shift,
+            held=self.position_preserving and self.perturb_type == "delete",
+            mode=self.emb_mode,
+            all_members=self.group_needs == "all",
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbSettings(Asked, InputSettings):
+    """Settings of ``genemodel perturb``, see ``configs/perturb.yaml``.
+
+    Attributes
+    ----------
+    model
+        Folder of a bundle.
+    input
+        File or folder with raw counts.
+    out
+        Folder to write tables into.
+    tables
+        Format of the large tables: csv (gzipped), or parquet, which needs pyarrow.
+    batch_tokens
+        Most tokens at once; 0 for the model's own budget.
+    device
+        auto, cpu, cuda, cuda:1 and so on.
+    overwrite
+        Replace an existing ``out``.
+    """
+
+    model: PathText
+    input: PathText
+    out: PathText
+    tables: Literal["csv", "parquet"] = "csv"
+    batch_tokens: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        Asked.__post_init__(self)
+        InputSettings.__post_init__(self)
+        if self.batch_tokens < 0:
+            raise ConfigError(f"batch_tokens is {self.batch_tokens}: it must not be negative.")
+
+    @property
+    def asked(self) -> Asked:
+        """These alone."""
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Asked)}
+        return Asked(**own)
