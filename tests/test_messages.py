@@ -389,10 +389,20 @@ NEVER_SHOWN: dict[str, dict[str, str]] = {
     "gm.evaluate": {
         "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
         "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
+        "genemodel.imputation.impute:_checked_output": "nothing is written to a file",
+        "genemodel.imputation.impute:_refuse_other_genes": "the cells hold what their counts hold",
+        "genemodel.imputation.impute:_refuse_too_large": "looked at before any method runs",
+        "genemodel.imputation.impute:_order": "looked at before any method runs",
+        "genemodel.imputation.pretrained:refuse_without_decoder": "only bundles with one impute so",
     },
     "evaluate": {
         "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
         "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
+        "genemodel.imputation.impute:_checked_output": "nothing is written to a file",
+        "genemodel.imputation.impute:_refuse_other_genes": "the cells hold what their counts hold",
+        "genemodel.imputation.impute:_refuse_too_large": "looked at before any method runs",
+        "genemodel.imputation.impute:_order": "looked at before any method runs",
+        "genemodel.imputation.pretrained:refuse_without_decoder": "only bundles with one impute so",
     },
     "finetune": {
         **dict.fromkeys(DROPPED, "nothing is dropped by default"),

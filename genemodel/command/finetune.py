@@ -301,7 +301,10 @@ def finetune(settings: FinetuneSettings) -> Path:
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
     corpus, adata, reading, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
-    words = {"missing_labels": settings.missing_labels, "settled": corpus is not None}
+    words: dict[str, Any] = {
+        "missing_labels": settings.missing_labels,
+        "settled": corpus is not None,
+    }
     keys = keys_of(settings.batch_key) if settings.batch_key else ()
     if settings.classifies:
         label_codes(adata.obs, settings.label_key, **words)

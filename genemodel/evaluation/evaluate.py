@@ -209,7 +209,7 @@ def evaluate(
         _refuse_batches(cells, cast(str, batch_key), label_key, where)
         skipped |= _leave_out_learners(chosen, cells, label_key)
     ready = loaded(models, task)
-    refuse_unreadable(ready, cells, reading)
+    refuse_unreadable(ready, cells, reading, task)
     own = model_methods(ready, task, backbones, reading)
     given = {f"obsm:{key}": _standing(key) for key in obsm} | own
     contaminated = contaminations(ready, cells, reading)

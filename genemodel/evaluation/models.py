@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from genemodel.imputation.model import ImputationModel
     from genemodel.integration.model import IntegratedModel
 
-type Model = "Bundle | IntegratedModel | ImputationModel"
+type Model = Bundle | IntegratedModel | ImputationModel
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,13 @@ def loaded(models: "Sequence[str | Path | Model]", task: Task) -> "dict[str, Mod
     from genemodel.imputation.impute import IMPUTE
     from genemodel.loading import EMBED
 
+    verb: str
+    kinds: tuple[Any, ...]
     verb, kinds = ("impute", IMPUTE) if task == "impute" else ("embed", EMBED)
     found: dict[str, Model] = {}
     for number, given in enumerate(models):
         name = f"model {number}"
-        model = model_for(verb, kinds, given)
+        model = cast(Model, model_for(verb, kinds, given))
         if isinstance(given, str | Path):
             name = f"model {_short_name(Path(given))}"
             if name in found:  # runs of one name: the folders above tell them apart
@@ -54,19 +56,31 @@ def loaded(models: "Sequence[str | Path | Model]", task: Task) -> "dict[str, Mod
 
 
 def refuse_unreadable(
-    models: "Mapping[str, Model]", cells: "AnnData", reading: InputSettings
+    models: "Mapping[str, Model]", cells: "AnnData", reading: InputSettings, task: Task
 ) -> None:
     """Refuse models that cannot read these cells before any method runs."""
     from genemodel.bundle.bundle import Bundle
+    from genemodel.imputation.impute import LARGEST_IN_MEMORY
     from genemodel.imputation.model import ImputationModel
     from genemodel.inference.counts import VocabularyCells
+    from genemodel.inference.gene_counts import gene_order
 
+    size = 2 * 4.0 * cells.n_obs * cells.n_vars  # mean and deviation, float32
+    if task == "impute" and models and size > LARGEST_IN_MEMORY:
+        raise ConfigError(
+            f"{cells.n_obs:,} cells × {cells.n_vars:,} genes imputed by a model take "
+            f"{size / 1e9:.1f} GB (most is {LARGEST_IN_MEMORY / 1e9:.0f} GB): score a sample, with "
+            "max_cells."
+        )
     for name, model in models.items():
         try:
             if isinstance(model, Bundle):
                 VocabularyCells(cells, model, reading)
             elif isinstance(model, ImputationModel):
-                _shared_genes(cells, model)
+                gene_order(
+                    list(map(str, cells.var_names)), model.genes, read_W=model.kept_G,
+                    where="the data", remedy="Leave it out of models.",
+                )  # fmt: skip
             else:
                 model.encode(cells[:MIN_CELLS].copy(), **reading.options())
         except GenemodelError as error:

@@ -524,7 +524,7 @@ def test_a_bundle_is_scored_as_it_is_tuned_and_untrained(random_bundle, human_ce
     np.testing.assert_allclose(again, as_it_is, atol=1e-5)
 
 
-def test_models_impute_as_they_are_and_tuned(small_start, small_vocabulary, tmp_path):
+def test_models_impute_as_they_are_and_tuned(small_start, small_vocabulary, tmp_path, monkeypatch):
     import genemodel as gm
     from genemodel.simulation.cells import synthetic
 
@@ -551,6 +551,13 @@ def test_models_impute_as_they_are_and_tuned(small_start, small_vocabulary, tmp_
     assert "frozen" in result.encoders["model 1 tuned"]
     with pytest.raises(ConfigError, match="cannot impute"):
         evaluate(cells, task="impute", models=[cells])
+    renamed = cells.copy()
+    renamed.var_names = [f"other {number}" for number in range(cells.n_vars)]
+    with pytest.raises(DataError, match="model 0 cannot read these cells: .* Leave it out of"):
+        evaluate(renamed, task="impute", models=[trained])
+    monkeypatch.setattr("genemodel.imputation.impute.LARGEST_IN_MEMORY", 1e5)
+    with pytest.raises(ConfigError, match=r"take 0\.0 GB .* with max_cells"):
+        evaluate(cells, task="impute", models=[trained])
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders(random_bundle, tmp_path):
