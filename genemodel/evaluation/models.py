@@ -60,8 +60,7 @@ def refuse_unreadable(
 ) -> None:
     """Refuse models that cannot read these cells before any method runs."""
     from genemodel.bundle.bundle import Bundle
-    from genemodel.imputation.impute import LARGEST_IN_MEMORY
-    from genemodel.imputation.model import ImputationModel
+    from genemodel.imputation.model import LARGEST_IN_MEMORY, ImputationModel
     from genemodel.inference.counts import VocabularyCells
     from genemodel.inference.gene_counts import gene_order
 

@@ -555,7 +555,7 @@ def test_models_impute_as_they_are_and_tuned(small_start, small_vocabulary, tmp_
     renamed.var_names = [f"other {number}" for number in range(cells.n_vars)]
     with pytest.raises(DataError, match="model 0 cannot read these cells: .* Leave it out of"):
         evaluate(renamed, task="impute", models=[trained])
-    monkeypatch.setattr("genemodel.imputation.impute.LARGEST_IN_MEMORY", 1e5)
+    monkeypatch.setattr("genemodel.imputation.model.LARGEST_IN_MEMORY", 1e5)
     with pytest.raises(ConfigError, match=r"take 0\.0 GB .* with max_cells"):
         evaluate(cells, task="impute", models=[trained])
 
