@@ -628,6 +628,13 @@ MUTANTS = (
         "annotation/test_label_head.py::test_another_condition_is_taken_off_where_types_agree",
     ),
     mutant(
+        "label-own-shift-of-any-length", "annotation/label_head.py",
+        "own_LG[length_L > OWN_MOST * usual] = 0.0", "own_LG[length_L > np.inf] = 0.0",
+        "a new type is moved onto one that the query lacks",
+        "annotation/test_label_head.py::"
+        "test_a_type_that_changed_more_than_the_others_has_a_shift_of_its_own",
+    ),
+    mutant(
         "label-limit-without-left-out", "annotation/label_head.py",
         "limit = max(limit, float(score_N[order[int(np.argmax(gain_N))]]))", "limit = limit",
         "what is unknown is set on known cells alone",

@@ -51,6 +51,16 @@ GAIN, GAIN_OF_TYPE = 0.6, 0.4
 # this share of the shift of a population that took no part (development sets: below .33 where it
 # does harm, above .38 where it helps).
 SHIFT_TYPES, SHIFT_CELLS, SHIFT_EVIDENCE, SHIFT_ROUNDS = 3, 10, 0.35, 3
+# A type has a shift of its own where this share of the neighbours, in the query, of its reference
+# cells are called so, with as many cells as above.
+OWN_EVIDENCE, OWN_ROUNDS = 0.5, 2
+# It is no longer than this many times the usual one of three types or more: a new type that stands
+# where the reference's type is missing in the query is farther (development sets: up to 2.1 where
+# the types are the same, 3.5 and 8 where they are not).
+OWN_MOST = 2.8
+# How strongly the weights of the signs are pulled to be equal: more where types have shifts of
+# their own, of which held-out batches of one study show little.
+EVEN, EVEN_OWN = 0.05, 1.0
 NARROW, MIXED = 30, 30  # components of the reference, and of both, in which distances are taken
 ROUND = 10  # neighbours whose distance compares the query with the reference
 LEFT_OUT = 12  # types, or groups of types, left out one after another
@@ -199,12 +209,58 @@ def _agreed(difference_SG: np.ndarray, weight_S: np.ndarray) -> np.ndarray:
     return mean_G * np.maximum(0, 1 - error_G / np.maximum(mean_G**2, 1e-12))
 
 
+def own_shifts(
+    model: Regression, log_RG: sp.csr_matrix, label_R: np.ndarray, log_CG: sp.csr_matrix,
+    label_C: np.ndarray, shift_G: np.ndarray, seed: int,
+) -> np.ndarray:  # fmt: skip
+    """Estimate what each type of the query differs by beyond the shift that all have in common.
+
+    A type of the query is taken for one of the reference where they are nearest to each other:
+    the reference's cells have their neighbours in the query among the cells that are called so.
+    What is called so too and lies beyond them, a new type beside its relative, takes no part, and
+    stays as far away as it was. (L, G), zero without such evidence.
+    """
+    rows_R = _some(len_of(log_RG), SAMPLE, seed)
+    rows_C = _some(len_of(log_CG), SAMPLE, seed)
+    log_RG, label_R, log_CG, label_C = (
+        log_RG[rows_R],
+        label_R[rows_R],
+        log_CG[rows_C],
+        label_C[rows_C],
+    )
+    narrow_GD = model.basis_GD[:, :NARROW]
+    there_RD = np.asarray(log_RG @ narrow_GD)
+    whitening_DD = _whitening(there_RD, label_R)[0]
+    plain_CD = np.asarray(log_CG @ narrow_GD) - shift_G @ narrow_GD
+    own_LG = np.zeros((len(model.bias_L), log_RG.shape[1]), np.float32)
+    for _ in range(OWN_ROUNDS):
+        here_CD = plain_CD - (own_LG @ narrow_GD)[label_C]
+        near_CK = nearest(here_CD, there_RD, min(ROUND, len(there_RD)))[0]
+        agrees_C = (label_R[near_CK] == label_C[:, None]).mean(1) >= OWN_EVIDENCE
+        near_RK = nearest(there_RD, here_CD, min(ROUND, len(here_CD)))[0]
+        for label in np.unique(label_R):
+            of_C = label_C == label
+            hit = near_RK[label_R == label].ravel()
+            if not of_C.any() or min(of_C[hit].mean(), agrees_C[of_C].mean()) < OWN_EVIDENCE:
+                continue
+            times_C = np.bincount(hit[(of_C & agrees_C)[hit]], minlength=len(here_CD))
+            if np.count_nonzero(times_C) < SHIFT_CELLS:
+                continue
+            middle_G = np.asarray(log_RG[label_R == label].mean(0)).ravel() + shift_G
+            own_LG[label] = log_CG.T @ (times_C / times_C.sum()) - middle_G
+        length_L = np.linalg.norm(own_LG @ narrow_GD @ whitening_DD, axis=1)
+        there = length_L[length_L > 0]
+        usual = np.median(there) if len(there) >= SHIFT_TYPES else 0.0
+        own_LG[length_L > OWN_MOST * usual] = 0.0
+    return own_LG
+
+
 # -- novelty --------------------------------------------------------------------------------------
 
 
 def signs_of_novelty(
     model: Regression, log_RG: sp.csr_matrix, label_R: np.ndarray, log_CG: sp.csr_matrix,
-    shift_G: np.ndarray, seed: int, *, alone: bool = False,
+    shift_G: np.ndarray, seed: int, *, alone: bool = False, own: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Measure in five ways how far each cell is from every type of the reference (C, F).
 
@@ -213,32 +269,61 @@ def signs_of_novelty(
     a new type has directions of its own; ``distance_of_logits``: in the labels' scores, where a
     cell may also be *too* much of a label. ``crowd``: the cell has company among the query and none
     in the reference. All are means over a cell and its neighbours in the query: a new type is
-    rarely one cell. ``alone``: no cell has company, as in a query of a few cells.
+    rarely one cell. ``alone``: no cell has company, as in a query of a few cells. ``own``: what a
+    type of the query differs by beyond the common shift is taken off first (`own_shifts`).
     """
+    plain_CL = model.logits(log_CG, shift_G)
+    label_C = plain_CL.argmax(1)
+    alone = alone or len_of(log_CG) < MIN_QUERY
+
+    def signs(shift_LG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _signs(model, log_RG, label_R, log_CG, label_C, shift_LG, seed, alone)
+
+    sign_CF, near_CK = signs(np.tile(shift_G, (len(model.bias_L), 1)))
+    if own and not alone:
+        own_LG = own_shifts(model, log_RG, label_R, log_CG, label_C, shift_G, seed)
+        own_L = own_LG.any(1)
+        if own_L.any():
+            plain_CF, (sign_CF, near_CK) = sign_CF, signs(shift_G + own_LG)
+            # Types without evidence keep their places among the query.
+            start, own_start = (np.quantile(s, KNOWN_SHARE, axis=0) for s in (plain_CF, sign_CF))
+            other_C = ~own_L[label_C]
+            sign_CF[other_C] = plain_CF[other_C] - start + own_start
+    return (sign_CF + sign_CF[near_CK].sum(1)) / (1 + near_CK.shape[1])
+
+
+def _signs(
+    model: Regression, log_RG: sp.csr_matrix, label_R: np.ndarray, log_CG: sp.csr_matrix,
+    label_C: np.ndarray, shift_LG: np.ndarray, seed: int, alone: bool,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Measure the signs of each cell, from which its label's shift is taken; and its company."""
     n_cells = len_of(log_CG)
-    logit_CL, logit_RL = model.logits(log_CG, shift_G), model.logits(log_RG, 0 * shift_G)
+    weight_GL = model.basis_GD @ model.weight_DL
+    logit_CL = model.logits(log_CG, 0 * shift_LG[0]) - (shift_LG @ weight_GL)[label_C]
+    logit_RL = model.logits(log_RG, 0 * shift_LG[0])
     seen_L = np.isfinite(model.bias_L)
     logit_CL, logit_RL = logit_CL[:, seen_L], logit_RL[:, seen_L]
     narrow_GD = model.basis_GD[:, :NARROW]
     sign_CF = np.zeros((n_cells, len(SIGNS)))
     sign_CF[:, 0] = -logsumexp(logit_CL, axis=1)
-    sign_CF[:, 1] = _distance(log_RG @ narrow_GD, label_R, log_CG @ narrow_GD - shift_G @ narrow_GD)
+    here_CD = log_CG @ narrow_GD - (shift_LG @ narrow_GD)[label_C]
+    sign_CF[:, 1] = _distance(log_RG @ narrow_GD, label_R, here_CD)
     sign_CF[:, 3] = _distance(logit_RL, label_R, logit_CL)
-    if alone or n_cells < MIN_QUERY:
+    if alone:
         sign_CF[:, 2] = sign_CF[:, 1]
-        return sign_CF
+        return sign_CF, np.zeros((n_cells, 0), np.int64)
     rows_R = _some(len_of(log_RG), min(SAMPLE, n_cells), seed)
     rows_C = _some(n_cells, min(SAMPLE, len_of(log_RG)), seed)
     both_XG = np.concatenate(
-        [_dense(log_RG[rows_R]), _dense(log_CG[rows_C]) - shift_G.astype(np.float32)]
-    )
+        [_dense(log_RG[rows_R]), _dense(log_CG[rows_C]) - shift_LG[label_C[rows_C]]]
+    ).astype(np.float32, copy=False)
     # Both sides weigh the same, however many cells they have.
     both_XG[: len(rows_R)] /= np.sqrt(len(rows_R))
     both_XG[len(rows_R) :] /= np.sqrt(len(rows_C))
     most = min(MIXED, min(both_XG.shape) - 1)
     mixed_GD = singular_vectors(both_XG, most, passes=4, seed=seed)[2].T
     there_RD = np.asarray(log_RG @ mixed_GD, np.float32)
-    here_CD = np.asarray(log_CG @ mixed_GD - shift_G @ mixed_GD, np.float32)
+    here_CD = np.asarray(log_CG @ mixed_GD - (shift_LG @ mixed_GD)[label_C], np.float32)
     sign_CF[:, 2] = _distance(there_RD, label_R, here_CD)
     n_each = min(len(rows_R), len(rows_C))
     sparse_R, sparse_C = rows_R[:n_each], rows_C[:n_each]
@@ -248,8 +333,7 @@ def signs_of_novelty(
     among_CK = nearest(here_CD, here_CD[sparse_C].copy(), ROUND + 1)[1]
     among_C = np.where(own_C, among_CK[:, 1:].mean(1), among_CK[:, :-1].mean(1))
     sign_CF[:, 4] = np.log(np.maximum(apart_C, 1e-6) / np.maximum(among_C, 1e-6))
-    near_CK = nearest_others(here_CD, COMPANY)[0]
-    return (sign_CF + sign_CF[near_CK].sum(1)) / (1 + near_CK.shape[1])
+    return sign_CF, nearest_others(here_CD, COMPANY)[0]
 
 
 def _dense(rows_CG: sp.csr_matrix) -> np.ndarray:
@@ -258,17 +342,22 @@ def _dense(rows_CG: sp.csr_matrix) -> np.ndarray:
 
 def _distance(there_RD: np.ndarray, label_R: np.ndarray, here_CD: np.ndarray) -> np.ndarray:
     """Log Mahalanobis distance to the nearest type, with one spread for all types."""
-    there_RD, here_CD = np.asarray(there_RD, np.float64), np.asarray(here_CD, np.float64)
+    whitening_DD, mean_LD = _whitening(there_RD, label_R)
+    here_CD, mean_LD = np.asarray(here_CD, np.float64) @ whitening_DD, mean_LD @ whitening_DD
+    square_CL = (here_CD**2).sum(1)[:, None] - 2 * here_CD @ mean_LD.T + (mean_LD**2).sum(1)[None]
+    return 0.5 * np.log(np.maximum(square_CL.min(1), 1e-6))
+
+
+def _whitening(there_RD: np.ndarray, label_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what makes the spread within types one in all directions, and the types' means."""
+    there_RD = np.asarray(there_RD, np.float64)
     code = np.unique(label_R)
     mean_LD = np.stack([there_RD[label_R == one].mean(0) for one in code])
     within_RD = there_RD - mean_LD[np.searchsorted(code, label_R)]
     spread_DD = within_RD.T @ within_RD / max(len(within_RD) - 1, 1)
     width = spread_DD.shape[0]
     spread_DD += (1e-3 * np.trace(spread_DD) / width + 1e-9) * np.eye(width)
-    whitening_DD = np.linalg.inv(np.linalg.cholesky(spread_DD)).T
-    here_CD, mean_LD = here_CD @ whitening_DD, mean_LD @ whitening_DD
-    square_CL = (here_CD**2).sum(1)[:, None] - 2 * here_CD @ mean_LD.T + (mean_LD**2).sum(1)[None]
-    return 0.5 * np.log(np.maximum(square_CL.min(1), 1e-6))
+    return np.linalg.inv(np.linalg.cholesky(spread_DD)).T, mean_LD
 
 
 @dataclass(frozen=True)
@@ -304,7 +393,12 @@ class Novelty:
 
     @classmethod
     def fit(
-        cls, sign_TBF: list[np.ndarray], new_TB: list[np.ndarray], keep: float, across: bool
+        cls,
+        sign_TBF: list[np.ndarray],
+        new_TB: list[np.ndarray],
+        keep: float,
+        across: bool,
+        even: float = EVEN,
     ) -> Self:
         """Learn from pseudo-queries ``T``, in each of which some cells are of a type left out.
 
@@ -347,8 +441,8 @@ class Novelty:
                     * side_N
                     * softmax(np.stack([margin_N, np.zeros_like(margin_N)]), axis=0)[1]
                 )
-                value = mass_N @ np.logaddexp(0, -margin_N) + 0.05 * pull_F @ pull_F
-                return float(value), np.r_[slope_N @ z_NF + 0.1 * pull_F, slope_N.sum()]
+                value = mass_N @ np.logaddexp(0, -margin_N) + even * pull_F @ pull_F
+                return float(value), np.r_[slope_N @ z_NF + 2 * even * pull_F, slope_N.sum()]
 
             bounds = [(0.0, None if yes else 0.0) for yes in believed_F] + [(None, None)]
             found = minimize(loss, np.r_[weight_F / 2, bias], jac=True, bounds=bounds)
@@ -550,7 +644,9 @@ def label_counts(
     probability_CL = probability_CL * most + (1 - most) / n_labels
     novelty_C, limit, auroc = np.zeros(len_of(log_CG)), 1.0, float("nan")
     if keep is not None:
-        sign_CF = signs_of_novelty(model, log_RG[rows], label_R[rows], log_CG, shift_G, seed)
+        sign_CF = signs_of_novelty(
+            model, log_RG[rows], label_R[rows], log_CG, shift_G, seed, own=head.by_batch
+        )
         seen_C = log_CG.getnnz(1) > 0
         novelty = head.novelty(inverse_penalty, sign_CF[seen_C])
         novelty_C, limit = np.ones(len(seen_C)), novelty.limit
@@ -702,16 +798,26 @@ class _Chooser:
             log_BG = self._asked(asked, number)
             shift_G, _ = common_shift(model, log_LG, label_L, log_BG)
             signs.append(
-                signs_of_novelty(model, log_LG, label_L, log_BG, shift_G, self.seed, alone=alone)
+                signs_of_novelty(
+                    model,
+                    log_LG,
+                    label_L,
+                    log_BG,
+                    shift_G,
+                    self.seed,
+                    alone=alone,
+                    own=self.by_batch,
+                )  # fmt: skip
             )
             news.append(left_R[asked])
         keep = 1.0 if self.keep is None else self.keep
+        even = EVEN_OWN if self.by_batch else EVEN
         if self.by_batch and not alone:
-            found = Novelty.fit(signs, news, keep, across=True)
+            found = Novelty.fit(signs, news, keep, across=True, even=even)
             start = np.quantile(sign_CF[:, CROWD], KNOWN_SHARE)
             if start < found.start_F[CROWD] + MOST_APART * found.scale_F[CROWD]:
                 return found
-        return Novelty.fit(signs, news, keep, across=False)
+        return Novelty.fit(signs, news, keep, across=False, even=even)
 
     def _left_out(self) -> list[np.ndarray]:
         """Types to leave out, several at once where there are many; two must remain."""

@@ -142,7 +142,8 @@ def species_name(text: str) -> str:
             return _BY_NAME[name]
     if found := _TAXON.match(written):
         return _BY_TAXON.get(found[1], written)
-    if len(named := {_ASSEMBLY_OF[name] for name in _ASSEMBLY_NAMED.findall(written)}) == 1:
+    named = {_ASSEMBLY_OF[name] for name in _ASSEMBLY_NAMED.findall(written)}
+    if len(named) == 1:
         return named.pop()
     return "_".join(written.replace("_", " ").split())
 

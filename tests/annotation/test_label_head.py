@@ -15,13 +15,17 @@ from sklearn.metrics import roc_auc_score
 import genemodel as gm
 from genemodel.annotation import label_head
 from genemodel.annotation.label_head import (
+    SIGNS,
     Novelty,
     Regression,
+    basis_of,
     calibration_error,
     common_shift,
     folds_of,
     label_counts,
     mixed,
+    own_shifts,
+    signs_of_novelty,
     temperature_of,
     unit_logs,
     votes,
@@ -357,3 +361,55 @@ def test_two_columns_of_species_are_refused():
     query.obs = pd.concat([query.obs, query.obs[["species"]]], axis=1)
     with pytest.raises(DataError, match="two columns of the name 'species'"):
         gm.annotate(query, reference, label_key="kind")
+
+
+def test_a_type_that_changed_more_than_the_others_has_a_shift_of_its_own():
+    """Planted: one type moves, another is missing in the query and a new one stands far away."""
+    draw = np.random.default_rng(0)
+    n_genes, n_types, spread = 60, 5, 0.3
+    mean_LG = draw.normal(3, 1, (n_types + 1, n_genes))
+    moved_LG = 0.15 * draw.normal(size=mean_LG.shape)
+    moved_LG[0] += 0.2 * draw.normal(size=n_genes)
+
+    def cells(code_C, shift_LG):
+        noise_CG = spread * draw.normal(size=(len(code_C), n_genes))
+        return sp.csr_matrix((mean_LG[code_C] + shift_LG[code_C] + noise_CG).astype(np.float32))
+
+    label_R = np.arange(500) % n_types
+    kind_C = np.repeat([0, 1, 2, 3, n_types], 60)  # no 4; the last is of no type
+    log_RG, log_CG = cells(label_R, 0 * moved_LG), cells(kind_C, moved_LG)
+    model = Regression.fit(log_RG, label_R, n_types, basis_of(log_RG, 40, 0), 1.0)
+    said_C = np.where(kind_C == n_types, 4, kind_C)
+    nothing_G = np.zeros(n_genes, np.float32)
+    own_LG = own_shifts(model, log_RG, label_R, log_CG, said_C, nothing_G, 0)
+    error = spread * np.sqrt(2 / 60)
+    np.testing.assert_allclose(own_LG[:4], moved_LG[:4], atol=5 * error)
+    assert not own_LG[4].any()
+    few = own_shifts(model, log_RG, label_R, log_CG[:120], said_C[:120], nothing_G, 0)
+    assert not few.any()  # two types say nothing of what is usual
+    signs = [
+        signs_of_novelty(model, log_RG, label_R, log_CG, nothing_G, 0, own=own)
+        for own in (False, True)
+    ]
+    column = SIGNS.index("distance")
+    gap, own_gap = (
+        sign[kind_C == n_types, column].min() - sign[kind_C == 0, column].max() for sign in signs
+    )
+    assert own_gap > gap + 0.1
+
+
+def test_monocytes_of_another_study_are_known_and_dendritic_cells_are_not(shared_data):
+    """Interferon changes monocytes more than lymphocytes, and Kang has no dendritic cells."""
+    reference = ad.read_h5ad(shared_data / "human_pbmc_kang_ifnb_labelled_1267g.h5ad")
+    query = ad.read_h5ad(shared_data / "human_pbmc3k_10xv1.h5ad")
+    kind = query.obs["cell_type"].astype(str).to_numpy()
+    wanted = {"DC": 32, "CD14+ Mono": 150, "B": 100, "Memory CD4 T": 150, "CD8 T": 60}
+    rows = np.concatenate([np.flatnonzero(kind == name)[:n] for name, n in wanted.items()])
+    query = query[np.sort(rows)].copy()
+    gm.annotate(query, reference, label_key="cell_type", batch_key="batch")
+    unknown = (query.obs["genemodel_label"] == "unknown").groupby(
+        query.obs["cell_type"].astype(str)
+    ).mean()  # fmt: skip
+    assert unknown["DC"] > 0.5
+    assert unknown["CD14+ Mono"] < 0.3
+    assert unknown[["B", "Memory CD4 T", "CD8 T"]].max() < 0.2
