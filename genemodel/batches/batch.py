@@ -27,6 +27,10 @@ full_cell_N        int64    which place in C it belongs to
 shown_count_N      float32  the part of the count that the tokens are made of; None where it is all
 length_C           int64    tokens of the real cells, a numpy array: never on a device
 =================  =======  ==================================================================
+
+Cells of a published style (:mod:`genemodel.batches.published`) differ in three fields: Geneformer
+V1's have no ``CELL``, and V2's end with ``EOS``; ``rank_T`` is the row of the position table;
+``value_T`` is GeneCompass's log2(1 + count ÷ median).
 """
 
 from collections.abc import Callable
