@@ -379,3 +379,12 @@ def test_separation_of_donors_is_not_taken_for_separation_of_states():
     by_donors, how_2 = separation(units(place), is_goal, donor, 0)
     assert how == "cells" and how_2 == "donors"
     assert by_cells > 0.8 > 0.65 > by_donors
+
+
+def test_the_figure_shows_the_strongest_genes_from_result_and_from_uns(sweep, cells, names):
+    axes = gm.pl.perturbation(sweep, most=12)
+    labels = [text.get_text() for text in axes[1].get_yticklabels()]
+    assert len(labels) == 12 and symbol(names) in labels
+    assert "goal" in axes[0].get_xlabel()
+    with pytest.raises(DataError, match="genemodel.perturb"):
+        gm.pl.perturbation(ad.AnnData(np.zeros((1, 1))))
