@@ -4,6 +4,7 @@
     python scripts/bench.py                 # everything, a few minutes on two cores
     python scripts/bench.py tokens packing loader scale step build embed
     python scripts/bench.py heads --heads 10000 100000 1000000  # the last takes an hour
+    python scripts/bench.py perturb         # --size v2 for Geneformer V2's full width
     python scripts/bench.py gpu             # real training runs on a GPU, about ten minutes
     python scripts/bench.py gpu --device cpu --size tiny    # the same code, small, on a CPU
 
@@ -574,13 +575,15 @@ def main() -> None:
     parser.add_argument(
         "--size",
         nargs="+",
-        help="model sizes: one for step, embed (small); several for gpu",
+        help="model sizes: one for step, embed (small) and perturb (small, v2); several for gpu",
     )
     parser.add_argument(
         "--corpus", help="step, embed: take the cells' lengths from this corpus; gpu: train on it"
     )
     parser.add_argument("--build", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--heads", type=int, nargs="*", default=[10_000, 100_000])
+    parser.add_argument("--genes", type=int, default=12, help="perturb: genes that are deleted")
+    parser.add_argument("--batch", type=int, default=16, help="perturb: cells of a padded batch")
     gpu = parser.add_argument_group("gpu")
     gpu.add_argument("--device", choices=("cuda", "cpu"), help="by default a GPU")
     gpu.add_argument("--budget", type=int, nargs="+", help="tokens of a micro-batch, a run each")
@@ -617,6 +620,11 @@ def main() -> None:
                 from bench_gpu import Plan, bench_gpu
 
                 bench_gpu(Plan.of(arguments))
+            case "perturb":
+                from bench_perturb import bench_perturb
+
+                size = (arguments.size or ["small"])[0]
+                bench_perturb(size, arguments.cells or 16, arguments.genes, arguments.batch)
             case "heads":
                 from bench_heads import bench_heads
 
@@ -625,7 +633,7 @@ def main() -> None:
                 bench_build(arguments.build)
                 bench_workers()
             case _:
-                known = "tokens, packing, loader, scale, step, gpu, build, embed, heads"
+                known = "tokens, packing, loader, scale, step, gpu, build, embed, heads, perturb"
                 parser.error(f"no bench {name!r}: {known}")
 
 

@@ -26,10 +26,13 @@ class Progress:
         All cells.
     done
         Cells of an earlier session.
+    unit
+        What is counted, where it is not cells.
     """
 
-    def __init__(self, what: str, total: int, *, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "cells") -> None:
         self.what, self.total, self.done, self._before = what, total, done, done
+        self.unit = unit
         self._begin = self._said = time.perf_counter()
         # When the first cells were through, and how many: what comes before them (starting
         # processes, compiling) says nothing about the cells to come.
@@ -38,7 +41,7 @@ class Progress:
         self._bar: Any = None
         if sys.stderr.isatty() or "ipykernel" in sys.modules:
             self._bar = tqdm(
-                total=total, initial=done, desc=what, unit=" cells", unit_scale=True, leave=False
+                total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True, leave=False
             )
 
     def __enter__(self) -> Self:
@@ -57,9 +60,9 @@ class Progress:
         if error is None and self.done > self._before:
             seconds = time.perf_counter() - self._begin
             logger.info(
-                "%s: %s cells in %s (%s cells/s).",
-                self.what, f"{self.done - self._before:,}", duration(seconds),
-                _shown((self.done - self._before) / max(seconds, 1e-9)),
+                "%s: %s %s in %s (%s %s/s).",
+                self.what, f"{self.done - self._before:,}", self.unit, duration(seconds),
+                _shown((self.done - self._before) / max(seconds, 1e-9)), self.unit,
             )  # fmt: skip
 
     def add(self, cells: int) -> None:
@@ -78,9 +81,10 @@ class Progress:
         since, first = self._warm
         rate = (self.done - first) / max(now - since, 1e-9)
         logger.info(
-            "%s: %s of %s cells (%d %%), %s cells/s, %s left.",
-            self.what, f"{self.done:,}", f"{self.total:,}", 100 * self.done // self.total,
-            _shown(rate), duration((self.total - self.done) / rate),
+            "%s: %s of %s %s (%d %%), %s %s/s, %s left.",
+            self.what, f"{self.done:,}", f"{self.total:,}", self.unit,
+            100 * self.done // self.total, _shown(rate), self.unit,
+            duration((self.total - self.done) / rate),
         )  # fmt: skip
 
 

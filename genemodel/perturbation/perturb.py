@@ -163,7 +163,7 @@ def perturb(
         bundle = _there(bundle, device)
     cells = VocabularyCells(adata, bundle, reading)
     plan = plan_of(cells, adata.obs, bundle, asked, reading, batch_tokens, "adata")
-    with Progress("perturb", plan.n_variants) as progress:
+    with Progress("perturb", plan.n_variants, unit="variants") as progress:
         shifts = plan.shifts(np.arange(plan.rows.size), progress.add)
     result = plan.result(shifts)
     adata.uns[key_added] = for_uns(result)
@@ -231,7 +231,7 @@ def _fill(plan: Plan, blocks: Blocks) -> None:
         int(plan.variants_C[slice(*blocks.span(n))].sum())
         for n in range(len(blocks)) if n not in set(missing)
     )  # fmt: skip
-    with Progress("perturb", plan.n_variants, done=done) as progress:
+    with Progress("perturb", plan.n_variants, done=done, unit="variants") as progress:
         for number in missing:
             start, stop = blocks.span(number)
             blocks.keep(number, plan.shifts(np.arange(start, stop), progress.add))

@@ -23,6 +23,8 @@ POOL, POOL_SEED = 100_000, 42
 MIN_DONOR_CELLS, MIN_DONORS = 3, 3
 # Genes alike below which their spread says nothing.
 MIN_NULLS = 8
+# Null values that its distribution is fitted to.
+MOST_FITTED = 20_000
 # Perturbations below which two components are not told apart.
 MIN_MIXTURE = 20
 
@@ -119,8 +121,9 @@ def statistics(tested: Tested) -> pd.DataFrame:
 def _supported(table: pd.DataFrame) -> pd.Series:
     """Covered, beyond genes that are alike and, where there are donors, the same in them."""
     known = table["Covered"] & (table["Matched_FDR"] < ALPHA)
-    if "Donor_FDR" in table:
-        known &= table["Donor_FDR"] < ALPHA
+    if "Donor_pval" in table:
+        # Asked of the few that are beyond their nulls, so that it need not stand for all again.
+        known &= table["Donor_pval"] < ALPHA
     return known.astype(int)
 
 
@@ -226,29 +229,44 @@ def donor_means(
 def matched_test(value_P: np.ndarray, nulls: Sequence[Sequence[int]]) -> pd.DataFrame:
     """Compare each tested value with those of genes that are alike.
 
-    Its distance from their mean is measured in their spread, as one further draw would have it:
-    Student's t with as many degrees of freedom as there are nulls but one.
+    A value's distance from the median of its nulls is measured in their spread (median absolute
+    deviation, which one gene with an effect among them does not stretch). How far such distances
+    go by chance is learnt from the nulls of all tests together: Student's t with the degrees of
+    freedom and the scale that fit them, because the tails of shifts are much heavier than normal.
 
     Returns
     -------
-    Null_genes, Matched_null_shift, Excess_shift, Matched_pval, Matched_FDR.
+    Null_genes, Matched_null_shift (median), Excess_shift, Matched_pval, Matched_FDR.
     """
-    rows = []
+    rows, distance_P, pool = [], np.full(len(nulls), np.nan), []
+    every = 1 + sum(map(len, nulls)) // MOST_FITTED
     for p, own in enumerate(nulls):
         null_K = value_P[list(own)]
         null_K = null_K[np.isfinite(null_K)]
         n = null_K.size
-        mean = null_K.mean() if n else np.nan
-        p_value = np.nan
-        if n >= MIN_NULLS and np.isfinite(value_P[p]):
-            spread = null_K.std(ddof=1) * np.sqrt(1 + 1 / n)
-            z = (value_P[p] - mean) / spread if spread > 0 else 0.0
-            p_value = 2 * stats.t.sf(abs(z), n - 1)
-        rows.append((n, mean, value_P[p] - mean, p_value))
-    names = ["Null_genes", "Matched_null_shift", "Excess_shift", "Matched_pval"]
-    table = pd.DataFrame(rows, columns=names)
+        middle = float(np.median(null_K)) if n else np.nan
+        rows.append((n, middle, value_P[p] - middle))
+        spread = stats.median_abs_deviation(null_K, scale="normal") if n >= MIN_NULLS else 0.0
+        if spread > 0:
+            distance_P[p] = (value_P[p] - middle) / spread
+            if p % every == 0:
+                pool.append(_left_out(null_K))
+    table = pd.DataFrame(rows, columns=["Null_genes", "Matched_null_shift", "Excess_shift"])
+    table["Matched_pval"] = np.nan
+    if pool:
+        freedom, _, scale = stats.t.fit(np.concatenate(pool), floc=0)
+        table["Matched_pval"] = 2 * stats.t.sf(np.abs(distance_P) / scale, freedom)
     table["Matched_FDR"] = adjusted(table["Matched_pval"].to_numpy(float))
     return table
+
+
+def _left_out(null_K: np.ndarray) -> np.ndarray:
+    """Distance of every null from the others, as a test's is from all of them."""
+    n = null_K.size
+    others_KK = null_K[(np.arange(n)[:, None] + np.arange(1, n)) % n]
+    spread_K = stats.median_abs_deviation(others_KK, axis=1, scale="normal")
+    there = spread_K > 0
+    return (null_K[there] - np.median(others_KK[there], axis=1)) / spread_K[there]
 
 
 def _donors_and_nulls(

@@ -15,12 +15,14 @@ import pandas as pd
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
 from genemodel.reports import plots
+from genemodel.reports.perturbation_plot import perturbation_panels
 
 if TYPE_CHECKING:
     import anndata as ad
     from matplotlib.axes import Axes
 
     from genemodel.corpus.corpus import Corpus
+    from genemodel.perturbation.result import PerturbationResult
     from genemodel.reports.comparison import EvaluationResult
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "embedding",
     "integration",
     "intervals",
+    "perturbation",
     "scores",
     "training",
 ]
@@ -329,6 +332,37 @@ def intervals(
     Axes
     """
     return plots.interval_rows(estimates, names, xlabel=xlabel, title=title)
+
+
+def perturbation(
+    result: "PerturbationResult | ad.AnnData", *, key: str = "genemodel_perturb", most: int = 20
+) -> np.ndarray:
+    """Draw what an in-silico perturbation did: evidence against shift, and the strongest genes.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.perturb``, or the AnnData that it wrote to.
+    key
+        Key of ``adata.uns``.
+    most
+        Genes of the right panel.
+
+    Returns
+    -------
+    array of Axes
+        p against matched genes over the shift; the genes with most evidence beside the shift of
+        their matched genes, and beside their own with all other genes held in place.
+    """
+    uns = getattr(result, "uns", None)
+    if uns is not None:
+        if key not in uns:
+            raise DataError(
+                f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
+                "Compute it first with genemodel.perturb."
+            )
+        return perturbation_panels(uns[key]["statistics"], most=most)
+    return perturbation_panels(result.statistics, most=most)
 
 
 def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:
