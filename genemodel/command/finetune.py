@@ -24,9 +24,10 @@ import csv
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -109,6 +110,13 @@ RUN = "settings.json"
 RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, LABELLED, CLASSIFIER, CURVES, REPORT)
 # Settings that change no number: they may differ when a run goes on.
 _FREE = ("out", "overwrite", "device", "data", "model", *FREE_ON_RESUME)
+
+
+class _Words(TypedDict):
+    """Which texts of a column stand for a missing value."""
+
+    missing_labels: Sequence[str]
+    settled: bool
 
 
 @dataclass(frozen=True)
@@ -301,10 +309,9 @@ def finetune(settings: FinetuneSettings) -> Path:
     bundle = Bundle.load(settings.model, device=settings.device) if settings.model else None
     corpus, adata, reading, content = _read(settings)
     # Whatever would be refused after stage 1 is refused before it.
-    words: dict[str, Any] = {
-        "missing_labels": settings.missing_labels,
-        "settled": corpus is not None,
-    }
+    words: _Words = {
+        "missing_labels": settings.missing_labels, "settled": corpus is not None,
+    }  # fmt: skip
     keys = keys_of(settings.batch_key) if settings.batch_key else ()
     if settings.classifies:
         label_codes(adata.obs, settings.label_key, **words)
