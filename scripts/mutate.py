@@ -466,8 +466,8 @@ MUTANTS = (
     ),
     mutant(
         "gradient-stopped", "model/count_encoder.py",
-        "return self.projection(self.backbone(batch).cell_CD[: batch.n_cells]).float()",
-        "return self.projection(self.backbone(batch).cell_CD[: batch.n_cells]).float().detach()",
+        "return self.projection(encoded.cell_CD[: batch.n_cells]).float()",
+        "return self.projection(encoded.cell_CD[: batch.n_cells]).float().detach()",
         "the loss of a head does not reach the backbone",
         "finetuning/test_backbones.py::test_the_loss_reaches_what_learns",
     ),
