@@ -565,6 +565,32 @@ MUTANTS = (
         "expression/test_neighbours.py::test_mutual_pairs_equal_the_slow_version",
     ),
     mutant(
+        "perturb-library-kept", "perturbation/variants.py",
+        "    if not held:\n        change_R", "    if False:\n        change_R",
+        "what a deletion leaves is still a share of the old library",
+        "perturbation/test_variants.py::test_deletion_is_the_cell_without_the_gene_counted_again",
+    ),
+    mutant(
+        "perturb-held-moves", "perturbation/variants.py",
+        "rank_T=rank_R[order_R] if held else place_R", "rank_T=place_R",
+        "the position-preserving knock-out shifts positions",
+        "perturbation/test_variants.py::test_what_is_held_keeps_rank_value_and_library_to_the_bit",
+    ),
+    mutant(
+        "perturb-normal-tails", "perturbation/statistics.py",
+        "freedom, _, scale = stats.t.fit(np.concatenate(pool), floc=0)",
+        "freedom, scale = 1e6, float(np.std(np.concatenate(pool)))",
+        "heavy tails of shifts are taken for effects",
+        "perturbation/test_perturb.py"
+        "::test_matched_test_is_uniform_whatever_the_tails_and_finds_what_is_beyond",
+    ),
+    mutant(
+        "perturb-cells-held-out", "perturbation/states.py",
+        "cell_CD[~out & (is_goal_C == state)]", "cell_CD[is_goal_C == state]",
+        "states are told apart on the cells that made their means",
+        "perturbation/test_perturb.py::test_cells_do_not_vote_for_the_mean_that_they_are_part_of",
+    ),
+    mutant(
         "votes-unweighted", "annotation/annotate.py",
         "weight_CK = np.exp(-distance_CK / width_C1)", "weight_CK = np.ones_like(distance_CK)",
         "far neighbours vote as near ones do",

@@ -351,6 +351,15 @@ def test_parquet_is_written_where_it_can_be_and_refused_before_work_where_not(jo
 # -- parts -----------------------------------------------------------------------------------------
 
 
+def test_cells_do_not_vote_for_the_mean_that_they_are_part_of():
+    """Noise of many dimensions: a cell is always closest to the mean that it helped to make."""
+    rng = np.random.default_rng(1)
+    noise_CD = units(rng.normal(size=(60, 400)))
+    for donor_C in (None, np.arange(60) % 6):
+        auc, _ = separation(noise_CD, rng.permutation(60) < 30, donor_C, 0)
+        assert auc < 0.7
+
+
 @pytest.mark.parametrize("freedom", [3, 300])
 def test_matched_test_is_uniform_whatever_the_tails_and_finds_what_is_beyond(freedom):
     rng = np.random.default_rng(0)
