@@ -330,7 +330,10 @@ class IntegratedModel:
 
 def _as_now(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Name weights as this version does: encoder and head were one module, then had names."""
-    encoder = ("genes_in", "features_in", "norm_in", "norm_hidden", "hidden", "input_", "feature_")
+    encoder = (
+        "genes_in", "features_in", "norm_in", "norm_hidden", "hidden", "input_", "feature_",
+        "components",
+    )  # fmt: skip
 
     def named(name: str) -> str:
         own = name.removeprefix("net.")

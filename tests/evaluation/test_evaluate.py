@@ -614,8 +614,8 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
 
     asked = []
 
-    def integrate(adata, *, batch_key, label_key, model, backbone, seed):
-        assert backbone == "frozen"
+    def integrate(adata, *, batch_key, label_key, model, backbone, seed, missing_labels):
+        assert backbone == "frozen" and missing_labels == conditions.reading.missing_labels
         asked.append((batch_key, label_key, model, seed))
         adata.obsm["X_integrated"] = np.full((adata.n_obs, 2), seed, np.float32)
 
