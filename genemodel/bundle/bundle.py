@@ -9,6 +9,7 @@
 No file holds code, and reading needs neither Lightning nor Hydra.
 """
 
+import copy
 import gzip
 import hashlib
 import io
@@ -121,6 +122,12 @@ class Bundle:
         self.model.to(device)
         self.heads = {name: tensor.to(device) for name, tensor in self.heads.items()}
         return self
+
+    def on(self, device: torch.device) -> Self:
+        """Return the bundle on a device: itself, or a copy where it is elsewhere."""
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
+        return replace(self, model=copy.deepcopy(self.model)).to(device)
 
     def head(self, name: str, module: nn.Module) -> nn.Module:
         """Load the weights saved as ``name`` into a module made for them."""

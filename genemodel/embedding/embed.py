@@ -3,13 +3,12 @@
 Axes: B cells of a batch, C cells, D width.
 """
 
-import copy
 import logging
 import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -157,7 +156,7 @@ def embed(
             embedding_CD = _on_devices(cells, model, devices, path, reading, batch_size, compiling)
         else:
             embedding_CD = embedding_of(
-                cells, _there(model, devices[0]), batch_size=batch_size, compile=compiling
+                cells, model.on(devices[0]), batch_size=batch_size, compile=compiling
             )
         provenance = provenance_of(cells, model, embedding_CD)
         _report(_empty(embedding_CD), provenance, cells.source)
@@ -186,14 +185,6 @@ def _refuse_of_transformer(**given: Any) -> None:
             "network on counts: leave them out. What it reads of a transformer runs where "
             "genemodel.load(path, device=...) put it."
         )
-
-
-def _there(model: Bundle, device: torch.device) -> Bundle:
-    """Return the model on a device, a copy where it is elsewhere."""
-    here = model.device
-    if device.type == here.type and device.index in (None, here.index):
-        return model
-    return replace(model, model=copy.deepcopy(model.model)).to(device)
 
 
 def _on_devices(

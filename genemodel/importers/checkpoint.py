@@ -119,10 +119,10 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # noqa: BLE001 - torch raises whatever its reader meets
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        # Its own words advise to read the file without that restriction.
         raise DataError(
-            f"{path} is refused ({said}): it is damaged, or holds more than tensors, which could "
-            "run anything. Take the published file again, best as model.safetensors."
+            f"{path} is refused ({type(error).__name__} of torch's reader for tensors): it is "
+            "damaged, or holds more than tensors, which could run anything. Take the published file again, best as model.safetensors."
         ) from None
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]

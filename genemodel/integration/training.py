@@ -54,7 +54,7 @@ from genemodel.train.settings import OptimSettings
 logger = logging.getLogger(__name__)
 
 # Of few cells a network unlearns what their components keep: on draws of 150 cells of five sets 10
-# passes keep more biology than 20 and 50, on draws of 400 cells 10 to 40 are alike.
+# passes keep more biology than 20, on draws of 400 cells 20 and 40 are alike.
 _FEW_PASSES, _PASSES_PER_CELL = 10, 0.05
 # Cells encoded at a time after training, where no transformer takes part.
 _ENCODED = 1024

@@ -3,12 +3,10 @@
 Axes: C cells, P perturbations, W variants, S states, V vocabulary.
 """
 
-import copy
 import importlib.util
 import logging
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -160,7 +158,7 @@ def perturb(
     check_in_memory(adata, "adata", "genemodel perturb")
     bundle = model_for("perturb", (Bundle,), model, device="auto" if device is None else device)
     if device is not None:
-        bundle = _there(bundle, device)
+        bundle = bundle.on(device_of(device))
     cells = VocabularyCells(adata, bundle, reading)
     plan = plan_of(cells, adata.obs, bundle, asked, reading, batch_tokens, "adata")
     with Progress("perturb", plan.n_variants, unit="variants") as progress:
@@ -239,11 +237,3 @@ def _fill(plan: Plan, blocks: Blocks) -> None:
 
 def _texts(values: str | Sequence[str]) -> tuple[str, ...]:
     return (values,) if isinstance(values, str) else tuple(values)
-
-
-def _there(bundle: Bundle, device: str | torch.device) -> Bundle:
-    """Return the model on a device, a copy where it is elsewhere."""
-    place = device_of(device)
-    if place.type == bundle.device.type and place.index in (None, bundle.device.index):
-        return bundle
-    return replace(bundle, model=copy.deepcopy(bundle.model)).to(place)
