@@ -122,8 +122,8 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         # Its own words advise to read the file without that restriction.
         raise DataError(
             f"{path} is refused ({type(error).__name__} of torch's reader for tensors): it is "
-            "damaged, or holds more than tensors, which could run anything. Take the published file "
-            "again, best as model.safetensors."
+            "damaged, or holds more than tensors, which could run anything. Take the published "
+            "file again, best as model.safetensors."
         ) from None
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
