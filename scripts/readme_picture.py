@@ -53,7 +53,7 @@ def main() -> None:
             axis.set_title(f"{title}\nby {column.replace('_', ' ')}", fontsize=10)
             for side in axis.spines.values():
                 side.set_color("0.8")
-            if pair is axes[:2] or pair[0] is axes[0]:
+            if pair[0] is axes[0]:
                 handles = [
                     plt.Line2D([], [], ls="", marker="o", ms=4, color=plt.get_cmap(palette)(i))
                     for i in range(len(values.cat.categories))
@@ -63,9 +63,9 @@ def main() -> None:
                     handles, names, fontsize=7, frameon=False, ncols=2, handletextpad=0.1,
                     columnspacing=0.6, loc="upper center", bbox_to_anchor=(0.5, -0.01),
                 )  # fmt: skip
-    figure.tight_layout()
+    figure.tight_layout(w_pad=0.5)
     OUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUT, metadata={"Software": None})
+    figure.savefig(OUT, bbox_inches="tight", metadata={"Software": None})
     print(f"{OUT}, {OUT.stat().st_size / 1e3:.0f} kB")
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # The order in which a reader meets the guides; pages that are not named here follow by their names.
 GUIDES = [
-    "which_method", "inputs", "genes", "corpus", "training", "embedding", "finetuning",
+    "install", "which_method", "inputs", "genes", "corpus", "training", "embedding", "finetuning",
     "integration", "few_cells", "annotation", "imputation", "perturbation", "clusters",
     "contamination", "evaluate", "importing", "gpu", "scale",
 ]  # fmt: skip
@@ -76,11 +76,19 @@ def verb_pages(source: Path) -> Iterator[tuple[str, str]]:
             [
                 "# The command line",
                 "",
-                "`genemodel VERB [group=choice] [key=value ...] [--config-dir DIR]`. A group is picked with",
-                "`group=choice`, a setting changed with `key=value` or `group.key=value`; lists are",
-                "written `[a,b]`. Anything unknown is refused with the nearest known name.",
-                "`genemodel VERB --help` prints what these pages say, and `genemodel config VERB ...` what",
-                "the verb would run with.",
+                "`genemodel VERB [group=choice] [key=value ...] [--config-dir DIR]`",
+                "",
+                "Three rules cover all settings:",
+                "",
+                "1. Pick with `group=choice`, for example `model=small` or `log=wandb`.",
+                "2. Change with `group.key=value`, for example `optim.lr=3e-4`; lists are written `[a,b]`.",
+                "3. Anything unknown is refused with the nearest known name; nothing is ever ignored.",
+                "",
+                "Your own choices live in a folder of YAML files that `--config-dir DIR` adds:",
+                "`DIR/experiment/mine.yaml` becomes `experiment=mine`. The files hold values only. They",
+                "cannot build objects, read the environment or refer to each other, so a configuration",
+                "from a stranger is data, not code. `genemodel VERB --help` prints what these pages say,",
+                "and `genemodel config VERB ...` what the verb would run with.",
                 "",
                 "| verb | what it does |",
                 "|---|---|",
