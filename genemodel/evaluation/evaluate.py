@@ -259,7 +259,7 @@ def evaluate(
         )
     comparison = _Comparison(
         cells, conditions, chosen, seeds, dict(skipped), hidden_labels,
-        out=None if out is None else Path(out), own_metrics=own_ones,
+        out=None if out is None else Path(out), extra=own_ones,
     )  # fmt: skip
     if task == "integrate":
         result = comparison.integrate()
@@ -451,7 +451,7 @@ class _Comparison:
     skipped: dict[str, str]
     hidden_labels: float = 0.0
     out: Path | None = None
-    own_metrics: dict[str, own_metrics.Metric] = field(default_factory=dict)
+    extra: dict[str, own_metrics.Metric] = field(default_factory=dict)
     undefined: dict[str, str] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     kept: bool = False
@@ -503,7 +503,7 @@ class _Comparison:
 
     def _own_scores(self, name: str, *given: Any) -> dict[str, float]:
         """Score with the user's metrics; why one has no value is kept."""
-        values, failed = own_metrics.scored(self.own_metrics, *given)
+        values, failed = own_metrics.scored(self.extra, *given)
         self.undefined |= {f"{name}: {metric}": why for metric, why in failed.items()}
         return values
 
