@@ -31,7 +31,6 @@ napoleon_preprocess_types = True
 autodoc_typehints = "signature"
 autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
 add_module_names = False
 

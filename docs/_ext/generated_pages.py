@@ -10,17 +10,15 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from sphinx.application import Sphinx
-from sphinx.util import logging
+from typing import TYPE_CHECKING, Any
 
 import genemodel
 from genemodel.command import config_files
 from genemodel.command.cli import VERBS, Verb
 from genemodel.settings import setting_types
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 # The order in which a reader meets the guides; pages that are not named here follow by their names.
 GUIDES = [
@@ -34,13 +32,13 @@ PLACED = {"index", "results", "decisions", "experiments", "contributing", "chang
 KINDS = ("Functions", "Models and data", "Settings", "Plots")
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("builder-inited", write_pages)
     app.connect("source-read", list_guides)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
-def write_pages(app: Sphinx) -> None:
+def write_pages(app: "Sphinx") -> None:
     source = Path(app.srcdir)
     pages = dict(verb_pages(source)) | dict(api_pages())
     for name, text in pages.items():
@@ -52,16 +50,24 @@ def write_pages(app: Sphinx) -> None:
         for file in (source / folder).glob("*.md"):
             if f"{folder}/{file.stem}" not in pages:
                 file.unlink()  # of a name that is gone
-    logger.info("generated %s pages of verbs and public names", len(pages))
 
 
-def list_guides(app: Sphinx, name: str, source: list[str]) -> None:
-    """Fill the place of the guides in the index: the known order, then every other page."""
+def list_guides(app: "Sphinx", name: str, source: list[str]) -> None:
+    """Fill the index: the README, and the guides in the known order, then every other one."""
     if name == "index":
+        source[0] = source[0].replace("@readme@", readme(Path(app.srcdir).parent))
         there = {path.stem for path in Path(app.srcdir).glob("*.md")} - PLACED
         guides = [page for page in GUIDES if page in there]
         guides += sorted(there - set(GUIDES))
         source[0] = source[0].replace("@guides@", "\n".join(guides))
+
+
+def readme(repository: Path) -> str:
+    """Take the README with its links as they are from the site's first page."""
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    for file, page in {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}.items():
+        text = text.replace(f"]({file})", f"]({page})")
+    return text.replace("](docs/", "](")
 
 
 # ------------------------------------------------------------------------------------------- verbs
