@@ -1,4 +1,4 @@
-"""The notebooks under docs: kept with their outputs, and each of them runs, small, without a screen."""
+"""The notebooks under docs are kept with their outputs, and each of them runs, small."""
 
 import copy
 import os
@@ -98,5 +98,7 @@ def test_it_runs_small(name, tmp_path, monkeypatch):
     assert _figures(small) == _figures(kept)
     assert SAYS[name] in _printed(small)
     assert not list(here.iterdir()), "it leaves nothing behind"
-    left = [path.name for path in away.iterdir() if not path.name.startswith(("matplotlib", "numba"))]
+    left = [
+        path.name for path in away.iterdir() if not path.name.startswith(("matplotlib", "numba"))
+    ]
     assert not left, "nor in the folder for what is temporary"

@@ -1,6 +1,6 @@
 """Checks that every link between pages of a built site leads somewhere, to the very heading.
 
-    python docs/_ext/check_links.py docs/_build/html
+python docs/_ext/check_links.py docs/_build/html
 """
 
 import sys

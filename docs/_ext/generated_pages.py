@@ -27,9 +27,39 @@ GUIDES = [
     "contamination", "evaluate", "importing", "gpu", "scale",
 ]  # fmt: skip
 # Pages that have a place of their own in the index.
-PLACED = {"index", "results", "decisions", "experiments", "contributing", "changelog", "api", "verbs"}
+PLACED = {
+    "index",
+    "results",
+    "decisions",
+    "experiments",
+    "contributing",
+    "changelog",
+    "api",
+    "verbs",
+}
 # Functions first, then what they hand back, then what is handed to them.
 KINDS = ("Functions", "Models and data", "Settings", "Plots")
+
+COMMAND_LINE = """# The command line
+
+`genemodel VERB [group=choice] [key=value ...] [--config-dir DIR]`
+
+Three rules cover all settings:
+
+1. Pick with `group=choice`, for example `model=small` or `log=wandb`.
+2. Change with `group.key=value`, for example `optim.lr=3e-4`; lists are written `[a,b]`.
+3. Anything unknown is refused with the nearest known name; nothing is ever silently ignored.
+
+Your own choices live in a folder of YAML files that `--config-dir DIR` adds:
+`DIR/experiment/mine.yaml` becomes `experiment=mine`. The files hold values only. They cannot build
+objects, read the environment or refer to each other, so a configuration from a stranger is data,
+not code.
+
+`genemodel VERB --help` prints what these pages say, and `genemodel config VERB ...` what the verb
+would run with.
+
+| verb | what it does |
+|---|---|"""
 
 
 def setup(app: "Sphinx") -> dict[str, bool]:
@@ -65,7 +95,10 @@ def list_guides(app: "Sphinx", name: str, source: list[str]) -> None:
 def readme(repository: Path) -> str:
     """Take the README with its links as they are from the site's first page."""
     text = (repository / "README.md").read_text(encoding="utf-8")
-    for file, page in {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}.items():
+    for file, page in {
+        "CONTRIBUTING.md": "contributing.md",
+        "CHANGELOG.md": "changelog.md",
+    }.items():
         text = text.replace(f"]({file})", f"]({page})")
     return text.replace("](docs/", "](")
 
@@ -76,38 +109,9 @@ def readme(repository: Path) -> str:
 def verb_pages(source: Path) -> Iterator[tuple[str, str]]:
     names = sorted(VERBS, key=list(VERBS).index)
     rows = [f"| [`genemodel {name}`]({slug(name)}.md) | {VERBS[name].summary} |" for name in names]
-    yield (
-        "verbs/index",
-        "\n".join(
-            [
-                "# The command line",
-                "",
-                "`genemodel VERB [group=choice] [key=value ...] [--config-dir DIR]`",
-                "",
-                "Three rules cover all settings:",
-                "",
-                "1. Pick with `group=choice`, for example `model=small` or `log=wandb`.",
-                "2. Change with `group.key=value`, for example `optim.lr=3e-4`; lists are written `[a,b]`.",
-                "3. Anything unknown is refused with the nearest known name; nothing is ever ignored.",
-                "",
-                "Your own choices live in a folder of YAML files that `--config-dir DIR` adds:",
-                "`DIR/experiment/mine.yaml` becomes `experiment=mine`. The files hold values only. They",
-                "cannot build objects, read the environment or refer to each other, so a configuration",
-                "from a stranger is data, not code. `genemodel VERB --help` prints what these pages say,",
-                "and `genemodel config VERB ...` what the verb would run with.",
-                "",
-                "| verb | what it does |",
-                "|---|---|",
-                *rows,
-                "",
-                "```{toctree}",
-                ":hidden:",
-                *map(slug, names),
-                "```",
-                "",
-            ]
-        ),
-    )
+    listed = "\n".join(map(slug, names))
+    toctree = f"```{{toctree}}\n:hidden:\n{listed}\n```\n"
+    yield "verbs/index", "\n".join([COMMAND_LINE, *rows, "", toctree])
     for name in names:
         yield f"verbs/{slug(name)}", verb_page(name, VERBS[name], source)
 
@@ -125,7 +129,10 @@ def verb_page(name: str, verb: Verb, source: Path) -> str:
     lines += ["```bash", *(f"genemodel {example}" for example in verb.examples), "```", ""]
     guides = mentions(f"genemodel {name}", source)
     if guides:
-        lines += ["Read on: " + " · ".join(f"[{title}](../{page}.md)" for page, title in guides), ""]
+        lines += [
+            "Read on: " + " · ".join(f"[{title}](../{page}.md)" for page, title in guides),
+            "",
+        ]
     groups = config_files.defaults_of(verb.config)
     # `experiment` and the like choose values of other groups and have no field of their own.
     types = setting_types(settings)

@@ -3,7 +3,7 @@
 A metric is a function of arrays and returns a number. What it is given depends on the task::
 
     integrate   (embedding_CD, obs)          obs: the cells' columns, a DataFrame
-    impute      (denoised_CG, held_out_CG)   expected counts for the molecules shown; those set aside
+    impute      (denoised_CG, held_out_CG)   expected counts; the molecules set aside
     annotate    (given_Q, true_Q)            labels; "unknown" where a method gave none
 
 It scores every method on the same cells as the built-in metrics, and stands behind them in every
