@@ -29,7 +29,6 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_preprocess_types = True
 autodoc_typehints = "signature"
-autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 88
 add_module_names = False

@@ -65,6 +65,7 @@ would run with.
 def setup(app: "Sphinx") -> dict[str, bool]:
     app.connect("builder-inited", write_pages)
     app.connect("source-read", list_guides)
+    app.connect("autodoc-process-signature", without_factories)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -90,6 +91,12 @@ def list_guides(app: "Sphinx", name: str, source: list[str]) -> None:
         guides = [page for page in GUIDES if page in there]
         guides += sorted(there - set(GUIDES))
         source[0] = source[0].replace("@guides@", "\n".join(guides))
+
+
+def without_factories(app: "Sphinx", what: str, name: str, *rest: Any) -> tuple[str, str] | None:
+    """Leave out the signature of a class whose fields make their own defaults: it says nothing."""
+    signature = rest[2]
+    return ("", "") if what == "class" and signature and "<factory>" in signature else None
 
 
 def readme(repository: Path) -> str:
@@ -178,6 +185,9 @@ def group_types(hint: Any) -> dict[str, Any]:
 def shown_type(hint: Any) -> str:
     """Say in words what a setting takes."""
     words = {int: "whole number", float: "number", str: "text", bool: "true, false", Path: "path"}
+    if isinstance(hint, typing.TypeAliasType):
+        # Checked texts: paths and addresses, names of species.
+        return "path" if hint.__name__ == "PathText" else shown_type(hint.__value__)
     if hint is type(None):
         return "null"
     if hint in words:
@@ -227,8 +237,10 @@ def reach(name: str) -> Any:
 
 
 def escaped(words: str) -> str:
-    """Keep the words of a comment from being read as Markdown or as a table."""
-    return re.sub(r"([|*_<>`\[\]$])", r"\\\1", words)
+    """Keep the words of a comment from being read as Markdown or as a table; code stays code."""
+    parts = words.split("`")
+    parts[::2] = [re.sub(r"([|*_<>\[\]$])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 # ----------------------------------------------------------------------------------- public names
