@@ -76,7 +76,10 @@ def _linked(file: Path) -> list[str]:
     return re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
 
 
-@pytest.mark.parametrize("file", sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")]), ids=lambda f: f.name)
+PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")])
+
+
+@pytest.mark.parametrize("file", PAGES, ids=[page.name for page in PAGES])
 def test_links_between_pages_lead_somewhere(file):
     made = ("api/", "verbs/")
     for link in _linked(file):
