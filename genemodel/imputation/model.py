@@ -649,7 +649,10 @@ class ImputationModel:
         else:
             n_batches = weights["decoder.head.offset_BD"].shape[0]
             n_features = weights["decoder.encoder.beside.mean_F"].shape[0]
-            decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
+            decoder = Decoder.new(
+                len(kept_G), n_batches, settings, n_features,
+                carries="decoder.encoder.carry_F" in weights,
+            )  # fmt: skip
         decoder.load_state_dict(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
         )

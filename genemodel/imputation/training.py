@@ -88,6 +88,11 @@ class DecoderSettings:
         Most cells, drawn at random, on which the dispersion is calibrated and checked.
     gene_vectors
         Start genes from the gene vectors of a pre-trained model instead of at random.
+    from_decoder
+        With a transformer beneath whose model has a count decoder: start as that decoder, so that
+        the first answer is the model's own and the training only adds to it. ``latent`` is then the
+        width of its cell vectors. Otherwise the vectors are read beside the counts by a network
+        that starts from nothing.
     """
 
     hidden: int = 128
@@ -105,6 +110,7 @@ class DecoderSettings:
     full_passes: int = 50_000
     calibration_cells: int = 20_000
     gene_vectors: bool = False
+    from_decoder: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.thin_low <= self.thin_high < 1:
@@ -148,9 +154,14 @@ class SparseCountEncoder(nn.Module):
         Widths and dropout.
     n_features
         Width of the vectors beside the counts (F), 0 without.
+    carries
+        Whether the latent is the vector beside the counts, each direction times a factor that
+        starts at one, and what the network adds to it, at first nothing. The latent is then as wide
+        as the vector, whatever the settings say.
     """
 
     place_V: Tensor
+    carry_F: nn.Parameter | None
 
     def __init__(
         self,
@@ -158,6 +169,8 @@ class SparseCountEncoder(nn.Module):
         n_all: int,
         settings: "DecoderSettings",
         n_features: int = 0,
+        *,
+        carries: bool = False,
     ) -> None:
         super().__init__()
         n_genes, hidden = len(gene_G), settings.hidden
@@ -165,13 +178,18 @@ class SparseCountEncoder(nn.Module):
         self.input_GH = nn.Parameter(torch.randn(n_genes, hidden) * 0.02)
         self.input_bias_H = nn.Parameter(torch.zeros(hidden))
         self.beside = VectorsBeside(n_features, hidden, bias=False)
+        last = nn.Linear(hidden, n_features if carries else settings.latent)
+        self.carry_F = nn.Parameter(torch.ones(n_features)) if carries else None
+        if carries:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         self.trunk = nn.Sequential(
             nn.LayerNorm(hidden),
             nn.Dropout(settings.dropout),
             nn.GELU(),
             nn.Linear(hidden, hidden),
             nn.GELU(),
-            nn.Linear(hidden, settings.latent),
+            last,
         )
         place_V = torch.full((n_all,), n_genes)
         place_V[torch.from_numpy(np.asarray(gene_G, np.int64))] = torch.arange(n_genes)
@@ -204,7 +222,10 @@ class SparseCountEncoder(nn.Module):
         summed_CH = functional.embedding_bag(
             gene_N, self.input_GH, starts_C, mode="sum", per_sample_weights=weight_N
         )
-        return self.trunk(self.beside(summed_CH + self.input_bias_H, features_CF))
+        latent_CD = self.trunk(self.beside(summed_CH + self.input_bias_H, features_CF))
+        if self.carry_F is None or features_CF is None:
+            return latent_CD
+        return latent_CD + self.carry_F * torch.nan_to_num(features_CF)
 
 
 class VectorEncoder(nn.Module):
@@ -257,6 +278,8 @@ class ImputationHead(nn.Module):
     share_B
         Share of the cells in each batch, by which the mean of all batches weighs their offsets: a
         batch of one cell says next to nothing. The same for all by default.
+    latent
+        Width of the latent, where it is not that of the settings.
     """
 
     LOSS = "nats_per_molecule"
@@ -271,14 +294,16 @@ class ImputationHead(nn.Module):
         settings: "DecoderSettings",
         place_V: Tensor | None = None,
         share_B: Tensor | None = None,
+        *,
+        latent: int | None = None,
     ) -> None:
         super().__init__()
         n_genes = len(frequency_G)
-        self.latent = settings.latent
-        self.gene_GD = nn.Parameter(torch.randn(n_genes, settings.latent) * 0.05)
+        self.latent = latent or settings.latent
+        self.gene_GD = nn.Parameter(torch.randn(n_genes, self.latent) * 0.05)
         self.bias_G = nn.Parameter(torch.log(torch.as_tensor(frequency_G, dtype=torch.float32)))
         self.offset_BD = nn.Parameter(
-            torch.zeros(n_batches, settings.latent), requires_grad=n_batches > 1
+            torch.zeros(n_batches, self.latent), requires_grad=n_batches > 1
         )
         if share_B is None:
             share_B = torch.full((n_batches,), 1 / n_batches)
@@ -360,11 +385,23 @@ class Decoder(nn.Module):
 
     @classmethod
     def new(
-        cls, n_genes: int, n_batches: int, settings: "DecoderSettings", n_features: int = 0
+        cls,
+        n_genes: int,
+        n_batches: int,
+        settings: "DecoderSettings",
+        n_features: int = 0,
+        *,
+        carries: bool = False,
     ) -> "Decoder":
         """Make one of new weights, to be given others."""
-        encoder = SparseCountEncoder(np.arange(n_genes), n_genes, settings, n_features)
-        return cls(encoder, ImputationHead(np.full(n_genes, 1 / n_genes), n_batches, settings))
+        encoder = SparseCountEncoder(
+            np.arange(n_genes), n_genes, settings, n_features, carries=carries
+        )
+        head = ImputationHead(
+            np.full(n_genes, 1 / n_genes), n_batches, settings,
+            latent=n_features if carries else None,
+        )  # fmt: skip
+        return cls(encoder, head)
 
     @classmethod
     def of_vectors(cls, gene_GD: Tensor, bias_G: Tensor) -> "Decoder":
@@ -410,6 +447,70 @@ def start_at_vectors(encoder: SparseCountEncoder, head: ImputationHead, vectors_
         k = min(score_GE.shape[1], target.shape[1])
         chosen_GE = score_GE[:, :k]
         target[known_G, :k] = chosen_GE / chosen_GE.std().clamp_min(1e-12) * target.std()
+
+
+@torch.no_grad()
+def start_at_decoder(
+    head: ImputationHead,
+    gene_VF: Tensor,
+    gene_G: NDArray[np.integer],
+    vectors_SF: Tensor,
+    seen_SG: sp.csr_matrix,
+) -> None:
+    """Start as the count decoder of a pre-trained model, with a factor a gene of the cells at hand.
+
+    Parameters
+    ----------
+    head
+        As wide as the model's cell vectors.
+    gene_VF
+        Gene vectors of the model's decoder, by token; genes behind them are unknown to it and start
+        without a direction.
+    gene_G
+        Genes decoded, by their place among those of the cells: tokens first.
+    vectors_SF, seen_SG
+        Vectors of some cells, and the counts that these were made of.
+    """
+    place_G = torch.from_numpy(np.asarray(gene_G, np.int64))
+    known_G = place_G < len(gene_VF)
+    head.gene_GD.zero_()
+    head.gene_GD[known_G] = gene_VF[place_G[known_G]].to(head.gene_GD)
+    settle_factors(head, vectors_SF, seen_SG)
+
+
+# The factors shift the softmax that they were computed with: after two rounds by less than 1 %.
+_ROUNDS = 2
+
+
+@torch.no_grad()
+def settle_factors(head: ImputationHead, latent_SD: Tensor, seen_SG: sp.csr_matrix) -> None:
+    """Multiply every gene of a decoder by how much more of it these cells hold than it expects.
+
+    The factor is Gamma distributed around 1 with a variance that the genes share, estimated by
+    moments, and worth one molecule at least: a gene of a few stays near where the decoder has it.
+    """
+    library_S1 = torch.from_numpy(np.asarray(seen_SG.sum(1), np.float32))
+    found_G = torch.from_numpy(np.asarray(seen_SG.sum(0), np.float64).ravel())
+    for _ in range(_ROUNDS):
+        expected_G = torch.zeros_like(found_G)
+        for rows, share_CG in log_shares(head, latent_SD):
+            expected_G += (share_CG.exp() * library_S1[rows]).sum(0).double()
+        expected_G.clamp_min_(1e-9)
+        # Of rare genes one molecule would be a large factor: they weigh as little as they tell.
+        weight_G = (1.0 + expected_G) ** -2
+        excess = (weight_G * ((found_G - expected_G) ** 2 - expected_G)).sum()
+        if excess <= 0:  # no more than chance
+            return
+        prior = max(1.0, float((weight_G * expected_G**2).sum() / excess))
+        head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())
+
+
+def log_shares(head: ImputationHead, latent_SD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Log shares of blocks of cells, of unknown batch."""
+    for start in range(0, len(latent_SD), BLOCK_CELLS):
+        rows = slice(start, start + BLOCK_CELLS)
+        unknown_C = torch.full((len(latent_SD[rows]),), -1)
+        yield rows, head.log_fraction(latent_SD[rows], unknown_C)
 
 
 @torch.no_grad()
@@ -739,18 +840,22 @@ class _Plan:
         """Make encoder and head, with their starting points."""
         data, settings, backbone = self.data, self.settings, self.backbone
         width = 0 if backbone is None else backbone.width
-        counts = SparseCountEncoder(self.gene_G, data.n_genes, settings, width)
+        carries = backbone is not None and backbone.gene_VF is not None and settings.from_decoder
+        counts = SparseCountEncoder(self.gene_G, data.n_genes, settings, width, carries=carries)
         frequency_G = np.asarray(self.seen_SG.sum(axis=0)).ravel() + 0.1
         head = ImputationHead(
             frequency_G / frequency_G.sum(), data.n_batches, settings, counts.place_V.clone(),
-            data.share_B,
+            data.share_B, latent=width if carries else None,
         )  # fmt: skip
-        if self.vectors_GE is not None:
+        if self.vectors_GE is not None and not carries:
             start_at_vectors(counts, head, self.vectors_GE)
         if backbone is None:
             return Built(counts, head)
-        some = data.sample[:: max(1, data.sample.size // STANDARDISED)]
-        return backbone.beneath(counts, head, self.in_order(some))
+        rows = slice(None, None, max(1, data.sample.size // STANDARDISED))
+        built, vectors_CF = backbone.beneath(counts, head, self.in_order(data.sample[rows]))
+        if carries and backbone.gene_VF is not None:
+            start_at_decoder(head, backbone.gene_VF, self.gene_G, vectors_CF, self.seen_SG[rows])
+        return built
 
     def in_order(
         self, cells: NDArray[np.integer], device: torch.device | str = "cpu"
