@@ -451,7 +451,7 @@ MUTANTS = (
         "imputation/test_imputation.py::test_the_weights_that_are_used_are_a_running_mean",
     ),
     mutant(
-        "copying", "imputation/training.py",
+        "copying", "imputation/network.py",
         "torch.where(read_N, batch.full_count_N - batch.shown_N, 0.0)",
         "torch.where(read_N, batch.shown_N, 0.0)",
         "the decoder is scored on what it was shown",
@@ -648,13 +648,13 @@ MUTANTS = (
         "annotation/test_label_head.py::test_whole_donors_are_held_out",
     ),
     mutant(
-        "label-shift-ungated", "annotation/label_head.py",
+        "label-shift-ungated", "annotation/novelty.py",
         "if len(shared) < SHIFT_TYPES:", "if len(shared) < 1:",
         "two populations are evidence of a shift of the whole query",
         "annotation/test_label_head.py::test_another_condition_is_taken_off_where_types_agree",
     ),
     mutant(
-        "label-own-shift-of-any-length", "annotation/label_head.py",
+        "label-own-shift-of-any-length", "annotation/novelty.py",
         "own_LG[length_L > OWN_MOST * usual] = 0.0", "own_LG[length_L > np.inf] = 0.0",
         "a new type is moved onto one that the query lacks",
         "annotation/test_label_head.py::"

@@ -29,7 +29,7 @@ from genemodel.expression.components import principal_components, singular_vecto
 from genemodel.expression.neighbours import nearest
 from genemodel.expression.normalise import DEPTH, log_normalised, normalised
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import BLOCK_CELLS
+from genemodel.imputation.network import BLOCK_CELLS
 
 if TYPE_CHECKING:
     from anndata import AnnData

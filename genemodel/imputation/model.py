@@ -34,6 +34,13 @@ from genemodel.finetuning.backbone import Backbone
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.imputation.network import (
+    BLOCK_CELLS,
+    Decoder,
+    DecoderSettings,
+    VectorEncoder,
+    decode_fraction,
+)
 from genemodel.imputation.posterior import (
     expected_log1p,
     posterior_draws,
@@ -41,13 +48,8 @@ from genemodel.imputation.posterior import (
     rate_quantiles,
 )
 from genemodel.imputation.training import (
-    BLOCK_CELLS,
     Coverage,
-    Decoder,
-    DecoderSettings,
     TrainedDecoder,
-    VectorEncoder,
-    decode_fraction,
     train_decoder,
 )
 from genemodel.model.count_encoder import encoder_name

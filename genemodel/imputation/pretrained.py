@@ -22,15 +22,17 @@ from genemodel.cells.source import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import (
+from genemodel.imputation.network import (
     BLOCK_CELLS,
     Decoder,
     DecoderSettings,
     ImputationHead,
-    TrainedDecoder,
-    calibrated,
     log_shares,
     settle_factors,
+)
+from genemodel.imputation.training import (
+    TrainedDecoder,
+    calibrated,
 )
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, blocks_of

@@ -15,7 +15,7 @@ from genemodel.evaluation import baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions, highly_variable
 from genemodel.expression.normalise import log_normalised
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.metrics.imputation import mcv_split, score_denoised
 from genemodel.metrics.light import knn_accuracy, same_batch_share
 

@@ -12,7 +12,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.imputation import impute
 from genemodel.imputation import pretrained as impute_pretrained
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.simulation.cells import synthetic
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
