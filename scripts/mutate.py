@@ -504,7 +504,7 @@ MUTANTS = (
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),
     mutant(
-        "pretrained-factors", "imputation/pretrained.py",
+        "pretrained-factors", "imputation/network.py",
         "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
         "a pre-trained decoder expects of other chemistries what it expected of its own",
         "imputation/test_impute_pretrained.py"
@@ -661,7 +661,7 @@ MUTANTS = (
         "test_a_type_that_changed_more_than_the_others_has_a_shift_of_its_own",
     ),
     mutant(
-        "label-limit-without-left-out", "annotation/label_head.py",
+        "label-limit-without-left-out", "annotation/novelty.py",
         "limit = max(limit, float(score_N[order[int(np.argmax(gain_N))]]))", "limit = limit",
         "what is unknown is set on known cells alone",
         "annotation/test_label_head.py::test_the_limit_is_set_on_types_left_out_but_keeps_known_cells",
