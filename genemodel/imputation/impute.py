@@ -64,7 +64,7 @@ from genemodel.inference.gene_counts import GeneOrder, gene_order
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
-from genemodel.settings import PathText, check_seed, to_values
+from genemodel.settings import ModelText, PathText, check_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -756,7 +756,7 @@ class ImputeSettings(InputSettings):
 
     input: PathText
     output: PathText
-    model: PathText = ""
+    model: ModelText = ""
     batch_key: tuple[str, ...] = ()
     key_added: str = KEY
     uncertainty: bool = False

@@ -45,7 +45,7 @@ def one_species(corpus: Corpus) -> str:
     species = list(corpus.statistics)
     if len(species) != 1:
         raise DataError(
-            f"data={corpus.path} holds {', '.join(species)}: imputed genes are named by one "
+            f"input={corpus.path} holds {', '.join(species)}: imputed genes are named by one "
             "species. Give the h5ad files of the cells, or a corpus for each species."
         )
     return species[0]

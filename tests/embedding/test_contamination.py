@@ -262,7 +262,7 @@ def test_heads_on_a_corpus_tell_its_cells(cells, random_bundle, tmp_path, task, 
     Corpus.build([own(cells)], tmp_path / "c", vocabulary=random_bundle.vocabulary)
     out = gm.finetune(
         gm.FinetuneSettings(
-            data=str(tmp_path / "c"), out=str(tmp_path / "out"), task=task, batch_key=("batch",),
+            input=str(tmp_path / "c"), out=str(tmp_path / "out"), task=task, batch_key=("batch",),
             integration=SHORT, imputation=BRIEF,
         )
     )  # fmt: skip

@@ -476,7 +476,7 @@ def test_choosing_methods():
 def test_the_verb_runs_from_a_file(cells, tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     settings = EvaluateSettings(
-        data=tmp_path / "cells.h5ad", out=tmp_path / "out", task="impute", layer="counts",
+        input=tmp_path / "cells.h5ad", out=tmp_path / "out", task="impute", layer="counts",
         methods=("gene_mean",), umaps=False,
     )  # fmt: skip
     text = run(settings)
