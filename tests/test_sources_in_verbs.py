@@ -271,14 +271,14 @@ def reference(cells, tmp_path_factory):
 def words(verb: str, source: Path, out: Path, model: Path, reference: Path) -> list[str]:
     """Give the shortest command of a verb."""
     return {
-        "corpus build": [f"sources=[{source}]", f"out={out}/corpus"],
+        "corpus build": [f"input=[{source}]", f"out={out}/corpus"],
         "embed": [f"input={source}", f"model={model}", f"output={out}/o.h5ad", "device=cpu"],
         "impute": [f"input={source}", f"output={out}/o.h5ad", "device=cpu"],
-        "finetune": [f"data={source}", f"out={out}/run", "task=impute",
+        "finetune": [f"input={source}", f"out={out}/run", "task=impute",
                      "device=cpu", "trainer.accelerator=cpu"],
-        "annotate": [f"query={source}", f"reference={reference}", "label_key=type",
+        "annotate": [f"input={source}", f"reference={reference}", "label_key=type",
                      "reference_species=human", f"output={out}/o.h5ad"],
-        "evaluate": [f"data={source}", f"out={out}/scores", "task=impute", "methods=[none]",
+        "evaluate": [f"input={source}", f"out={out}/scores", "task=impute", "methods=[none]",
                      "umaps=false"],
     }[verb]  # fmt: skip
 
@@ -443,7 +443,7 @@ def test_few_known_genes_are_accepted_where_that_is_said(cells, model, tmp_path,
         capsys.readouterr().err.replace("\n", " ")
     )
     assert main([*command, "species=9606", "min_fraction=0.2"]) == 0
-    assert main(["corpus", "build", f"sources={source}", f"out={tmp_path}/c", "species=human",
+    assert main(["corpus", "build", f"input={source}", f"out={tmp_path}/c", "species=human",
                  "min_fraction=0.2"]) == 0  # fmt: skip
 
 

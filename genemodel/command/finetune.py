@@ -40,6 +40,7 @@ from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import file_of, sha256
 from genemodel.bundle.history import STEP
+from genemodel.bundle.hub import local_model
 from genemodel.cells.annotations import without_counts
 from genemodel.cells.contract import find_counts
 from genemodel.cells.input_settings import InputSettings
@@ -58,7 +59,7 @@ from genemodel.heads.pretraining import PretrainingSettings
 from genemodel.imputation.impute import impute
 from genemodel.imputation.impute_corpus import impute_corpus, one_species
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.obs_keys import (
     INTEGRATED,
@@ -75,12 +76,14 @@ from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings, check_fits
 from genemodel.settings import (
+    ModelText,
     PathText,
     check_out_folder,
     check_seed,
     difference,
     nearest,
     parse,
+    renamed,
     to_values,
 )
 from genemodel.train.job import choose_device
@@ -109,7 +112,7 @@ LABELLED, CLASSIFIER = "labels.h5ad", "classifier"
 RUN = "settings.json"
 RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, LABELLED, CLASSIFIER, CURVES, REPORT)
 # Settings that change no number: they may differ when a run goes on.
-_FREE = ("out", "overwrite", "device", "data", "model", *FREE_ON_RESUME)
+_FREE = ("out", "overwrite", "device", "input", "model", *FREE_ON_RESUME)
 
 
 class _Words(TypedDict):
@@ -119,13 +122,14 @@ class _Words(TypedDict):
     settled: bool
 
 
+@renamed(data="input")
 @dataclass(frozen=True)
 class FinetuneSettings(InputSettings):
     """Fine-tune on a file, read as :class:`InputSettings` say, or on a corpus.
 
     Attributes
     ----------
-    data
+    input
         File or folder with raw counts, or the folder of a corpus of one species.
     out
         Folder of the results. If it holds an unfinished run with the same settings, that goes on.
@@ -168,12 +172,12 @@ class FinetuneSettings(InputSettings):
         Recipes of the heads.
     """
 
-    data: PathText
+    input: PathText
     out: PathText
     task: Literal["integrate", "impute", "both", "classify"] = "integrate"
     batch_key: tuple[str, ...] = ()
     label_key: str = ""
-    model: PathText = ""
+    model: ModelText = ""
     size: str = "tiny"
     key_added: str = INTEGRATED
     device: str = "auto"
@@ -322,7 +326,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     elif keys:
         batch_names(adata.obs, keys, **words)
     if corpus is None:
-        find_counts(adata, where=settings.data, **reading.counting())
+        find_counts(adata, where=settings.input, **reading.counting())
     _refuse_impossible(settings, bundle, corpus, adata)
     values = to_values(settings)
     about = {
@@ -364,10 +368,11 @@ def _refuse_impossible(
     if corpus is not None and bundle is not None and not settings.trains_alone:
         mine, theirs = corpus.vocabulary, bundle.vocabulary
         if mine.fingerprint != theirs.fingerprint:
+            file = local_model(settings.model) / VOCABULARY
             raise DataError(
-                f"data={settings.data} was built with vocabulary {mine.fingerprint[:12]}, and "
+                f"input={settings.input} was built with vocabulary {mine.fingerprint[:12]}, and "
                 f"model={settings.model} reads {theirs.fingerprint[:12]}: build the corpus with "
-                f"the latter (corpus build: vocabulary={Path(settings.model) / VOCABULARY}), or "
+                f"the latter (corpus build: vocabulary={file}), or "
                 "set warm_up=true, which lets the model grow where it can."
             )
     if bundle is not None:
@@ -377,7 +382,7 @@ def _refuse_impossible(
     if by not in ("", "auto", *COLUMNS, *known):
         near = nearest(by, known)
         raise DataError(
-            f"holdout.by={by}: data={settings.data} has no such obs column"
+            f"holdout.by={by}: input={settings.input} has no such obs column"
             + (f", did you mean {near}?" if near else f"; it has {', '.join(known) or 'none'}.")
         )
 
@@ -454,7 +459,7 @@ def _read(
     """Read the cells, and say how their counts are; the last is a fingerprint of what was read."""
     import anndata as ad
 
-    data = Path(settings.data)
+    data = Path(settings.input)
     if (data / MANIFEST).is_file():
         corpus = Corpus.open(data)
         reading = settings.reading
@@ -462,7 +467,7 @@ def _read(
         free = () if settings.classifies else ("missing_labels",)
         if settled := [name for name in reading.changed if name not in free]:
             raise ConfigError(
-                f"data={data} is a corpus, whose {' and '.join(settled)} "
+                f"input={data} is a corpus, whose {' and '.join(settled)} "
                 f"{'was' if len(settled) == 1 else 'were'} settled when it was built: leave "
                 f"{' and '.join(settled)} out."
             )
@@ -472,7 +477,7 @@ def _read(
         return corpus, ad.AnnData(obs=obs), reading, corpus.fingerprint
     if not data.exists():
         raise DataError(
-            f"data={data} is no file: name a file of raw counts, or the folder of a corpus."
+            f"input={data} is no file: name a file of raw counts, or the folder of a corpus."
         )
     files = sorted(p for p in data.rglob("*") if p.is_file()) if data.is_dir() else [data]
     adata, reading = read_anndata(data, settings.reading)
@@ -599,7 +604,7 @@ def _source(
         # Not kept as it is: what stands for a missing label is none.
         columns={settings.label_key: settings.label_key} if settings.classifies else None,
         keep=_kept(settings),
-        name=Path(settings.data).stem,
+        name=Path(settings.input).stem,
     )
     if settings.batch_key:
         name_C = batch_names(
@@ -636,8 +641,8 @@ def _held_out(
 ) -> np.ndarray | None:
     if not settings.hold_out:
         return None
-    groups = corpus if corpus is not None else GroupedCells(adata.obs, settings.data)
-    _, held_out = split(settings.holdout, groups, settings.data)
+    groups = corpus if corpus is not None else GroupedCells(adata.obs, settings.input)
+    _, held_out = split(settings.holdout, groups, settings.input)
     # Where nothing can be held out, both sides are all cells.
     return held_out if held_out.size < len(groups) else None
 

@@ -42,7 +42,7 @@ from genemodel.inference.shards import (
 from genemodel.inference.workers import Job, embed_on
 from genemodel.integration.model import IntegratedModel
 from genemodel.loading import EMBED
-from genemodel.settings import PathText, to_values
+from genemodel.settings import ModelText, PathText, to_values
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class EmbedSettings(InputSettings):
         Replace an existing output.
     """
 
-    model: PathText
+    model: ModelText
     input: PathText
     output: PathText
     key_added: str | None = None

@@ -34,7 +34,7 @@ from genemodel.metrics import imputation as imputation_metrics
 from genemodel.metrics import scib as metrics
 from genemodel.model.tuning import Tune
 from genemodel.reports.comparison import BOTH, EvaluationResult, clear, write_embedding
-from genemodel.settings import check_out_folder, check_seed, nearest
+from genemodel.settings import ModelText, check_out_folder, check_seed, nearest, renamed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,17 +46,18 @@ logger = logging.getLogger(__name__)
 COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
+@renamed(data="input")
 @dataclass(frozen=True)
 class EvaluateSettings(InputSettings):
     """Settings of ``genemodel evaluate``, see ``configs/evaluate.yaml``."""
 
-    data: Path
+    input: Path
     out: Path
     task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
     methods: tuple[str, ...] | None = None
-    models: tuple[Path, ...] = ()
+    models: tuple[ModelText, ...] = ()
     obsm: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     max_cells: int | None = None
@@ -74,9 +75,10 @@ class EvaluateSettings(InputSettings):
     n_jobs: int = 1
 
 
+@renamed(data="adata")
 @reads_cells
 def evaluate(
-    data: "AnnData | str | Path",
+    adata: "AnnData | str | Path",
     *,
     task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
@@ -104,7 +106,7 @@ def evaluate(
 
     Parameters
     ----------
-    data
+    adata
         AnnData, or the path of a file or folder, with raw counts.
     task
         "integrate": embeddings, judged on biology kept and batch removed. "impute": denoised
@@ -201,7 +203,7 @@ def evaluate(
     own_ones = own_metrics.checked(metrics or {}, task)
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     keys = [batch_key, label_key, *mixture]
-    cells, where, reading = _cells(data, reading, max_cells, keys, list(obsm))
+    cells, where, reading = _cells(adata, reading, max_cells, keys, list(obsm))
     for key in filter(None, (batch_key, label_key)):
         cells.obs[key] = without_placeholders(
             cells.obs[key], reading.missing_labels, column=key, where=where

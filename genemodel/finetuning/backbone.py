@@ -38,6 +38,8 @@ class Backbone:
         How it reads cells.
     tuning
         What of it learns from the loss of the head.
+    gene_VF
+        Gene vectors of its count decoder, if it has one.
     """
 
     model: GeneModel
@@ -45,24 +47,36 @@ class Backbone:
     tokens: TokenSettings
     inverse_median_V: np.ndarray
     tuning: TuningSettings
+    gene_VF: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
         """Width of its cell vectors (F)."""
         return self.model.settings.width
 
-    def beneath(self, counts: ReadsCounts, head: nn.Module, some: Iterable[CellBatch]) -> Built:
+    def beneath(
+        self, counts: ReadsCounts, head: nn.Module, some: Iterable[CellBatch]
+    ) -> tuple[Built, torch.Tensor]:
         """Put a copy beneath an encoder of counts.
 
         ``some`` training cells settle mean and deviation of the vectors, as the transformer comes.
+
+        Returns
+        -------
+        Encoder and head, and the vectors of these cells in the order of their numbers, (C, F).
         """
         model = copy.deepcopy(self.model)
         beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection)).eval()
+        vectors, numbers = [], []
         with torch.no_grad():
-            counts.beside.standardise(torch.cat([beside.vectors(batch) for batch in some]))
+            for batch in some:
+                vectors.append(beside.vectors(batch))
+                numbers.append(batch.cell_C[: batch.n_cells])
+        vectors_CF = torch.cat(vectors)
+        counts.beside.standardise(vectors_CF)
         tune(model, self.tuning, cells_only=True)
         shares = {f"backbone.{k}": v for k, v in rate_shares(model, self.tuning).items()}
-        return Built(beside.train(), head, shares)
+        return Built(beside.train(), head, shares), vectors_CF[torch.argsort(torch.cat(numbers))]
 
 
 def tuned(model: nn.Module) -> GeneModel | None:

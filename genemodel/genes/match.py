@@ -601,7 +601,7 @@ def _kind_of_names(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
                 return (
                     f"These are {species.name} ids and the vocabulary holds "
                     f"{', '.join(vocabulary.species)}: add the species with "
-                    f"`genemodel species name={species.name} genes=... orthologs=... out=...`."
+                    f"`genemodel species name={species.name} genes=... orthologs=... output=...`."
                 )
     return ""
 

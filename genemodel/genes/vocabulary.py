@@ -180,7 +180,7 @@ class GeneVocabulary:
                 f"species {species!r} is not in this vocabulary, which holds "
                 f"{', '.join(self._species)}. Add it from a gene table and an ortholog table with "
                 f"`genemodel species name={name} genes=... orthologs=... to={self._species[0]} "
-                "out=...` or GeneVocabulary.with_species"
+                "output=...` or GeneVocabulary.with_species"
             )
         return self._species.index(name)
 

@@ -8,7 +8,7 @@ from genemodel.errors import ConfigError
 from genemodel.heads.pretraining import PretrainingSettings
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings
-from genemodel.settings import PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_seed
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class PretrainSettings:
 
     corpus: PathText
     out: PathText
-    start: PathText = ""
+    start: ModelText = ""
     seed: int = 0
     tokens: TokenSettings = field(default_factory=TokenSettings)
     model: ModelSettings = field(default_factory=ModelSettings)

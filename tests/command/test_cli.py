@@ -374,11 +374,15 @@ _SETTINGS = [
 ]
 _PATHS = list(dict.fromkeys((name, key) for name, key, hint in _SETTINGS if _takes_paths(hint)))
 _CALLED_LIKE_PATHS = {
-    "path", "out", "input", "output", "model", "models", "start", "data", "query", "reference",
-    "genes", "orthologs", "vocabulary", "html", "corpus", "sheet", "knowledge",
+    "path", "out", "input", "output", "model", "models", "start", "reference", "genes", "orthologs",
+    "vocabulary", "corpus", "sheet", "knowledge",
 }  # fmt: skip
 # A list of gene names.
-_NO_PATHS = {("impute", "genes"), ("perturb", "genes")}
+# … and sources of a corpus, which may be patterns and addresses.
+_NO_PATHS = {
+    ("impute", "genes"), ("perturb", "genes"), ("corpus build", "input"),
+    ("corpus append", "input"),
+}  # fmt: skip
 _ADDRESSES = [
     "s3://bucket/x", "s3:bucket", "gs://b/x", "http://host/x", "abfs://c@a/x", "memory://x",
     "me@host:x", "host:/data/x", "file:///data/x",

@@ -26,7 +26,7 @@ def test_a_file_with_one_batch_and_no_labels(tmp_path):
     adata["human"].obs = pd.DataFrame(index=adata["human"].obs_names)
     adata["human"].write_h5ad(tmp_path / "mine.h5ad")
     settings = DemoSettings(
-        data=(str(tmp_path / "mine.h5ad"),), species="human", out=str(tmp_path / "out"), steps=2
+        input=(str(tmp_path / "mine.h5ad"),), species="human", out=str(tmp_path / "out"), steps=2
     )
     assert "report.html" in demo(settings)
     assert (tmp_path / "out" / "report.html").exists()
@@ -34,7 +34,7 @@ def test_a_file_with_one_batch_and_no_labels(tmp_path):
 
 def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.h5ad: no such file"):
-        demo(DemoSettings(data=("nowhere.h5ad",), out=str(tmp_path / "out")))
+        demo(DemoSettings(input=("nowhere.h5ad",), out=str(tmp_path / "out")))
 
 
 def test_pbmc3k_without_internet_says_so(tmp_path, monkeypatch):
@@ -47,4 +47,4 @@ def test_pbmc3k_without_internet_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sc.datasets, "pbmc3k", unreachable)
     with pytest.raises(DataError, match="needs the internet.*data=generated"):
-        demo(DemoSettings(data=("pbmc3k",), out=str(tmp_path / "out")))
+        demo(DemoSettings(input=("pbmc3k",), out=str(tmp_path / "out")))

@@ -6,7 +6,7 @@ import scipy.sparse as sp
 
 from genemodel.errors import DataError
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import (
+from genemodel.imputation.network import (
     Decoder,
     DecoderSettings,
     SparseCountEncoder,

@@ -4,6 +4,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 import genemodel as gm
 from genemodel.command.cli import main
@@ -11,7 +12,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.imputation import impute
 from genemodel.imputation import pretrained as impute_pretrained
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.simulation.cells import synthetic
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
@@ -169,6 +170,43 @@ def test_gene_vectors_change_the_start(cells, small_start):
         found.append(adata.layers["imputed"])
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
+
+
+def test_training_starts_as_the_decoder_of_the_model(cells, small_start, tmp_path):
+    """With a rate of next to nothing the answer is the model's own, and not without the start."""
+    bundle = gm.load(small_start / "run" / "bundle", device="cpu")
+    cells = cells[:, np.asarray(cells.X.sum(0)).ravel() > 0]  # of others no decoder is trained
+    chance = torch.Generator().manual_seed(0)
+    for name in ("gene.weight", "projection.project.weight"):  # after few steps they say little
+        weight = bundle.heads[f"decode_counts.{name}"]
+        weight.copy_(0.2 * torch.randn(weight.shape, generator=chance))
+    own = cells.copy()
+    gm.impute(own, bundle, kind="decoder")
+    apart = {}
+    for from_decoder in (True, False):
+        settings = DecoderSettings(
+            hidden=16, latent=4, epochs=1, learning_rate=1e-9, from_decoder=from_decoder
+        )
+        adata = cells.copy()
+        model = gm.impute(
+            adata, bundle, backbone="frozen", settings=settings, kind="decoder",
+            batch_key="batch",
+        )  # fmt: skip
+        # The factor of a gene is settled on other molecules, and the sum of a cell with it.
+        apart[from_decoder] = _of_both(adata.layers["imputed"] / own.layers["imputed"]).std()
+        again = cells.copy()
+        model.save(tmp_path / f"{from_decoder}")
+        gm.impute(again, gm.load(tmp_path / f"{from_decoder}", device="cpu"), kind="decoder")
+        np.testing.assert_allclose(again.layers["imputed"], adata.layers["imputed"], rtol=1e-5)
+    said = _of_both(own.layers["imputed"]).std()
+    assert apart[True] < 1e-3 * said < 0.5 * said < apart[False], (apart, said)
+
+
+def _of_both(rate_CG):
+    """Of logarithms, what neither the cell nor the gene alone says."""
+    log_CG = np.log(rate_CG)
+    log_CG = log_CG - log_CG.mean(0)
+    return log_CG - log_CG.mean(1, keepdims=True)
 
 
 def test_refusals(trained, cells):
