@@ -2,8 +2,8 @@
 
     python scripts/run_notebooks.py [NAME ...]
 
-What a library writes to stderr (progress bars, warnings) is printed here, to be looked at, and not
-stored; nor is when and where it ran.
+Progress bars are not stored. What else is written to stderr is printed here, to be looked at, and not
+stored either; nor is when and where it ran.
 """
 
 import sys
@@ -36,7 +36,7 @@ def run(path: Path) -> None:
             continue
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
-            if output.get("name") == "stderr":
+            if output.get("name") == "stderr" and "\r" not in output["text"]:  # no progress bar
                 print(f"{path.stem}, cell {number}, stderr: {output['text'][-2000:]}")
         cell.outputs = [output for output in cell.outputs if kept(output)]
     notebook.metadata = {
