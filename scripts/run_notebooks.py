@@ -2,7 +2,7 @@
 
     python scripts/run_notebooks.py [NAME ...]
 
-Progress bars are not stored. What else is written to stderr is printed here, to be looked at, and not
+Progress bars are not stored. What else goes to stderr is printed here, to be looked at, and not
 stored either; nor is when and where it ran.
 """
 
