@@ -277,6 +277,7 @@ def test_no_hub_and_no_token(
         gm.push(small_start / "run" / "bundle", "hf://lab/small")
     fake.shutdown()
     fake.server_close()
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE",
