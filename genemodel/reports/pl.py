@@ -1,7 +1,7 @@
 """Plots of AnnData, runs and corpora: the public names under ``genemodel.pl``.
 
-Every function returns matplotlib Axes, so that the figure can be changed, and takes ``ax``, ``show``
-and ``save`` as scanpy's do: ``gm.pl.embedding(adata, color="batch", ax=ax, save="cells.pdf")``.
+Every function returns matplotlib Axes, so that the figure can be changed, and takes ``ax``,
+``show`` and ``save`` as scanpy's do: ``gm.pl.embedding(adata, color="batch", save="cells.pdf")``.
 """
 
 import functools
@@ -87,7 +87,7 @@ def _plot[R](draw: Callable[..., R]) -> Callable[..., R]:
         return drawn
 
     signature = inspect.signature(draw)
-    taken = inspect.signature(plot).parameters
+    taken = inspect.signature(plot, follow_wrapped=False).parameters
     own = [*signature.parameters.values(), *(taken[name] for name in ("ax", "show", "save"))]
     plot.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     text = inspect.cleandoc(draw.__doc__ or "")

@@ -32,7 +32,8 @@ def test_cell_vectors_are_standardised_and_missing_ones_are_neutral():
     known = np.delete(vectors, 7, 0)
     np.testing.assert_allclose(trained.net.encoder.beside.mean_F, known.mean(0), rtol=1e-5)
     assert np.isfinite(trained.embedding_CD).all()
-    assert len(trained.history) == 3 and list(trained.history) == ["step", "kl", "nats_per_molecule"]
+    assert len(trained.history) == 3
+    assert list(trained.history) == ["step", "kl", "nats_per_molecule"]
 
 
 def test_passes_raise_the_number_of_steps():
