@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 # What an editor or a type checker sees; what runs is the same table again, tests compare them.
 if TYPE_CHECKING:
+    from genemodel import settings as settings
     from genemodel.annotation.annotate import annotate as annotate
     from genemodel.batches.tokens import TokenSettings as TokenSettings
     from genemodel.bundle.bundle import Bundle as Bundle
@@ -81,6 +82,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "pretrain": ("genemodel.train.recipe", "pretrain"),
     "push": ("genemodel.hub.push", "push"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
+    "settings": ("genemodel.settings", ""),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
 }
 
@@ -119,6 +121,7 @@ __all__ = [
     "pretrain",
     "push",
     "rubin_pool",
+    "settings",
     "synthetic",
 ]
 
