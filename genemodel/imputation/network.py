@@ -152,6 +152,7 @@ class SparseCountEncoder(nn.Module):
         self.input_GH = nn.Parameter(torch.randn(n_genes, hidden) * 0.02)
         self.input_bias_H = nn.Parameter(torch.zeros(hidden))
         self.beside = VectorsBeside(n_features, hidden, bias=False)
+        middle = nn.Linear(hidden, hidden)
         last = nn.Linear(hidden, n_features if carries else settings.latent)
         self.carry_F = nn.Parameter(torch.ones(n_features)) if carries else None
         if carries:
@@ -161,7 +162,7 @@ class SparseCountEncoder(nn.Module):
             nn.LayerNorm(hidden),
             nn.Dropout(settings.dropout),
             nn.GELU(),
-            nn.Linear(hidden, hidden),
+            middle,
             nn.GELU(),
             last,
         )

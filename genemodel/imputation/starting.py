@@ -65,7 +65,7 @@ def start_at_vectors(encoder: SparseCountEncoder, head: ImputationHead, vectors_
 @torch.no_grad()
 def start_at_decoder(
     head: ImputationHead, gene_VF: Tensor, gene_G: NDArray[np.integer], cells: Shown
-) -> bool:
+) -> None:
     """Start as the count decoder of a pre-trained model, with a factor a gene of the cells at hand.
 
     Parameters
@@ -78,18 +78,21 @@ def start_at_decoder(
     gene_G
         Genes decoded, by their place among those of the cells: tokens first.
     cells
-        They settle the factors, and judge.
-
-    Returns
-    -------
-    Whether the start tells what was set aside better than the neighbours of a cell do: a model that
-    does not know the tissue is a worse start than none.
+        They settle the factors.
     """
     place_G = torch.from_numpy(np.asarray(gene_G, np.int64))
     known_G = place_G < len(gene_VF)
     head.gene_GD.zero_()
     head.gene_GD[known_G] = gene_VF[place_G[known_G]].to(head.gene_GD)
     settle_factors(head, cells.vector_SF, cells.seen_SG)
+
+
+@torch.no_grad()
+def knows(head: ImputationHead, cells: Shown) -> bool:
+    """Whether a decoder tells what was set aside better than the neighbours of a cell do.
+
+    Of a model that does not know the tissue it is a worse start than none.
+    """
     told, by_neighbours = decoder_nats(head, cells.vector_SF, cells.held_SG), neighbour_nats(cells)
     logger.info(
         "the model's count decoder tells molecules set aside with %.4f nats each, neighbours with "

@@ -50,7 +50,7 @@ from genemodel.imputation.posterior import (
     randomised_pit,
     tally_coverage,
 )
-from genemodel.imputation.starting import Shown, start_at_decoder, start_at_vectors
+from genemodel.imputation.starting import Shown, knows, start_at_decoder, start_at_vectors
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.settings import to_values
 from genemodel.train.reading import Built, Reading
@@ -298,6 +298,8 @@ class _Plan:
     ) -> None:
         self.data, self.settings, self.seed = data, settings, seed
         self.backbone, self.vectors_GE = backbone, gene_vectors_GE
+        # Whether the model's count decoder is the start; None until that was looked at.
+        self.knows: bool | None = None if settings.from_decoder else False
         self.gene_G = np.arange(data.n_genes) if gene_G is None else np.asarray(gene_G)
         n_cells = len(data.train)
         size = even_size(n_cells, settings.batch_cells)
@@ -348,7 +350,7 @@ class _Plan:
 
     def build(self) -> Built:
         """Make encoder and head, with their starting points."""
-        data, settings, backbone = self.data, self.settings, self.backbone
+        data, backbone = self.data, self.backbone
         if backbone is None:
             counts, head = self._parts(0)
             if self.vectors_GE is not None:
@@ -356,10 +358,13 @@ class _Plan:
             return Built(counts, head)
         rows = slice(None, None, max(1, data.sample.size // STANDARDISED))
         vectors_CF = backbone.vectors_of(self.in_order(data.sample[rows]))
-        if settings.from_decoder and backbone.gene_VF is not None:
+        if self.knows is not False and backbone.gene_VF is not None:
             counts, head = self._parts(backbone.width, carries=True)
             shown = Shown(vectors_CF, self.seen_SG[rows], self.held_SG[rows])
-            if start_at_decoder(head, backbone.gene_VF, self.gene_G, shown):
+            start_at_decoder(head, backbone.gene_VF, self.gene_G, shown)
+            if self.knows is None:
+                self.knows = knows(head, shown)
+            if self.knows:
                 return backbone.beneath(counts, head, vectors_CF)
         counts, head = self._parts(backbone.width)
         if self.vectors_GE is not None:
