@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from genemodel.importers.importing import import_model as import_model
     from genemodel.imputation.impute import impute as impute
     from genemodel.imputation.model import ImputationModel as ImputationModel
+    from genemodel.imputation.network import DecoderSettings as DecoderSettings
     from genemodel.imputation.posterior import rubin_pool as rubin_pool
-    from genemodel.imputation.training import DecoderSettings as DecoderSettings
     from genemodel.integration.head import IntegrationSettings as IntegrationSettings
     from genemodel.integration.integrate import integrate as integrate
     from genemodel.integration.model import IntegratedModel as IntegratedModel
@@ -51,7 +51,7 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, tuple[str, str]] = {
     "Bundle": ("genemodel.bundle.bundle", "Bundle"),
     "Corpus": ("genemodel.corpus.corpus", "Corpus"),
-    "DecoderSettings": ("genemodel.imputation.training", "DecoderSettings"),
+    "DecoderSettings": ("genemodel.imputation.network", "DecoderSettings"),
     "FinetuneSettings": ("genemodel.command.finetune", "FinetuneSettings"),
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
     "HoldoutSettings": ("genemodel.train.settings", "HoldoutSettings"),

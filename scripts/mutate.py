@@ -451,7 +451,7 @@ MUTANTS = (
         "imputation/test_imputation.py::test_the_weights_that_are_used_are_a_running_mean",
     ),
     mutant(
-        "copying", "imputation/training.py",
+        "copying", "imputation/network.py",
         "torch.where(read_N, batch.full_count_N - batch.shown_N, 0.0)",
         "torch.where(read_N, batch.shown_N, 0.0)",
         "the decoder is scored on what it was shown",
@@ -504,7 +504,7 @@ MUTANTS = (
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),
     mutant(
-        "pretrained-factors", "imputation/pretrained.py",
+        "pretrained-factors", "imputation/starting.py",
         "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
         "a pre-trained decoder expects of other chemistries what it expected of its own",
         "imputation/test_impute_pretrained.py"
@@ -648,20 +648,20 @@ MUTANTS = (
         "annotation/test_label_head.py::test_whole_donors_are_held_out",
     ),
     mutant(
-        "label-shift-ungated", "annotation/label_head.py",
+        "label-shift-ungated", "annotation/novelty.py",
         "if len(shared) < SHIFT_TYPES:", "if len(shared) < 1:",
         "two populations are evidence of a shift of the whole query",
         "annotation/test_label_head.py::test_another_condition_is_taken_off_where_types_agree",
     ),
     mutant(
-        "label-own-shift-of-any-length", "annotation/label_head.py",
+        "label-own-shift-of-any-length", "annotation/novelty.py",
         "own_LG[length_L > OWN_MOST * usual] = 0.0", "own_LG[length_L > np.inf] = 0.0",
         "a new type is moved onto one that the query lacks",
         "annotation/test_label_head.py::"
         "test_a_type_that_changed_more_than_the_others_has_a_shift_of_its_own",
     ),
     mutant(
-        "label-limit-without-left-out", "annotation/label_head.py",
+        "label-limit-without-left-out", "annotation/novelty.py",
         "limit = max(limit, float(score_N[order[int(np.argmax(gain_N))]]))", "limit = limit",
         "what is unknown is set on known cells alone",
         "annotation/test_label_head.py::test_the_limit_is_set_on_types_left_out_but_keeps_known_cells",

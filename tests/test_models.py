@@ -24,7 +24,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.heads.decode_counts import CountDecoder
 from genemodel.imputation.impute import IMPUTE
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.model import IntegratedModel
 from genemodel.integration.shared_clusters import SharedClusterCorrection

@@ -22,7 +22,7 @@ from genemodel.settings import nearest, unknown_setting
 GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
-    "imputation": "genemodel.imputation.training:DecoderSettings",
+    "imputation": "genemodel.imputation.network:DecoderSettings",
     "integration": "genemodel.integration.head:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",

@@ -59,7 +59,7 @@ from genemodel.heads.pretraining import PretrainingSettings
 from genemodel.imputation.impute import impute
 from genemodel.imputation.impute_corpus import impute_corpus, one_species
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.obs_keys import (
     INTEGRATED,

@@ -46,6 +46,10 @@ from genemodel.imputation.model import (
     check_batch,
     check_library,
 )
+from genemodel.imputation.network import (
+    BLOCK_CELLS,
+    DecoderSettings,
+)
 from genemodel.imputation.output import InPlace, Layers, Sink, Tables, ToFile
 from genemodel.imputation.pretrained import (
     Bring,
@@ -55,7 +59,6 @@ from genemodel.imputation.pretrained import (
     median_library,
     refuse_without_decoder,
 )
-from genemodel.imputation.training import BLOCK_CELLS, DecoderSettings
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.gene_counts import GeneOrder, gene_order

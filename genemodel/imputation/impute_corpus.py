@@ -19,8 +19,12 @@ from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.network import (
+    BLOCK_CELLS,
+    DecoderSettings,
+)
 from genemodel.imputation.output import Layers, Tables, ToFile
-from genemodel.imputation.training import BLOCK_CELLS, DecoderSettings, train_decoder
+from genemodel.imputation.training import train_decoder
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.obs_keys import batch_names

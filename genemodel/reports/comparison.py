@@ -115,7 +115,9 @@ class EvaluationResult:
     contamination
         Models that were given: how many of these cells they had been trained on.
     undefined
-        Integration: metrics without a value on these cells, and why.
+        Metrics without a value on these cells, and why.
+    own_metrics
+        Those of the user, and which way is better.
     judged
         Annotation: cells of every direction that the means over directions count.
     settings
@@ -135,6 +137,7 @@ class EvaluationResult:
     encoders: dict[str, str] = field(default_factory=dict)
     contamination: "dict[str, Contamination]" = field(default_factory=dict)
     undefined: dict[str, str] = field(default_factory=dict)
+    own_metrics: dict[str, Literal["high", "low"] | None] = field(default_factory=dict)
     judged: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -182,10 +185,14 @@ class EvaluationResult:
             for name in names
         }
 
+    def columns(self) -> dict[str, tuple[str, Literal["high", "low"] | None]]:
+        """Headings of the metrics and which way is better, the user's own behind the others."""
+        return COLUMNS[self.task] | {name: (name, way) for name, way in self.own_metrics.items()}
+
     def headline(self) -> pd.DataFrame:
         """Choose the columns that a reader needs first, under short names."""
         summary = self.summary()
-        names = {name: title for name, (title, _) in COLUMNS[self.task].items() if name in summary}
+        names = {name: title for name, (title, _) in self.columns().items() if name in summary}
         names = {name: title for name, title in names.items() if summary[name].notna().any()}
         table = summary[list(names)].rename(columns=names)
         first = next(iter(names), None)
@@ -280,11 +287,6 @@ class EvaluationResult:
                     "total = 0.6 bio + 0.4 batch (scib-metrics); kNN: cell types called from other "
                     "batches. Read bio and batch together: noise wins on batch alone."
                 )
-            notes += [
-                f"no value: {what}: {why}"
-                for what, why in self.undefined.items()
-                if ": " in what  # of one method
-            ]
             notes.append(self.labels_note())
         elif self.task == "annotate":
             notes.append(
@@ -301,6 +303,9 @@ class EvaluationResult:
                 "entries, zeros too; zeros: mean error of the share of zeros; 90 % int.: coverage "
                 "of held-out counts."
             )
+        # Those of one method; what no method could have is said above.
+        failed = {what: why for what, why in self.undefined.items() if ": " in what}
+        notes += [f"no value: {what}: {why}" for what, why in failed.items()]
         return [
             line
             for note in notes
@@ -420,7 +425,7 @@ def _opening(
     size = f"{settings.get('cells', 0):,} cells × {settings.get('genes', 0):,} genes"
     report = Report(title, f"{settings.get('data', '')} · {size}")
     table = result.headline()
-    titles = dict(COLUMNS[result.task].values())
+    titles = dict(result.columns().values())
     best: dict[str, Literal["high", "low"]] = {
         name: direction
         for name in table.columns

@@ -314,8 +314,6 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
     array of Axes
         One per metric.
     """
-    from genemodel.reports.comparison import COLUMNS
-
     table = result.summary()
     if metrics is None:
         known = [name for name in _SCORES[result.task] if name in table]
@@ -327,7 +325,7 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
         raise DataError(
             f"The comparison has no metric {missing[0]!r}; it has {', '.join(map(str, table))}."
         )
-    better = {name: direction for name, (_, direction) in COLUMNS[result.task].items()}
+    better = {name: direction for name, (_, direction) in result.columns().items()}
     ours = result.table.loc[result.table["kind"] == "ours", "method"]
     spread = result.spread()[list(metrics)]
     return plots.metric_bars(

@@ -13,8 +13,9 @@ from genemodel.errors import ConfigError
 
 
 def test_calls_write_into_a_copy(random_bundle):
-    cells = gm.synthetic(40, species=("human",), n_genes=800, genes_per_cell=100, random_state=3)["human"]
-    same = gm.synthetic(40, species=("human",), n_genes=800, genes_per_cell=100, seed=3)["human"]
+    how = {"species": ("human",), "n_genes": 800, "genes_per_cell": 100}
+    cells = gm.synthetic(40, **how, random_state=3)["human"]
+    same = gm.synthetic(40, **how, seed=3)["human"]
     assert (cells.X != same.X).nnz == 0
     before = cells.copy()
     written = gm.embed(cells, random_bundle, copy=True)

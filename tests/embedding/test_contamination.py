@@ -16,7 +16,7 @@ from genemodel.cells.input_settings import InputSettings
 from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 from genemodel.finetuning.head_run import HeadRun
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import integrate_cells
 from genemodel.model.tuning import TuningSettings

@@ -20,7 +20,7 @@ from genemodel.evaluation.meter import Meter
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.models import loaded, model_methods
 from genemodel.evaluation.sizes import run
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import integrate
 from genemodel.reports.comparison import EvaluationResult
@@ -630,7 +630,7 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
 
 def test_our_imputations_share_one_training(human_cells, monkeypatch):
     from genemodel.imputation.model import ImputationModel
-    from genemodel.imputation.training import DecoderSettings
+    from genemodel.imputation.network import DecoderSettings
 
     trainings = []
     train = ImputationModel.train

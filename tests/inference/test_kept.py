@@ -14,7 +14,7 @@ from genemodel.cells.annotations import copy_annotations, read_annotations
 from genemodel.cells.sources import open_source
 from genemodel.command.cli import main
 from genemodel.errors import DataError
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.simulation.cells import synthetic
 
