@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 # What an editor or a type checker sees; what runs is the same table again, tests compare them.
 if TYPE_CHECKING:
+    from genemodel import settings as settings
     from genemodel.annotation.annotate import annotate as annotate
     from genemodel.batches.tokens import TokenSettings as TokenSettings
     from genemodel.bundle.bundle import Bundle as Bundle
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from genemodel.evaluation.sizes import evaluate_sizes as evaluate_sizes
     from genemodel.genes import GeneVocabulary as GeneVocabulary
     from genemodel.heads.pretraining import PretrainingSettings as PretrainingSettings
+    from genemodel.hub.push import push as push
     from genemodel.importers.exporting import export_model as export_model
     from genemodel.importers.importing import import_model as import_model
     from genemodel.imputation.impute import impute as impute
@@ -78,7 +80,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "perturb": ("genemodel.perturbation.perturb", "perturb"),
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
+    "push": ("genemodel.hub.push", "push"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
+    "settings": ("genemodel.settings", ""),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
 }
 
@@ -115,7 +119,9 @@ __all__ = [
     "perturb",
     "pl",
     "pretrain",
+    "push",
     "rubin_pool",
+    "settings",
     "synthetic",
 ]
 
