@@ -87,19 +87,26 @@ def start_at_decoder(
     settle_factors(head, cells.vector_SF, cells.seen_SG)
 
 
+# Of what neighbours tell beyond the average cell. On 200 cells, where the start gained, the decoder
+# told .78 and .85 of it (Kang); where it lost, .36 and .39 (bone marrow, a tissue not seen before).
+_TOLD = 0.6
+
+
 @torch.no_grad()
 def knows(head: ImputationHead, cells: Shown) -> bool:
-    """Whether a decoder tells what was set aside better than the neighbours of a cell do.
+    """Whether a decoder tells about as much of what was set aside as the neighbours of a cell do.
 
     Of a model that does not know the tissue it is a worse start than none.
     """
-    told, by_neighbours = decoder_nats(head, cells.vector_SF, cells.held_SG), neighbour_nats(cells)
+    average, told = average_nats(cells), decoder_nats(head, cells.vector_SF, cells.held_SG)
+    by_neighbours = neighbour_nats(cells)
+    enough = average - told > _TOLD * max(average - by_neighbours, 0.0)
     logger.info(
-        "the model's count decoder tells molecules set aside with %.4f nats each, neighbours with "
-        "%.4f: the training starts %s.",
-        told, by_neighbours, "as that decoder" if told < by_neighbours else "anew",
+        "molecules set aside cost %.3f nats each by the average cell, %.3f by neighbours, %.3f by "
+        "the model's count decoder: the training starts %s.",
+        average, by_neighbours, told, "as that decoder" if enough else "anew",
     )  # fmt: skip
-    return told < by_neighbours
+    return enough
 
 
 def decoder_nats(head: ImputationHead, latent_SD: Tensor, held_SG: sp.csr_matrix) -> float:
@@ -109,6 +116,13 @@ def decoder_nats(head: ImputationHead, latent_SD: Tensor, held_SG: sp.csr_matrix
         part = held_SG[rows].tocoo()
         total -= float((share_CG[part.row, part.col].double().numpy() * part.data).sum())
     return total / float(held_SG.sum()) if held_SG.nnz else float("nan")
+
+
+def average_nats(cells: Shown) -> float:
+    """As :func:`decoder_nats`, told by the average of what was seen."""
+    share_G = np.asarray(cells.seen_SG.sum(0), np.float64).ravel() + 1e-9
+    held_G = np.asarray(cells.held_SG.sum(0)).ravel()
+    return float(-(held_G @ np.log(share_G / share_G.sum())) / max(held_G.sum(), 1.0))
 
 
 def neighbour_nats(cells: Shown) -> float:
