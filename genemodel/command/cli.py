@@ -203,6 +203,16 @@ VERBS: dict[str, Verb] = {
         ),
         takes="path",
     ),
+    "knowledge build": Verb(
+        summary="make gene vectors from families, networks, pathways, promoters or a corpus",
+        config="knowledge_build",
+        settings="genemodel.knowledge.building:KnowledgeBuildSettings",
+        function="genemodel.knowledge.building:run_build",
+        examples=(
+            "knowledge build kind=family 'input=[hgnc_families.tsv.gz]'",
+            "knowledge build kind=grn 'input=[collectri.tsv,dorothea.tsv]' name=tf dimensions=32",
+        ),
+    ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
         config="species",

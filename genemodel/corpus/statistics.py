@@ -71,7 +71,7 @@ class GeneStatistics:
         cross = np.zeros((n_species, n_tokens))  # Σ count × library
         library = np.zeros((n_species, n_tokens))  # Σ library over cells that measured the gene
         library_square = np.zeros((n_species, n_tokens))
-        for run in _blocks(np.asarray(cells), sample, seed):
+        for run in draw_blocks(np.asarray(cells), sample, seed):
             block = corpus.read(int(run[0]), int(run[-1]) + 1)
             lengths = np.diff(block.starts_C1)
             all_cells = np.arange(run[0], run[-1] + 1)
@@ -152,7 +152,7 @@ class PrincipalGenes:
         names = corpus.vocabulary.species
         codes, categories = corpus.codes("species")
         species_of = np.array([names.index(c) for c in categories])[codes]
-        runs = _blocks(np.asarray(cells), sample, seed)
+        runs = draw_blocks(np.asarray(cells), sample, seed)
         parts, chosen = [], []
         for run in runs:
             block = corpus.read(int(run[0]), int(run[-1]) + 1)
@@ -185,7 +185,7 @@ class PrincipalGenes:
         )
 
 
-def _blocks(cells: np.ndarray, sample: int, seed: int) -> list[np.ndarray]:
+def draw_blocks(cells: np.ndarray, sample: int, seed: int) -> list[np.ndarray]:
     """Draw runs of nearby cells at random until ``sample`` cells are covered."""
     blocks = np.array_split(cells, max(1, cells.size // 512))
     blocks = [
