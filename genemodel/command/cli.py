@@ -213,6 +213,17 @@ VERBS: dict[str, Verb] = {
             "knowledge build kind=grn 'input=[collectri.tsv,dorothea.tsv]' name=tf dimensions=32",
         ),
     ),
+    "ablate": Verb(
+        summary="say what knowledge is worth: the same run with, without and shuffled",
+        config="ablate",
+        settings="genemodel.knowledge.ablation:AblateSettings",
+        function="genemodel.knowledge.ablation:run_ablate",
+        examples=(
+            "ablate corpus=corpora/mine out=runs/priors 'knowledge=[none,family,grn,shuffled]'",
+            "ablate corpus=corpora/mine out=runs/priors trainer.max_steps=2000 seeds=5 "
+            "'knowledge=[none,family+grn,proteins.tsv.gz]'",
+        ),
+    ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
         config="species",

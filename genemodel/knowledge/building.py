@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 
 import genemodel
 from genemodel.corpus.corpus import Corpus
@@ -28,9 +27,7 @@ logger = logging.getLogger(__name__)
 DIMENSIONS = 64
 _FILES = ("family", "grn", "pathway", "interactome", "table")
 
-type Kind = Literal[
-    "family", "grn", "coexpression", "pathway", "interactome", "promoter", "table"
-]
+type Kind = Literal["family", "grn", "coexpression", "pathway", "interactome", "promoter", "table"]
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,9 @@ def build_knowledge(settings: KnowledgeBuildSettings) -> KnowledgeTable:
         table_VP, known_V = _through_orthologs(settings, vocabulary, table_VP, known_V)
         reached = f"; {int(known_V.sum()) - before:,} more through orthologs of {settings.to}"
     table = KnowledgeTable(
-        np.asarray(table_VP, np.float32), known_V, _provenance(settings, vocabulary, made + reached, corpus)
+        np.asarray(table_VP, np.float32),
+        known_V,
+        _provenance(settings, vocabulary, made + reached, corpus),
     )
     table.write(path, vocabulary)
     return table
@@ -231,9 +230,7 @@ def _vectors(
         return table, known, f"{len(names):,} sets, {made}", said
     if kind in ("grn", "interactome"):
         weight, said = sources.edges(settings.input, match, columns, n_tokens)
-        table, known, made = factors.of_edges(
-            weight, dimensions, directed=kind == "grn", seed=seed
-        )
+        table, known, made = factors.of_edges(weight, dimensions, directed=kind == "grn", seed=seed)
         return table, known, f"{weight.nnz:,} edges, {made}", said
     if kind == "table":
         table, known, said = sources.vectors(settings.input[0], match, columns, n_tokens)

@@ -120,7 +120,7 @@ def of_edges(
 
 
 def _unit(vector_NP: np.ndarray, has_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors; a gene of which next to nothing was kept is not known."""
+    """Scale to unit length; a gene of which next to nothing was kept is not known."""
     length_N = np.linalg.norm(vector_NP, axis=1)
     known_N = has_N & (length_N**2 > _NOTHING)
     return vector_NP / np.where(known_N, length_N, 1)[:, None] * known_N[:, None], known_N

@@ -110,7 +110,9 @@ def window(codes: np.ndarray, tss: int, *, forward: bool, upstream: int, downstr
     ``upstream`` bases before the start, ``downstream`` from it on, fewer at a sequence's end.
     """
     at = tss - 1
-    low, high = (at - upstream, at + downstream) if forward else (at - downstream + 1, at + upstream + 1)
+    low, high = (
+        (at - upstream, at + downstream) if forward else (at - downstream + 1, at + upstream + 1)
+    )
     part = codes[max(low, 0) : max(high, 0)]
     return part if forward else _complement(part[::-1])
 
