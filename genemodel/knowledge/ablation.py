@@ -70,7 +70,7 @@ class AblateSettings:
 
     corpus: PathText
     out: PathText
-    knowledge: tuple[str, ...]
+    knowledge: tuple[PathText, ...]
     knowledge_dir: PathText = FOLDER
     seeds: int = 3
     keep_models: bool = False
@@ -167,7 +167,7 @@ class Ablation:
             )
             for row in rows.to_dict("records"):
                 lines.append(
-                    f"  {row['knowledge']:<28}{_pm(row, 'loss', '.4f'):>18}"
+                    f"  {row['knowledge']:<28}{_pm(row, 'loss', '.4f'):>20}"
                     f"{_pm(row, 'to_none', '+.4f'):>20}{_pm(row, 'to_shuffled', '+.4f'):>20}"
                 )
         lines.append(f"mean ± standard error over seeds, differences paired by seed: {self.path}")
@@ -225,7 +225,7 @@ def ablate(settings: AblateSettings) -> Ablation:
 
 
 def arms_of(settings: AblateSettings) -> list[Arm]:
-    """What is compared: no knowledge first, then every prior with its control behind it."""
+    """List what is compared: no knowledge first, every prior with its control behind it."""
     arms = [Arm(NONE)] if NONE in settings.knowledge else []
     for name in settings.priors:
         tables = tuple(find_tables(name.split("+"), settings.knowledge_dir).values())
@@ -244,7 +244,7 @@ def arms_of(settings: AblateSettings) -> list[Arm]:
 def _run_settings(
     settings: AblateSettings, arm: Arm, seed: int, corpus: Corpus
 ) -> PretrainSettings:
-    """Settings of one run; a shuffled table is written first, because runs read files."""
+    """Give the settings of a run; a shuffled table is written first, because runs read files."""
     out = Path(settings.out)
     tables = arm.tables
     if arm.shuffled:
@@ -274,7 +274,7 @@ def _shuffled(path: Path, folder: Path, seed: int, corpus: Corpus) -> Path:
 
 
 def _about(run: PretrainSettings, corpus: Corpus) -> dict[str, Any]:
-    """What a finished run must agree in: settings, cells, and the content of its tables."""
+    """Say what a finished run must agree in: settings, cells, the content of its tables."""
     values = to_values(run)
     del values["out"], values["corpus"], values["knowledge_dir"]
     values["model"]["knowledge"] = [Path(path).name for path in run.model.knowledge]

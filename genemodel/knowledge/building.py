@@ -184,11 +184,8 @@ def build_knowledge(settings: KnowledgeBuildSettings) -> KnowledgeTable:
         before = int(known_V.sum())
         table_VP, known_V = _through_orthologs(settings, vocabulary, table_VP, known_V)
         reached = f"; {int(known_V.sum()) - before:,} more through orthologs of {settings.to}"
-    table = KnowledgeTable(
-        np.asarray(table_VP, np.float32),
-        known_V,
-        _provenance(settings, vocabulary, made + reached, corpus),
-    )
+    about = _provenance(settings, vocabulary, made + reached, corpus)
+    table = KnowledgeTable(np.asarray(table_VP, np.float32), known_V, about)
     table.write(path, vocabulary)
     return table
 

@@ -92,7 +92,7 @@ def starts(path: str, columns: Columns) -> pd.DataFrame:
 
 
 def kmers(codes: np.ndarray, k: int) -> np.ndarray:
-    """Counts (4^k,) of the k-mers of a sequence of codes, overlapping; none with a 4 in it."""
+    """Count the k-mers of a sequence of codes, overlapping, (4^k,); none with a 4 in it."""
     if codes.size < k:
         return np.zeros(4**k)
     index = np.zeros(codes.size - k + 1, np.int64)

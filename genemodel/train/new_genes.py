@@ -128,10 +128,8 @@ class NewGenes:
         decoder = dict(objectives.heads.items()).get("decode_counts")
         if isinstance(decoder, CountDecoder):
             self._set(decoder.gene.weight.data, has_means, predicted, ours)
-        for s in range(self.n_species, embedding.species.num_embeddings):
-            embedding.species.weight.data[s] = embedding.species.weight.data[: self.n_species].mean(
-                0
-            )
+        species_SD = embedding.species.weight.data
+        species_SD[self.n_species :] = species_SD[: self.n_species].mean(0)
         if embedding.components is not None and embedding.species.num_embeddings > self.n_species:
             mean_SV = torch.from_numpy(mean_values(corpus, train_cells, seed=seed))
             centre_SK = -mean_SV @ embedding.components.loading.weight.data

@@ -199,7 +199,7 @@ def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
 
 
 def knowledge_of(settings: PretrainSettings) -> dict[str, dict[str, str]]:
-    """What the tables of a run with new weights are: sha256 of the file, and what it says.
+    """Say what the tables of a run with new weights are: sha256 of the file, and its own words.
 
     Raises
     ------
