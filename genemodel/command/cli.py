@@ -175,7 +175,7 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "describe": Verb(
-        summary="say what a corpus, a model or a vocabulary holds",
+        summary="say what a corpus, a model, a vocabulary or a knowledge table holds",
         config="describe",
         settings="genemodel.command.verbs:DescribeSettings",
         function="genemodel.command.verbs:describe",

@@ -18,7 +18,6 @@ from genemodel.knowledge import factors, sources
 from genemodel.knowledge.coexpression import coexpression
 from genemodel.knowledge.promoters import promoters, starts
 from genemodel.settings import PathText, SpeciesText, check_seed, some, to_values
-from genemodel.train.recipe import split
 from genemodel.train.settings import HoldoutSettings
 
 logger = logging.getLogger(__name__)
@@ -203,6 +202,8 @@ def _vectors(
     kind, n_tokens, seed = settings.kind, len(vocabulary), settings.seed
     dimensions = settings.dimensions or DIMENSIONS
     if corpus is not None:
+        from genemodel.train.recipe import split  # brings what trains
+
         cells, _ = split(settings.holdout, corpus, str(corpus.path))
         table, known, made = coexpression(
             corpus, cells, dimensions, sample=settings.cells, seed=seed

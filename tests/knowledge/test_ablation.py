@@ -25,9 +25,7 @@ def folder(small_start, tmp_path_factory):
         present = rng.random(len(vocabulary)) < 0.7
         present[:3] = False
         values = rng.normal(size=(len(vocabulary), 6)).astype(np.float32) * present[:, None]
-        KnowledgeTable(values, present, {"kind": name}).write(
-            folder / f"{name}.tsv.gz", vocabulary
-        )
+        KnowledgeTable(values, present, {"kind": name}).write(folder / f"{name}.tsv.gz", vocabulary)
     return folder
 
 
@@ -55,7 +53,9 @@ def test_runs_are_equal_but_for_the_knowledge(settings, tmp_path, monkeypatch):
     trivial = found.runs.groupby(["seed", "objective"])["trivial"].nunique()
     assert (trivial == 1).all()  # the same cells, and the same genes hidden of them
     loss = found.runs.pivot_table(index=["seed", "objective"], columns="knowledge", values="loss")
-    assert (loss["none"] != loss["family"]).all() and (loss["family"] != loss["family, shuffled"]).all()
+    assert (loss["none"] != loss["family"]).all() and (
+        loss["family"] != loss["family, shuffled"]
+    ).all()
     runs = tmp_path / "out" / "runs"
     tables = {}
     for name in ("none", "family", "family.shuffled"):

@@ -238,3 +238,12 @@ def test_orthologs_lend_their_vectors_to_genes_that_share_no_token(tmp_path):
 def test_impossible_settings_are_refused(values, said):
     with pytest.raises(ConfigError, match=said):
         parse(KnowledgeBuildSettings, {"kind": "family", "input": ["a"], **values})
+
+
+def test_describe_says_what_a_table_is(make, genes, tmp_path):
+    from genemodel.command.verbs import DescribeSettings, describe
+
+    ids = genes[0]
+    make("family", f"ensembl_id\tfamily\n{ids[0]}\tx\n{ids[1]}\tx\n")
+    said = describe(DescribeSettings(tmp_path / "k" / "family.tsv.gz"))
+    assert said.startswith("knowledge table") and "kind: family" in said and "1 sets" in said

@@ -189,9 +189,7 @@ def test_knowledge_says_where_genes_without_orthologs_begin(world, tmp_path):
     assert abs(np.corrcoef(weight[nothing].ravel(), hidden[nothing].ravel())[0, 1]) < 0.3
     # Noise says nothing of the vectors: then the genes begin at random, and not at their mean.
     noise = rng.normal(size=(len(known), 4)).astype(np.float32) * known[:, None]
-    KnowledgeTable(noise, known, {"kind": "table"}).write(
-        tmp_path / "noise.tsv", corpus.vocabulary
-    )
+    KnowledgeTable(noise, known, {"kind": "table"}).write(tmp_path / "noise.tsv", corpus.vocabulary)
     model, _, _, _ = began(world, **{**ways, "knowledge": [str(tmp_path / "noise.tsv")]})
     assert model.embedding.token.weight[wanted].std() > 0.1
 
@@ -220,9 +218,7 @@ def test_tables_that_say_nothing_are_refused_before_work(world, tmp_path):
         ({"knowledge": ["nothing"]}, "no table 'nothing'", ConfigError),
     ):
         with pytest.raises(kind, match=said):
-            recipe.pretrain(
-                settings(world / "fish", tmp_path / "run", start=start, new_genes=new)
-            )
+            recipe.pretrain(settings(world / "fish", tmp_path / "run", start=start, new_genes=new))
     assert not (tmp_path / "run").exists()
 
 
