@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from genemodel.integration.head import IntegrationSettings as IntegrationSettings
     from genemodel.integration.integrate import integrate as integrate
     from genemodel.integration.model import IntegratedModel as IntegratedModel
+    from genemodel.knowledge.ablation import AblateSettings as AblateSettings
+    from genemodel.knowledge.ablation import ablate as ablate
+    from genemodel.knowledge.building import KnowledgeBuildSettings as KnowledgeBuildSettings
+    from genemodel.knowledge.building import build_knowledge as build_knowledge
     from genemodel.loading import load as load
     from genemodel.model.settings import ModelSettings as ModelSettings
     from genemodel.model.tuning import TuningSettings as TuningSettings
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from genemodel.train.recipe import pretrain as pretrain
     from genemodel.train.settings import HoldoutSettings as HoldoutSettings
     from genemodel.train.settings import LogSettings as LogSettings
+    from genemodel.train.settings import NewGenesSettings as NewGenesSettings
     from genemodel.train.settings import OptimSettings as OptimSettings
     from genemodel.train.settings import PretrainSettings as PretrainSettings
     from genemodel.train.settings import TrainerSettings as TrainerSettings
@@ -49,6 +54,7 @@ __version__ = "0.1.0"
 
 # Public name -> (module, attribute); an empty attribute means the module itself.
 _PUBLIC: dict[str, tuple[str, str]] = {
+    "AblateSettings": ("genemodel.knowledge.ablation", "AblateSettings"),
     "Bundle": ("genemodel.bundle.bundle", "Bundle"),
     "Corpus": ("genemodel.corpus.corpus", "Corpus"),
     "DecoderSettings": ("genemodel.imputation.network", "DecoderSettings"),
@@ -59,14 +65,18 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "IntegratedModel": ("genemodel.integration.model", "IntegratedModel"),
     "IntegrationSettings": ("genemodel.integration.head", "IntegrationSettings"),
     "LogSettings": ("genemodel.train.settings", "LogSettings"),
+    "KnowledgeBuildSettings": ("genemodel.knowledge.building", "KnowledgeBuildSettings"),
     "ModelSettings": ("genemodel.model.settings", "ModelSettings"),
+    "NewGenesSettings": ("genemodel.train.settings", "NewGenesSettings"),
     "OptimSettings": ("genemodel.train.settings", "OptimSettings"),
     "PretrainSettings": ("genemodel.train.settings", "PretrainSettings"),
     "PretrainingSettings": ("genemodel.heads.pretraining", "PretrainingSettings"),
     "TokenSettings": ("genemodel.batches.tokens", "TokenSettings"),
     "TrainerSettings": ("genemodel.train.settings", "TrainerSettings"),
     "TuningSettings": ("genemodel.model.tuning", "TuningSettings"),
+    "ablate": ("genemodel.knowledge.ablation", "ablate"),
     "annotate": ("genemodel.annotation.annotate", "annotate"),
+    "build_knowledge": ("genemodel.knowledge.building", "build_knowledge"),
     "contamination": ("genemodel.embedding.contamination", "contamination"),
     "embed": ("genemodel.embedding.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
@@ -87,6 +97,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
 }
 
 __all__ = [
+    "AblateSettings",
     "Bundle",
     "Corpus",
     "DecoderSettings",
@@ -97,7 +108,9 @@ __all__ = [
     "IntegratedModel",
     "IntegrationSettings",
     "LogSettings",
+    "KnowledgeBuildSettings",
     "ModelSettings",
+    "NewGenesSettings",
     "OptimSettings",
     "PretrainSettings",
     "PretrainingSettings",
@@ -105,7 +118,9 @@ __all__ = [
     "TrainerSettings",
     "TuningSettings",
     "__version__",
+    "ablate",
     "annotate",
+    "build_knowledge",
     "contamination",
     "embed",
     "evaluate",

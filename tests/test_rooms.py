@@ -23,6 +23,7 @@ ORDER = (
     ("heads",),
     ("bundle",),
     ("train",),
+    ("knowledge",),
     ("inference",),
     ("finetuning",),
     ("integration",),

@@ -196,7 +196,7 @@ VERBS: dict[str, Verb] = {
         was={"data": "input"},
     ),
     "describe": Verb(
-        summary="say what a corpus, a model or a vocabulary holds",
+        summary="say what a corpus, a model, a vocabulary or a knowledge table holds",
         config="describe",
         settings="genemodel.command.verbs:DescribeSettings",
         function="genemodel.command.verbs:describe",
@@ -238,6 +238,27 @@ VERBS: dict[str, Verb] = {
             "push runs/lung/model hf://our-lab/lung licence=cc-by-4.0 private=true",
         ),
         takes=("model", "to"),
+    ),
+    "knowledge build": Verb(
+        summary="make gene vectors from families, networks, pathways, promoters or a corpus",
+        config="knowledge_build",
+        settings="genemodel.knowledge.building:KnowledgeBuildSettings",
+        function="genemodel.knowledge.building:run_build",
+        examples=(
+            "knowledge build kind=family 'input=[hgnc_families.tsv.gz]'",
+            "knowledge build kind=grn 'input=[collectri.tsv,dorothea.tsv]' name=tf dimensions=32",
+        ),
+    ),
+    "ablate": Verb(
+        summary="say what knowledge is worth: the same run with, without and shuffled",
+        config="ablate",
+        settings="genemodel.knowledge.ablation:AblateSettings",
+        function="genemodel.knowledge.ablation:run_ablate",
+        examples=(
+            "ablate corpus=corpora/mine out=runs/priors 'knowledge=[none,family,grn,shuffled]'",
+            "ablate corpus=corpora/mine out=runs/priors trainer.max_steps=2000 seeds=5 "
+            "'knowledge=[none,family+grn,proteins.tsv.gz]'",
+        ),
     ),
     "species": Verb(
         summary="add a species to a gene vocabulary",

@@ -26,6 +26,7 @@ GROUPS: dict[str, str] = {
     "integration": "genemodel.integration.head:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",
+    "new_genes": "genemodel.train.settings:NewGenesSettings",
     "optim": "genemodel.train.settings:OptimSettings",
     "task/pretraining": "genemodel.heads.pretraining:PretrainingSettings",
     "tokens": "genemodel.batches.tokens:TokenSettings",

@@ -270,7 +270,7 @@ class DescribeSettings:
 
 
 def describe(settings: DescribeSettings) -> str:
-    """Say what something made by genemodel holds: a corpus, a model of any kind or a vocabulary.
+    """Say what something made by genemodel holds: a corpus, any model, a vocabulary, knowledge.
 
     Raises
     ------
@@ -291,7 +291,10 @@ def describe(settings: DescribeSettings) -> str:
         return f"{model.KIND} {path}\n{model.describe()}"
     if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")):
         from genemodel.genes import GeneVocabulary
+        from genemodel.genes.knowledge import read_provenance
 
+        if about := read_provenance(path):
+            return "\n".join([f"knowledge table {path}", *(f"{k}: {v}" for k, v in about.items())])
         vocabulary = GeneVocabulary.read(path)
         lines = [f"vocabulary {path}", repr(vocabulary)]
         return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
@@ -302,5 +305,5 @@ def describe(settings: DescribeSettings) -> str:
     raise DataError(
         f"input={path} is no corpus (a folder with manifest.json), no model (a folder with "
         "model.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
-        "OUT/imputation_model) and no vocabulary (.tsv.gz)"
+        "OUT/imputation_model), no vocabulary and no knowledge table (.tsv.gz)"
     )

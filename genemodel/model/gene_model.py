@@ -121,8 +121,9 @@ class GeneEmbedding(nn.Module):
         )
         self.half_stream = settings.residual == "bfloat16"
         self.knowledge = nn.ModuleDict()
-        for name, (table_VP, present_V) in knowledge.items():
-            self.knowledge[name] = KnowledgeEmbedding(table_VP, present_V, width)
+        with torch.random.fork_rng(devices=[]):  # the weights of the rest do not depend on it
+            for name, (table_VP, present_V) in knowledge.items():
+                self.knowledge[name] = KnowledgeEmbedding(table_VP, present_V, width)
 
     def genes(self, gene_T: Tensor) -> Tensor:
         """Embed gene identities alone, knowledge included: (…,) → (…, D)."""
@@ -385,14 +386,22 @@ def initialise(module: nn.Module) -> None:
     embeddings                          normal, 0.02; genes 1 / √D
     linear weights                      normal, 1 / √(inputs)
     … that write to the stream          … / √(2 × layers), so the stream's size does not grow
+    … that project knowledge            normal, 1 / √(inputs × D): as large as a gene's own
     biases                              0
     layer norms                         1 and 0
     vectors (hidden value, absent gene) normal, 0.02
     ==================================  ====================================================
 
+    Knowledge comes last and draws from a generator of its own, so that models with and without it
+    begin with the same weights in everything else.
+
     Heads set their output biases from corpus statistics afterwards (``genemodel.heads``).
     """
+    knowing = [part for part in module.modules() if isinstance(part, KnowledgeEmbedding)]
+    apart = {inner for part in knowing for inner in part.modules()}
     for part in module.modules():
+        if part in apart:
+            continue
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
         elif isinstance(part, nn.Linear):
@@ -417,3 +426,8 @@ def initialise(module: nn.Module) -> None:
             for out in (block.out, block.ffn.down):
                 with torch.no_grad():
                     out.weight.mul_(scale)
+    own = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    for table in knowing:
+        columns, width = table.project.in_features, table.project.out_features
+        nn.init.normal_(table.project.weight, std=(columns * width) ** -0.5, generator=own)
+        nn.init.normal_(table.absent_D, std=0.02, generator=own)
