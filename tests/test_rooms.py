@@ -32,6 +32,8 @@ ORDER = (
     ("importers",),
     ("annotation",),
     ("perturbation",),
+    ("gene_tasks",),
+    ("attribution",),
     ("metrics",),
     ("reports",),
     ("evaluation",),
