@@ -191,7 +191,7 @@ VERBS: dict[str, Verb] = {
         settings="genemodel.evaluation.gene_tasks:EvaluateGenesSettings",
         function="genemodel.evaluation.gene_tasks:run_evaluate_genes",
         examples=(
-            "evaluate genes data=lung.h5ad genes=tasks.tsv models=runs/tiny/bundle out=scores/genes",
+            "evaluate genes data=lung.h5ad genes=tasks.tsv models=runs/tiny/bundle out=lung_genes",
             "evaluate genes data=lung.h5ad genes=tasks.tsv tasks=[dosage_tf] gene_sets=go.gmt "
             "models=models/geneformer backbones=[last] out=scores/genes",
         ),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.special import log_softmax
 
 from genemodel.errors import DataError
 from genemodel.expression.components import singular_vectors
@@ -22,6 +23,8 @@ MOST_STEPS = 300
 COMPONENTS = 50
 # A set of fewer genes says nothing about any other gene.
 LEAST_IN_SET = 3
+# Log probability of a label that no gene of the other folds has.
+UNSEEN = -1000.0
 
 
 def expression_features(counts_CV: sp.csr_matrix, token_R: np.ndarray) -> np.ndarray:
@@ -49,7 +52,7 @@ def coexpression_components(
         log_CV = log_CV[np.sort(rows)]
     n_cells = log_CV.shape[0]
     common = np.flatnonzero(log_CV.getnnz(0) >= max(2, 0.01 * n_cells))
-    rank = min(COMPONENTS, n_cells - 1, common.size - 1)
+    rank = min(COMPONENTS, n_cells - 1, common.size)
     if rank < 1:
         return np.zeros((len(token_R), 1))
 
@@ -87,7 +90,7 @@ def gene_set_components(
         raise DataError(f"gene sets: {path} names no gene of {', '.join(species)}.")
     shape = len(vocabulary), len(sets)
     member_VS = sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape)
-    rank = min(2 * COMPONENTS, min(shape) - 1)
+    rank = min(2 * COMPONENTS, *shape)
     right_SF = singular_vectors(member_VS, rank, passes=4, seed=seed)[2].T
     return np.asarray(member_VS[token_R] @ right_SF)
 
@@ -149,6 +152,10 @@ def _fitted(
     scaler = StandardScaler().fit(learnt_RF)
     model = LogisticRegression(C=penalty, class_weight="balanced", max_iter=MOST_STEPS)
     model.fit(scaler.transform(learnt_RF), code_R)
-    out_RL = np.full((len(held_RF), n_labels), -30.0)
-    out_RL[:, model.classes_] = model.predict_log_proba(scaler.transform(held_RF))
+    logit_RL = model.decision_function(scaler.transform(held_RF))
+    if logit_RL.ndim == 1:
+        logit_RL = np.column_stack([-logit_RL / 2, logit_RL / 2])
+    out_RL = np.full((len(held_RF), n_labels), UNSEEN)
+    # By logits: a probability that rounds to 0 has no logarithm, and its gene no score.
+    out_RL[:, model.classes_] = log_softmax(logit_RL, axis=1)
     return out_RL

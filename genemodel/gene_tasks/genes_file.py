@@ -7,10 +7,13 @@ from typing import Literal
 
 import pandas as pd
 
+from genemodel.bundle.bundle import Bundle
+from genemodel.bundle.given import model_for
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
 from genemodel.gene_tasks.labels import classify_genes
-from genemodel.gene_tasks.vectors import gene_vectors
+from genemodel.gene_tasks.vectors import table_of
+from genemodel.model.devices import device_of
 from genemodel.settings import PathText
 from genemodel.writing import whole
 
@@ -78,7 +81,7 @@ class GenesSettings(InputSettings):
 
 
 def genes_file(settings: GenesSettings) -> Path:
-    """Write the table; see :func:`gene_vectors` and :func:`classify_genes`."""
+    """Write the table; see :mod:`~genemodel.gene_tasks.vectors` and :func:`classify_genes`."""
     output = _writable(settings)
     if settings.input and not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
@@ -89,13 +92,15 @@ def genes_file(settings: GenesSettings) -> Path:
             batch_size=settings.batch_size, device=settings.device, **settings.options(),
         )  # fmt: skip
     else:
-        table = gene_vectors(
-            settings.input or None, settings.model, kind=settings.kind, genes=genes,
+        bundle = model_for(
+            "give vectors of genes", (Bundle,), settings.model, device=device_of(settings.device)
+        )
+        table = table_of(
+            settings.input or None, bundle, settings.reading, kind=settings.kind, genes=genes,
             label_key=settings.label_key or None, spread=settings.spread,
             min_cells=1 if settings.min_cells is None else settings.min_cells,
             blocks=settings.blocks, context=settings.context, batch_size=settings.batch_size,
-            device=settings.device, **settings.options(),
-        )  # fmt: skip
+        ).table  # fmt: skip
     _write(table, output)
     return output
 

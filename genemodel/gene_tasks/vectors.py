@@ -106,6 +106,53 @@ def gene_vectors(
     """
     reading = InputSettings.given(options)
     check_key_added(key_added, "varm")
+    bundle = model_for(
+        "give vectors of genes", (Bundle,), model, device="auto" if device is None else device
+    )
+    if device is not None:
+        bundle = bundle.on(device_of(device))
+    found = table_of(
+        adata, bundle, reading, kind=kind, genes=genes, label_key=label_key, spread=spread,
+        min_cells=min_cells, blocks=blocks, context=context, batch_size=batch_size,
+    )  # fmt: skip
+    if found.cells is not None and not isinstance(adata, str | Path):
+        told = {
+            "genemodel": genemodel.__version__, "model": bundle.fingerprint, "kind": kind,
+            "genes": len(found.whole), "cells": len(found.cells), "label_key": label_key or "",
+            "context": context or bundle.tokens.context,
+        }  # fmt: skip
+        _keep(adata, found, key_added, told)
+    return found.table
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Vectors as they were asked for, and over all cells; of which cells and what genes are called.
+
+    ``cells`` are None where no cell was given.
+    """
+
+    table: pd.DataFrame
+    whole: pd.DataFrame
+    cells: VocabularyCells | None
+    names: GeneNames
+
+
+def table_of(
+    adata: "AnnData | str | Path | None",
+    bundle: Bundle,
+    reading: InputSettings,
+    *,
+    kind: Kind,
+    genes: Sequence[str] | None,
+    label_key: str | None,
+    spread: bool,
+    min_cells: int,
+    blocks: int | None,
+    context: int,
+    batch_size: int | None,
+) -> Tables:
+    """Make the tables of :func:`gene_vectors`, which writes them beside genes as well."""
     if kind not in get_args(Kind.__value__):
         raise ConfigError(f"kind is {kind!r}: it must be static or contextual.")
     if kind == "static":
@@ -119,44 +166,32 @@ def gene_vectors(
                     "leave it out, or set kind=contextual."
                 )
     elif adata is None:
-        raise ConfigError("kind=contextual needs cells: give adata, or kind=static.")
-    bundle = model_for(
-        "give vectors of genes", (Bundle,), model, device="auto" if device is None else device
-    )
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+        raise ConfigError("kind=contextual needs cells, and none are given: set kind=static.")
     layers = len(bundle.model.blocks)
     if blocks is not None and not 0 <= blocks <= layers:
         raise ConfigError(f"blocks is {blocks}, but the model has {layers}: set 0 to {layers}.")
     if adata is None:
-        species = bundle.species if reading.species is None else (reading.species,)
+        species = bundle.species
         if reading.species is not None:
-            bundle.vocabulary.species_code(reading.species)
-        wanted = _wanted(bundle, species, genes, None)
-        return static_table(bundle, wanted, GeneNames(bundle.vocabulary, species))
-    owned = not isinstance(adata, str | Path)
+            species = (bundle.species[bundle.vocabulary.species_code(reading.species)],)
+        names = GeneNames(bundle.vocabulary, species)
+        table = static_table(bundle, _wanted(bundle, species, genes, None), names)
+        return Tables(table, table, None, names)
     cells = VocabularyCells(adata, bundle, reading)
-    with nullcontext() if owned else closing(cells):
+    # A file that we opened is closed; an AnnData is its owner's.
+    with closing(cells) if isinstance(adata, str | Path) else nullcontext():
         species = tuple(bundle.species[s] for s in cells.matches)
         names = GeneNames(bundle.vocabulary, species)
         wanted = _wanted(bundle, species, genes, cells)
         if kind == "static":
-            whole = table = static_table(bundle, wanted, names)
-        else:
-            found = contextual(
-                cells, bundle, wanted, _obs(adata, cells) if label_key else None, label_key,
-                reading, spread=spread, blocks=blocks, context=context, batch_size=batch_size,
-            )  # fmt: skip
-            whole = found.table(names, min_cells)
-            table = found.by_label(names, min_cells) if label_key else whole
-    if owned:
-        told = {
-            "genemodel": genemodel.__version__, "model": bundle.fingerprint, "kind": kind,
-            "genes": len(whole), "cells": len(cells), "label_key": label_key or "",
-            "context": context or bundle.tokens.context,
-        }  # fmt: skip
-        _keep(adata, cells, names, whole, key_added, told)
-    return table
+            table = static_table(bundle, wanted, names)
+            return Tables(table, table, cells, names)
+        found = contextual(
+            cells, bundle, wanted, _obs(adata, cells) if label_key else None, label_key,
+            reading, spread=spread, blocks=blocks, context=context, batch_size=batch_size,
+        )  # fmt: skip
+    whole = found.table(names, min_cells)
+    return Tables(found.by_label(names, min_cells) if label_key else whole, whole, cells, names)
 
 
 @dataclass(frozen=True)
@@ -296,15 +331,10 @@ def _obs(adata: "AnnData | str | Path", cells: VocabularyCells) -> pd.DataFrame:
     return adata.obs
 
 
-def _keep(
-    adata: "AnnData | Any",
-    cells: VocabularyCells,
-    names: GeneNames,
-    table: pd.DataFrame,
-    key: str,
-    told: dict[str, Any],
-) -> None:
+def _keep(adata: "AnnData | Any", found: Tables, key: str, told: dict[str, Any]) -> None:
     """Write the vectors beside the genes of an AnnData, NaN for those without."""
+    cells, names, table = found.cells, found.names, found.whole
+    assert cells is not None
     token_G = np.full(len(cells.source.genes), -1, np.int64)
     for match in cells.matches.values():
         token_G = np.where(token_G < 0, match.token_G, token_G)

@@ -93,7 +93,7 @@ def gene_map(
     vector = table.filter(regex=r"^v\d+$")
     if vector.shape[1] < 2:
         raise DataError(
-            "The table has no vectors (columns v0, v1 …): give what genemodel.gene_vectors returned."
+            "The table has no vectors (columns v0, v1 …): give what genemodel.gene_vectors gave."
         )
     if isinstance(table.index, pd.MultiIndex):
         raise DataError(
