@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from genemodel import settings as settings
     from genemodel.annotation.annotate import annotate as annotate
+    from genemodel.attribution.attribute import attribute as attribute
     from genemodel.batches.tokens import TokenSettings as TokenSettings
     from genemodel.bundle.bundle import Bundle as Bundle
     from genemodel.command.finetune import FinetuneSettings as FinetuneSettings
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from genemodel.embedding.contamination import contamination as contamination
     from genemodel.embedding.embed import embed as embed
     from genemodel.evaluation.evaluate import evaluate as evaluate
+    from genemodel.evaluation.gene_tasks import evaluate_genes as evaluate_genes
     from genemodel.evaluation.sizes import evaluate_sizes as evaluate_sizes
+    from genemodel.gene_tasks.labels import classify_genes as classify_genes
+    from genemodel.gene_tasks.training import GeneLabelSettings as GeneLabelSettings
+    from genemodel.gene_tasks.vectors import gene_vectors as gene_vectors
     from genemodel.genes import GeneVocabulary as GeneVocabulary
     from genemodel.heads.pretraining import PretrainingSettings as PretrainingSettings
     from genemodel.hub.push import push as push
@@ -59,6 +64,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "Corpus": ("genemodel.corpus.corpus", "Corpus"),
     "DecoderSettings": ("genemodel.imputation.network", "DecoderSettings"),
     "FinetuneSettings": ("genemodel.command.finetune", "FinetuneSettings"),
+    "GeneLabelSettings": ("genemodel.gene_tasks.training", "GeneLabelSettings"),
     "GeneVocabulary": ("genemodel.genes", "GeneVocabulary"),
     "HoldoutSettings": ("genemodel.train.settings", "HoldoutSettings"),
     "ImputationModel": ("genemodel.imputation.model", "ImputationModel"),
@@ -77,12 +83,16 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "ablate": ("genemodel.knowledge.ablation", "ablate"),
     "annotate": ("genemodel.annotation.annotate", "annotate"),
     "build_knowledge": ("genemodel.knowledge.building", "build_knowledge"),
+    "attribute": ("genemodel.attribution.attribute", "attribute"),
+    "classify_genes": ("genemodel.gene_tasks.labels", "classify_genes"),
     "contamination": ("genemodel.embedding.contamination", "contamination"),
     "embed": ("genemodel.embedding.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
+    "evaluate_genes": ("genemodel.evaluation.gene_tasks", "evaluate_genes"),
     "evaluate_sizes": ("genemodel.evaluation.sizes", "evaluate_sizes"),
     "export_model": ("genemodel.importers.exporting", "export_model"),
     "finetune": ("genemodel.command.finetune", "finetune"),
+    "gene_vectors": ("genemodel.gene_tasks.vectors", "gene_vectors"),
     "import_model": ("genemodel.importers.importing", "import_model"),
     "impute": ("genemodel.imputation.impute", "impute"),
     "integrate": ("genemodel.integration.integrate", "integrate"),
@@ -102,6 +112,7 @@ __all__ = [
     "Corpus",
     "DecoderSettings",
     "FinetuneSettings",
+    "GeneLabelSettings",
     "GeneVocabulary",
     "HoldoutSettings",
     "ImputationModel",
@@ -121,12 +132,16 @@ __all__ = [
     "ablate",
     "annotate",
     "build_knowledge",
+    "attribute",
+    "classify_genes",
     "contamination",
     "embed",
     "evaluate",
+    "evaluate_genes",
     "evaluate_sizes",
     "export_model",
     "finetune",
+    "gene_vectors",
     "import_model",
     "impute",
     "integrate",

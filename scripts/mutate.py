@@ -783,6 +783,43 @@ MUTANTS = (
         "tensors that a model has no place for are passed over",
         "importers/test_importing.py",
     ),
+    mutant(
+        "gene_sums", "gene_tasks/passes.py",
+        "place_T = place_T + group_T * self.n_rows", "place_T = place_T + 0 * group_T",
+        "vectors of the cells of one label are those of all",
+        "gene_tasks/test_vectors.py::test_labels_part_the_cells_and_those_without_count_in_the_whole",
+    ),
+    mutant(
+        "gene_leak", "gene_tasks/training.py",
+        "code_V = task.codes(len(bundle.vocabulary), held_G)",
+        "code_V = task.codes(len(bundle.vocabulary))",
+        "a fold's labels are learnt by the model that is to predict them",
+        "gene_tasks/test_training.py::test_predictions_of_a_fold_know_nothing_of_its_labels",
+    ),
+    mutant(
+        "gene_families", "gene_tasks/families.py",
+        "folds.split(code_G, code_G, group_G)", "folds.split(code_G, code_G, range(len(code_G)))",
+        "paralogues are learnt from and asked for",
+        "gene_tasks/test_families.py::test_no_family_is_in_two_folds",
+    ),
+    mutant(
+        "attributed_places", "attribution/integrated_gradients.py",
+        "scored(at_TD)[: batch.n_cells].sum()", "scored(at_TD).sum()",
+        "places without a cell answer for tokens of the first ones",
+        "attribution/test_attribute.py",
+    ),
+    mutant(
+        "attributed_components", "attribution/integrated_gradients.py",
+        "worth_T = worth_T + (part_TD * slope_TD[opening_T]).sum(-1)", "worth_T = worth_T + 0.0",
+        "what genes add to the opening token is nobody's",
+        "attribution/test_attribute.py",
+    ),
+    mutant(
+        "gene_score_ties", "metrics/gene_labels.py",
+        "(no_BU * (yes_so_far - yes_BU / 2)).sum(1)", "(no_BU * yes_so_far).sum(1)",
+        "genes with the same score count as told apart",
+        "metrics/test_gene_label_scores.py",
+    ),
 )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ ORDER = (
     ("importers",),
     ("annotation",),
     ("perturbation",),
+    ("gene_tasks",),
+    ("attribution",),
     ("metrics",),
     ("reports",),
     ("evaluation",),

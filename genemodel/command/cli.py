@@ -128,7 +128,7 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "finetune": Verb(
-        summary="adapt a model to a file: batch-robust embedding, imputed counts, or both",
+        summary="adapt a model to a file: batch-robust embedding, imputed counts, labels",
         config="finetune",
         settings="genemodel.command.finetune:FinetuneSettings",
         function="genemodel.command.finetune:finetune",
@@ -183,6 +183,17 @@ VERBS: dict[str, Verb] = {
             "start_state=disease goal_state=healthy donor_key=donor out=targets",
         ),
     ),
+    "genes": Verb(
+        summary="write vectors or labels of genes as a table",
+        config="genes",
+        settings="genemodel.gene_tasks.genes_file:GenesSettings",
+        function="genemodel.gene_tasks.genes_file:genes_file",
+        examples=(
+            "genes model=runs/small/bundle output=genes.tsv.gz",
+            "genes model=runs/small/bundle input=lung.h5ad kind=contextual label_key=cell_type "
+            "output=lung_genes.tsv.gz",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",
@@ -194,6 +205,17 @@ VERBS: dict[str, Verb] = {
             "evaluate input=lung.h5ad task=impute out=scores/lung_impute",
         ),
         was={"data": "input"},
+    ),
+    "evaluate genes": Verb(
+        summary="score what models know of labelled genes, beside baselines",
+        config="evaluate_genes",
+        settings="genemodel.evaluation.gene_tasks:EvaluateGenesSettings",
+        function="genemodel.evaluation.gene_tasks:run_evaluate_genes",
+        examples=(
+            "evaluate genes input=lung.h5ad genes=tasks.tsv models=runs/tiny/bundle out=lung_genes",
+            "evaluate genes input=lung.h5ad genes=tasks.tsv tasks=[dosage_tf] gene_sets=go.gmt "
+            "models=models/geneformer backbones=[last] out=scores/genes",
+        ),
     ),
     "describe": Verb(
         summary="say what a corpus, a model, a vocabulary or a knowledge table holds",

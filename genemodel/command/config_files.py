@@ -21,6 +21,7 @@ from genemodel.settings import nearest, unknown_setting
 # them and no others. tests/command/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
+    "gene_labels": "genemodel.gene_tasks.training:GeneLabelSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
     "imputation": "genemodel.imputation.network:DecoderSettings",
     "integration": "genemodel.integration.head:IntegrationSettings",

@@ -132,8 +132,8 @@ class GeneEmbedding(nn.Module):
             x_TD = x_TD + table(gene_T)
         return x_TD
 
-    def forward(self, batch: CellBatch) -> Tensor:
-        """Embed a packed batch: (T,) → (T, D)."""
+    def summed(self, batch: CellBatch) -> Tensor:
+        """Add up what is known of every token, not yet normalised: (T,) → (T, D)."""
         x_TD = self.genes(batch.gene_T)
         if self.value is not None and self.hidden_value_D is not None:
             hidden_T1 = (batch.value_T <= HIDDEN_VALUE)[:, None]
@@ -148,9 +148,17 @@ class GeneEmbedding(nn.Module):
             cell_CD = cell_CD + self.components(batch)
         first_C, is_there_C1 = opening_tokens(batch.starts_C1, x_TD.shape[0])
         cell_CD = cell_CD.to(x_TD.dtype).masked_fill(~is_there_C1, 0.0)
-        x_TD = self.norm(x_TD.index_add(0, first_C, cell_CD))
+        return x_TD.index_add(0, first_C, cell_CD)
+
+    def finished(self, summed_TD: Tensor) -> Tensor:
+        """Bring sums to what the first block reads: (T, D) → (T, D)."""
+        x_TD = self.norm(summed_TD)
         half = half_of(x_TD.device)
         return x_TD.to(half) if self.half_stream and half is not None else x_TD
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """Embed a packed batch: (T,) → (T, D)."""
+        return self.finished(self.summed(batch))
 
 
 def opening_tokens(starts_C1: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -337,7 +345,10 @@ class GeneModel(nn.Module):
             vectors of cells are then of the last of them, unless ``settings.cell_layer`` says one
             below.
         """
-        x_TD = self.embedding(batch)
+        return self.encode(self.embedding(batch), batch, layer)
+
+    def encode(self, x_TD: Tensor, batch: CellBatch, layer: int | None = None) -> Encoded:
+        """Encode packed cells from their embedded tokens on; see :meth:`forward`."""
         stop = len(self.blocks) if layer is None else layer
         read = len(self.blocks) - self.settings.cell_layer
         read_TD = None

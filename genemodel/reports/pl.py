@@ -17,6 +17,7 @@ import pandas as pd
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
 from genemodel.reports import plots
+from genemodel.reports.gene_plots import attribution_bars, gene_map
 from genemodel.reports.perturbation_plot import perturbation_panels
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "annotation",
+    "attributions",
     "calibration",
     "corpus",
     "coverage",
     "embedding",
+    "gene_vectors",
     "integration",
     "intervals",
     "perturbation",
@@ -421,6 +424,62 @@ def perturbation(
             )
         return perturbation_panels(uns[key]["statistics"], most=most)
     return perturbation_panels(result.statistics, most=most)
+
+
+@_plot
+def attributions(
+    table: pd.DataFrame,
+    *,
+    labels: Sequence[str] | None = None,
+    most: int = 15,
+) -> np.ndarray:
+    """Draw the genes that a model's answer rests on, as bars.
+
+    Parameters
+    ----------
+    table
+        From ``genemodel.attribute``.
+    labels
+        Labels that are drawn, a panel each; default all, at most 12.
+    most
+        Genes of each, the strongest by the mean over cells.
+
+    Returns
+    -------
+    array of Axes
+        One per label; blue speaks for it, orange against it.
+    """
+    return attribution_bars(table, labels=labels, most=most)
+
+
+@_plot
+def gene_vectors(
+    table: pd.DataFrame,
+    color: "Mapping[str, object] | pd.Series | pd.DataFrame | str | None" = None,
+    *,
+    seed: int = 0,
+    most: int = 5000,
+) -> np.ndarray:
+    """Draw vectors of genes in the plane, coloured by what is known of them.
+
+    Parameters
+    ----------
+    table
+        From ``genemodel.gene_vectors``.
+    color
+        Labels of genes by Ensembl id or symbol (a mapping, Series, or DataFrame for several
+        panels), or a column of the table; default the number of cells that hold a gene.
+    seed
+        Seed of the layout.
+    most
+        Genes laid out: labelled ones, then those of most cells.
+
+    Returns
+    -------
+    array of Axes
+        One per colouring.
+    """
+    return gene_map(table, color, seed=seed, most=most)
 
 
 @_plot
