@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from genemodel.loading import load as load
     from genemodel.model.settings import ModelSettings as ModelSettings
     from genemodel.model.tuning import TuningSettings as TuningSettings
+    from genemodel.networks.attention import attention as attention
+    from genemodel.networks.network import network as network
     from genemodel.perturbation.perturb import perturb as perturb
     from genemodel.reports import pl as pl
     from genemodel.simulation.cells import synthetic as synthetic
@@ -65,6 +67,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "TrainerSettings": ("genemodel.train.settings", "TrainerSettings"),
     "TuningSettings": ("genemodel.model.tuning", "TuningSettings"),
     "annotate": ("genemodel.annotation.annotate", "annotate"),
+    "attention": ("genemodel.networks.attention", "attention"),
     "contamination": ("genemodel.embedding.contamination", "contamination"),
     "embed": ("genemodel.embedding.embed", "embed"),
     "evaluate": ("genemodel.evaluation.evaluate", "evaluate"),
@@ -75,6 +78,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "impute": ("genemodel.imputation.impute", "impute"),
     "integrate": ("genemodel.integration.integrate", "integrate"),
     "load": ("genemodel.loading", "load"),
+    "network": ("genemodel.networks.network", "network"),
     "perturb": ("genemodel.perturbation.perturb", "perturb"),
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
@@ -102,6 +106,7 @@ __all__ = [
     "TuningSettings",
     "__version__",
     "annotate",
+    "attention",
     "contamination",
     "embed",
     "evaluate",
@@ -112,6 +117,7 @@ __all__ = [
     "impute",
     "integrate",
     "load",
+    "network",
     "perturb",
     "pl",
     "pretrain",

@@ -33,6 +33,7 @@ ORDER = (
     ("annotation",),
     ("perturbation",),
     ("metrics",),
+    ("networks",),
     ("reports",),
     ("evaluation",),
     ("command",),
