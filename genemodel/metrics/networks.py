@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Pairs that are no edges, for each that is one: alike in expression and in how many others
-# regulate the target. At ten the mean of a hundred edges is as sure as the edges let it be.
-MATCHED = 10
+# Pairs that are no edges, on either side of each that is one: alike in expression, louder and
+# quieter, and in how many others regulate the target. At ten the mean of a hundred edges is as sure
+# as the edges let it be.
+MATCHED_A_SIDE = 5
 # Of fewer sources no interval is given: resampling two says nothing.
 MIN_SOURCES = 3
 
@@ -137,8 +138,10 @@ class MatchedPairs:
     """For every edge, pairs of the same source that are none and whose targets are alike.
 
     Alike in mean expression and in how many other sources regulate the target, each by its place
-    among the targets. A predictor that knows how loud a gene is, or how often it is a target, and
-    nothing about the source, scores .5.
+    among the targets; as many louder as quieter, since loud genes have more edges and the nearest
+    without one would all be quieter. A predictor that knows how loud a gene is, and nothing about
+    the source, scores .5. An edge to the loudest or the quietest target has no such pairs and is
+    left out.
 
     Parameters
     ----------
@@ -148,35 +151,38 @@ class MatchedPairs:
         All edges, (S, T).
     mean_T
         Mean expression of the targets.
-    k
-        Pairs for each edge.
+    a_side
+        Louder and quieter pairs for each edge.
     """
 
     def __init__(
-        self, pairs: Pairs, edge_ST: np.ndarray, mean_T: np.ndarray, k: int = MATCHED
+        self, pairs: Pairs, edge_ST: np.ndarray, mean_T: np.ndarray, a_side: int = MATCHED_A_SIDE
     ) -> None:
         from scipy.stats import rankdata
-        from sklearn.neighbors import NearestNeighbors
 
         self.pairs = pairs
         degree_T = edge_ST.sum(0)
-        loud_T = rankdata(mean_T) / mean_T.size
+        # Equal means in the order of their number: every other gene is louder or quieter.
+        loud_T = rankdata(mean_T, "ordinal") / mean_T.size
         edges: list[np.ndarray] = []
         others: list[np.ndarray] = []
         for source in range(pairs.n_sources):
             here_M = np.flatnonzero(pairs.source_N == source)
             is_edge_M = pairs.edge_N[here_M]
-            if not is_edge_M.any() or is_edge_M.all():
+            yes, no = here_M[is_edge_M], here_M[~is_edge_M]
+            if not yes.size or not no.size:
                 continue
             target_M = pairs.target_N[here_M]
             # By the other sources: this one's own edge is what is asked about.
             degree_M = rankdata(degree_T[target_M] - is_edge_M) / target_M.size
-            alike_MF = np.column_stack([loud_T[target_M], degree_M])
-            no_M = np.flatnonzero(~is_edge_M)
-            near = NearestNeighbors(n_neighbors=min(k, no_M.size)).fit(alike_MF[no_M])
-            index_EK = near.kneighbors(alike_MF[is_edge_M], return_distance=False)
-            edges.append(np.repeat(here_M[is_edge_M], index_EK.shape[1]))
-            others.append(here_M[no_M[index_EK.ravel()]])
+            louder_EN = loud_T[pairs.target_N[no]] - loud_T[pairs.target_N[yes]][:, None]
+            apart_EN = np.hypot(louder_EN, degree_M[~is_edge_M] - degree_M[is_edge_M][:, None])
+            n_E = np.minimum((louder_EN > 0).sum(1), (louder_EN < 0).sum(1)).clip(max=a_side)
+            for side_EN in (louder_EN > 0, louder_EN < 0):
+                order_EN = np.argsort(np.where(side_EN, apart_EN, np.inf), axis=1)[:, :a_side]
+                taken_EN = np.arange(order_EN.shape[1]) < n_E[:, None]
+                edges.append(yes[np.nonzero(taken_EN)[0]])
+                others.append(no[order_EN[taken_EN]])
         none = np.empty(0, np.int64)
         self.edge_M = np.concatenate(edges) if edges else none
         self.other_M = np.concatenate(others) if others else none

@@ -88,7 +88,9 @@ class CountJacobian:
         library_C = batch.library_C.clone().requires_grad_()
         batch.value_T, batch.library_C = value_T, library_C
         with torch.enable_grad():
-            z_CD = self._project(encode_opening(self.model, batch)).float()
+            # Places without a cell read tokens of others.
+            opening_CD = encode_opening(self.model, batch)[: batch.n_cells]
+            z_CD = self._project(opening_CD).float()
             along_CK = z_CD @ self._direction_KD.T
             log_sum_C = torch.logsumexp(z_CD @ self._all_GD.T + self._base_G, 1)
             outputs = [along_CK[:, k].sum() for k in range(along_CK.shape[1])]
