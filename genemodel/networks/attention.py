@@ -3,7 +3,7 @@
 Axes: C cells, G genes, A layers × heads or one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 KEY = "genemodel_attention"
 # Genes where none are named: as many as a figure can show.
 N_GENES = 50
+# Of fewer cells a mean is one of noise.
+MIN_CELLS = 10
 
 
 @dataclass(repr=False)
@@ -94,7 +96,7 @@ class AttentionResult:
 
     def pairs(
         self, most: int = 100, *, layer: int | None = None, head: int | None = None,
-        min_cells: int = 1,
+        min_cells: int = MIN_CELLS,
     ) -> pd.DataFrame:  # fmt: skip
         """Strongest pairs of two genes, as columns query, key, weight, cells.
 
@@ -150,7 +152,7 @@ def attention(
     model
         A bundle of any kind, imported ones too, or the path of its folder.
     genes
-        Symbols or Ensembl ids; by default the ``n_genes`` that most cells hold.
+        Symbols or Ensembl ids; by default the ``n_genes`` that are in most cells' input.
     n_genes
         How many, where none are named.
     layers, heads
@@ -200,7 +202,7 @@ def attention(
     cells = read_network_cells(
         adata, bundle.vocabulary, reading, max_cells=max_cells, seed=seed, who="the model"
     )
-    tokens = _genes(cells, genes, n_genes)
+    tokens = _genes(cells, bundle, genes, n_genes)
     bundle.model.eval()
     sums = AttentionSums(
         bundle.model, tokens, tokens, layers=tuple(layers), heads=tuple(heads), apart=per_head,
@@ -227,6 +229,15 @@ def attention(
     return result
 
 
+def from_uns(kept: Mapping[str, Any]) -> AttentionResult:
+    """Give back what ``uns`` keeps, after a file too."""
+    heads = [(int(layer), int(head)) for layer, head in np.asarray(kept["heads"]).reshape(-1, 2)]
+    return AttentionResult(
+        [str(name) for name in kept["genes"]], np.asarray(kept["weights"]),
+        np.asarray(kept["cells"]), heads, dict(kept["summary"]),
+    )  # fmt: skip
+
+
 def run(sums: AttentionSums, cells: NetworkCells, bundle: Bundle, batch_tokens: int = 0) -> None:
     """Let all cells pass."""
     with Progress("attention", len(cells)) as progress:
@@ -246,7 +257,10 @@ def unique_names(cells: NetworkCells, tokens: np.ndarray) -> list[str]:
     ]
 
 
-def _genes(cells: NetworkCells, genes: Sequence[str], n_genes: int) -> np.ndarray:
+def _genes(
+    cells: NetworkCells, bundle: Bundle, genes: Sequence[str], n_genes: int
+) -> np.ndarray:
+    """Tokens of the genes that are named, or of those in most cells' input."""
     if len(genes):
         names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
         tokens = cells.names.tokens(names, "genes")
@@ -255,7 +269,10 @@ def _genes(cells: NetworkCells, genes: Sequence[str], n_genes: int) -> np.ndarra
         return np.asarray(tokens, np.int64)
     if n_genes < 1:
         raise ConfigError(f"n_genes is {n_genes}: it must be at least 1.")
-    held_V = cells.held_V()
+    # Of a deep cell the context takes a part, and what is not in it attends to nothing.
+    held_V = np.zeros(len(bundle.vocabulary), np.int64)
+    for batch in batches(cells, bundle):
+        held_V += np.bincount(batch.gene_T[: batch.n_tokens].numpy(), minlength=held_V.size)
     held_V[:N_SPECIAL] = 0
     most = np.argsort(-held_V, kind="stable")[:n_genes]
     return most[held_V[most] > 0]
