@@ -59,6 +59,8 @@ class NetworkCells:
         Of the cells.
     where
         Names the data in messages.
+    shown_V
+        Genes that a model is shown; None for all.
     """
 
     chunk: VocabularyChunk
@@ -68,6 +70,7 @@ class NetworkCells:
     names: GeneNames
     species: str
     where: str
+    shown_V: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.row_C.size
@@ -83,8 +86,15 @@ class NetworkCells:
 
     @property
     def window(self) -> Window:
-        """The cells as they are packed."""
-        return window_of(self.chunk)
+        """The cells as they are packed; libraries are of all genes."""
+        window = window_of(self.chunk)
+        return window if self.shown_V is None else window.only(self.shown_V)
+
+    def showing(self, tokens: np.ndarray) -> "NetworkCells":
+        """The same with nothing but these genes for a model to see."""
+        shown_V = np.zeros(self.measured_V.size, bool)
+        shown_V[tokens] = True
+        return replace(self, shown_V=shown_V)
 
     def held_V(self) -> np.ndarray:
         """How many cells hold each gene, (V,)."""

@@ -6,7 +6,7 @@ Axes: C cells, S sources (transcription factors), T targets.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -74,6 +74,7 @@ def network(
     truth: str | Path = "",
     truth_kind: str = "",
     prior: str | Path | Sequence[str | Path] = (),
+    show: Literal["cell", "network"] = "cell",
     donor_key: str = "",
     max_cells: int = 2000,
     jacobian_cells: int = 200,
@@ -111,6 +112,10 @@ def network(
         Of a table with a column ``kind``: the one that is taken.
     prior
         Tables of edges that the model was told: scores are also given without them.
+    show
+        What a model sees of a cell: ``"cell"``, all its genes, as in training, of which a context
+        that is shorter leaves out most; or ``"network"``, the genes of the network alone, so that
+        pairs of them meet.
     donor_key
         obs column of donors: networks of both halves of them are compared.
     max_cells
@@ -150,7 +155,7 @@ def network(
     """
     asked = Asked(
         methods=_texts(methods), tfs=_texts(tfs), n_genes=n_genes, truth=str(truth),
-        truth_kind=truth_kind, prior=_texts(prior), donor_key=donor_key, max_cells=max_cells,
+        truth_kind=truth_kind, prior=_texts(prior), show=show, donor_key=donor_key, max_cells=max_cells,
         jacobian_cells=jacobian_cells, min_cells=min_cells, min_coverage=min_coverage,
         max_edges=max_edges, bootstraps=bootstraps, workers=workers, batch_tokens=batch_tokens,
         seed=seed,
@@ -297,6 +302,8 @@ def _weights(
     logger.info("%s: %s of %s cells.", cells.where, method, f"{len(cells):,}")
     if method in OF_A_MODEL:
         assert bundle is not None
+        if asked.show == "network":
+            cells = cells.showing(genes.together)
         match method:
             case "attention":
                 return attention_network(cells, bundle, genes, asked.batch_tokens)

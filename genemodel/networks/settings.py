@@ -42,6 +42,10 @@ class Asked:
     prior
         Tables of edges that the model has been told in training: scores are also given without
         them, as neither edges nor others.
+    show
+        What a model sees of a cell: ``cell``, all its genes, as in training, of which a context
+        that is shorter leaves out most; or ``network``, the genes of the network alone, so that
+        pairs of them meet.
     donor_key
         obs column of donors: every network is made of each half of them, too, and both are
         compared.
@@ -69,6 +73,7 @@ class Asked:
     truth: PathText = ""
     truth_kind: str = ""
     prior: tuple[PathText, ...] = ()
+    show: Literal["cell", "network"] = "cell"
     donor_key: str = ""
     max_cells: int = 2000
     jacobian_cells: int = 200
@@ -95,6 +100,8 @@ class Asked:
                 )
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError(f"methods={list(self.methods)} names one twice.")
+        if self.show not in ("cell", "network"):
+            raise ConfigError(f"show is {self.show!r}: it must be cell or network.")
         check_seed(self.seed)
         for name, least in (
             ("n_genes", 2), ("max_cells", 0), ("jacobian_cells", 1), ("min_cells", 0),

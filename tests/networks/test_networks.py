@@ -38,7 +38,8 @@ def names(small_vocabulary):
 def cells(names):
     """Three factors drive six genes each; the rest follow nothing. Six donors."""
     rng = np.random.default_rng(3)
-    rate_CG = np.full((N_CELLS * 5, N_GENES), 2.0)
+    rate_CG = np.full((N_CELLS * 5, N_GENES), 1.0) * rng.uniform(1, 4, N_GENES)
+    rate_CG[:, :3] = 1.0
     for factor in range(3):
         activity_C = rng.gamma(1.5, 1.0, len(rate_CG))
         rate_CG[:, factor] *= activity_C
@@ -226,7 +227,7 @@ def test_the_jacobian_is_what_one_count_more_does(bundle, cells, names):
     few = network_cells(cells[:6].copy(), bundle)
     tokens = names["token"].to_numpy()
     genes = Genes(np.sort(tokens[:4]), np.sort(tokens[:20]))
-    found = CountJacobian(bundle, genes, few.measured_V, 0)
+    found = CountJacobian(bundle, genes, few.measured_V, 0, kept=1.0)
     for batch in batches(few, bundle):
         found.add(batch)
     weight = bundle.heads["decode_counts.gene.weight"].double()
@@ -267,3 +268,211 @@ def test_the_jacobian_is_what_one_count_more_does(bundle, cells, names):
         bundle.model.float()
     np.testing.assert_allclose(found.mean(), expected / n[:, None], rtol=2e-3, atol=1e-7)
     assert np.abs(expected).max() > 1e-4
+
+
+def test_directions_that_hold_most_are_enough(bundle, cells, names):
+    """What is left out is small beside what is kept, as the share says."""
+    few = network_cells(cells[:10].copy(), bundle)
+    tokens = np.sort(names["token"].to_numpy())
+    genes, made = Genes(tokens[:6], tokens), {}
+    for kept in (1.0, 0.9):
+        found = CountJacobian(bundle, genes, few.measured_V, 0, kept=kept)
+        for batch in batches(few, bundle):
+            found.add(batch)
+        made[kept] = found
+    assert made[0.9].passes < made[1.0].passes == 17
+    whole, part = (made[kept].mean() for kept in (1.0, 0.9))
+    assert 0 < np.linalg.norm(whole - part) < 0.35 * np.linalg.norm(whole)
+
+
+def test_showing_the_network_alone_leaves_values_and_libraries(bundle, cells, names):
+    few = network_cells(cells[:5].copy(), bundle)
+    tokens = names["token"].to_numpy()[:9]
+    (whole,), (part,) = batches(few, bundle), batches(few.showing(tokens), bundle)
+
+    def values(batch):
+        keys = zip(batch.segment_T.tolist(), batch.gene_T.tolist(), strict=True)
+        return dict(zip(keys, batch.value_T.tolist(), strict=True))
+
+    seen, all_of = values(part), values(whole)
+    genes = {gene for _, gene in seen if gene > 2}
+    assert genes <= set(tokens.tolist()) and len(genes) > 5
+    # Cells are packed by length: what each gene's values are is compared, whatever the order.
+    for gene in genes:
+        ours = sorted(v for (_, g), v in seen.items() if g == gene)
+        assert ours == sorted(v for (_, g), v in all_of.items() if g == gene)
+    libraries = [np.sort(batch.library_C[:5]) for batch in (part, whole)]
+    np.testing.assert_array_equal(*libraries)
+
+
+# -- from the cells alone ------------------------------------------------------------------------
+
+
+def test_partial_correlation_sees_through_a_chain():
+    """One drives two drives three: the first and the third correlate, given the second they do not."""
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=4000)
+    two = one + 0.7 * rng.normal(size=4000)
+    three = two + 0.7 * rng.normal(size=4000)
+    values = np.column_stack([one, two, three]).astype(np.float32)
+    found, shrinkage = partial(values, np.arange(3), np.arange(3))
+    assert np.corrcoef(one, three)[0, 1] > 0.6 and abs(found[0, 2]) < 0.05
+    assert min(found[0, 1], found[1, 2]) > 0.5 and shrinkage < 0.05
+    # the definition, by regression of both on the second
+    rest = [x - np.polyval(np.polyfit(two, x, 1), two) for x in (one, three)]
+    np.testing.assert_allclose(found[0, 2], np.corrcoef(*rest)[0, 1], atol=0.02)
+    constant = np.column_stack([values, np.ones(4000, np.float32)])
+    assert np.isfinite(partial(constant, np.arange(4), np.arange(4))[0]).all()
+
+
+def test_boosted_trees_are_those_of_arboreto(cells):
+    """Its settings, its early stopping and its importances, written out for one target."""
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    values = np.log1p(cells.X.toarray())[:120, :12]
+    sources = np.array([0, 1, 2, 5])
+    found = grnboost(values, sources, np.array([3, 5]), seed=7)
+    rounds = []
+
+    def monitor(i, regressor, _):
+        rounds.append(i)
+        if i >= 24:
+            return np.mean(regressor.oob_improvement_[max(0, i - 24) : i + 1]) < 0
+        return False
+
+    for place, (target, used) in enumerate(((3, [0, 1, 2, 5]), (5, [0, 1, 2]))):
+        trees = GradientBoostingRegressor(
+            learning_rate=0.01, n_estimators=5000, max_features=0.1, subsample=0.9, random_state=7
+        ).fit(values[:, used].astype(np.float32), values[:, target].astype(np.float64),
+              monitor=monitor)  # fmt: skip
+        expected = np.zeros(4)
+        expected[np.searchsorted(sources, used)] = trees.feature_importances_ * len(
+            trees.estimators_
+        )
+        np.testing.assert_allclose(found[:, place], expected, rtol=1e-5)
+    assert max(rounds) < 4999 and found[0, 0] > found[1:3, 0].max() and found[3, 1] == 0
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+def test_networks_find_who_drives_whom(cells, bundle, truth, names, tmp_path):
+    result = gm.network(
+        cells, bundle, truth=truth, n_genes=N_GENES, donor_key="donor", jacobian_cells=12,
+        max_cells=150, bootstraps=20, min_fraction=0.0,
+    )  # fmt: skip
+    scores = result.scores.set_index("method")
+    assert list(result.edges) == [
+        "attention", "gene_vectors", "perturbation", "jacobian", "pearson", "partial", "grnboost"
+    ]  # fmt: skip
+    assert scores["edges"].unique().tolist() == [12] and scores["tfs"].unique().tolist() == [2]
+    for method in ("pearson", "grnboost"):
+        assert scores.loc[method, "epr"] == pytest.approx(1 / scores.loc[method, "density"])
+        assert scores.loc[method, "matched_auroc"] == 1
+        assert scores.loc[method, "stability"] > 0.4
+    assert scores.loc["mean expression", "over_expression"] == 0
+    assert np.isnan(scores.loc["gene_vectors", "stability"])
+    best = result.edges["pearson"]
+    assert list(best.columns) == ["source", "target", "weight"]
+    assert set(best["source"]) <= set(names["symbol"][:2]) and (best["source"] != best["target"]).all()
+    assert best["weight"].abs().is_monotonic_decreasing
+    assert "matched AUROC" in result.describe()
+    kept = cells.copy()
+    gm.network(kept, methods="pearson", truth=truth, min_fraction=0.0)
+    kept.write_h5ad(tmp_path / "kept.h5ad")
+    read = ad.read_h5ad(tmp_path / "kept.h5ad").uns["genemodel_network"]
+    assert read["edges"]["pearson"]["weight"].iloc[0] == pytest.approx(best["weight"].iloc[0], abs=0.1)
+
+
+def test_prior_edges_count_neither_as_edges_nor_as_others(cells, truth, names, tmp_path):
+    symbol = names["symbol"].tolist()
+    prior = tmp_path / "prior.tsv"
+    # Half of the first factor's edges, and pairs that are none.
+    rows = [(symbol[0], symbol[t]) for t in (3, 4, 5, 30, 31)]
+    pd.DataFrame(rows, columns=["source", "target"]).to_csv(prior, sep="\t", index=False)
+    result = gm.network(
+        cells, methods=["pearson"], truth=truth, prior=prior, bootstraps=0, min_fraction=0.0
+    )
+    of = result.scores[result.scores["method"] == "pearson"].set_index("truth")
+    assert of.loc["all", "edges"] == 12 and of.loc["without prior", "edges"] == 9
+    pairs = (of["edges"] / of["density"]).round().astype(int)
+    assert pairs["all"] - pairs["without prior"] == 3  # of pairs to genes that the table names
+    assert of.loc["without prior", "targets"] == of.loc["all", "targets"]
+
+
+def test_the_verb_writes_tables_and_refuses_a_folder_of_others(cells, truth, tmp_path, capsys):
+    file, out = tmp_path / "cells.h5ad", tmp_path / "out"
+    cells.write_h5ad(file)
+    words = [
+        "network", f"input={file}", f"truth={truth}", f"out={out}", "methods=[pearson,partial]",
+        "min_fraction=0", "bootstraps=10", "max_edges=7",
+    ]  # fmt: skip
+    assert main(words) == 0
+    assert "AUPRC ratio" in capsys.readouterr().out
+    edges = pd.read_csv(out / "pearson.tsv", sep="\t")
+    assert list(edges.columns) == ["source", "target", "weight"] and len(edges) == 7
+    about = json.loads((out / "network.json").read_text())
+    assert about["summary"]["asked"]["max_edges"] == 7
+    scores = pd.read_csv(out / "scores.tsv", sep="\t")
+    assert about["scores"][0]["epr"] == pytest.approx(scores["epr"][0])
+    assert main(words) == 2 and "overwrite=true" in capsys.readouterr().err
+    assert main([*words, "overwrite=true"]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    words[3] = f"out={tmp_path / 'mine'}"
+    assert main([*words, "overwrite=true"]) == 2
+    assert "was not written by network" in capsys.readouterr().err
+
+
+def test_without_a_model_what_asks_one_is_left_out_or_refused(cells, truth, make_bundle):
+    result = gm.network(cells, truth=truth, bootstraps=0, n_genes=20, min_fraction=0.0)
+    assert list(result.edges) == ["pearson", "partial", "grnboost"]
+    assert "jacobian asks a model" in result.describe()
+    with pytest.raises(ConfigError, match="jacobian asks a model: set model"):
+        gm.network(cells, methods=["pearson", "jacobian"], min_fraction=0.0)
+    with pytest.raises(ConfigError, match="lacks: pre-train one with it"):
+        gm.network(cells, make_bundle(decoder=False), methods="jacobian")
+    with pytest.raises(ConfigError, match="reads their ranks"):
+        gm.network(cells, make_bundle(**SHAPES["ranks"]), methods="jacobian")
+
+
+def test_network_refuses(cells, truth, names, tmp_path):
+    def call(**given):
+        gm.network(cells, **{"methods": "pearson", "min_fraction": 0.0} | given)
+
+    with pytest.raises(ConfigError, match="did you mean 'grnboost'"):
+        call(methods="grnboost2")
+    with pytest.raises(ConfigError, match="prior is given and no truth"):
+        call(prior=truth)
+    with pytest.raises(DataError, match="truth=none.tsv is no file"):
+        call(truth="none.tsv")
+    kinds = tmp_path / "kinds.csv"
+    symbol = names["symbol"].tolist()
+    table = pd.DataFrame({"tf": symbol[:2], "target": symbol[3:5], "kind": ["chip", "knock-out"]})
+    table.to_csv(kinds, index=False)
+    with pytest.raises(ConfigError, match=r"2 kinds of edges \(chip, knock-out\): set truth_kind"):
+        call(truth=kinds)
+    with pytest.raises(ConfigError, match="truth_kind=ship"):
+        call(truth=kinds, truth_kind="ship")
+    with pytest.raises(ConfigError, match="has no column kind"):
+        call(truth=truth, truth_kind="chip")
+    call(truth=kinds, truth_kind="chip", bootstraps=0)
+    table.drop(columns="target").to_csv(kinds, index=False)
+    with pytest.raises(DataError, match="no column of targets"):
+        call(truth=kinds, truth_kind="chip")
+    with pytest.raises(DataError, match="'NOGENE' is no gene"):
+        call(tfs=["NOGENE"])
+    factors = tmp_path / "tfs.txt"
+    factors.write_text(f"{symbol[0]}\nNOGENE\n")
+    assert set(gm.network(cells, methods="pearson", tfs=str(factors), min_fraction=0.0)
+               .edges["pearson"]["source"]) == {symbol[0]}  # fmt: skip
+    with pytest.raises(ConfigError, match="and more: give one file, or names"):
+        call(tfs=[str(factors), symbol[1]])
+    with pytest.raises(DataError, match="names one donor"):
+        one = cells[cells.obs["donor"] == "d0"].copy()
+        gm.network(one, methods="pearson", donor_key="donor", min_fraction=0.0)
+    most = int((cells.X[:, :2] > 0).sum(0).max()) + 1
+    with pytest.raises(DataError, match=f"truth names 2 .* none is held by min_cells={most}"):
+        call(truth=truth, min_cells=most)
+    with pytest.raises(DataError, match="0 genes are held by min_cells=301"):
+        call(truth=truth, min_cells=301)
