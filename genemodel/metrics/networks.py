@@ -198,9 +198,7 @@ class MatchedPairs:
             return (times_BS @ won_S) / (times_BS @ n_S)
 
 
-def stability(
-    one_ST: np.ndarray, other_ST: np.ndarray, counts_ST: np.ndarray, k: int
-) -> float:
+def stability(one_ST: np.ndarray, other_ST: np.ndarray, counts_ST: np.ndarray, k: int) -> float:
     """Jaccard index of the ``k`` strongest pairs of two networks; NaN where there are none."""
     at = np.nonzero(counts_ST)
     k = min(k, at[0].size)

@@ -17,7 +17,6 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
-from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.inference.obs_keys import check_in_memory, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.model.devices import device_of
@@ -257,9 +256,7 @@ def unique_names(cells: NetworkCells, tokens: np.ndarray) -> list[str]:
     ]
 
 
-def _genes(
-    cells: NetworkCells, bundle: Bundle, genes: Sequence[str], n_genes: int
-) -> np.ndarray:
+def _genes(cells: NetworkCells, bundle: Bundle, genes: Sequence[str], n_genes: int) -> np.ndarray:
     """Tokens of the genes that are named, or of those in most cells' input."""
     if len(genes):
         names = [genes] if isinstance(genes, str) else [str(name) for name in genes]
@@ -273,6 +270,6 @@ def _genes(
     held_V = np.zeros(len(bundle.vocabulary), np.int64)
     for batch in batches(cells, bundle):
         held_V += np.bincount(batch.gene_T[: batch.n_tokens].numpy(), minlength=held_V.size)
-    held_V[:N_SPECIAL] = 0
+    held_V[~cells.measured_V] = 0  # special tokens of all styles too
     most = np.argsort(-held_V, kind="stable")[:n_genes]
     return most[held_V[most] > 0]

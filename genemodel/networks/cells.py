@@ -76,7 +76,7 @@ class NetworkCells:
         return self.row_C.size
 
     def take(self, rows: np.ndarray) -> "NetworkCells":
-        """Some of the cells."""
+        """Take some of the cells."""
         chunk, total_C = self.chunk, self.chunk.total_C
         part = VocabularyChunk(
             0, chunk.counts_CV[rows], chunk.species_C[rows], chunk.library_C[rows],
@@ -91,7 +91,7 @@ class NetworkCells:
         return window if self.shown_V is None else window.only(self.shown_V)
 
     def showing(self, tokens: np.ndarray) -> "NetworkCells":
-        """The same with nothing but these genes for a model to see."""
+        """Return the same with nothing but these genes for a model to see."""
         shown_V = np.zeros(self.measured_V.size, bool)
         shown_V[tokens] = True
         return replace(self, shown_V=shown_V)

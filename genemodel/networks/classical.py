@@ -67,7 +67,7 @@ def grnboost(
     workers
         Processes.
     """
-    from joblib import Parallel, delayed
+    from sklearn.utils.parallel import Parallel, delayed
 
     source_CS = np.ascontiguousarray(values_CG[:, sources], np.float32)
     parts = [targets[at : at + _TARGETS_AT_ONCE] for at in range(0, targets.size, _TARGETS_AT_ONCE)]

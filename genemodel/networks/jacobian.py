@@ -127,9 +127,7 @@ class CountJacobian:
         return (self.sum_ST / self.n_S[:, None]).float().cpu().numpy()
 
 
-def _by_count(
-    by_value_T: Tensor, by_library_C: Tensor, batch: CellBatch, at_F: Tensor
-) -> Tensor:
+def _by_count(by_value_T: Tensor, by_library_C: Tensor, batch: CellBatch, at_F: Tensor) -> Tensor:
     """From derivatives by values and libraries to those by counts per 10⁴ of some tokens."""
     value_T = batch.value_T.detach().double()
     by_value_T = by_value_T.double()

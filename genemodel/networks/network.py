@@ -6,7 +6,7 @@ Axes: C cells, S sources (transcription factors), T targets.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack, cast
 
 import numpy as np
 import pandas as pd
@@ -154,11 +154,11 @@ def network(
         A gene, column or table is unknown, or no transcription factor is in enough cells.
     """
     asked = Asked(
-        methods=_texts(methods), tfs=_texts(tfs), n_genes=n_genes, truth=str(truth),
-        truth_kind=truth_kind, prior=_texts(prior), show=show, donor_key=donor_key, max_cells=max_cells,
-        jacobian_cells=jacobian_cells, min_cells=min_cells, min_coverage=min_coverage,
-        max_edges=max_edges, bootstraps=bootstraps, workers=workers, batch_tokens=batch_tokens,
-        seed=seed,
+        methods=cast("tuple[Method, ...]", _texts(methods)), tfs=_texts(tfs), n_genes=n_genes,
+        truth=str(truth), truth_kind=truth_kind, prior=_texts(prior), show=show,
+        donor_key=donor_key, max_cells=max_cells, jacobian_cells=jacobian_cells,
+        min_cells=min_cells, min_coverage=min_coverage, max_edges=max_edges,
+        bootstraps=bootstraps, workers=workers, batch_tokens=batch_tokens, seed=seed,
     )  # fmt: skip
     reading = InputSettings.given(options)
     check_key_added(key_added, "uns")

@@ -40,9 +40,7 @@ def read_table(path: str | Path, setting: str, *, header: bool = True) -> pd.Dat
         raise DataError(f"{setting}={path} is not a readable table ({error}).") from error
 
 
-def read_edges(
-    path: str | Path, names: GeneNames, setting: str, *, kind: str = ""
-) -> np.ndarray:
+def read_edges(path: str | Path, names: GeneNames, setting: str, *, kind: str = "") -> np.ndarray:
     """Read edges as tokens, each once, int64 (E, 2): source and target.
 
     Names that the vocabulary lacks are left out, and counted in the log. Loops are left out.
@@ -83,9 +81,7 @@ def read_edges(
     return edges[edges[:, 0] != edges[:, 1]]
 
 
-def _of_kind(
-    table: pd.DataFrame, lowered: dict[str, str], kind: str, where: str
-) -> pd.DataFrame:
+def _of_kind(table: pd.DataFrame, lowered: dict[str, str], kind: str, where: str) -> pd.DataFrame:
     column = lowered.get("kind")
     if column is None:
         if kind:

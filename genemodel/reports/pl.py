@@ -419,7 +419,8 @@ def attention(
     matrix = result.matrix(layer, head)
     if missing := [name for name in genes if name not in matrix.index]:
         raise DataError(
-            f"genes: {missing[0]!r} is not in the result; it has {some(list(map(str, matrix.index)))}."
+            f"genes: {missing[0]!r} is not in the result; it has "
+            f"{some(list(map(str, matrix.index)))}."
         )
     if len(genes):
         matrix = matrix.loc[list(genes), list(genes)]
@@ -429,7 +430,9 @@ def attention(
         matrix, relative=bool(result.summary["relative"]), title=title, cluster=cluster, ax=ax
     )
     if save is not None:
-        drawn.figure.savefig(save)
+        figure = drawn.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(save)
     if show:
         from matplotlib import pyplot as plt
 

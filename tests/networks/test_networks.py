@@ -235,6 +235,7 @@ def test_the_jacobian_is_what_one_count_more_does(bundle, cells, names):
     measured = np.flatnonzero(few.measured_V)
     model, project = bundle.model.double(), cell_projection(bundle).double()
     try:
+
         def log_rates(counts):
             """Of one cell from its counts, in double precision."""
             import dataclasses
@@ -309,7 +310,7 @@ def test_showing_the_network_alone_leaves_values_and_libraries(bundle, cells, na
 
 
 def test_partial_correlation_sees_through_a_chain():
-    """One drives two drives three: the first and the third correlate, given the second they do not."""
+    """One drives two drives three: given the second, the first and the third do not correlate."""
     rng = np.random.default_rng(0)
     one = rng.normal(size=4000)
     two = one + 0.7 * rng.normal(size=4000)
@@ -374,14 +375,18 @@ def test_networks_find_who_drives_whom(cells, bundle, truth, names, tmp_path):
     assert np.isnan(scores.loc["gene_vectors", "stability"])
     best = result.edges["pearson"]
     assert list(best.columns) == ["source", "target", "weight"]
-    assert set(best["source"]) <= set(names["symbol"][:2]) and (best["source"] != best["target"]).all()
+    assert (
+        set(best["source"]) <= set(names["symbol"][:2]) and (best["source"] != best["target"]).all()
+    )
     assert best["weight"].abs().is_monotonic_decreasing
     assert "matched AUROC" in result.describe()
     kept = cells.copy()
     gm.network(kept, methods="pearson", truth=truth, min_fraction=0.0)
     kept.write_h5ad(tmp_path / "kept.h5ad")
     read = ad.read_h5ad(tmp_path / "kept.h5ad").uns["genemodel_network"]
-    assert read["edges"]["pearson"]["weight"].iloc[0] == pytest.approx(best["weight"].iloc[0], abs=0.1)
+    assert read["edges"]["pearson"]["weight"].iloc[0] == pytest.approx(
+        best["weight"].iloc[0], abs=0.1
+    )
 
 
 def test_prior_edges_count_neither_as_edges_nor_as_others(cells, truth, names, tmp_path):
