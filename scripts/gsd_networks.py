@@ -59,10 +59,10 @@ def main() -> None:
         "pearson": np.abs(pearson(values_CG, values_CG)),
         "partial": np.abs(partial(values_CG, every, every)[0]),
         "grnboost": grnboost(values_CG.astype(np.float32), every, every, seed=seed),
-    } | null_networks(own, values_CG.mean(0), seed)
-    scores = score_table(
-        strengths, Truth.of(edges, own), values_CG.mean(0), bootstraps=200, seed=seed
-    )
+    }
+    mean_G = values_CG.mean(0)
+    strengths |= null_networks(own, mean_G, mean_G, seed)
+    scores = score_table(strengths, Truth.of(edges, own), mean_G, bootstraps=200, seed=seed)
     print(shown(scores).to_string(index=False))
 
     vocabulary = _vocabulary(genes)

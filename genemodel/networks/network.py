@@ -226,7 +226,8 @@ def _networks(
     scores = None
     if truths:
         mean_T = cells.log_means(genes.targets)
-        everything = strengths | null_networks(genes, mean_T, asked.seed)
+        mean_S = cells.log_means(genes.sources)
+        everything = strengths | null_networks(genes, mean_S, mean_T, asked.seed)
         tables = [
             score_table(everything, each, mean_T, bootstraps=asked.bootstraps, seed=asked.seed)
             for each in truths if each.n_edges

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from genemodel.networks.scoring import EXPRESSION
 from genemodel.settings import some
 from genemodel.writing import whole_directory
 
@@ -94,13 +93,10 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 
 def _verdict(table: pd.DataFrame) -> str:
-    """Say who is above the targets' mean expression, interval and all."""
-    if "over_expression_low" not in table:
-        return ""
+    """Say who is above mean expression, interval and all."""
     above = table[table["over_expression_low"] > 0]["method"].tolist()
-    if not above:
-        return f"No method's AUPRC is above that of the {EXPRESSION}, by its interval over factors."
-    return f"AUPRC above that of the {EXPRESSION}, by its interval over factors: {some(above)}."
+    found = f"{some(above)}." if above else "none."
+    return f"AUPRC above that of mean expression, by the interval over factors: {found}"
 
 
 def edge_table(
