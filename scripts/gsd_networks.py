@@ -72,7 +72,10 @@ def main() -> None:
     counts = rng.poisson(rate_CG * depth_C[:, None])
     cells = ad.AnnData(
         sp.csr_matrix(counts.astype(np.float32)),
-        obs=pd.DataFrame({"species": "human", "dataset": "gsd"}, index=table["cell"].astype(str)),
+        obs=pd.DataFrame(
+            {"species": "human", "dataset": "gsd", "donor": [f"d{i % 10}" for i in range(len(table))]},
+            index=table["cell"].astype(str),
+        ),
         var=pd.DataFrame(index=pd.Index(vocabulary.genes["symbol"])),
     )
     if not (out / "run" / "bundle").exists():

@@ -38,7 +38,7 @@ def why_not(method: str, bundle: Bundle | None) -> str | None:
     if method == "perturbation" and style in ("geneformer_v1", "genecompass"):
         return (
             f"perturbation of genes is not made for models of {style}, whose cells have no opening "
-            "token or values of their own: take attention or gene_vectors"
+            "token or values of their own: take attention"
         )
     return None
 

@@ -93,10 +93,16 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 
 def _verdict(table: pd.DataFrame) -> str:
-    """Say who is above mean expression, interval and all."""
-    above = table[table["over_expression_low"] > 0]["method"].tolist()
-    found = f"{some(above)}." if above else "none."
-    return f"AUPRC above that of mean expression, by the interval over factors: {found}"
+    """Say who is above what knows nothing, interval and all."""
+
+    def named(above: pd.Series) -> str:
+        return some(table.loc[above, "method"].tolist())
+
+    return (
+        "Above, by the interval over factors: mean expression, in AUPRC: "
+        f"{named(table['over_expression_low'] > 0)}; chance, among matched pairs: "
+        f"{named(table['matched_auroc_low'] > 0.5)}."
+    )
 
 
 def edge_table(
