@@ -130,7 +130,8 @@ def score_table(
 def _row(ranking: Ranking, base: Ranking | None) -> dict[str, float]:
     row: dict[str, float] = {}
     for name in ("auprc_ratio", "epr", "matched_auroc"):
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(getattr(ranking, f"{name}_B"))
+        estimate, low, high = interval(getattr(ranking, f"{name}_B"))
+        row |= {name: estimate, f"{name}_low": max(low, 0.0), f"{name}_high": high}
     if base is not None:
         more_B = ranking.auprc_ratio_B - base.auprc_ratio_B
         name = "over_expression"

@@ -80,7 +80,7 @@ class Asked:
     min_cells: int = MIN_CELLS
     min_coverage: float = MIN_COVERAGE
     max_edges: int = MAX_EDGES
-    bootstraps: int = 200
+    bootstraps: int = 500
     workers: int = 1
     batch_tokens: int = 0
     seed: int = 0

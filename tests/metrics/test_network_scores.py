@@ -118,3 +118,20 @@ def test_stability_counts_shared_edges(case):
     assert stability(np.arange(S * T).reshape(S, T), -np.arange(S * T).reshape(S, T),
                      counts_ST, 30) == 0  # fmt: skip
     assert np.isnan(stability(strength_ST, strength_ST, np.zeros((S, T), bool), 30))
+
+
+def test_the_interval_of_an_order_by_chance_holds_1():
+    """Factors of very different size: 95 % should hold it, and plain quantiles do not."""
+    rng = np.random.default_rng(1)
+    held = plain = 0
+    for _ in range(40):
+        edge_ST = rng.random((12, 80)) < rng.beta(0.5, 4, 12)[:, None]
+        pairs = Pairs.of(edge_ST, edge_ST.any(1)[:, None] & np.ones(80, bool))
+        matched = MatchedPairs(pairs, edge_ST, rng.random(80))
+        times_BS = resampled(12, 100, seed=1)
+        found = rank(rng.random((12, 80)), pairs, times_BS, matched).auprc_ratio_B
+        _, low, high = interval(found)
+        held += low <= 1 <= high
+        low, high = np.quantile(found[1:], [0.025, 0.975])
+        plain += low <= 1 <= high
+    assert held >= 34 and held > plain + 3
