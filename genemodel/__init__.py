@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from genemodel.loading import load as load
     from genemodel.model.settings import ModelSettings as ModelSettings
     from genemodel.model.tuning import TuningSettings as TuningSettings
+    from genemodel.networks.attention import attention as attention
+    from genemodel.networks.network import network as network
     from genemodel.perturbation.perturb import perturb as perturb
     from genemodel.reports import pl as pl
     from genemodel.simulation.cells import synthetic as synthetic
@@ -70,8 +72,8 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "ImputationModel": ("genemodel.imputation.model", "ImputationModel"),
     "IntegratedModel": ("genemodel.integration.model", "IntegratedModel"),
     "IntegrationSettings": ("genemodel.integration.head", "IntegrationSettings"),
-    "LogSettings": ("genemodel.train.settings", "LogSettings"),
     "KnowledgeBuildSettings": ("genemodel.knowledge.building", "KnowledgeBuildSettings"),
+    "LogSettings": ("genemodel.train.settings", "LogSettings"),
     "ModelSettings": ("genemodel.model.settings", "ModelSettings"),
     "NewGenesSettings": ("genemodel.train.settings", "NewGenesSettings"),
     "OptimSettings": ("genemodel.train.settings", "OptimSettings"),
@@ -82,8 +84,9 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "TuningSettings": ("genemodel.model.tuning", "TuningSettings"),
     "ablate": ("genemodel.knowledge.ablation", "ablate"),
     "annotate": ("genemodel.annotation.annotate", "annotate"),
-    "build_knowledge": ("genemodel.knowledge.building", "build_knowledge"),
+    "attention": ("genemodel.networks.attention", "attention"),
     "attribute": ("genemodel.attribution.attribute", "attribute"),
+    "build_knowledge": ("genemodel.knowledge.building", "build_knowledge"),
     "classify_genes": ("genemodel.gene_tasks.labels", "classify_genes"),
     "contamination": ("genemodel.embedding.contamination", "contamination"),
     "embed": ("genemodel.embedding.embed", "embed"),
@@ -97,6 +100,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "impute": ("genemodel.imputation.impute", "impute"),
     "integrate": ("genemodel.integration.integrate", "integrate"),
     "load": ("genemodel.loading", "load"),
+    "network": ("genemodel.networks.network", "network"),
     "perturb": ("genemodel.perturbation.perturb", "perturb"),
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
@@ -118,8 +122,8 @@ __all__ = [
     "ImputationModel",
     "IntegratedModel",
     "IntegrationSettings",
-    "LogSettings",
     "KnowledgeBuildSettings",
+    "LogSettings",
     "ModelSettings",
     "NewGenesSettings",
     "OptimSettings",
@@ -131,8 +135,9 @@ __all__ = [
     "__version__",
     "ablate",
     "annotate",
-    "build_knowledge",
+    "attention",
     "attribute",
+    "build_knowledge",
     "classify_genes",
     "contamination",
     "embed",
@@ -146,6 +151,7 @@ __all__ = [
     "impute",
     "integrate",
     "load",
+    "network",
     "perturb",
     "pl",
     "pretrain",

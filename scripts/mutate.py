@@ -591,6 +591,39 @@ MUTANTS = (
         "perturbation/test_perturb.py::test_cells_do_not_vote_for_the_mean_that_they_are_part_of",
     ),
     mutant(
+        "jacobian-of-dummies", "networks/jacobian.py",
+        "encode_opening(self.model, batch)[: batch.n_cells]", "encode_opening(self.model, batch)",
+        "places without a cell add derivatives of the tokens that they read",
+        "networks/test_networks.py::test_the_jacobian_is_what_one_count_more_does",
+    ),
+    mutant(
+        "jacobian-library-held", "networks/jacobian.py",
+        "    return own_F + library_C[batch.segment_T[at_F]]", "    return own_F",
+        "a count more changes its own value and no library",
+        "networks/test_networks.py::test_the_jacobian_is_what_one_count_more_does",
+    ),
+    mutant(
+        "attention-of-chosen-alone", "networks/attention_sums.py",
+        "score_Hqt.softmax(-1).index_select(2, key)", "score_Hqt.index_select(2, key).softmax(-1)",
+        "attention adds up to 1 over the chosen genes instead of all of the cell",
+        "networks/test_networks.py::test_attention_is_that_of_dense_matrices",
+    ),
+    mutant(
+        "matched-pairs-one-sided", "metrics/networks.py",
+        "for side_EN in (louder_EN > 0, louder_EN < 0):", "for side_EN in (louder_EN < 0,):",
+        "pairs that edges are compared with are all quieter",
+        "metrics/test_network_scores.py"
+        "::test_matched_pairs_are_none_of_the_edges_and_lie_on_both_sides",
+    ),
+    mutant(
+        "perturb-own-ranks", "perturbation/passes.py",
+        "self._scale_V = rank_scale(bundle.medians_V, bundle.tokens.style)",
+        "self._scale_V = inverse_medians(bundle.medians_V)",
+        "cells of a published style are perturbed in an order of ours",
+        "importers/test_attention_parity.py"
+        "::test_genes_move_as_in_the_published_sequence_without_one",
+    ),
+    mutant(
         "votes-unweighted", "annotation/annotate.py",
         "weight_CK = np.exp(-distance_CK / width_C1)", "weight_CK = np.ones_like(distance_CK)",
         "far neighbours vote as near ones do",

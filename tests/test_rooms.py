@@ -37,6 +37,7 @@ ORDER = (
     ("gene_tasks",),
     ("attribution",),
     ("metrics",),
+    ("networks",),
     ("reports",),
     ("evaluation",),
     ("command",),

@@ -194,6 +194,17 @@ VERBS: dict[str, Verb] = {
             "output=lung_genes.tsv.gz",
         ),
     ),
+    "network": Verb(
+        summary="gene regulatory networks from a model and from cells, scored side by side",
+        config="network",
+        settings="genemodel.networks.settings:NetworkSettings",
+        function="genemodel.networks.network:network_file",
+        examples=(
+            "network input=lung.h5ad model=runs/small/bundle tfs=tfs.tsv out=networks/lung",
+            "network input=lung.h5ad model=runs/small/bundle truth=collectri.tsv donor_key=donor "
+            "'methods=[attention,jacobian,pearson,grnboost]' out=networks/lung",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",

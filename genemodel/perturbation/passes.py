@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
-from genemodel.batches.loader import Window, inverse_medians, pack
+from genemodel.batches.loader import Window, inverse_medians, pack, rank_scale
 from genemodel.batches.packing import plan_bins
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError
@@ -174,8 +174,8 @@ class Perturber:
         self.bundle, self.how = bundle, how
         self.model = bundle.model.eval()
         self.budget = max(budget or bundle.tokens.budget, bundle.tokens.context)
-        self.inverse_median_V = inverse_medians(bundle.medians_V)
-        self._inverse_V = torch.from_numpy(self.inverse_median_V).to(bundle.device)
+        self._scale_V = rank_scale(bundle.medians_V, bundle.tokens.style)
+        self._inverse_V = torch.from_numpy(inverse_medians(bundle.medians_V)).to(bundle.device)
         self._project = cell_projection(bundle)
 
     # -- the cells as they are ---------------------------------------------------------------
@@ -188,7 +188,7 @@ class Perturber:
             here = rows[order[chosen]]
             n = int(length[order[chosen]].sum())
             batch = pack(
-                window, here, self.inverse_median_V, self.bundle.tokens, budget=n,
+                window, here, self._scale_V, self.bundle.tokens, budget=n,
                 max_cells=here.size,
             )  # fmt: skip
             yield batch, here

@@ -38,7 +38,9 @@ def attribution_bars(table: pd.DataFrame, *, labels: Sequence[str] | None, most:
             raise DataError(f"The table has no label {missing[0]!r}; it has {', '.join(known)}.")
         parts = {label: table.loc[label] for label in wanted}
     rows = min(len(parts), 4)
-    _, grid = _new(-(-len(parts) // 4), rows, width=2.7, height=0.8 + 0.19 * most)
+    _, grid = _new(
+        -(-len(parts) // 4), rows, width=2.7, height=0.8 + 0.19 * most, panels=len(parts)
+    )
     axes = grid.ravel()
     for unused in axes[len(parts) :]:
         unused.set_visible(False)

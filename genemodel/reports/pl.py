@@ -16,20 +16,26 @@ import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
+from genemodel.networks.attention import KEY as ATTENTION
+from genemodel.networks.attention import from_uns
 from genemodel.reports import plots
+from genemodel.reports.attention_plot import attention_map
 from genemodel.reports.gene_plots import attribution_bars, gene_map
 from genemodel.reports.perturbation_plot import perturbation_panels
+from genemodel.settings import some
 
 if TYPE_CHECKING:
     import anndata as ad
     from matplotlib.axes import Axes
 
     from genemodel.corpus.corpus import Corpus
+    from genemodel.networks.attention import AttentionResult
     from genemodel.perturbation.result import PerturbationResult
     from genemodel.reports.comparison import EvaluationResult
 
 __all__ = [
     "annotation",
+    "attention",
     "attributions",
     "calibration",
     "corpus",
@@ -480,6 +486,58 @@ def gene_vectors(
         One per colouring.
     """
     return gene_map(table, color, seed=seed, most=most)
+
+
+@_plot
+def attention(
+    result: "AttentionResult | ad.AnnData",
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    genes: Sequence[str] = (),
+    cluster: bool = True,
+    key: str = ATTENTION,
+) -> "Axes":
+    """Draw which genes look at which, as a heat map: rows look at columns.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.attention``, or the AnnData that it wrote to.
+    layer, head
+        One of those that were kept apart (``per_head=True``); default their mean.
+    genes
+        Some of the genes, by the names in the result; default all.
+    cluster
+        Put genes beside each other that look alike; otherwise in the order of the result.
+    key
+        Key of ``adata.uns``.
+
+    Returns
+    -------
+    Axes
+    """
+    uns = getattr(result, "uns", None)
+    if uns is not None:
+        if key not in uns:
+            raise DataError(
+                f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
+                "Compute it first with genemodel.attention."
+            )
+        result = from_uns(uns[key])
+    matrix = result.matrix(layer, head)
+    if missing := [name for name in genes if name not in matrix.index]:
+        raise DataError(
+            f"genes: {missing[0]!r} is not in the result; it has "
+            f"{some(list(map(str, matrix.index)))}."
+        )
+    if len(genes):
+        matrix = matrix.loc[list(genes), list(genes)]
+    where = [f"{name} {at}" for name, at in (("layer", layer), ("head", head)) if at is not None]
+    title = f"attention, {', '.join(where) or 'mean of heads'}, {result.summary['cells']:,} cells"
+    return attention_map(
+        matrix, relative=bool(result.summary["relative"]), title=title, cluster=cluster
+    )
 
 
 @_plot

@@ -394,3 +394,47 @@ def test_every_public_plot_says_what_it_takes():
         plot = getattr(pl, name)
         assert {"ax", "show", "save"} <= set(inspect.signature(plot).parameters), name
         assert "\nsave\n    File to write it to" in plot.__doc__, name
+
+
+def attention_result(**changes):
+    from genemodel.networks.attention import AttentionResult
+
+    rng = np.random.default_rng(0)
+    weights = rng.gamma(2.0, 0.5, (2, 6, 6)).astype(np.float32)
+    weights[:, 0, 5] = np.nan
+    made = AttentionResult(
+        [f"G{i}" for i in range(6)], weights, np.full((6, 6), 20), [(0, 0), (1, 0)],
+        {"cells": 20, "relative": True},
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_attention_is_drawn_as_it_is(tmp_path):
+    result = attention_result()
+    ax = pl.attention(result, layer=1, cluster=False, save=tmp_path / "a.png")
+    drawn = ax.images[0].get_array()
+    np.testing.assert_array_equal(drawn.mask, np.isnan(result.weights[1]))
+    np.testing.assert_array_equal(drawn.compressed(), result.weights[1][~drawn.mask])
+    assert [label.get_text() for label in ax.get_yticklabels()] == result.genes
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    ordered = pl.attention(result)
+    names = [label.get_text() for label in ordered.get_xticklabels()]
+    mean = result.matrix().loc[names, names].to_numpy()
+    np.testing.assert_array_equal(ordered.images[0].get_array().filled(np.nan), mean)
+    assert sorted(names) == result.genes and "mean of heads, 20 cells" in ordered.get_title()
+    own = plt.figure().gca()
+    assert pl.attention(result, genes=["G1", "G2"], ax=own) is own
+
+
+def test_attention_that_is_not_there_is_refused():
+    adata = ad.AnnData(np.zeros((2, 2), np.float32))
+    with pytest.raises(DataError, match="Compute it first with genemodel.attention"):
+        pl.attention(adata)
+    with pytest.raises(DataError, match="'G9' is not in the result; it has G0"):
+        pl.attention(attention_result(), genes=["G9"])
+    with pytest.raises(DataError, match="no layer 4"):
+        pl.attention(attention_result(), layer=4)
+    with pytest.raises(DataError, match="nothing can be drawn"):
+        pl.attention(attention_result(weights=np.full((2, 6, 6), np.nan, np.float32)))
