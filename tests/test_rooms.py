@@ -33,6 +33,7 @@ ORDER = (
     ("annotation",),
     ("perturbation",),
     ("metrics",),
+    ("trajectory",),
     ("reports",),
     ("evaluation",),
     ("command",),

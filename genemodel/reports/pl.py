@@ -16,6 +16,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
 from genemodel.reports import plots
 from genemodel.reports.perturbation_plot import perturbation_panels
+from genemodel.reports.trajectory_plot import trajectory_panels
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from genemodel.corpus.corpus import Corpus
     from genemodel.perturbation.result import PerturbationResult
     from genemodel.reports.comparison import EvaluationResult
+    from genemodel.trajectory.result import TrajectoryResult
 
 __all__ = [
     "annotation",
@@ -36,6 +38,7 @@ __all__ = [
     "perturbation",
     "scores",
     "training",
+    "trajectory",
 ]
 
 _SCORES = {
@@ -363,6 +366,37 @@ def perturbation(
             )
         return perturbation_panels(uns[key]["statistics"], most=most)
     return perturbation_panels(result.statistics, most=most)
+
+
+def trajectory(
+    result: "TrajectoryResult | ad.AnnData", *, key: str = "genemodel_time", most: int = 20
+) -> np.ndarray:
+    """Draw how well cells are placed, how far a predicted population is off, and which genes go.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.trajectory``, or the AnnData that it wrote to.
+    key
+        Key of ``adata.uns``.
+    most
+        Genes of the last panel.
+
+    Returns
+    -------
+    array of Axes
+        A panel for each part there is: error by method and donor; energy distance by method and
+        donor; the genes that go with time most, and their change at every step.
+    """
+    uns = getattr(result, "uns", None)
+    if uns is None:
+        return trajectory_panels(result.tables(), result.summary, most=most)
+    if key not in uns:
+        raise DataError(
+            f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
+            "Compute it first with genemodel.trajectory."
+        )
+    return trajectory_panels(uns[key], uns[key]["summary"], most=most)
 
 
 def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:
