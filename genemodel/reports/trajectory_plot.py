@@ -47,10 +47,9 @@ def trajectory_panels(
                    [OURS])  # fmt: skip
     if "genes" in tables:
         _changes(next(panels), figure, genes)
-    told = "donors" if summary["donor_key"] else "one sample, no donors"
     figure.suptitle(
-        f"{summary['cells']:,} cells at {len(summary['times'])} times; a dot is the mean of "
-        f"{'a donor' if summary['donor_key'] else 'all cells'} ({told})", fontsize=9,
+        f"{summary['cells']:,} cells at {len(summary['times'])} times; a dot is "
+        f"{'a donor' if summary['donor_key'] else 'all cells, no donors were named'}", fontsize=9,
     )  # fmt: skip
     return np.asarray(axes[0])
 

@@ -11,9 +11,9 @@ from genemodel.settings import PathText, check_seed
 
 PARTS = ("place", "populations", "genes")
 N_GENES = 2000
-# Of the latent and its decoder: half of what an integration takes, because one is trained for every
+# Of the latent and its decoder: a third of what an integration takes, because one is trained for every
 # time that is held out.
-STEPS = 500
+STEPS = 300
 # Genes that a model is asked about, and cells of a time in which they are perturbed.
 PERTURBED, PERTURBED_CELLS = 50, 200
 
