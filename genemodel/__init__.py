@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from genemodel.train.settings import OptimSettings as OptimSettings
     from genemodel.train.settings import PretrainSettings as PretrainSettings
     from genemodel.train.settings import TrainerSettings as TrainerSettings
-    from genemodel.trajectory.trajectory import trajectory as trajectory
+    from genemodel.trajectories.trajectory import trajectory as trajectory
 
 __version__ = "0.1.0"
 
@@ -81,7 +81,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "pretrain": ("genemodel.train.recipe", "pretrain"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
-    "trajectory": ("genemodel.trajectory.trajectory", "trajectory"),
+    "trajectory": ("genemodel.trajectories.trajectory", "trajectory"),
 }
 
 __all__ = [

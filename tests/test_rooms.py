@@ -33,7 +33,7 @@ ORDER = (
     ("annotation",),
     ("perturbation",),
     ("metrics",),
-    ("trajectory",),
+    ("trajectories",),
     ("reports",),
     ("evaluation",),
     ("command",),

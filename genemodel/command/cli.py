@@ -166,8 +166,8 @@ VERBS: dict[str, Verb] = {
     "trajectory": Verb(
         summary="place cells in time, predict a time between two others, rank what moves cells",
         config="trajectory",
-        settings="genemodel.trajectory.settings:TrajectorySettings",
-        function="genemodel.trajectory.trajectory:trajectory_file",
+        settings="genemodel.trajectories.settings:TrajectorySettings",
+        function="genemodel.trajectories.trajectory:trajectory_file",
         examples=(
             "trajectory input=embryo.h5ad time_key=day donor_key=line out=days",
             "trajectory input=islets.h5ad time_key=stage 'order=[ductal,endocrine,beta]' "

@@ -256,13 +256,12 @@ def _choose(
     values = without_placeholders(
         values, reading.missing_labels, column=asked.state_key, where=where
     )
-    text_C = values.astype(object).where(values.notna(), None).map(
-        lambda value: None if value is None else str(value)
-    )  # fmt: skip
+    # Not by Series.map, which makes NaN of None, and NaN has no order among texts.
+    text_C = np.array([None if pd.isna(v) else str(v) for v in values], dtype=object)
     known = sorted({value for value in text_C if value is not None})
     rows = []
     for name in asked.states or (asked.start_state,):
-        here = np.flatnonzero((text_C == name).to_numpy())
+        here = np.flatnonzero(text_C == name)
         if not here.size:
             near = nearest(name, known)
             raise DataError(
@@ -272,7 +271,7 @@ def _choose(
             )
         rows.append(sample(here))
     chosen = np.sort(np.concatenate(rows))
-    state_C = text_C.to_numpy()[chosen].astype(str)
+    state_C = text_C[chosen].astype(str)
     return state_C == asked.start_state, state_C, chosen
 
 

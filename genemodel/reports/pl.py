@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from genemodel.corpus.corpus import Corpus
     from genemodel.perturbation.result import PerturbationResult
     from genemodel.reports.comparison import EvaluationResult
-    from genemodel.trajectory.result import TrajectoryResult
+    from genemodel.trajectories.result import TrajectoryResult
 
 __all__ = [
     "annotation",

@@ -8,7 +8,7 @@ import pandas as pd
 
 from genemodel.errors import DataError
 from genemodel.reports.plots import _GREY, _OURS, _THEIRS, _clean, _new
-from genemodel.trajectory.populations import FLOORS, OURS
+from genemodel.trajectories.populations import FLOORS, OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

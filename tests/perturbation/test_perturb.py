@@ -138,6 +138,16 @@ def test_deletion_is_embedding_the_cells_without_the_gene(make_bundle, cells, na
     assert cells.uns["genemodel_perturb"]["statistics"].equals(result.statistics)
 
 
+def test_cells_of_no_state_are_left_alone(make_bundle, cells, names):
+    bundle = make_bundle(**VALUES)
+    gaps = cells.copy()
+    gaps.obs["state"] = gaps.obs["state"].astype(object)
+    gaps.obs.loc[gaps.obs_names[:6], "state"] = None
+    found = gm.perturb(gaps, bundle, genes=symbol(names), nulls=0, min_auc=0.0, **TOWARDS)
+    ill = (cells.obs["state"] == "ill").to_numpy() & (np.arange(N_CELLS) >= 6)
+    assert found.shifts["cell"].astype(str).tolist() == cells.obs_names[ill].tolist()
+
+
 def test_every_other_gene_is_measured_before_and_after(make_bundle, cells, names):
     bundle = make_bundle(**RANKS)
     one = cells[:1].copy()

@@ -8,7 +8,7 @@ import pandas as pd
 
 from genemodel.embedding.embed import write_whole
 from genemodel.settings import some
-from genemodel.trajectory import populations
+from genemodel.trajectories import populations
 from genemodel.writing import whole_directory
 
 if TYPE_CHECKING:

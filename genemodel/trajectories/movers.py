@@ -23,7 +23,7 @@ from genemodel.perturbation.result import correlation
 from genemodel.perturbation.settings import Asked
 from genemodel.perturbation.statistics import ALPHA, adjusted
 from genemodel.perturbation.variants import Operation
-from genemodel.trajectory.times import MIN_CELLS, Times
+from genemodel.trajectories.times import MIN_CELLS, Times
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from scipy import stats
 from genemodel.annotation.label_head import basis_of, unit_logs
 from genemodel.expression.neighbours import nearest
 from genemodel.expression.normalise import log_normalised
-from genemodel.trajectory.holdouts import Fold, folds
-from genemodel.trajectory.ordinal import OrdinalRegression
-from genemodel.trajectory.times import Times
+from genemodel.trajectories.holdouts import Fold, folds
+from genemodel.trajectories.ordinal import OrdinalRegression
+from genemodel.trajectories.times import Times
 
 OURS, WITH_MODEL = "ordinal on counts", "ordinal on the model"
 KNN, RIDGE, MIDDLE = "kNN in PCA", "ridge on PCA", "middle time"

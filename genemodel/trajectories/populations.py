@@ -24,8 +24,8 @@ from genemodel.metrics.distributions import (
     transport_plan,
     wasserstein_distance,
 )
-from genemodel.trajectory.placing import paired
-from genemodel.trajectory.times import MIN_CELLS, Times
+from genemodel.trajectories.placing import paired
+from genemodel.trajectories.times import MIN_CELLS, Times
 
 logger = logging.getLogger(__name__)
 

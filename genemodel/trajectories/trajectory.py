@@ -32,11 +32,11 @@ from genemodel.perturbation.settings import Asked
 from genemodel.perturbation.statistics import adjusted
 from genemodel.perturbation.variants import Operation
 from genemodel.settings import check_out_folder, to_values
-from genemodel.trajectory.movers import agreement, by_model, with_time
-from genemodel.trajectory.placing import Placer
-from genemodel.trajectory.populations import Interpolator, crossing, population_table
-from genemodel.trajectory.result import TrajectoryResult, for_uns, is_ours, write_result
-from genemodel.trajectory.settings import (
+from genemodel.trajectories.movers import agreement, by_model, with_time
+from genemodel.trajectories.placing import Placer
+from genemodel.trajectories.populations import Interpolator, crossing, population_table
+from genemodel.trajectories.result import TrajectoryResult, for_uns, is_ours, write_result
+from genemodel.trajectories.settings import (
     MIN_AUC,
     N_GENES,
     NULLS,
@@ -47,7 +47,7 @@ from genemodel.trajectory.settings import (
     TimeAsked,
     TrajectorySettings,
 )
-from genemodel.trajectory.times import Times, times_of
+from genemodel.trajectories.times import Times, times_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from genemodel.trajectory.times import Times
+from genemodel.trajectories.times import Times
 
 type Kind = Literal["donors", "times", "cells"]
 FOLDS = 5
