@@ -20,10 +20,11 @@ from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.progress import Progress
 from genemodel.perturbation.plan import plan_of
 from genemodel.perturbation.result import correlation
-from genemodel.perturbation.settings import Asked
+from genemodel.perturbation.settings import MIN_CELLS, MIN_COVERAGE, Asked
 from genemodel.perturbation.statistics import ALPHA, adjusted
 from genemodel.perturbation.variants import Operation
-from genemodel.trajectories.times import MIN_CELLS, Times
+from genemodel.trajectories.times import MIN_CELLS as MIN_TIME_CELLS
+from genemodel.trajectories.times import Times
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,17 @@ SHUFFLES = 20
 STATE = "genemodel_time"
 # Donors below which a mean over them is no test.
 MIN_DONORS = 3
-# Share of the cells that must hold a gene.
-MIN_DETECTED = 0.01
 
 
 def with_time(
-    counts_CG: sp.csr_matrix, names: list[str], times: Times, donor_C: np.ndarray | None, seed: int
+    counts_CG: sp.csr_matrix,
+    names: list[str],
+    times: Times,
+    donor_C: np.ndarray | None,
+    seed: int,
+    *,
+    min_cells: int = MIN_CELLS,
+    min_coverage: float = MIN_COVERAGE,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Correlate log expression with time.
 
@@ -54,7 +60,7 @@ def with_time(
     rows = np.flatnonzero(times.code_C >= 0)
     log_CG = sp.csc_matrix(log_normalised(counts_CG[rows]))
     value_C, code_C = times.value_C[rows], times.code_C[rows]
-    kept = np.flatnonzero(log_CG.getnnz(0) >= max(MIN_CELLS, MIN_DETECTED * rows.size))
+    kept = np.flatnonzero(log_CG.getnnz(0) >= max(min_cells, min_coverage * rows.size, 1))
     log_CG = log_CG[:, kept]
     own_C = None if donor_C is None else donor_C[rows]
     test = _Test.of(value_C, own_C)
@@ -109,7 +115,7 @@ class _Test:
         donors = np.unique(donor_C)
         several = np.array([
             d for d in donors
-            if np.ptp(value_C[donor_C == d]) > 0 and (donor_C == d).sum() >= MIN_CELLS
+            if np.ptp(value_C[donor_C == d]) > 0 and (donor_C == d).sum() >= MIN_TIME_CELLS
         ])  # fmt: skip
         if several.size >= MIN_DONORS:
             return cls("donors of several times", donor_C, several)

@@ -45,9 +45,7 @@ class OrdinalRegression:
     value_T: np.ndarray
 
     @classmethod
-    def fit(
-        cls, x_CD: np.ndarray, code_C: np.ndarray, value_T: np.ndarray, penalty: float
-    ) -> Self:
+    def fit(cls, x_CD: np.ndarray, code_C: np.ndarray, value_T: np.ndarray, penalty: float) -> Self:
         """Fit to cells of known time, every time weighing the same.
 
         Parameters
@@ -97,9 +95,7 @@ class OrdinalRegression:
         centre_T = np.bincount(code_C, x_CD @ weight_D, len(value_T)) / n_T
         # Where two times cannot be told apart their middles may change places.
         centre_T = np.maximum.accumulate(centre_T)
-        return cls(
-            mean_D, scale_D, weight_D, _thresholds(found.x[width:]), centre_T, value_T
-        )
+        return cls(mean_D, scale_D, weight_D, _thresholds(found.x[width:]), centre_T, value_T)
 
     def score(self, x_CD: np.ndarray) -> np.ndarray:
         """Place on the direction of time, (C,)."""

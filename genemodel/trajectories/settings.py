@@ -5,14 +5,14 @@ from typing import Any
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
-from genemodel.perturbation.settings import MIN_AUC, NULLS
+from genemodel.perturbation.settings import MIN_AUC, MIN_CELLS, MIN_COVERAGE, NULLS
 from genemodel.perturbation.variants import OPERATIONS, Operation
 from genemodel.settings import PathText, check_seed
 
 PARTS = ("place", "populations", "genes")
 N_GENES = 2000
-# Of the latent and its decoder: a third of what an integration takes, because one is trained for every
-# time that is held out.
+# Of the latent and its decoder: a third of what an integration takes, because one is trained for
+# every time that is held out.
 STEPS = 300
 # Genes that a model is asked about, and cells of a time in which they are perturbed.
 PERTURBED, PERTURBED_CELLS = 50, 200
@@ -46,6 +46,8 @@ class TimeAsked:
         What is done to them: delete, overexpress, inhibit or activate.
     nulls
         Genes alike in rank, detection and mean that each gene is compared with.
+    min_cells, min_coverage
+        Least number and share of the cells that a gene must be held by.
     min_auc
         A step whose two times the model tells apart less well is left out; 0 for none.
     max_cells
@@ -64,6 +66,8 @@ class TimeAsked:
     n_perturbed: int = PERTURBED
     perturb_type: Operation = "delete"
     nulls: int = NULLS
+    min_cells: int = MIN_CELLS
+    min_coverage: float = MIN_COVERAGE
     min_auc: float = MIN_AUC
     max_cells: int = PERTURBED_CELLS
     seed: int = 0
@@ -87,16 +91,17 @@ class TimeAsked:
             )
         if self.perturb_type not in OPERATIONS:
             raise ConfigError(
-                f"perturb_type is {self.perturb_type!r}: it must be one of "
-                f"{', '.join(OPERATIONS)}."
+                f"perturb_type is {self.perturb_type!r}: it must be one of {', '.join(OPERATIONS)}."
             )
         for name, least in (
             ("n_genes", 10), ("steps", 1), ("n_perturbed", 1), ("max_cells", 10), ("nulls", 0),
+            ("min_cells", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least {least}.")
-        if not 0 <= self.min_auc <= 1:
-            raise ConfigError(f"min_auc is {self.min_auc}: it must be in [0, 1].")
+        for name in ("min_auc", "min_coverage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1].")
         check_seed(self.seed)
 
 

@@ -16,9 +16,9 @@ import torch
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
+from genemodel.cells.annotations import without_counts
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.whole_file import read_anndata
-from genemodel.cells.annotations import without_counts
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.variable_genes import select_genes
 from genemodel.inference.counts import VocabularyCells
@@ -28,7 +28,7 @@ from genemodel.inference.progress import Progress
 from genemodel.integration.head import IntegrationSettings
 from genemodel.model.devices import device_of
 from genemodel.perturbation.genes import GeneNames
-from genemodel.perturbation.settings import Asked
+from genemodel.perturbation.settings import MIN_AUC, MIN_CELLS, MIN_COVERAGE, NULLS, Asked
 from genemodel.perturbation.statistics import adjusted
 from genemodel.perturbation.variants import Operation
 from genemodel.settings import check_out_folder, to_values
@@ -37,9 +37,7 @@ from genemodel.trajectories.placing import Placer
 from genemodel.trajectories.populations import Interpolator, crossing, population_table
 from genemodel.trajectories.result import TrajectoryResult, for_uns, is_ours, write_result
 from genemodel.trajectories.settings import (
-    MIN_AUC,
     N_GENES,
-    NULLS,
     PARTS,
     PERTURBED,
     PERTURBED_CELLS,
@@ -73,6 +71,8 @@ def trajectory(
     n_perturbed: int = PERTURBED,
     perturb_type: Operation = "delete",
     nulls: int = NULLS,
+    min_cells: int = MIN_CELLS,
+    min_coverage: float = MIN_COVERAGE,
     min_auc: float = MIN_AUC,
     max_cells: int = PERTURBED_CELLS,
     key_added: str = KEY,
@@ -114,6 +114,8 @@ def trajectory(
         What is done to them: ``"delete"``, ``"overexpress"``, ``"inhibit"`` or ``"activate"``.
     nulls
         Genes alike in rank, detection and mean that each gene is compared with.
+    min_cells, min_coverage
+        Least number and share of the cells that a gene must be held by.
     min_auc
         A step whose two times the model tells apart less well is left out; 0 for none.
     max_cells
@@ -142,7 +144,8 @@ def trajectory(
     asked = TimeAsked(
         time_key=time_key, order=_texts(order), donor_key=donor_key, parts=_texts(parts),
         n_genes=n_genes, steps=steps, genes=_texts(genes), n_perturbed=n_perturbed,
-        perturb_type=perturb_type, nulls=nulls, min_auc=min_auc, max_cells=max_cells, seed=seed,
+        perturb_type=perturb_type, nulls=nulls, min_cells=min_cells, min_coverage=min_coverage,
+        min_auc=min_auc, max_cells=max_cells, seed=seed,
     )  # fmt: skip
     reading = InputSettings.given(options)
     check_in_memory(adata, "adata", "genemodel trajectory")
@@ -200,9 +203,7 @@ def _made(
     reading: InputSettings,
     device: torch.device,
 ) -> tuple[TrajectoryResult, np.ndarray | None]:
-    times = times_of(
-        adata.obs, asked.time_key, asked.order, missing_labels=reading.missing_labels
-    )
+    times = times_of(adata.obs, asked.time_key, asked.order, missing_labels=reading.missing_labels)
     donor_C = _donors(adata.obs, asked.donor_key, reading)
     if bundle is not None:
         bundle = bundle.on(device)
@@ -249,7 +250,10 @@ def _made(
             table["FDR"] = adjusted(table["pval"].to_numpy(float))
     _name_donors(result, adata.obs, asked, reading)
     if "genes" in asked.parts:
-        result.genes, said = with_time(counts.counts_CG, names, times, donor_C, asked.seed)
+        result.genes, said = with_time(
+            counts.counts_CG, names, times, donor_C, asked.seed,
+            min_cells=asked.min_cells, min_coverage=asked.min_coverage,
+        )  # fmt: skip
         result.summary |= said
         if bundle is not None:
             _ask(result, adata, bundle, times, asked, reading)
@@ -323,7 +327,8 @@ def _ask(
     genes = asked.genes or tuple(result.genes["Gene"].head(asked.n_perturbed))
     perturbed = Asked(
         genes=genes, perturb_type=asked.perturb_type, donor_key=asked.donor_key,
-        nulls=asked.nulls, min_auc=asked.min_auc, max_cells=asked.max_cells, seed=asked.seed,
+        nulls=asked.nulls, min_cells=asked.min_cells, min_coverage=asked.min_coverage,
+        min_auc=asked.min_auc, max_cells=asked.max_cells, seed=asked.seed,
     )  # fmt: skip
     cells = VocabularyCells(adata, bundle, reading)
     result.steps, auc = by_model(cells, adata.obs, bundle, times, perturbed, reading, "adata")
