@@ -327,6 +327,8 @@ def _ask(
     genes = asked.genes or tuple(result.genes["Gene"].head(asked.n_perturbed))
     perturbed = Asked(
         genes=genes, perturb_type=asked.perturb_type, donor_key=asked.donor_key,
+        # Of genes' mean where nothing opens a cell.
+        emb_mode="cls" if bundle.tokens.opens else "cell",
         nulls=asked.nulls, min_cells=asked.min_cells, min_coverage=asked.min_coverage,
         min_auc=asked.min_auc, max_cells=asked.max_cells, seed=asked.seed,
     )  # fmt: skip
