@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from genemodel.train.settings import OptimSettings as OptimSettings
     from genemodel.train.settings import PretrainSettings as PretrainSettings
     from genemodel.train.settings import TrainerSettings as TrainerSettings
+    from genemodel.trajectories.trajectory import trajectory as trajectory
 
 __version__ = "0.1.0"
 
@@ -108,6 +109,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
     "settings": ("genemodel.settings", ""),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
+    "trajectory": ("genemodel.trajectories.trajectory", "trajectory"),
 }
 
 __all__ = [
@@ -159,6 +161,7 @@ __all__ = [
     "rubin_pool",
     "settings",
     "synthetic",
+    "trajectory",
 ]
 
 

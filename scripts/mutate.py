@@ -572,7 +572,8 @@ MUTANTS = (
     ),
     mutant(
         "perturb-held-moves", "perturbation/variants.py",
-        "rank_T=rank_R[order_R] if held else place_R", "rank_T=place_R",
+        "rank_T=rank_R[order_R] if held else _ranks(place_R, tokens.style)",
+        "rank_T=_ranks(place_R, tokens.style)",
         "the position-preserving knock-out shifts positions",
         "perturbation/test_variants.py::test_what_is_held_keeps_rank_value_and_library_to_the_bit",
     ),
@@ -622,6 +623,47 @@ MUTANTS = (
         "cells of a published style are perturbed in an order of ours",
         "importers/test_attention_parity.py"
         "::test_genes_move_as_in_the_published_sequence_without_one",
+    ),
+    mutant(
+        "perturb-closing-token", "batches/tokens.py",
+        'return EOS + 1 if self.style == "geneformer_v2" else N_SPECIAL', "return N_SPECIAL",
+        "the token that closes an imported cell is deleted as a gene",
+        "importers/test_perturbing_imported.py::test_special_tokens_are_no_genes",
+    ),
+    mutant(
+        "perturb-no-opening", "perturbation/passes.py",
+        "+ 1 - int(self.bundle.tokens.opens)", "",
+        "the first gene of a Geneformer V1 counts as absent, and the others as one before",
+        "importers/test_perturbing_imported.py"
+        "::test_shifts_are_those_of_the_published_procedure",
+    ),
+    mutant(
+        "perturb-last-layer", "model/opening.py",
+        "read = model.blocks[: model.cell_stop]", "read = model.blocks",
+        "an imported model is read one layer above the published one",
+        "importers/test_perturbing_imported.py"
+        "::test_shifts_are_those_of_the_published_procedure",
+    ),
+    mutant(
+        "trajectory-donor-seen", "trajectories/holdouts.py",
+        "train = np.flatnonzero(known_C & ~out_C)", "train = np.flatnonzero(known_C)",
+        "cells are placed by their own donor",
+        "trajectories/test_trajectory.py"
+        "::test_what_is_learnt_from_is_never_what_is_asked_for",
+    ),
+    mutant(
+        "trajectory-time-seen", "trajectories/populations.py",
+        "kept = np.flatnonzero((self.times.code_C >= 0) & (self.times.code_C != time))",
+        "kept = np.flatnonzero(self.times.code_C >= 0)",
+        "a population that is predicted was trained on",
+        "trajectories/test_trajectory.py::test_no_cell_of_the_time_held_out_is_used",
+    ),
+    mutant(
+        "ordinal-unweighted", "trajectories/ordinal.py",
+        "weight_C = 1.0 / (len(value_T) * n_T[code_C])",
+        "weight_C = np.full(code_C.size, 1.0 / code_C.size)",
+        "the time with most cells draws all others to it",
+        "trajectories/test_ordinal.py::test_a_rare_time_weighs_as_much_as_a_common_one",
     ),
     mutant(
         "votes-unweighted", "annotation/annotate.py",

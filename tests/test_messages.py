@@ -34,7 +34,7 @@ CALLS = {
     f"gm.{name}": getattr(genemodel, name)
     for name in (
         "annotate", "attention", "contamination", "embed", "evaluate", "impute", "integrate",
-        "load", "network", "perturb",
+        "load", "network", "perturb", "trajectory",
     )
 } | {
     "gm.Corpus.build": genemodel.Corpus.build,

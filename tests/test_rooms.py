@@ -38,6 +38,7 @@ ORDER = (
     ("attribution",),
     ("metrics",),
     ("networks",),
+    ("trajectories",),
     ("reports",),
     ("evaluation",),
     ("command",),

@@ -205,6 +205,17 @@ VERBS: dict[str, Verb] = {
             "'methods=[attention,jacobian,pearson,grnboost]' out=networks/lung",
         ),
     ),
+    "trajectory": Verb(
+        summary="place cells in time, predict a time between two others, rank what moves cells",
+        config="trajectory",
+        settings="genemodel.trajectories.settings:TrajectorySettings",
+        function="genemodel.trajectories.trajectory:trajectory_file",
+        examples=(
+            "trajectory input=embryo.h5ad time_key=day donor_key=line out=days",
+            "trajectory input=islets.h5ad time_key=stage 'order=[ductal,endocrine,beta]' "
+            "model=runs/small/bundle out=stages",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",

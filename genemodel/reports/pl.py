@@ -22,6 +22,7 @@ from genemodel.reports import plots
 from genemodel.reports.attention_plot import attention_map
 from genemodel.reports.gene_plots import attribution_bars, gene_map
 from genemodel.reports.perturbation_plot import perturbation_panels
+from genemodel.reports.trajectory_plot import trajectory_panels
 from genemodel.settings import some
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from genemodel.networks.attention import AttentionResult
     from genemodel.perturbation.result import PerturbationResult
     from genemodel.reports.comparison import EvaluationResult
+    from genemodel.trajectories.result import TrajectoryResult
 
 __all__ = [
     "annotation",
@@ -47,6 +49,7 @@ __all__ = [
     "perturbation",
     "scores",
     "training",
+    "trajectory",
 ]
 
 _SCORES = {
@@ -538,6 +541,38 @@ def attention(
     return attention_map(
         matrix, relative=bool(result.summary["relative"]), title=title, cluster=cluster
     )
+
+
+@_plot
+def trajectory(
+    result: "TrajectoryResult | ad.AnnData", *, key: str = "genemodel_time", most: int = 20
+) -> np.ndarray:
+    """Draw how well cells are placed, how far a predicted population is off, and which genes go.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.trajectory``, or the AnnData that it wrote to.
+    key
+        Key of ``adata.uns``.
+    most
+        Genes of the last panel.
+
+    Returns
+    -------
+    array of Axes
+        A panel for each part there is: error by method and donor; energy distance by method and
+        donor; the genes that go with time most, and their change at every step.
+    """
+    uns = getattr(result, "uns", None)
+    if uns is None:
+        return trajectory_panels(result.tables(), result.summary, most=most)
+    if key not in uns:
+        raise DataError(
+            f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
+            "Compute it first with genemodel.trajectory."
+        )
+    return trajectory_panels(uns[key], uns[key]["summary"], most=most)
 
 
 @_plot
