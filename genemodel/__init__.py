@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from genemodel.model.tuning import TuningSettings as TuningSettings
     from genemodel.perturbation.perturb import perturb as perturb
     from genemodel.reports import pl as pl
+    from genemodel.response.respond import respond as respond
     from genemodel.simulation.cells import synthetic as synthetic
     from genemodel.train.recipe import pretrain as pretrain
     from genemodel.train.settings import HoldoutSettings as HoldoutSettings
@@ -78,6 +79,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "perturb": ("genemodel.perturbation.perturb", "perturb"),
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
+    "respond": ("genemodel.response.respond", "respond"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
 }
@@ -115,6 +117,7 @@ __all__ = [
     "perturb",
     "pl",
     "pretrain",
+    "respond",
     "rubin_pool",
     "synthetic",
 ]

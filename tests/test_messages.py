@@ -34,7 +34,7 @@ CALLS = {
     f"gm.{name}": getattr(genemodel, name)
     for name in (
         "annotate", "contamination", "embed", "evaluate", "impute", "integrate", "load",
-        "perturb",
+        "perturb", "respond",
     )
 } | {
     "gm.Corpus.build": genemodel.Corpus.build,

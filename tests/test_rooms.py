@@ -34,6 +34,7 @@ ORDER = (
     ("perturbation",),
     ("metrics",),
     ("reports",),
+    ("response",),
     ("evaluation",),
     ("command",),
     ("__main__", "adapt", "cli"),  # adapt, cli: names of the version before

@@ -16,6 +16,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
 from genemodel.reports import plots
 from genemodel.reports.perturbation_plot import perturbation_panels
+from genemodel.reports.response_plot import response_panels
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -34,6 +35,7 @@ __all__ = [
     "integration",
     "intervals",
     "perturbation",
+    "response",
     "scores",
     "training",
 ]
@@ -363,6 +365,24 @@ def perturbation(
             )
         return perturbation_panels(uns[key]["statistics"], most=most)
     return perturbation_panels(result.statistics, most=most)
+
+
+def response(result: Any, *, most: int = 6) -> np.ndarray:
+    """Draw predicted over measured effects of what was held out, one panel a perturbation.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.respond``.
+    most
+        Panels, the largest measured effects first.
+
+    Returns
+    -------
+    array of Axes
+        One point a gene; grey where cells are not told from controls.
+    """
+    return response_panels(result.predicted, result.measured, result.tests, most=most)
 
 
 def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:

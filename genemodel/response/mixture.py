@@ -47,7 +47,9 @@ SURE = "mean, where sure"
 # Inner folds at most; with fewer groups each is left out alone.
 INNER_FOLDS = 10
 # Strengths of a mixture: least squares shrink what they are unsure of, and called genes are lost.
-STRENGTHS = (1.0, 1.3, 1.7)
+STRENGTHS = (1.0, 1.15, 1.3, 1.5)
+# Best candidates whose weights are averaged: scores of few units hardly tell them apart.
+BEST = 3
 
 
 def baselines(holdout: str, sources: Sequence[str]) -> dict[str, Predictor]:
@@ -115,8 +117,6 @@ class Mixture:
     weight: dict[str, float]
     kind: str
     total: dict[str, float] = field(default_factory=dict)
-    dev: dict = field(default_factory=dict)
-    names: list = field(default_factory=list)
 
     def predict(
         self, measured: Measured, asked: Asked, known: Mapping[str, Predictor]
@@ -149,9 +149,9 @@ def fit_mixture(
     What is left out is judged from other control cells than predictions are learned from: from the
     same ones, the mean of noise would look like a response. Candidates are every ingredient alone
     and non-negative least squares of all, of all that are dense, at several strengths; they are
-    scored as predictions are in the end, with normal tests of profiles in place of cells. The best
-    is taken where it beats the mean response by more than a standard error (jackknife over what is
-    left out), else the mean response; where scores tell nothing apart, by squared error.
+    scored as predictions are in the end, with normal tests of profiles in place of cells. The
+    weights of the best few are averaged; where scores tell nothing apart, what errs least is taken,
+    no change where nothing errs less by more than a standard error.
     """
     groups = np.unique(group_U)
     if len(groups) < 2 or measured.again is None:
@@ -178,7 +178,7 @@ def fit_mixture(
     right_UK = np.einsum("kug,ug->uk", effect_KUG, again.judged_UG * kept_UG)
     candidates = _candidates(names, gram_UKK, right_UK, fold_U)
     values = _inner_scores(measured, candidates, effect_KUG, kept_UG, fold_U, rng)
-    return _best(names, candidates, values, fold_U)
+    return _best(names, candidates, values)
 
 
 @dataclass(frozen=True)
@@ -270,38 +270,29 @@ def _ranked(
 
 
 def _best(
-    names: list[str],
-    candidates: Mapping[str, _Candidate],
-    values: Mapping[str, np.ndarray],
-    fold_U: np.ndarray,
+    names: list[str], candidates: Mapping[str, _Candidate], values: Mapping[str, np.ndarray]
 ) -> Mixture:
-    totals = _totals(values, np.ones(len(fold_U), bool))
-    kind, reason = MEAN, totals
-    if np.isfinite(totals.get(MEAN, np.nan)):
-        best = max(candidates, key=lambda name: totals[name])
-        left = [_totals(values, fold_U != fold) for fold in np.unique(fold_U)]
-        gain_F = np.array([one[best] - one[MEAN] for one in left])
-        gain_F = gain_F[np.isfinite(gain_F)]
-        error = np.sqrt((len(gain_F) - 1) * gain_F.var()) if len(gain_F) > 1 else np.inf
-        if totals[best] > error:
-            kind = best
+    totals = _totals(values)
+    if np.isfinite(totals[MEAN]):
+        chosen = sorted(candidates, key=lambda name: -totals[name])[:BEST]
+        # The mean response is left only for what is better.
+        chosen = [name for name in chosen if totals[name] >= totals[MEAN]]
     else:
         # A repeat of the experiment is no better than the mean response: what errs least.
         error_U = {name: values[name][:, VALUES.index(ERROR)] for name in candidates}
-        kind = NO_CHANGE
+        chosen = [NO_CHANGE]
         for name in (MEAN, "mixture"):
-            gain_U = error_U[kind] - error_U[name]
+            gain_U = error_U[chosen[0]] - error_U[name]
             if gain_U.mean() > gain_U.std(ddof=1) / np.sqrt(len(gain_U)):
-                kind = name
-    weight_K = candidates[kind].weight_K
+                chosen = [name]
+    weight_K = np.mean([candidates[name].weight_K for name in chosen], 0)
     kept = {name: float(w) for name, w in zip(names, weight_K, strict=True) if w > 1e-3}
-    return Mixture(kept, kind, reason, {c: v.weight_K for c, v in candidates.items()}, names)
+    kept.pop(NO_CHANGE, None)
+    return Mixture(kept, " + ".join(chosen), totals)
 
 
-def _totals(values: Mapping[str, np.ndarray], at: np.ndarray) -> dict[str, float]:
-    return {k: one["total"] for k, one in scaled_panel(
-        {name: table[at] for name, table in values.items()}
-    ).items()}  # fmt: skip
+def _totals(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: one["total"] for name, one in scaled_panel(values).items()}
 
 
 def _weights(gram_KK: np.ndarray, right_K: np.ndarray, allowed_K: np.ndarray) -> np.ndarray:
