@@ -64,9 +64,7 @@ class Tested:
         return Tested(*kept)
 
 
-def compare(
-    treated_CG: sp.csr_matrix, control_CG: sp.csr_matrix, tested_G: np.ndarray
-) -> Tested:
+def compare(treated_CG: sp.csr_matrix, control_CG: sp.csr_matrix, tested_G: np.ndarray) -> Tested:
     """Compare raw counts of two groups: Wilcoxon's rank sum and log2 fold change, gene by gene.
 
     Parameters
@@ -210,7 +208,9 @@ def expression_error(
     return float(error_G[kept_G].mean()), float(nothing_G[kept_G].mean())
 
 
-def differential(predicted: Tested, measured: Tested, gate: Tested | None = None) -> dict[str, float]:
+def differential(
+    predicted: Tested, measured: Tested, gate: Tested | None = None
+) -> dict[str, float]:
     """The four scores of responding genes, of one unit; NaN where one is not defined.
 
     Parameters
@@ -263,7 +263,9 @@ def _fold_changes(predicted: Tested, measured: Tested, gate: Tested) -> float:
 
 
 def scaled(
-    values: Mapping[str, float], baseline: Mapping[str, float], replicate: Mapping[str, float],
+    values: Mapping[str, float],
+    baseline: Mapping[str, float],
+    replicate: Mapping[str, float],
     margin: float = MIN_ROOM,
 ) -> dict[str, float]:
     """Place every score between the mean response (0) and a repeat of the experiment (1).

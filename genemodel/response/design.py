@@ -132,7 +132,9 @@ class Design:
             try:
                 dose = float(text)
             except ValueError as error:
-                raise DataError(f"predict names {text!r}: with holdout=doses give numbers.") from error
+                raise DataError(
+                    f"predict names {text!r}: with holdout=doses give numbers."
+                ) from error
             known = np.r_[0.0, self.dose_values]
             at = np.arange(len(known), dtype=float)
             beyond = len(known) if dose > known[-1] else None
@@ -140,9 +142,7 @@ class Design:
         return ranks
 
 
-def design_of(
-    adata: "AnnData", asked: AskedResponse, reading: InputSettings, where: str
-) -> Design:
+def design_of(adata: "AnnData", asked: AskedResponse, reading: InputSettings, where: str) -> Design:
     """Prove the counts, and sort cells into units and controls.
 
     Raises
@@ -261,7 +261,10 @@ def _column(adata: "AnnData", key: str, reading: InputSettings, where: str) -> p
 
 
 def _doses(
-    adata: "AnnData", asked: AskedResponse, is_control_C: np.ndarray, kept_C: np.ndarray,
+    adata: "AnnData",
+    asked: AskedResponse,
+    is_control_C: np.ndarray,
+    kept_C: np.ndarray,
     where: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank of every cell's dose, 0 for controls, and the doses."""

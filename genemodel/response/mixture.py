@@ -24,6 +24,7 @@ from genemodel.response.panels import (
     values_of,
 )
 from genemodel.response.predictors import (
+    Again,
     Asked,
     Likeness,
     Measured,
@@ -154,31 +155,57 @@ def fit_mixture(
     no change where nothing errs less by more than a standard error.
     """
     groups = np.unique(group_U)
-    if len(groups) < 2 or measured.again is None:
+    if len(groups) < 2 or not measured.again:
         return Mixture({MEAN: 1.0}, MEAN)
     rng = np.random.default_rng(seed)
     dealt = rng.permutation(len(groups)) % min(INNER_FOLDS, len(groups))
     fold_U = dealt[np.searchsorted(groups, group_U)]
-    again = measured.again
+    effects = [_left_out(measured, again, fold_U, known) for again in measured.again]
+    names = _different(list(known), effects)
+    at = [list(known).index(name) for name in names]
+    effects = [effect_KUG[at] for effect_KUG in effects]
+    kept_UG = np.ones(measured.effect_UG.shape, bool)
+    for u, p in enumerate(measured.units.perturbation_T):
+        kept_UG[u, list(measured.own[p])] = False
+    gram_UKK = np.zeros((len(fold_U), len(names), len(names)))
+    right_UK = np.zeros((len(fold_U), len(names)))
+    for again, effect_KUG in zip(measured.again, effects, strict=True):
+        masked_KUG = effect_KUG * kept_UG
+        gram_UKK += np.einsum("kug,lug->ukl", masked_KUG, masked_KUG)
+        right_UK += np.einsum("kug,ug->uk", masked_KUG, again.judged_UG)
+    candidates = _candidates(names, gram_UKK, right_UK, fold_U)
+    parts = [
+        _inner_scores(measured, again, candidates, effect_KUG, kept_UG, fold_U, rng)
+        for again, effect_KUG in zip(measured.again, effects, strict=True)
+    ]
+    values = {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
+    return _best(names, candidates, values)
+
+
+def _left_out(
+    measured: Measured, again: Again, fold_U: np.ndarray, known: Mapping[str, Predictor]
+) -> np.ndarray:
+    """Predict every unit by all that was not left out with it, (K, U, G)."""
     inner = replace(
         measured, effect_UG=again.learned_UG, control_XG=again.control_XG,
         control_noise_XG=again.control_noise_XG,
     )  # fmt: skip
-    names = list(known)
-    effect_KUG = np.zeros((len(names), *measured.effect_UG.shape), np.float32)
-    for fold in np.unique(dealt):
+    effect_KUG = np.zeros((len(known), *measured.effect_UG.shape), np.float32)
+    for fold in np.unique(fold_U):
         out_U = fold_U == fold
         left, asked = inner.take(~out_U), inner.units.take(out_U)
-        for k, name in enumerate(names):
-            effect_KUG[k, out_U] = known[name](left, asked)
-    kept_UG = np.ones(measured.effect_UG.shape, bool)
-    for u, p in enumerate(measured.units.perturbation_T):
-        kept_UG[u, list(measured.own[p])] = False
-    gram_UKK = np.einsum("kug,lug->ukl", effect_KUG * kept_UG, effect_KUG * kept_UG)
-    right_UK = np.einsum("kug,ug->uk", effect_KUG, again.judged_UG * kept_UG)
-    candidates = _candidates(names, gram_UKK, right_UK, fold_U)
-    values = _inner_scores(measured, candidates, effect_KUG, kept_UG, fold_U, rng)
-    return _best(names, candidates, values)
+        for k, predictor in enumerate(known.values()):
+            effect_KUG[k, out_U] = predictor(left, asked)
+    return effect_KUG
+
+
+def _different(names: list[str], effects: Sequence[np.ndarray]) -> list[str]:
+    """Leave out predictors that say what one before them says."""
+    kept: list[int] = []
+    for k in range(len(names)):
+        if not any(all(np.allclose(x[k], x[j], atol=1e-6) for x in effects) for j in kept):
+            kept.append(k)
+    return [names[k] for k in kept]
 
 
 @dataclass(frozen=True)
@@ -212,6 +239,7 @@ def _candidates(
 
 def _inner_scores(
     measured: Measured,
+    again: Again,
     candidates: Mapping[str, _Candidate],
     effect_KUG: np.ndarray,
     kept_UG: np.ndarray,
@@ -219,11 +247,10 @@ def _inner_scores(
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """Score candidates and a repeat on profiles: name -> (U, values)."""
-    again = measured.again
-    assert again is not None
     targets = [g for genes in measured.own for g in genes]
     of_no_target_G = ~np.isin(np.arange(kept_UG.shape[1]), targets)
-    chance_UG = rng.normal(size=kept_UG.shape) * np.sqrt(measured.noise_UG)  # of cells that are drawn
+    # Chance of the cells that are drawn.
+    chance_UG = rng.normal(size=kept_UG.shape) * np.sqrt(measured.noise_UG)
     real = [
         normal_test(again.judged_UG[u], again.noise_UG[u]).without(~kept_UG[u])
         for u in range(len(fold_U))
@@ -253,7 +280,7 @@ def _inner_scores(
             normal_test(x[u], noise_G).without(~kept_UG[u])
             for x in (again.first_UG, again.second_UG)
         ]
-        rows.append(differential(*halves, real[u]) | {ERROR: error, NOTHING: nothing})
+        rows.append(differential(halves[0], halves[1], real[u]) | {ERROR: error, NOTHING: nothing})
     ranked = _ranked(again.first_UG, again.second_UG, of_no_target_G, fold_U)
     found[REPLICATE] = values_of(rows, ranked)
     return found

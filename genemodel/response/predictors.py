@@ -51,8 +51,9 @@ class Measured:
     own
         Columns of each perturbation's own genes.
     again
-        The same units from other control cells: what predictions of some of them are judged by
-        inside, and two halves of their cells, each from its own controls, as a repeat.
+        The same units from parts of the controls: what predictions of some of them are learned from
+        and judged by inside, and two halves of their cells, each from its own controls, as a
+        repeat. One an ordered pair of parts.
     """
 
     units: Asked
@@ -63,14 +64,14 @@ class Measured:
     vectors: Mapping[str, np.ndarray]
     members: Sequence[tuple[int, ...]]
     own: Sequence[tuple[int, ...]]
-    again: "Again | None" = None
+    again: "tuple[Again, ...]" = ()
 
     def take(self, at: np.ndarray) -> "Measured":
         """Keep some of the units."""
         return replace(
             self, units=self.units.take(at), effect_UG=self.effect_UG[at],
             noise_UG=self.noise_UG[at],
-            again=None if self.again is None else self.again.take(at),
+            again=tuple(one.take(at) for one in self.again),
         )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from genemodel.response.design import WHAT, Design, design_of
 from genemodel.response.mixture import OURS, fit_mixture, ingredients
 from genemodel.response.null_test import NullTest, null_test
 from genemodel.response.panels import MEAN, REPLICATE
-from genemodel.response.predictors import Asked
 from genemodel.response.result import ResponseResult, is_ours, tables_of, write_result
 from genemodel.response.sampling import cells_with_effect
 from genemodel.response.scoring import Scores, measure, noise_of, score
@@ -180,9 +179,7 @@ def respond_file(settings: RespondSettings) -> str:
             raise DataError(f"knowledge={path}: there is no such file.")
     bundle = None
     if settings.model:
-        bundle = model_for(
-            "respond", (Bundle,), settings.model, device=device_of(settings.device)
-        )
+        bundle = model_for("respond", (Bundle,), settings.model, device=device_of(settings.device))
     adata, reading = read_anndata(settings.input, settings.reading)
     result = _respond(adata, settings.asked, reading, bundle, settings.input)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +188,10 @@ def respond_file(settings: RespondSettings) -> str:
 
 
 def _respond(
-    adata: "AnnData", asked: AskedResponse, reading: InputSettings, bundle: Bundle | None,
+    adata: "AnnData",
+    asked: AskedResponse,
+    reading: InputSettings,
+    bundle: Bundle | None,
     where: str,
 ) -> ResponseResult:
     for path in asked.knowledge:
@@ -226,8 +226,12 @@ def _respond(
 
 
 def _fixed_vectors(
-    design: Design, asked: AskedResponse, bundle: Bundle | None, adata: "AnnData",
-    reading: InputSettings, where: str,
+    design: Design,
+    asked: AskedResponse,
+    bundle: Bundle | None,
+    adata: "AnnData",
+    reading: InputSettings,
+    where: str,
 ) -> dict[str, np.ndarray]:
     """Vectors of single targets that no cell of the screen takes part in."""
     tables = {}
@@ -283,8 +287,14 @@ def _species(bundle: Bundle, adata: "AnnData", reading: InputSettings, where: st
 
 
 def _result(
-    design: Design, asked: AskedResponse, reading: InputSettings, tests: NullTest,
-    scores: Scores, group_U: np.ndarray, vectors_of: Any, bundle: Bundle | None,
+    design: Design,
+    asked: AskedResponse,
+    reading: InputSettings,
+    tests: NullTest,
+    scores: Scores,
+    group_U: np.ndarray,
+    vectors_of: Any,
+    bundle: Bundle | None,
 ) -> ResponseResult:
     screen = design.screen
     context_U = np.array([unit.context for unit in screen.units])
@@ -351,7 +361,9 @@ def _result(
 
 
 def _frame(
-    design: Design, asked: AskedResponse, rows: Sequence[tuple[str, int, int, float]],
+    design: Design,
+    asked: AskedResponse,
+    rows: Sequence[tuple[str, int, int, float]],
     effect_UG: np.ndarray,
 ) -> pd.DataFrame:
     screen = design.screen
@@ -376,7 +388,9 @@ def _dose(design: Design, asked: AskedResponse, rank: float) -> float:
 
 
 def _made(
-    design: Design, asked: AskedResponse, rows: Sequence[tuple[str, int, int, float]],
+    design: Design,
+    asked: AskedResponse,
+    rows: Sequence[tuple[str, int, int, float]],
     effect_UG: np.ndarray,
 ) -> "AnnData":
     """Cells of all predictions."""
@@ -394,9 +408,7 @@ def _made(
         )  # fmt: skip
         notes.append((part, screen.perturbations[p], screen.contexts[x],
                       _dose(design, asked, dose)))  # fmt: skip
-    obs = pd.DataFrame(
-        [note for note in notes for _ in range(asked.cells)], columns=list(_INDEX)
-    )
+    obs = pd.DataFrame([note for note in notes for _ in range(asked.cells)], columns=list(_INDEX))
     obs.index = pd.Index([f"made_{n}" for n in range(len(obs))])
     made = ad.AnnData(sp.vstack(parts, format="csr").astype(np.float32), obs=obs)
     made.var_names = screen.genes
@@ -404,7 +416,11 @@ def _made(
 
 
 def _words(
-    design: Design, asked: AskedResponse, table: pd.DataFrame, null: list[int], tests: NullTest,
+    design: Design,
+    asked: AskedResponse,
+    table: pd.DataFrame,
+    null: list[int],
+    tests: NullTest,
     about: dict[str, Any],
 ) -> list[str]:
     screen = design.screen

@@ -96,7 +96,7 @@ class ResponseResult:
         if len(self.scaled):
             page.section("Scores").table(
                 self.scaled,
-                f"Between the mean response (0) and a repeat of the experiment (1). A dash: the "
+                "Between the mean response (0) and a repeat of the experiment (1). A dash: the "
                 "repeat is hardly better than the mean response, so the score tells nothing apart.",
                 best={"total": "high"},
             )

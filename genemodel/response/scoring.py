@@ -29,6 +29,9 @@ from genemodel.response.predictors import Again, Asked, Measured
 from genemodel.response.sampling import cells_with_effect
 from genemodel.response.screen import Origin, Screen, Unit
 
+# Times that controls are dealt to choose a mixture by; each part then takes either side.
+_DEALS = 2
+
 
 @dataclass
 class Scores:
@@ -70,22 +73,27 @@ def measure(
     seed: int,
 ) -> Measured:
     """Measure the effects of units from these controls, and again from two parts of them."""
-    one, other = origin.halves(seed)
     rng = np.random.default_rng(seed)
-    halves = [np.array_split(rng.permutation(unit.rows), 2) for unit in units]
     # Half of the controls leave twice their noise.
     control_UG = np.stack([2 * origin.against(u.context, u.rows)[1] for u in units])
-    again = Again(
-        learned_UG=np.stack([one.effect(unit) for unit in units]),
-        judged_UG=np.stack([other.effect(unit) for unit in units]),
-        first_UG=np.stack([one.effect(u, a) for u, (a, _) in zip(units, halves, strict=True)]),
-        second_UG=np.stack([other.effect(u, b) for u, (_, b) in zip(units, halves, strict=True)]),
-        noise_UG=noise_UG + control_UG, half_noise_UG=2 * noise_UG + control_UG,
-        control_XG=one.control_XG, control_noise_XG=one.noise_XG,
-    )  # fmt: skip
+    again = []
+    for _ in range(_DEALS):
+        parts = origin.halves(int(rng.integers(2**31)))
+        halves = [np.array_split(rng.permutation(unit.rows), 2) for unit in units]
+        for one, other in (parts, parts[::-1]):
+            again.append(Again(
+                learned_UG=np.stack([one.effect(unit) for unit in units]),
+                judged_UG=np.stack([other.effect(unit) for unit in units]),
+                first_UG=np.stack([one.effect(u, h[0]) for u, h in zip(units, halves, strict=True)]),
+                second_UG=np.stack(
+                    [other.effect(u, h[1]) for u, h in zip(units, halves, strict=True)]
+                ),
+                noise_UG=noise_UG + control_UG, half_noise_UG=2 * noise_UG + control_UG,
+                control_XG=one.control_XG, control_noise_XG=one.noise_XG,
+            ))  # fmt: skip
     return Measured(
         asked_of(units), np.stack([origin.effect(unit) for unit in units]), noise_UG,
-        origin.control_XG, origin.noise_XG, vectors, screen.members, screen.targets, again,
+        origin.control_XG, origin.noise_XG, vectors, screen.members, screen.targets, tuple(again),
     )  # fmt: skip
 
 
@@ -170,8 +178,7 @@ def predict_all(
     known = ingredients(holdout, sources)
     mixture = fit_mixture(measured, group_U, known, seed)
     found = {
-        name: predictor(measured, asked)
-        for name, predictor in baselines(holdout, sources).items()
+        name: predictor(measured, asked) for name, predictor in baselines(holdout, sources).items()
     }
     found[OURS] = mixture.predict(measured, asked, known)
     return mixture, found
@@ -181,7 +188,11 @@ class Judge:
     """Scores predictions of units against the controls that nothing was learned from."""
 
     def __init__(
-        self, screen: Screen, learned: Origin, judge: Origin, noise_UG: np.ndarray,
+        self,
+        screen: Screen,
+        learned: Origin,
+        judge: Origin,
+        noise_UG: np.ndarray,
         rng: np.random.Generator,
     ) -> None:
         self.screen, self.learned, self.judge = screen, learned, judge
@@ -192,11 +203,11 @@ class Judge:
         ]
 
     def effect_G(self, u: int) -> np.ndarray:
-        """The measured effect."""
+        """Give the measured effect."""
         return self.judge.effect(self.screen.units[u])
 
     def noise_G(self, u: int) -> np.ndarray:
-        """Its variance, of cells and of controls."""
+        """Give its variance, of cells and of controls."""
         unit = self.screen.units[u]
         return self.cells_noise_UG[u] + self.judge.against(unit.context, unit.rows)[1]
 
@@ -254,7 +265,9 @@ class Judge:
         return self.learned.effect(unit, one), self.judge.effect(unit, other), one, other
 
     def _halves(
-        self, half: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], whole: Tested,
+        self,
+        half: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        whole: Tested,
         kept_G: np.ndarray,
     ) -> dict[str, float]:
         first_G, second_G, one, other = half

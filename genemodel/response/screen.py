@@ -136,11 +136,14 @@ class Origin:
         rng = np.random.default_rng(seed)
         one, other = [], []
         for rows in self.rows:
-            first, second = [], []
+            first: list[np.ndarray] = []
+            second: list[np.ndarray] = []
             for batch in np.unique(self.screen.batch_C[rows]):
                 dealt = rng.permutation(rows[self.screen.batch_C[rows] == batch])
                 # An odd cell goes to the half that has fewer.
-                half = (len(dealt) + (sum(map(len, first)) <= sum(map(len, second)))) // 2
+                half = (
+                    len(dealt) + (sum(x.size for x in first) <= sum(x.size for x in second))
+                ) // 2
                 first.append(dealt[:half])
                 second.append(dealt[half:])
             one.append(np.sort(np.concatenate(first)))
@@ -148,7 +151,7 @@ class Origin:
         return Origin(self.screen, one), Origin(self.screen, other)
 
     def counts(self, context: int) -> sp.csr_matrix:
-        """Counts of the control cells of a context."""
+        """Give the counts of the control cells of a context."""
         return self.screen.counts_CG[self.rows[context]]
 
     def effect(self, unit: Unit, rows: np.ndarray | None = None) -> np.ndarray:

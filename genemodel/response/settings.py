@@ -104,8 +104,8 @@ class AskedResponse:
             )
         if self.donor_key and self.holdout != "donors":
             raise ConfigError(
-                f"donor_key={self.donor_key} is read with holdout=donors only: to compare perturbed "
-                "and control cells within donors, name the column as batch_key."
+                f"donor_key={self.donor_key} is read with holdout=donors only: to compare cells "
+                "within donors, name the column as batch_key."
             )
         keys = [
             getattr(self, name)

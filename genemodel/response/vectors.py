@@ -52,7 +52,7 @@ def co_expression(control_CG: sp.csr_matrix, column_M: np.ndarray, seed: int) ->
 
 
 def of_model(bundle: Bundle, names: Sequence[str], species: str) -> np.ndarray:
-    """Token vectors of genes that a model learned, knowledge included; NaN where unknown, (M, F)."""
+    """Give the vectors that a model has of genes, knowledge included; NaN where unknown, (M, F)."""
     import torch
 
     token_M = tokens_of(bundle.vocabulary, names, species)
