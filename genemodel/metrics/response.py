@@ -1,4 +1,4 @@
-"""Six scores of a predicted response to a perturbation, as the Virtual Cell Challenge 2026 has them.
+"""Six scores of a predicted response to a perturbation, as in the Virtual Cell Challenge 2026.
 
 Written from the published definitions (cell-eval2, ``vcc2026``): discrimination, expression error,
 direction fidelity, direction reach, agreement of the genes that respond, and fold changes.
@@ -22,9 +22,6 @@ EPSILON = 1e-9
 PURITY = 0.9
 MIN_GATE = 10
 FLOOR = -6.0
-# Least distance between mean response and replicate that a score may be divided by; of the
-# challenge's own data the smallest is 0.28.
-MIN_ROOM = 0.1
 
 METRICS: dict[str, str] = {
     "discrimination": "high",
@@ -46,7 +43,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Tested:
+class Compared:
     """Genes of two groups of cells compared: fold change and evidence, NaN where not tested."""
 
     lfc_G: np.ndarray
@@ -58,13 +55,13 @@ class Tested:
         """Bool (G,)."""
         return np.nan_to_num(self.fdr_G, nan=1.0) < ALPHA
 
-    def without(self, gone_G: np.ndarray) -> "Tested":
+    def without(self, gone_G: np.ndarray) -> "Compared":
         """Forget genes; their p-values took part in the correction of the others."""
         kept = [np.where(gone_G, np.nan, x) for x in (self.lfc_G, self.p_G, self.fdr_G)]
-        return Tested(*kept)
+        return Compared(*kept)
 
 
-def compare(treated_CG: sp.csr_matrix, control_CG: sp.csr_matrix, tested_G: np.ndarray) -> Tested:
+def compare(treated_CG: sp.csr_matrix, control_CG: sp.csr_matrix, tested_G: np.ndarray) -> Compared:
     """Compare raw counts of two groups: Wilcoxon's rank sum and log2 fold change, gene by gene.
 
     Parameters
@@ -72,7 +69,7 @@ def compare(treated_CG: sp.csr_matrix, control_CG: sp.csr_matrix, tested_G: np.n
     treated_CG, control_CG
         Raw counts, CSR.
     tested_G
-        Genes to test; see :func:`tested_genes`.
+        Genes to test; see :func:`genes_to_test`.
     """
     treated_CG, control_CG = (
         normalised(x, depth=DE_DEPTH, dtype=np.float64) for x in (treated_CG, control_CG)
@@ -83,20 +80,20 @@ def compare(treated_CG: sp.csr_matrix, control_CG: sp.csr_matrix, tested_G: np.n
     nan = np.full(len(lfc_G), np.nan)
     fdr_G = nan.copy()
     fdr_G[tested_G] = benjamini_hochberg(p_G[tested_G])
-    return Tested(np.where(tested_G, lfc_G, nan), np.where(tested_G, p_G, nan), fdr_G)
+    return Compared(np.where(tested_G, lfc_G, nan), np.where(tested_G, p_G, nan), fdr_G)
 
 
-def normal_test(effect_G: np.ndarray, variance_G: np.ndarray) -> Tested:
+def normal_test(effect_G: np.ndarray, variance_G: np.ndarray) -> Compared:
     """Test effects on profiles against their variance, in place of cells."""
     from scipy.stats import norm
 
     z_G = np.zeros(len(effect_G))
     np.divide(effect_G, np.sqrt(variance_G), out=z_G, where=variance_G > 0)
     p_G = 2 * norm.sf(np.abs(z_G))
-    return Tested(effect_G, p_G, benjamini_hochberg(p_G))
+    return Compared(effect_G, p_G, benjamini_hochberg(p_G))
 
 
-def tested_genes(control_CG: sp.csr_matrix) -> np.ndarray:
+def genes_to_test(control_CG: sp.csr_matrix) -> np.ndarray:
     """Genes with more than 5 counts per million in the control cells, bool (G,)."""
     scaled_CG = normalised(control_CG, depth=DE_DEPTH, dtype=np.float64)
     return np.asarray(scaled_CG.mean(0)).ravel() > MIN_CPM
@@ -147,7 +144,7 @@ def rank_sum_p(a_CG: sp.csr_matrix, b_CG: sp.csr_matrix) -> np.ndarray:
 
 
 def benjamini_hochberg(p_N: np.ndarray) -> np.ndarray:
-    """Adjusted p-values."""
+    """Adjust p-values for how many there are."""
     from scipy.stats import false_discovery_control
 
     return false_discovery_control(p_N) if len(p_N) else p_N
@@ -209,9 +206,9 @@ def expression_error(
 
 
 def differential(
-    predicted: Tested, measured: Tested, gate: Tested | None = None
+    predicted: Compared, measured: Compared, gate: Compared | None = None
 ) -> dict[str, float]:
-    """The four scores of responding genes, of one unit; NaN where one is not defined.
+    """Give the four scores of responding genes, of one unit; NaN where one is not defined.
 
     Parameters
     ----------
@@ -238,7 +235,7 @@ def differential(
 
 
 def _reach(
-    predicted: Tested, real_G: np.ndarray, known_G: np.ndarray, agree_G: np.ndarray
+    predicted: Compared, real_G: np.ndarray, known_G: np.ndarray, agree_G: np.ndarray
 ) -> float:
     pool = np.flatnonzero(real_G & known_G)
     if not real_G.any():
@@ -253,7 +250,7 @@ def _reach(
     return float((pure[-1] + 1) / real_G.sum()) if len(pure) else 0.0
 
 
-def _fold_changes(predicted: Tested, measured: Tested, gate: Tested) -> float:
+def _fold_changes(predicted: Compared, measured: Compared, gate: Compared) -> float:
     at = gate.significant_G & np.isfinite(gate.lfc_G)
     size = float(np.abs(gate.lfc_G[at]).sum())
     if at.sum() < MIN_GATE or not size:
@@ -263,20 +260,16 @@ def _fold_changes(predicted: Tested, measured: Tested, gate: Tested) -> float:
 
 
 def scaled(
-    values: Mapping[str, float],
-    baseline: Mapping[str, float],
-    replicate: Mapping[str, float],
-    margin: float = MIN_ROOM,
+    values: Mapping[str, float], baseline: Mapping[str, float], replicate: Mapping[str, float]
 ) -> dict[str, float]:
     """Place every score between the mean response (0) and a repeat of the experiment (1).
 
-    NaN where the repeat is not better than the baseline by more than ``margin``: such a score
-    tells nothing apart. As in the challenge nothing is cut off but far below, at −6.
+    NaN where the repeat is not better than the baseline. As in the challenge nothing is cut off but
+    what is far below, at −6.
     """
     found = {}
     for name, way in METRICS.items():
         b, r, u = (x.get(name, np.nan) for x in (baseline, replicate, values))
-        room = (r - b) if way == "high" else (b - r)
-        usable = np.isfinite(room) and room > margin and np.isfinite(u)
-        found[name] = max((u - b) / (r - b), FLOOR) if usable else np.nan
+        better = (r > b) if way == "high" else (r < b)
+        found[name] = max((u - b) / (r - b), FLOOR) if better and np.isfinite(u) else np.nan
     return found

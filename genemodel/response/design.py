@@ -90,8 +90,8 @@ class Design:
         dealt = np.random.default_rng(asked.seed).permutation(len(groups)) % n
         return [np.flatnonzero(np.isin(group_U, groups[dealt == fold])) for fold in range(n)]
 
-    def unmeasured(self, asked: AskedResponse) -> Asked:
-        """What is asked for and was not measured.
+    def unmeasured(self, asked: AskedResponse) -> tuple[Asked, list[float]]:
+        """Give what is asked for and was not measured, and the doses of it.
 
         Raises
         ------
@@ -101,15 +101,14 @@ class Design:
         screen = self.screen
         there = {(u.perturbation, u.context) for u in screen.units}
         contexts = range(len(screen.contexts))
-        wanted: list[tuple[int, int, float]] = []
+        wanted: list[tuple[int, int, float]] = []  # perturbation, context, dose
         if asked.holdout == "targets":
             new = [screen.perturbations.index(name) for name in dict.fromkeys(asked.predict)]
-            wanted = [(p, x, 1.0) for p in new for x in contexts if (p, x) not in there]
+            top = float(self.dose_values[-1])
+            wanted = [(p, x, top) for p in new for x in contexts if (p, x) not in there]
         elif asked.holdout == "doses":
-            wanted = [(p, x, rank) for rank in self._ranks(asked.predict) for p, x in sorted(there)]
+            wanted = [(p, x, _number(text)) for text in asked.predict for p, x in sorted(there)]
         else:
-            measured = sorted({p for p, _ in there})
-            doses = sorted({(u.perturbation, u.dose) for u in screen.units})
             for name in asked.predict:
                 if name not in screen.contexts:
                     near = nearest(name, screen.contexts)
@@ -118,28 +117,31 @@ class Design:
                         f"{asked.min_cells} controls; there are {some(screen.contexts)}"
                         + (f". Did you mean {near!r}?" if near else "")
                     )
+            chosen = [
+                x for x in contexts if not asked.predict or screen.contexts[x] in asked.predict
+            ]
+            doses = sorted({(u.perturbation, u.dose) for u in screen.units})
             wanted = [
-                (p, x, float(dose)) for p in measured for x in contexts if (p, x) not in there
-                and (not asked.predict or screen.contexts[x] in asked.predict)
-                for q, dose in doses if q == p
+                (p, x, float(self.dose_values[rank - 1]))
+                for p, rank in doses for x in chosen if (p, x) not in there
             ]  # fmt: skip
-        codes = np.array(wanted, float).reshape(-1, 3)
-        return Asked(codes[:, 0].astype(int), codes[:, 1].astype(int), codes[:, 2])
+        known = np.r_[0.0, self.dose_values]
+        # Beyond the last dose is one rank further, however far.
+        ranks = [
+            float(np.interp(dose, known, np.arange(len(known)))) if dose <= known[-1]
+            else float(len(known)) for _, _, dose in wanted
+        ]  # fmt: skip
+        return Asked(
+            np.array([p for p, _, _ in wanted], int), np.array([x for _, x, _ in wanted], int),
+            np.array(ranks),
+        ), [dose for _, _, dose in wanted]  # fmt: skip
 
-    def _ranks(self, doses: tuple[str, ...]) -> list[float]:
-        ranks = []
-        for text in doses:
-            try:
-                dose = float(text)
-            except ValueError as error:
-                raise DataError(
-                    f"predict names {text!r}: with holdout=doses give numbers."
-                ) from error
-            known = np.r_[0.0, self.dose_values]
-            at = np.arange(len(known), dtype=float)
-            beyond = len(known) if dose > known[-1] else None
-            ranks.append(float(beyond) if beyond else float(np.interp(dose, known, at)))
-        return ranks
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise DataError(f"predict names {text!r}: with holdout=doses give numbers.") from error
 
 
 def design_of(adata: "AnnData", asked: AskedResponse, reading: InputSettings, where: str) -> Design:
@@ -282,8 +284,8 @@ def _doses(
     wrong = treated_C & ~np.isfinite(dose_C)
     if wrong.any():
         raise DataError(
-            f"{where}: obs[{asked.dose_key!r}] of {int(wrong.sum()):,} perturbed cells is no number "
-            f"({some(sorted({str(v) for v in values[wrong]}))}). Give doses in one unit, as numbers"
+            f"{where}: obs[{asked.dose_key!r}] of {int(wrong.sum()):,} perturbed cells is no "
+            f"number ({some(sorted({str(v) for v in values[wrong]}))}). Give doses in one unit"
         )
     if (treated_C & (dose_C <= 0)).any():
         raise DataError(

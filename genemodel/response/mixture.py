@@ -126,6 +126,14 @@ class Mixture:
         effect_TG = np.zeros((len(asked), measured.effect_UG.shape[1]))
         for name, weight in self.weight.items():
             effect_TG += weight * known[name](measured, asked)
+        p_U = measured.units.perturbation_T
+        own = [
+            measured.effect_UG[u, gene] for u, p in enumerate(p_U) for gene in measured.own[p]
+        ]  # fmt: skip
+        # Of a target that was not seen, what perturbations do to their own genes.
+        for t, p in enumerate(asked.perturbation_T):
+            if own and p not in p_U:
+                effect_TG[t, list(measured.own[p])] = np.mean(own)
         return effect_TG
 
 
@@ -210,7 +218,7 @@ def _different(names: list[str], effects: Sequence[np.ndarray]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Weights with which every unit is predicted, from what was not left out with it; and of all."""
+    """Weights that predict every unit from what was not left out with it; and those of all."""
 
     weight_UK: np.ndarray
     weight_K: np.ndarray

@@ -1,7 +1,7 @@
 """Whether perturbed cells differ from controls at all, beyond what shuffled labels give.
 
-Two distances are looked at, and the stronger evidence counts, shuffled likewise: of all genes, where
-a few move, and of the main directions in which cells vary, where a whole programme does.
+Two distances are looked at, and the stronger evidence counts, shuffled likewise: of all genes,
+where a few move, and of the main directions in which cells vary, where a whole programme does.
 
 Axes: C cells, G genes, L labels, B permutations, K components.
 """

@@ -132,7 +132,7 @@ def mean_weights(measured: Measured, asked: Asked) -> np.ndarray:
 
 
 def mean_response(measured: Measured, asked: Asked) -> np.ndarray:
-    """The mean of what was measured: the baseline that scores 0."""
+    """Predict the mean of what was measured: the baseline that scores 0."""
     return mean_weights(measured, asked) @ measured.effect_UG
 
 
@@ -156,7 +156,7 @@ def additive(measured: Measured, asked: Asked) -> np.ndarray:
 
 
 def nearest_dose(measured: Measured, asked: Asked) -> np.ndarray:
-    """The same perturbation and context at the nearest dose; a tie is their mean."""
+    """Predict what the nearest dose does; a tie is their mean."""
     weight_TU = mean_weights(measured, asked)
     for t, (same, gap) in enumerate(_doses(measured, asked)):
         if same.any():
@@ -201,7 +201,7 @@ def _doses(measured: Measured, asked: Asked) -> list[tuple[np.ndarray, np.ndarra
     ]
 
 
-# -- by what perturbations or contexts are like ------------------------------------------------------
+# -- by what perturbations or contexts are like ----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ def signal_share(measured: Measured, weight_TU: np.ndarray) -> np.ndarray:
 
 
 def kept_where_sure(measured: Measured, asked: Asked) -> np.ndarray:
-    """The mean response, each gene as far as it stands out of its noise."""
+    """Predict the mean response, each gene as far as it stands out of its noise."""
     weight_TU = mean_weights(measured, asked)
     return signal_share(measured, weight_TU) * (weight_TU @ measured.effect_UG)
 

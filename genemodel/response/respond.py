@@ -20,6 +20,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.genes.species import species_name
 from genemodel.inference.obs_keys import check_in_memory, check_key_added
 from genemodel.inference.progress import Progress
+from genemodel.metrics.response import ALPHA
 from genemodel.model.devices import device_of
 from genemodel.response import vectors as known
 from genemodel.response.design import WHAT, Design, design_of
@@ -258,7 +259,7 @@ def _fixed_vectors(
 
 
 def _species(bundle: Bundle, adata: "AnnData", reading: InputSettings, where: str) -> str:
-    """The one species of the cells, which the model must know."""
+    """Give the one species of the cells, which the model must know."""
     said = reading.species
     if said is None and "species" in adata.obs:
         said = "obs:species"
@@ -306,9 +307,12 @@ def _result(
         raw, scaled, about = tables_of(judged, group_U, asked.seed)
     held = np.array(scores.asked, int)
     units = [screen.units[u] for u in held]
-    rows = [("held out", u.perturbation, u.context, float(u.dose)) for u in units]
+    rows = [
+        ("held out", u.perturbation, u.context, float(design.dose_values[u.dose - 1]))
+        for u in units
+    ]
     predicted_UG = scores.predicted_UG[held]
-    new = design.unmeasured(asked)
+    new, doses = design.unmeasured(asked)
     if len(new):
         whole = screen.whole()
         measured = measure(
@@ -318,10 +322,12 @@ def _result(
         mixture = fit_mixture(measured, group_U, parts, asked.seed)
         predicted_UG = np.concatenate([predicted_UG, mixture.predict(measured, new, parts)])
         rows += [
-            ("new", int(p), int(x), float(dose))
-            for p, x, dose in zip(new.perturbation_T, new.context_T, new.dose_T, strict=True)
+            ("new", int(p), int(x), dose)
+            for p, x, dose in zip(new.perturbation_T, new.context_T, doses, strict=True)
         ]
-    predicted = _frame(design, asked, rows, predicted_UG)
+    if not asked.dose_key:
+        rows = [(part, p, x, float("nan")) for part, p, x, _ in rows]
+    predicted = _frame(design, rows, predicted_UG)
     table = pd.DataFrame({
         "perturbation": [screen.perturbations[u.perturbation] for u in screen.units],
         "context": [screen.contexts[u.context] for u in screen.units],
@@ -329,10 +335,10 @@ def _result(
         "cells": [len(u.rows) for u in screen.units],
         "controls": [len(screen.controls[u.context]) for u in screen.units],
         "p": tests.p_U, "fdr": tests.fdr_U,
-        "supported": [tests.fdr_U[n] < 0.05 for n in range(len(screen.units))],
+        "supported": [tests.fdr_U[n] < ALPHA for n in range(len(screen.units))],
         "verdict": [
             "null: no effect is claimed" if u.context in null else
-            ("told from controls" if tests.fdr_U[n] < 0.05 else "not told from controls")
+            ("told from controls" if tests.fdr_U[n] < ALPHA else "not told from controls")
             for n, u in enumerate(screen.units)
         ],
     })  # fmt: skip
@@ -342,6 +348,15 @@ def _result(
         key: value for key, value in to_values(reading).items() if key in reading.changed
     }
     words = _words(design, asked, table, null, tests, about)
+    if asked.holdout == "targets" and len(new):
+        unknown = {
+            screen.perturbations[p] for p in new.perturbation_T
+            if not any(np.isfinite(v[p]).all() for v in measured.vectors.values())
+        }  # fmt: skip
+        if unknown:
+            words.append(
+                f"No vector is known of {some(sorted(unknown))}: predicted as the others respond."
+            )
     summary = {
         "words": words, "held_out": f"{len(np.unique(group_U))} {WHAT[asked.holdout]}",
         "cells": int(sum(len(u.rows) for u in screen.units) + sum(map(len, screen.controls))),
@@ -355,36 +370,22 @@ def _result(
     }  # fmt: skip
     made = _made(design, asked, rows, predicted_UG) if asked.cells else None
     return ResponseResult(
-        predicted, _frame(design, asked, rows[: len(held)], scores.measured_UG[held]), table, raw,
+        predicted, _frame(design, rows[: len(held)], scores.measured_UG[held]), table, raw,
         scaled, scores.units, scores.mixtures, made, summary,
     )  # fmt: skip
 
 
 def _frame(
     design: Design,
-    asked: AskedResponse,
     rows: Sequence[tuple[str, int, int, float]],
     effect_UG: np.ndarray,
 ) -> pd.DataFrame:
     screen = design.screen
     index = pd.MultiIndex.from_tuples(
-        [
-            (part, screen.perturbations[p], screen.contexts[x], _dose(design, asked, dose))
-            for part, p, x, dose in rows
-        ],
+        [(part, screen.perturbations[p], screen.contexts[x], dose) for part, p, x, dose in rows],
         names=_INDEX,
     )
     return pd.DataFrame(effect_UG, index=index, columns=screen.genes)
-
-
-def _dose(design: Design, asked: AskedResponse, rank: float) -> float:
-    """Value of a dose; of a rank between two the value between."""
-    if not asked.dose_key:
-        return float("nan")
-    known_doses = np.r_[0.0, design.dose_values]
-    if rank > len(design.dose_values):
-        return max((float(text) for text in asked.predict), default=float("nan"))
-    return float(np.interp(rank, np.arange(len(known_doses)), known_doses))
 
 
 def _made(
@@ -407,7 +408,7 @@ def _made(
             )
         )  # fmt: skip
         notes.append((part, screen.perturbations[p], screen.contexts[x],
-                      _dose(design, asked, dose)))  # fmt: skip
+                      dose))  # fmt: skip
     obs = pd.DataFrame([note for note in notes for _ in range(asked.cells)], columns=list(_INDEX))
     obs.index = pd.Index([f"made_{n}" for n in range(len(obs))])
     made = ad.AnnData(sp.vstack(parts, format="csr").astype(np.float32), obs=obs)
@@ -436,7 +437,7 @@ def _words(
         )
     for x, p in enumerate(tests.p_guides_X):
         if np.isfinite(p):
-            alike = "more alike than" if p < 0.05 else "no more alike than"
+            alike = "more alike than" if p < ALPHA else "no more alike than"
             words.append(
                 f"{screen.contexts[x]}: guides of one target are {alike} guides of two (p {p:.3f})."
             )
@@ -450,8 +451,8 @@ def _words(
         )
     elif len(null) < len(screen.contexts):
         words.append(
-            f"In none of the six scores is {REPLICATE} better than {MEAN} by enough to tell methods "
-            "apart."
+            f"In none of the six scores is {REPLICATE} better than {MEAN} by enough to tell "
+            "methods apart."
         )
     return words + [f"{note[:1].upper()}{note[1:]}." for note in design.notes]
 

@@ -15,7 +15,7 @@ from genemodel.metrics.response import METRICS
 from genemodel.reports.page import Report
 from genemodel.reports.response_plot import response_panels
 from genemodel.response.mixture import OURS
-from genemodel.response.panels import MEAN, REPLICATE, VALUES, panel, scaled_panel
+from genemodel.response.panels import MEAN, REPLICATE, VALUES, panel, scaled_panel, telling
 from genemodel.writing import whole_directory
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def tables_of(
     arrays = {name: rows.to_numpy(float) for name, rows in values.items()}
     scores = pd.DataFrame({name: panel(array) for name, array in arrays.items()}).T
     scaled = pd.DataFrame(scaled_panel(arrays)).T
+    names = telling(arrays)
     group_N = group_of[next(iter(values.values())).index.to_numpy(int)]
     groups = np.unique(group_N)
     rows_of = [np.flatnonzero(group_N == group) for group in groups]
@@ -144,7 +145,7 @@ def tables_of(
     drawn = []
     for _ in range(_DRAWS):
         at = np.concatenate([rows_of[g] for g in rng.integers(len(groups), size=len(groups))])
-        one = scaled_panel({name: array[at] for name, array in arrays.items()})
+        one = scaled_panel({name: array[at] for name, array in arrays.items()}, names)
         drawn.append({name: parts["total"] for name, parts in one.items()})
     draws = pd.DataFrame(drawn)
     scaled["total_low"], scaled["total_high"] = (

@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 
 from genemodel.metrics.response import (
-    Tested,
+    Compared,
     compare,
     differential,
     discrimination,
     expression_error,
-    tested_genes,
+    genes_to_test,
 )
 from genemodel.response.mixture import (
     OURS,
@@ -84,7 +84,9 @@ def measure(
             again.append(Again(
                 learned_UG=np.stack([one.effect(unit) for unit in units]),
                 judged_UG=np.stack([other.effect(unit) for unit in units]),
-                first_UG=np.stack([one.effect(u, h[0]) for u, h in zip(units, halves, strict=True)]),
+                first_UG=np.stack(
+                    [one.effect(u, h[0]) for u, h in zip(units, halves, strict=True)]
+                ),
                 second_UG=np.stack(
                     [other.effect(u, h[1]) for u, h in zip(units, halves, strict=True)]
                 ),
@@ -198,7 +200,7 @@ class Judge:
         self.screen, self.learned, self.judge = screen, learned, judge
         self.cells_noise_UG, self.rng = noise_UG, rng
         self.tested_XG = [
-            tested_genes(judge.counts(x)) & tested_genes(learned.counts(x))
+            genes_to_test(judge.counts(x)) & genes_to_test(learned.counts(x))
             for x in range(len(screen.contexts))
         ]
 
@@ -240,15 +242,15 @@ class Judge:
                 )  # fmt: skip
             rows.append(
                 about | {"method": REPLICATE, "discrimination": ranked[REPLICATE][t]}
-                | self._halves(halves[t], real, kept_G)
+                | self._halves(unit, halves[t], real, kept_G)
             )  # fmt: skip
         return rows
 
-    def _tested(self, unit: Unit, origin: Origin, rows: np.ndarray | None = None) -> Tested:
+    def _tested(self, unit: Unit, origin: Origin, rows: np.ndarray | None = None) -> Compared:
         counts_CG = self.screen.counts_CG[unit.rows if rows is None else rows]
         return compare(counts_CG, origin.counts(unit.context), self.tested_XG[unit.context])
 
-    def _made(self, unit: Unit, effect_G: np.ndarray) -> Tested:
+    def _made(self, unit: Unit, effect_G: np.ndarray) -> Compared:
         weight_C = self.learned.weights(unit.context, unit.rows)
         control_G, _ = self.learned.against(unit.context, unit.rows)
         controls_CG = self.learned.counts(unit.context)
@@ -266,12 +268,12 @@ class Judge:
 
     def _halves(
         self,
+        unit: Unit,
         half: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-        whole: Tested,
+        whole: Compared,
         kept_G: np.ndarray,
     ) -> dict[str, float]:
         first_G, second_G, one, other = half
-        unit = self._unit_of(one)
         noise_G = [
             self.screen.noise(rows) + origin.against(unit.context, rows)[1]
             for rows, origin in ((one, self.learned), (other, self.judge))
@@ -282,7 +284,3 @@ class Judge:
             self._tested(unit, self.judge, other).without(~kept_G),
             whole,
         )
-
-    def _unit_of(self, rows: np.ndarray) -> Unit:
-        at = rows[0]
-        return next(u for u in self.screen.units if at in u.rows)
