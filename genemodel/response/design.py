@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from genemodel.cells.contract import find_counts
 from genemodel.cells.input_settings import InputSettings
-from genemodel.cells.missing_labels import without_placeholders
+from genemodel.cells.missing_labels import is_missing, placeholders, without_placeholders
 from genemodel.errors import DataError
 from genemodel.response.predictors import Asked
 from genemodel.response.screen import Screen, Unit
@@ -154,7 +154,7 @@ def design_of(adata: "AnnData", asked: AskedResponse, reading: InputSettings, wh
     """
     counts = find_counts(adata, where=where, **reading.counting())
     columns = {
-        key: _column(adata, getattr(asked, key), reading, where)
+        key: _column(adata, getattr(asked, key), reading, where, asked.control)
         for key in ("perturbation_key", "label_key", "batch_key", "donor_key", "guide_key")
         if getattr(asked, key)
     }
@@ -243,7 +243,10 @@ def design_of(adata: "AnnData", asked: AskedResponse, reading: InputSettings, wh
     )  # fmt: skip
 
 
-def _column(adata: "AnnData", key: str, reading: InputSettings, where: str) -> pd.Series:
+def _column(
+    adata: "AnnData", key: str, reading: InputSettings, where: str, control: str
+) -> pd.Series:
+    """Give a column as text, NaN where a value is missing; the control's name is never "missing"."""
     columns = [str(name) for name in adata.obs.columns]
     if key not in columns:
         near = nearest(key, columns)
@@ -256,9 +259,12 @@ def _column(adata: "AnnData", key: str, reading: InputSettings, where: str) -> p
             f"{where}: obs has two columns of the name {key!r}, and nothing says which one is "
             "meant. Rename one of them"
         )
-    values = without_placeholders(
-        pd.Series(adata.obs[key]), reading.missing_labels, column=key, where=where
-    ).astype(object)
+    words = reading.missing_labels
+    if is_missing(control, placeholders(words)):  # it may be called "none"
+        words = (*words, f"-{control}")
+    values = without_placeholders(pd.Series(adata.obs[key]), words, column=key, where=where).astype(
+        object
+    )
     return values.where(values.isna(), values.map(str))
 
 

@@ -94,10 +94,8 @@ def test_a_perfect_prediction_and_its_opposite() -> None:
     rng = np.random.default_rng(5)
     effect = rng.normal(0, 2, 40)
     real = normal_test(effect, np.full(40, 0.01))
-    same, other = (
-        differential(real, real),
-        differential(normal_test(-effect, np.full(40, 0.01)), real),
-    )
+    same = differential(real, real)
+    other = differential(normal_test(-effect, np.full(40, 0.01)), real)
     assert [same[name] for name in list(METRICS)[2:]] == [1.0, 1.0, 1.0, 0.0]
     assert other["direction_fidelity"] == 0 and other["fold_change_error"] == pytest.approx(2)
     silent = _tested([0.0] * 40, [1.0] * 40)

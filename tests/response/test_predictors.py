@@ -113,9 +113,8 @@ def test_what_is_alike_responds_alike(method: str) -> None:
     effect, table = _families()
     left = np.r_[1:6, 7:12]
     units = asked_of(*((int(p), 0, 1) for p in left))
-    measured = measured_of(
-        units, effect[left], tables={"known": np.r_[table, np.full((10, 2), np.nan)]}
-    )
+    tables = {"known": np.r_[table, np.full((10, 2), np.nan)]}
+    measured = measured_of(units, effect[left], tables=tables)
     asked = asked_of((0, 0, 1), (6, 0, 1), (15, 0, 1))
     if method == "linear":
         found = linear(measured, asked, "known")
