@@ -8,6 +8,8 @@ from genemodel.reports.plots import _GREY, _OURS, _clean, _new
 
 # Panels across.
 _ACROSS = 3
+# Genes with the largest measured effect that are named, where there is room.
+_NAMED = 5
 
 
 def response_panels(
@@ -41,9 +43,15 @@ def response_panels(
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
         ax.plot([low, high], [low, high], color="#888888", lw=1, ls="--", zorder=0)
         ax.scatter(x, y, s=7, color=_OURS if told else _GREY, lw=0, rasterized=True)
-        for gene in np.argsort(-np.abs(x), kind="stable")[:3]:
+        symbols = measured.attrs.get("symbols", list(measured.columns))
+        named: list[int] = []
+        for gene in np.argsort(-np.abs(x), kind="stable")[:_NAMED]:
+            near = [abs(y[gene] - y[other]) + abs(x[gene] - x[other]) for other in named]
+            if near and min(near) < 0.12 * (high - low):  # names would lie on each other
+                continue
+            named.append(int(gene))
             ax.annotate(
-                str(measured.columns[gene]), (x[gene], y[gene]), xytext=(3, 2),
+                str(symbols[gene]), (x[gene], y[gene]), xytext=(-3, 2), ha="right",
                 textcoords="offset points", fontsize=6,
             )  # fmt: skip
         title = f"{perturbation} in {context}" + ("" if np.isnan(dose) else f", {dose:g}")

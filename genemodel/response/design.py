@@ -246,7 +246,7 @@ def design_of(adata: "AnnData", asked: AskedResponse, reading: InputSettings, wh
 def _column(
     adata: "AnnData", key: str, reading: InputSettings, where: str, control: str
 ) -> pd.Series:
-    """Give a column as text, NaN where a value is missing; the control's name is never "missing"."""
+    """Give a column as text, NaN where missing; the control's name never stands for that."""
     columns = [str(name) for name in adata.obs.columns]
     if key not in columns:
         near = nearest(key, columns)

@@ -54,8 +54,8 @@ def telling(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:
             over_U = repeat_UV[:, VALUES.index(NOTHING)]
             by_chance = bool(over_U.mean() <= ERRORS * _error(over_U))
         else:
-            errors = [_error(x_UV[:, VALUES.index(name)]) for x_UV in (mean_UV, repeat_UV)]
-            by_chance = bool(room <= ERRORS * np.hypot(*errors))
+            one, other = (_error(x_UV[:, VALUES.index(name)]) for x_UV in (mean_UV, repeat_UV))
+            by_chance = bool(room <= ERRORS * np.hypot(one, other))
         if np.isfinite(room) and room > MIN_ROOM and not by_chance:
             found.append(name)
     return tuple(found)

@@ -13,11 +13,10 @@ import scipy.sparse as sp
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
-from genemodel.cells.genomes import only_species
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.whole_file import read_anndata
 from genemodel.errors import ConfigError, DataError
-from genemodel.genes.species import species_name
+from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.obs_keys import check_in_memory, check_key_added
 from genemodel.inference.progress import Progress
 from genemodel.metrics.response import ALPHA
@@ -38,6 +37,7 @@ from genemodel.response.settings import (
     Holdout,
     RespondSettings,
 )
+from genemodel.response.vectors import symbols_of
 from genemodel.settings import check_out_folder, some, to_values
 
 if TYPE_CHECKING:
@@ -237,13 +237,12 @@ def _fixed_vectors(
     """Vectors of single targets that no cell of the screen takes part in."""
     tables = {}
     if bundle is not None:
-        species = _species(bundle, adata, reading, where)
         # Refuses cells of another species, as every verb with a model does.
-        bundle.vocabulary.match(
-            design.genes, species=species, column=reading.column,
-            min_fraction=reading.min_fraction,
-        )  # fmt: skip
-        tables[known.MODEL] = known.of_model(bundle, design.part_names, species)
+        codes = np.unique(VocabularyCells(adata, bundle, reading).species_C)
+        names = [bundle.species[code] for code in codes]
+        if len(names) != 1:
+            raise DataError(f"{where}: has cells of {', '.join(names)}; a screen is of one species")
+        tables[known.MODEL] = known.of_model(bundle, design.part_names, names[0])
         if np.isfinite(tables[known.MODEL]).all(1).sum() < 2:
             raise DataError(
                 f"{where}: the model knows fewer than two of the perturbed genes "
@@ -256,35 +255,6 @@ def _fixed_vectors(
         read = known.of_sets if is_sets else known.of_table
         tables[name] = read(path, design.part_names)
     return tables
-
-
-def _species(bundle: Bundle, adata: "AnnData", reading: InputSettings, where: str) -> str:
-    """Give the one species of the cells, which the model must know."""
-    said = reading.species
-    if said is None and "species" in adata.obs:
-        said = "obs:species"
-    if said is None:
-        said = only_species(adata.var, reading.genome, where)
-    if said is None and len(bundle.species) == 1:
-        said = bundle.species[0]
-    if said is not None and said.startswith("obs:"):
-        key = said.removeprefix("obs:")
-        if key not in adata.obs:
-            raise DataError(f"{where}: obs has no column {key!r}, which species={said} names")
-        values = {str(v) for v in pd.Series(adata.obs[key]).dropna().unique()}
-        if len(values) != 1:
-            raise DataError(
-                f"{where}: obs[{key!r}] has {some(sorted(values))}; a screen is of one species"
-            )
-        said = values.pop()
-    if said is None:
-        raise ConfigError(
-            f"{where}: the species of its cells is not stated. Set species=human (or another)"
-        )
-    found = species_name(said)
-    if found not in bundle.species:
-        raise DataError(f"{where}: is of {found}, and the model knows {', '.join(bundle.species)}")
-    return found
 
 
 def _result(
@@ -385,7 +355,9 @@ def _frame(
         [(part, screen.perturbations[p], screen.contexts[x], dose) for part, p, x, dose in rows],
         names=_INDEX,
     )
-    return pd.DataFrame(effect_UG, index=index, columns=screen.genes)
+    table = pd.DataFrame(effect_UG, index=index, columns=screen.genes)
+    table.attrs["symbols"] = symbols_of(design.genes)
+    return table
 
 
 def _made(

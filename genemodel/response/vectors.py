@@ -36,6 +36,13 @@ def columns_of(genes: pd.DataFrame, names: Sequence[str]) -> list[int]:
     return [place.get(name.upper(), -1) for name in names]
 
 
+def symbols_of(genes: pd.DataFrame) -> list[str]:
+    """Give the names that a reader knows genes by."""
+    column = next((name for name in _NAMES if name in genes), None)
+    values = genes.index if column is None else genes[column]
+    return [str(value) for value in values]
+
+
 def co_expression(control_CG: sp.csr_matrix, column_M: np.ndarray, seed: int) -> np.ndarray:
     """Components of genes in control cells, of these columns; NaN rows for −1, (M, F)."""
     logged_CG = log_normalised(control_CG)

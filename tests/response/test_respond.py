@@ -1,4 +1,4 @@
-"""Response prediction from AnnData to tables: what is planted is found, and noise is said to be so."""
+"""Response prediction from AnnData to tables: what is planted is found, noise is said to be so."""
 
 import json
 
