@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from genemodel.networks.network import network as network
     from genemodel.perturbation.perturb import perturb as perturb
     from genemodel.reports import pl as pl
+    from genemodel.response.respond import respond as respond
     from genemodel.simulation.cells import synthetic as synthetic
     from genemodel.train.recipe import pretrain as pretrain
     from genemodel.train.settings import HoldoutSettings as HoldoutSettings
@@ -106,6 +107,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
     "push": ("genemodel.hub.push", "push"),
+    "respond": ("genemodel.response.respond", "respond"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
     "settings": ("genemodel.settings", ""),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
@@ -158,6 +160,7 @@ __all__ = [
     "pl",
     "pretrain",
     "push",
+    "respond",
     "rubin_pool",
     "settings",
     "synthetic",

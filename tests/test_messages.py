@@ -34,7 +34,7 @@ CALLS = {
     f"gm.{name}": getattr(genemodel, name)
     for name in (
         "annotate", "attention", "contamination", "embed", "evaluate", "impute", "integrate",
-        "load", "network", "perturb", "trajectory",
+        "load", "network", "perturb", "respond", "trajectory",
     )
 } | {
     "gm.Corpus.build": genemodel.Corpus.build,

@@ -40,6 +40,7 @@ ORDER = (
     ("networks",),
     ("trajectories",),
     ("reports",),
+    ("response",),
     ("evaluation",),
     ("command",),
     ("__main__", "adapt", "cli"),  # adapt, cli: names of the version before

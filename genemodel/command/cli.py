@@ -216,6 +216,18 @@ VERBS: dict[str, Verb] = {
             "model=runs/small/bundle out=stages",
         ),
     ),
+    "respond": Verb(
+        summary="predict responses to perturbations, and score them beside baselines",
+        config="respond",
+        settings="genemodel.response.settings:RespondSettings",
+        function="genemodel.response.respond:respond_file",
+        examples=(
+            "respond input=screen.h5ad perturbation_key=target control=non-targeting "
+            "holdout=targets knowledge=reactome.gmt.gz model=runs/small/bundle out=responses",
+            "respond input=pbmc.h5ad perturbation_key=condition control=ctrl holdout=cell_types "
+            "label_key=cell_type batch_key=donor out=ifnb",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",

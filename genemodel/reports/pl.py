@@ -22,6 +22,7 @@ from genemodel.reports import plots
 from genemodel.reports.attention_plot import attention_map
 from genemodel.reports.gene_plots import attribution_bars, gene_map
 from genemodel.reports.perturbation_plot import perturbation_panels
+from genemodel.reports.response_plot import response_panels
 from genemodel.reports.trajectory_plot import trajectory_panels
 from genemodel.settings import some
 
@@ -47,6 +48,7 @@ __all__ = [
     "integration",
     "intervals",
     "perturbation",
+    "response",
     "scores",
     "training",
     "trajectory",
@@ -573,6 +575,25 @@ def trajectory(
             "Compute it first with genemodel.trajectory."
         )
     return trajectory_panels(uns[key], uns[key]["summary"], most=most)
+
+
+@_plot
+def response(result: Any, *, most: int = 6) -> np.ndarray:
+    """Draw predicted over measured effects of what was held out, one panel a perturbation.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.respond``.
+    most
+        Panels, the largest measured effects first.
+
+    Returns
+    -------
+    array of Axes
+        One point a gene; grey where cells are not told from controls.
+    """
+    return response_panels(result.predicted, result.measured, result.tests, most=most)
 
 
 @_plot
