@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from genemodel.evaluation.sizes import evaluate_sizes as evaluate_sizes
     from genemodel.genes import GeneVocabulary as GeneVocabulary
     from genemodel.heads.pretraining import PretrainingSettings as PretrainingSettings
+    from genemodel.hub.push import push as push
     from genemodel.importers.exporting import export_model as export_model
     from genemodel.importers.importing import import_model as import_model
     from genemodel.imputation.impute import impute as impute
@@ -78,6 +79,7 @@ _PUBLIC: dict[str, tuple[str, str]] = {
     "perturb": ("genemodel.perturbation.perturb", "perturb"),
     "pl": ("genemodel.reports.pl", ""),
     "pretrain": ("genemodel.train.recipe", "pretrain"),
+    "push": ("genemodel.hub.push", "push"),
     "rubin_pool": ("genemodel.imputation.posterior", "rubin_pool"),
     "synthetic": ("genemodel.simulation.cells", "synthetic"),
 }
@@ -115,6 +117,7 @@ __all__ = [
     "perturb",
     "pl",
     "pretrain",
+    "push",
     "rubin_pool",
     "synthetic",
 ]

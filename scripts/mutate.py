@@ -504,7 +504,7 @@ MUTANTS = (
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),
     mutant(
-        "pretrained-factors", "imputation/network.py",
+        "pretrained-factors", "imputation/starting.py",
         "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
         "a pre-trained decoder expects of other chemistries what it expected of its own",
         "imputation/test_impute_pretrained.py"

@@ -28,6 +28,7 @@ ORDER = (
     ("integration",),
     ("imputation",),
     ("loading",),
+    ("hub",),
     ("embedding",),
     ("importers",),
     ("annotation",),
@@ -62,6 +63,7 @@ ONLY_WHEN_USED = {
     "umap",
     "pynndescent",
     "transformers",
+    "huggingface_hub",
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 

@@ -228,6 +228,17 @@ VERBS: dict[str, Verb] = {
         takes=("model",),
         was={"path": "model"},
     ),
+    "push": Verb(
+        summary="publish a model on the Hugging Face hub, with a page about it",
+        config="push",
+        settings="genemodel.hub.push:PushSettings",
+        function="genemodel.hub.push:run_push",
+        examples=(
+            "push runs/small/bundle hf://our-lab/small-mouse",
+            "push runs/lung/model hf://our-lab/lung licence=cc-by-4.0 private=true",
+        ),
+        takes=("model", "to"),
+    ),
     "species": Verb(
         summary="add a species to a gene vocabulary",
         config="species",

@@ -1,11 +1,13 @@
 """Plots of AnnData, runs and corpora: the public names under ``genemodel.pl``.
 
-Every function returns matplotlib Axes and shows nothing by itself, so the figure can be changed or
-saved: ``gm.pl.embedding(adata)[0].figure.savefig("cells.pdf")``.
+Every function returns matplotlib Axes, so that the figure can be changed, and takes ``ax``,
+``show`` and ``save`` as scanpy's do: ``gm.pl.embedding(adata, color="batch", save="cells.pdf")``.
 """
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,56 @@ _SCORES = {
 }
 
 
+_SHOWN = """\
+ax
+    Axes to draw into, one or a sequence of one a panel; default a new figure.
+show
+    Show the figure, as in a script; a notebook shows it by itself.
+save
+    File to write it to, ``.png``, ``.svg`` or ``.pdf``.
+"""
+
+
+def _plot[R](draw: Callable[..., R]) -> Callable[..., R]:
+    """Give a function that draws what every plot takes: ``ax``, ``show`` and ``save``."""
+
+    @functools.wraps(draw)
+    def plot(
+        *given: Any,
+        ax: "Axes | Sequence[Axes] | np.ndarray | None" = None,
+        show: bool = False,
+        save: str | os.PathLike[str] | None = None,
+        **named: Any,
+    ) -> R:
+        from matplotlib import pyplot as plt
+
+        if ax is None:
+            drawn = draw(*given, **named)
+        else:
+            with plots.into(list(np.ravel(np.asarray(ax, object)))):
+                drawn = draw(*given, **named)
+        first: Axes = np.ravel(np.asarray(drawn, object))[0]
+        if save is not None:
+            file = Path(save)
+            if not file.suffix or not file.absolute().parent.is_dir():
+                raise ConfigError(
+                    f"save={file}: name a file in a folder that is there, with .png, .svg or .pdf."
+                )
+            first.get_figure(root=True).savefig(file, bbox_inches="tight", dpi=200)  # type: ignore[union-attr]
+        if show:
+            plt.show()
+        return drawn
+
+    signature = inspect.signature(draw)
+    taken = inspect.signature(plot, follow_wrapped=False).parameters
+    own = [*signature.parameters.values(), *(taken[name] for name in ("ax", "show", "save"))]
+    plot.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    text = inspect.cleandoc(draw.__doc__ or "")
+    plot.__doc__ = text.replace("\n\nReturns\n---", f"\n{_SHOWN}\nReturns\n---", 1)
+    return plot
+
+
+@_plot
 def embedding(
     adata: "ad.AnnData",
     key: str | None = None,
@@ -79,6 +131,7 @@ def embedding(
     return plots.embedding_panels(layout, adata.obs, columns, title=key)
 
 
+@_plot
 def integration(
     adata: "ad.AnnData",
     *,
@@ -133,6 +186,7 @@ def _layout(adata: "ad.AnnData", key: str, seed: int) -> tuple[np.ndarray, np.nd
     return plots.umap_of(values_CD, seed=seed)
 
 
+@_plot
 def training(run: str | os.PathLike[str]) -> np.ndarray:
     """Draw the curves of a training run: losses against trivial predictors, rate, speed.
 
@@ -177,6 +231,7 @@ def _read(path: Path) -> pd.DataFrame:
     return table
 
 
+@_plot
 def calibration(
     nominal: Sequence[float] | np.ndarray,
     coverage: Sequence[float] | np.ndarray | Mapping[str, Sequence[float]],
@@ -210,6 +265,7 @@ def calibration(
     )
 
 
+@_plot
 def coverage(result: "EvaluationResult") -> np.ndarray:
     """Draw the coverage of prediction intervals of every imputation method that was compared.
 
@@ -242,6 +298,7 @@ def coverage(result: "EvaluationResult") -> np.ndarray:
     )
 
 
+@_plot
 def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) -> np.ndarray:
     """Draw the scores of a comparison, one panel per metric; ours in the strong colour.
 
@@ -281,6 +338,7 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
     )
 
 
+@_plot
 def annotation(
     adata: "ad.AnnData", *, label_key: str = "cell_type", key: str = "genemodel_label"
 ) -> "Axes":
@@ -309,6 +367,7 @@ def annotation(
     return plots.confusion(adata.obs[label_key], adata.obs[key])
 
 
+@_plot
 def intervals(
     estimates: Mapping[str, tuple[Any, Any, Any]],
     names: Sequence[str],
@@ -334,6 +393,7 @@ def intervals(
     return plots.interval_rows(estimates, names, xlabel=xlabel, title=title)
 
 
+@_plot
 def perturbation(
     result: "PerturbationResult | ad.AnnData", *, key: str = "genemodel_perturb", most: int = 20
 ) -> np.ndarray:
@@ -365,6 +425,7 @@ def perturbation(
     return perturbation_panels(result.statistics, most=most)
 
 
+@_plot
 def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:
     """Draw cells, depth and genes per cell of every source of a corpus.
 

@@ -9,13 +9,15 @@ matplotlib and umap are imported where they are used: importing this module cost
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from genemodel.errors import DataError
+from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import principal_components
 from genemodel.expression.neighbours import nearest
 
@@ -56,11 +58,60 @@ _DEUTERANOPE = np.array(
 )
 
 
-def _new(
-    rows: int = 1, columns: int = 1, *, width: float = 4.2, height: float = 3.4
-) -> "tuple[Figure, np.ndarray]":
-    from matplotlib import pyplot as plt
+# Axes to draw into instead of a new figure, those that are left; see `into`.
+_GIVEN: ContextVar["list[Axes] | None"] = ContextVar("given axes", default=None)
 
+
+@contextmanager
+def into(axes: "Sequence[Axes]") -> Iterator[None]:
+    """Have the plots drawn within use these axes, one a panel, instead of figures of their own.
+
+    Raises
+    ------
+    ConfigError
+        They are more or fewer than the panels.
+    """
+    left = list(axes)
+    token = _GIVEN.set(left)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+    if left:
+        used = len(axes) - len(left)
+        raise ConfigError(f"ax holds {len(axes)} axes, and this plot has {used} panels.")
+
+
+def _new(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    width: float = 4.2,
+    height: float = 3.4,
+    panels: int | None = None,
+) -> "tuple[Figure, np.ndarray]":
+    """Make a figure of a grid, of which the first ``panels`` (all by default) are drawn into.
+
+    Of axes that were given, the figure that is returned is an empty one: size, title and layout of
+    theirs are their owner's.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+
+    given = _GIVEN.get()
+    if given is not None:
+        panels = rows * columns if panels is None else panels
+        if len(given) < panels:
+            raise ConfigError(
+                f"ax holds too few axes: this plot has {panels} panels more, and {len(given)} "
+                "are left. Give one for each, or none for a figure of its own."
+            )
+        apart = Figure()
+        axes = np.empty(rows * columns, object)
+        axes[:panels], given[:panels] = given[:panels], []
+        for place in range(panels, rows * columns):
+            axes[place] = apart.add_subplot()
+        return apart, axes.reshape(rows, columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
@@ -443,7 +494,7 @@ def embedding_panels(
         raise DataError("An embedding is drawn by at least one obs column; none was named.")
     xy_C2, at = layout
     rows = math.ceil(len(columns) / across)
-    _, axes = _new(rows, across, width=4.6, height=3.2)
+    _, axes = _new(rows, across, width=4.6, height=3.2, panels=len(columns))
     for ax in axes.ravel()[len(columns) :]:
         ax.set_visible(False)
     for ax, column in zip(axes.ravel(), columns, strict=False):
@@ -490,7 +541,7 @@ def loss_curves(
         raise DataError("The curves have no column train/NAME or val/NAME; nothing can be drawn.")
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    _, axes = _new(rows, columns, width=3.9, height=2.9)
+    _, axes = _new(rows, columns, width=3.9, height=2.9, panels=len(names))
     for ax in axes.ravel()[len(names) :]:
         ax.set_visible(False)
     for ax, name in zip(axes.ravel(), names, strict=False):
@@ -534,7 +585,13 @@ def throughput_curves(curves: pd.DataFrame) -> "np.ndarray":
     present = [name for name in units if name in curves and curves[name].notna().any()]
     if not present:
         raise DataError(f"The curves have none of {', '.join(units)}; nothing can be drawn.")
-    figure, axes = _new(math.ceil(len(present) / 3), min(3, len(present)), width=3.9, height=2.3)
+    figure, axes = _new(
+        math.ceil(len(present) / 3),
+        min(3, len(present)),
+        width=3.9,
+        height=2.3,
+        panels=len(present),
+    )
     figure.set_layout_engine("constrained", h_pad=0.1)
     for ax in axes.ravel()[len(present) :]:
         ax.set_visible(False)
