@@ -199,8 +199,11 @@ def test_the_image_is_built_from_the_exact_versions_and_is_nobodys_root(reposito
     assert len(installs) == 3
     assert all("--constraint constraints.txt" in part for part in installs)
     users = [line for line in lines if line.startswith("USER ")]
-    assert users and users[-1] != "USER root" and lines.index(users[-1]) > max(
-        n for n, line in enumerate(lines) if line.startswith("RUN ")
+    assert (
+        users
+        and users[-1] != "USER root"
+        and lines.index(users[-1])
+        > max(n for n, line in enumerate(lines) if line.startswith("RUN "))
     )
     copied = [
         word for line in lines if line.startswith("COPY ") and "--from" not in line

@@ -265,6 +265,8 @@ def evaluate(
         result = comparison.impute(keep, tuple(mixture))
     result.contamination = contaminated
     result.encoders = {name: m.encoder for name, m in chosen.items() if m.encoder}
+    ran = {name: m for name, m in chosen.items() if name not in comparison.skipped}
+    result.software = {name: said for name, m in ran.items() if (said := m.software())}
     result.settings = {
         "data": where,
         **size,
