@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Pixels of a figure that shrinks to the page: in a window of 1,200 it has 944, and letters of 8
+# points are not read below three quarters of their size. Wider ones are scrolled.
+_SHRINKS_TO = 1_260
+
 __all__ = ["Report", "number_text", "versions"]
 
 _STYLE = """
@@ -65,6 +69,7 @@ td:not(:first-child),th:not(:first-child){padding-left:8px}
 figure{margin:8px 0 26px}
 figure img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);
 border-radius:6px;padding:8px}
+figure.wide img{max-width:none}
 figcaption{color:var(--soft);font-size:13.5px;margin-top:7px;max-width:80ch}
 pre{background:var(--fill);border:1px solid var(--line);border-radius:6px;padding:10px 12px;
 overflow-x:auto;font-size:12.5px;line-height:1.45}
@@ -280,8 +285,9 @@ class Report:
         data = base64.b64encode(saved).decode("ascii")
         media = "image/png" if kind == "png" else "image/svg+xml"
         note = f"<figcaption>{words}</figcaption>" if words else ""
+        wide = ' class="wide"' if width > _SHRINKS_TO else ""
         return self._add(
-            f'<figure><img src="data:{media};base64,{data}" '
+            f'<figure{wide}><img src="data:{media};base64,{data}" '
             f'alt="{_attribute(caption or "figure")}" width="{width}">{note}</figure>'
         )
 
