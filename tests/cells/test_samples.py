@@ -1,4 +1,4 @@
-"""Batch and donor of 10x samples, whose folders carry no obs columns: from a sheet, or their names."""
+"""Batch and donor of 10x samples, whose folders carry no obs columns: a sheet, or their names."""
 
 import pytest
 import scipy.io
