@@ -15,7 +15,7 @@
     out/genes.tsv          task genes: labels of genes by models that had not learnt their family
     out/gene_classifier/   … a bundle that tells labels of genes apart
     out/curves.csv         losses of the heads
-    out/report.html        all of these curves, with the losses on held-out cells
+    out/report.html        cells before and after, scores by label, then all of these curves
 
 Every training is a run of the one loop: on any device, over ranks, and resumed exactly. A head's
 loss reaches what of the backbone learns. Where a warm-up is asked for, or the backbone is new, it
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from genemodel.annotation.annotate import KEY as LABEL
 from genemodel.annotation.annotate import UNKNOWN_BELOW, classify, write_labels
@@ -92,6 +93,8 @@ from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from genemodel.reports.finetuning import Integrated
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +185,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         if new and out.is_dir() and [path.name for path in out.iterdir()] == [ABOUT]:
             shutil.rmtree(out)
         raise
-    _report(settings, values)
+    _report(settings, values, corpus, adata, reading)
     return out
 
 
@@ -629,11 +632,48 @@ def encoder_of(settings: FinetuneSettings) -> str:
     return f"a network on counts, beside the cell vectors of the transformer of {origin}, {learnt}"
 
 
-def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
-    """Draw all curves on one page."""
+def _integrated(
+    settings: FinetuneSettings, corpus: Corpus | None, adata: "AnnData", reading: InputSettings
+) -> "Integrated":
+    """Read some of the cells again, as they were and as they are."""
+    import anndata as ad
+
+    from genemodel.metrics.light import pca_of_lognorm
+    from genemodel.reports.finetuning import SHOWN, Integrated
+
+    embedded = ad.read_h5ad(Path(settings.out) / EMBEDDED)
+    after_CD = np.asarray(embedded.obsm[settings.key_added])
+    cells = np.flatnonzero(np.isfinite(after_CD).all(axis=1))
+    if cells.size > SHOWN:
+        cells = np.random.default_rng(settings.seed).choice(cells, SHOWN, replace=False)
+        cells.sort()
+    ranges = [(int(cell), int(cell) + 1) for cell in cells]
+    if corpus is not None:
+        counts_CG = corpus.read_blocks(ranges).to_csr(len(corpus.vocabulary))
+    else:
+        counts = find_counts(adata, where=settings.input, **reading.counting())
+        counts_CG = sp.vstack([counts.read(*one) for one in ranges], format="csr")
+    return Integrated(
+        pca_of_lognorm(counts_CG, n_comps=30, seed=settings.seed),
+        after_CD[cells],
+        embedded.obs.iloc[cells],
+        keys_of(settings.batch_key),
+        settings.label_key,
+    )
+
+
+def _report(
+    settings: FinetuneSettings,
+    values: dict[str, Any],
+    corpus: Corpus | None,
+    adata: "AnnData",
+    reading: InputSettings,
+) -> None:
+    """Lay the result out on one page, with all curves behind it."""
     from genemodel.reports.finetuning import write_finetune_report
 
     out = Path(settings.out)
+    labels = coverage = None
     facts = {"what reads the cells": encoder_of(settings)}
     logger.info("%s: the cells were read by %s.", out, facts["what reads the cells"])
     if settings.integrates:
@@ -645,6 +685,7 @@ def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
         facts["populations that may be over-corrected"] = ", ".join(about["vanished"]) or "none"
     if settings.classifies:
         held = Bundle.load(out / CLASSIFIER, device="cpu").provenance.get("labels")
+        labels = pd.DataFrame(held["by_label"]).T.convert_dtypes() if held else None
         facts["labels on held-out cells"] = "not measured: nothing is held out" if not held else (
             f"{held['cells']:,} cells, accuracy {held['accuracy']:.3f}, macro-F1 "
             f"{held['macro_f1']:.3f}, calibration error {held['calibration_error']:.3f}"
@@ -653,7 +694,13 @@ def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
         told = Bundle.load(out / GENE_CLASSIFIER, device="cpu").provenance["gene_labels"]
         facts["labels of genes of families that were not learnt from"] = told
     if settings.imputes:
-        facts["imputed counts"] = str(ImputationModel.load(out / IMPUTATION_MODEL).trained.coverage)
+        found = ImputationModel.load(out / IMPUTATION_MODEL).trained.coverage
+        facts["imputed counts"] = str(found)
+        coverage = pd.DataFrame(
+            {"held": [share for _, share, _ in found.by_mean],
+             "counts": [n for *_, n in found.by_mean]},
+            index=pd.Index([f"from {low:g}" for low, *_ in found.by_mean], name="predicted mean"),
+        )  # fmt: skip
     run = out / BACKBONE
     adapted = (run / METRICS).exists()
     write_finetune_report(
@@ -662,6 +709,9 @@ def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
         backbone=(pd.read_csv(run / "metrics.csv"), pd.read_csv(run / "validation.csv"))
         if adapted
         else None,
+        integrated=_integrated(settings, corpus, adata, reading) if settings.integrates else None,
+        labels=labels,
+        coverage=coverage,
         facts=facts,
         settings=values,
     )
