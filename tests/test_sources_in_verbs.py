@@ -437,7 +437,7 @@ def test_few_known_genes_are_accepted_where_that_is_said(cells, model, tmp_path,
     source = h5ad(both, tmp_path)
     command = ["embed", f"input={source}", f"model={model}", f"output={tmp_path}/o.h5ad"]
     assert main([*command, "species=human"]) == 2
-    assert "name the column of var that holds them with column=, or accept fewer with " in (
+    assert "say which column of var holds them (setting column), or accept fewer with " in (
         capsys.readouterr().err.replace("\n", " ")
     )
     assert main([*command, "species=9606", "min_fraction=0.2"]) == 0

@@ -77,7 +77,7 @@ class KnowledgeBuildSettings:
     kind: Kind
     input: tuple[PathText, ...]
     name: str = ""
-    knowledge_dir: Path = Path(FOLDER)
+    knowledge_dir: PathText = FOLDER
     vocabulary: Path | None = None
     species: SpeciesText = "human"
     dimensions: int | None = None
@@ -130,7 +130,7 @@ class KnowledgeBuildSettings:
     @property
     def path(self) -> Path:
         """Where the table is written."""
-        return self.knowledge_dir / f"{self.name or self.kind}.tsv.gz"
+        return Path(self.knowledge_dir) / f"{self.name or self.kind}.tsv.gz"
 
 
 def run_build(settings: KnowledgeBuildSettings) -> str:

@@ -390,7 +390,7 @@ _CALLED_LIKE_PATHS = {
 # … and sources of a corpus, which may be patterns and addresses.
 _NO_PATHS = {
     ("impute", "genes"), ("perturb", "genes"), ("corpus build", "input"),
-    ("corpus append", "input"), ("genes", "genes"),
+    ("corpus append", "input"), ("genes", "genes"), ("trajectory", "genes"),
 }  # fmt: skip
 _ADDRESSES = [
     "s3://bucket/x", "s3:bucket", "gs://b/x", "http://host/x", "abfs://c@a/x", "memory://x",

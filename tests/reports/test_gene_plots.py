@@ -52,7 +52,7 @@ def test_bars_are_the_strongest_genes_of_every_label(attributed, tmp_path):
     assert gm.pl.attributions(attributed, labels=["B cell"], ax=ax)[0] is ax
     with pytest.raises(DataError, match="no label 'NK'"):
         gm.pl.attributions(attributed, labels=["NK"])
-    with pytest.raises(ConfigError, match="ax holds 1 axes"):
+    with pytest.raises(ConfigError, match="ax holds too few axes"):
         gm.pl.attributions(attributed, ax=ax)
     with pytest.raises(DataError, match="no column 'symbol'"):
         gm.pl.attributions(pd.DataFrame({"attribution": [1.0]}))
