@@ -378,7 +378,7 @@ _CALLED_LIKE_PATHS = {
     "genes", "orthologs", "vocabulary", "html", "corpus", "sheet", "knowledge",
 }  # fmt: skip
 # A list of gene names.
-_NO_PATHS = {("impute", "genes"), ("perturb", "genes")}
+_NO_PATHS = {("impute", "genes"), ("perturb", "genes"), ("trajectory", "genes")}
 _ADDRESSES = [
     "s3://bucket/x", "s3:bucket", "gs://b/x", "http://host/x", "abfs://c@a/x", "memory://x",
     "me@host:x", "host:/data/x", "file:///data/x",
