@@ -46,8 +46,8 @@ type Predictor = Callable[[Measured, Asked], np.ndarray]
 HOLDOUTS = ("targets", "cell_types", "doses", "donors")
 NO_CHANGE, ADDITIVE, OURS = "no change", "additive", "genemodel"
 SURE = "mean, where sure"
-# Inner folds at most; with fewer groups each is left out alone. As targets are held out in five parts:
-# with fewer left out inside, more of their kind would be left to learn from.
+# Inner folds at most; with fewer groups each is left out alone. As many as targets are held out in:
+# with fewer of them left out inside, more of their kind would be left to learn from.
 INNER_FOLDS = 5
 # Strengths of a mixture: least squares shrink what they are unsure of, and called genes are lost.
 STRENGTHS = (1.0, 1.15, 1.3, 1.5)
@@ -161,8 +161,8 @@ def fit_mixture(
     same ones, the mean of noise would look like a response. Candidates are every ingredient alone
     and non-negative least squares of all, of all that are dense, at several strengths; they are
     scored as predictions are in the end, with normal tests of profiles in place of cells. The
-    weights of the best few by gain over the mean response less a standard error (jackknife over
-    what is left out) are averaged where that is above 0; else it is the mean response. Where scores
+    weights of the best few are averaged, of those that beat the mean response by more than a
+    standard error (jackknife over what is left out); else it is the mean response. Where scores
     tell nothing apart, what errs least is taken, no change where nothing errs less by more than
     a standard error.
     """
@@ -316,13 +316,9 @@ def _best(
 ) -> Mixture:
     totals = _totals(values)
     if np.isfinite(totals[MEAN]):
-        # Many are compared, so the best looks better than it is, and most where scores swing.
-        sure = {
-            name: totals[name] - _error(values, name, group_N)
-            for name in candidates if totals[name] > 0
-        }  # fmt: skip
-        chosen = sorted(sure, key=lambda name: -sure[name])[:BEST]
-        chosen = [name for name in chosen if sure[name] > 0] or [MEAN]
+        chosen = sorted(candidates, key=lambda name: -totals[name])[:BEST]
+        # The mean response is left only for what is better by more than chance.
+        chosen = [name for name in chosen if totals[name] > _error(values, name, group_N)] or [MEAN]
     else:
         # A repeat of the experiment is no better than the mean response: what errs least.
         error_U = {name: values[name][:, VALUES.index(ERROR)] for name in candidates}
