@@ -666,6 +666,25 @@ MUTANTS = (
         "trajectories/test_ordinal.py::test_a_rare_time_weighs_as_much_as_a_common_one",
     ),
     mutant(
+        "respond-one-control-group", "response/scoring.py",
+        "judges = Judge(screen, learned, judge, noise_UG, rng)",
+        "judges = Judge(screen, learned, learned, noise_UG, rng)",
+        "chance of the controls is learned and then found again",
+        "response/test_respond.py::test_a_null_screen_has_no_scores",
+    ),
+    mutant(
+        "respond-silence-pays", "metrics/response.py",
+        "most = max(n_real, n_called)", "most = n_called",
+        "calling a single sure gene is all that fidelity asks",
+        "metrics/test_response_metrics.py::test_a_perfect_prediction_and_its_opposite",
+    ),
+    mutant(
+        "respond-batches-shuffled", "response/null_test.py",
+        "to[at] = rng.permutation(at)", "to[at] = rng.choice(len(batch_C), len(at))",
+        "batches are taken for effects of the perturbation",
+        "response/test_respond.py::test_batches_are_no_effect",
+    ),
+    mutant(
         "votes-unweighted", "annotation/annotate.py",
         "weight_CK = np.exp(-distance_CK / width_C1)", "weight_CK = np.ones_like(distance_CK)",
         "far neighbours vote as near ones do",

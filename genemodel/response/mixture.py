@@ -46,8 +46,9 @@ type Predictor = Callable[[Measured, Asked], np.ndarray]
 HOLDOUTS = ("targets", "cell_types", "doses", "donors")
 NO_CHANGE, ADDITIVE, OURS = "no change", "additive", "genemodel"
 SURE = "mean, where sure"
-# Inner folds at most; with fewer groups each is left out alone.
-INNER_FOLDS = 10
+# Inner folds at most; with fewer groups each is left out alone. As many as targets are held out in:
+# with fewer of them left out inside, more of their kind would be left to learn from.
+INNER_FOLDS = 5
 # Strengths of a mixture: least squares shrink what they are unsure of, and called genes are lost.
 STRENGTHS = (1.0, 1.15, 1.3, 1.5)
 # Best candidates whose weights are averaged: scores of few units hardly tell them apart.

@@ -39,13 +39,13 @@ def cells_of(rows: list[tuple[dict[str, object], np.ndarray, int]], seed: int = 
 
 
 def types(effect: float = 1.2, n: int = 60) -> ad.AnnData:
-    """Give five cell types of two kinds, which respond alike within a kind."""
+    """Give six cell types of two kinds, which respond alike within a kind."""
     rng = np.random.default_rng(1)
     base = rng.gamma(1, 3, G) + 1
     rows = []
     kinds = [np.where(rng.random(G) < 0.3, rng.normal(0, effect, G), 0) for _ in range(2)]
     markers = [np.exp(rng.normal(0, 0.8, G)) for _ in range(2)]
-    for t in range(5):
+    for t in range(6):
         rate = base * markers[t % 2] * np.exp(rng.normal(0, 0.15, G))
         for what, change in (("ctrl", np.zeros(G)), ("drug", kinds[t % 2])):
             rows.append(({"what": what, "type": f"T{t}", "lane": t % 2}, rate * np.exp(change), n))
@@ -74,7 +74,7 @@ def of_types() -> tuple[ad.AnnData, "gm.response.result.ResponseResult"]:
     adata = types()
     # A type that has controls only.
     extra = adata[(adata.obs["type"] == "T0") & (adata.obs["what"] == "ctrl")].copy()
-    extra.obs["type"] = "T5"
+    extra.obs["type"] = "T6"
     extra.obs_names = [f"x{i}" for i in range(extra.n_obs)]
     adata = ad.concat([adata, extra])
     result = gm.respond(
@@ -104,11 +104,11 @@ def test_held_out_types_are_predicted_from_those_alike(of_types) -> None:
 def test_what_was_not_measured_is_predicted_and_made(of_types) -> None:
     adata, result = of_types
     new = result.predicted.loc["new"]
-    assert list(new.index.get_level_values("context")) == ["T5"]
-    # T5 is T0 over again.
+    assert list(new.index.get_level_values("context")) == ["T6"]
+    # T6 is T0 over again.
     measured = result.measured.xs("T0", level="context").iloc[0]
     assert np.corrcoef(new.iloc[0], measured)[0, 1] > 0.8
-    assert result.cells is not None and result.cells.n_obs == 30 * 6
+    assert result.cells is not None and result.cells.n_obs == 30 * 7
     made = result.cells[result.cells.obs["part"] == "new"].X
     assert np.array_equal(made.data, np.round(made.data)) and made.data.min() > 0
     kept = adata.uns["genemodel_respond"]
@@ -133,7 +133,7 @@ def test_a_result_survives_a_file_and_the_verb_writes_the_same(of_types, tmp_pat
     summary = json.loads((out / "summary.json").read_text())
     assert summary["words"] == result.summary["words"]
     assert "Predicted and measured" in (out / "report.html").read_text()
-    assert ad.read_h5ad(out / "cells.h5ad").n_obs == 180
+    assert ad.read_h5ad(out / "cells.h5ad").n_obs == 210
     assert main(words) == 2 and "overwrite=true" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
@@ -170,6 +170,9 @@ def test_a_context_without_effects_comes_out_as_null() -> None:
 def test_a_null_screen_has_no_scores() -> None:
     result = gm.respond(screen(effect=0.0), "target", "none", folds=2, **QUICK)
     assert not len(result.scaled) and not result.tests["supported"].any()
+    # The mean of what was learned is the chance of its controls, and no help with others.
+    mean = result.units[result.units["method"] == "mean response"]
+    assert mean["_error"].sum() > mean["_nothing"].sum()
     assert "NULL" in result.describe() and "best baseline" not in result.describe()
     assert "What genemodel chose" in result.report().html()
 
