@@ -187,7 +187,8 @@ def shown_type(hint: Any) -> str:
     words = {int: "whole number", float: "number", str: "text", bool: "true, false", Path: "path"}
     if isinstance(hint, typing.TypeAliasType):
         # Checked texts: paths and addresses, names of species.
-        return "path" if hint.__name__ == "PathText" else shown_type(hint.__value__)
+        known = {"PathText": "path", "ModelText": "path or `hf://…`"}
+        return known.get(hint.__name__) or shown_type(hint.__value__)
     if hint is type(None):
         return "null"
     if hint in words:
@@ -283,6 +284,8 @@ def api_page(name: str, value: Any) -> str:
     elif inspect.isclass(value):
         lines += [f".. autoclass:: genemodel.{name}", "   :members:"]
         lines += [] if name.endswith("Settings") else ["   :inherited-members: object"]
+        earlier = list(getattr(value, "__renamed__", {}))  # names that are still answered
+        lines += [f"   :exclude-members: {', '.join(earlier)}"] if earlier else []
     else:
         lines += [f".. autofunction:: genemodel.{name}"]
     return "\n".join([*lines, "```", ""])
