@@ -137,7 +137,7 @@ class IntegrationHead(nn.Module):
     share_B: Tensor
     label_N: Tensor | None
     # The loss of the counts as it is shown, and as it is trained: per cell, without a constant.
-    READ = "nats_per_molecule"
+    READ = "nats_per_count"
     silent = ("counts",)
 
     trivial_G: Tensor

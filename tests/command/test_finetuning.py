@@ -428,7 +428,7 @@ def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatc
     # Of a batch that is held out whole the decoder knows nothing.
     assert {code for _, code in seen[False]} == {-1} and -1 not in {c for _, c in seen[True]}
     looks = pd.read_csv(tmp_path / "a" / "heads" / "integrate" / "validation.csv")
-    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/nats_per_molecule"]).all()
+    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/nats_per_count"]).all()
     embedded = ad.read_h5ad(tmp_path / "a" / "embedded.h5ad")
     assert np.isfinite(embedded.obsm["X_integrated"]).all()  # those held out too
     for values in seen.values():

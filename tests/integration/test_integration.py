@@ -33,7 +33,7 @@ def test_cell_vectors_are_standardised_and_missing_ones_are_neutral():
     np.testing.assert_allclose(trained.net.encoder.beside.mean_F, known.mean(0), rtol=1e-5)
     assert np.isfinite(trained.embedding_CD).all()
     assert len(trained.history) == 3
-    assert list(trained.history) == ["step", "kl", "nats_per_molecule"]
+    assert list(trained.history) == ["step", "kl", "nats_per_count"]
 
 
 def test_passes_raise_the_number_of_steps():
@@ -70,7 +70,7 @@ def test_the_whole_counts_are_explained_however_few_are_shown(keep_min):
     settings = IntegrationSettings(
         steps=3, batch_cells=120, peak_rate=1e-9, keep_min=keep_min, **SMALL
     )
-    found = train(counts, batch, settings=settings).history["nats_per_molecule"][0]
+    found = train(counts, batch, settings=settings).history["nats_per_count"][0]
     whole = torch.from_numpy(counts.toarray())
     share = (whole / whole.sum(1, keepdim=True)).mean(0)
     size = torch.full((30,), 0.7).exp()
@@ -81,12 +81,12 @@ def test_the_whole_counts_are_explained_however_few_are_shown(keep_min):
 
 
 def test_what_is_shown_of_the_counts_changes_no_gradient_and_is_in_units(monkeypatch):
-    """Nats a molecule, complete: the trained loss per cell lacks a constant and may be negative."""
+    """Nats a count, complete: the trained loss per cell lacks a constant and may be negative."""
     counts, batch = random_counts(120), np.arange(120) % 2
     settings = IntegrationSettings(steps=12, batch_cells=40, **SMALL)
     shown = train(counts, batch, settings=settings)
-    assert list(shown.history.columns) == ["step", "kl", "nats_per_molecule"]
-    assert (shown.history["nats_per_molecule"] > 0).all()
+    assert list(shown.history.columns) == ["step", "kl", "nats_per_count"]
+    assert (shown.history["nats_per_count"] > 0).all()
     weights_at, prepare, forward = (
         getattr(IntegrationHead, name) for name in ("weights_at", "prepare", "forward")
     )
