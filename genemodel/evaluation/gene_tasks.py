@@ -41,7 +41,7 @@ from genemodel.metrics.gene_labels import auroc_gain, gene_scores
 from genemodel.model.devices import device_of
 from genemodel.model.gene_model import initialise
 from genemodel.model.tuning import Tune, TuningSettings
-from genemodel.settings import PathText, check_out_folder, check_seed
+from genemodel.settings import ModelText, PathText, check_out_folder, check_seed
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class EvaluateGenesSettings(InputSettings):
     genes: PathText
     out: Path
     tasks: tuple[str, ...] = ()
-    models: tuple[Path, ...] = ()
+    models: tuple[ModelText, ...] = ()
     groups: PathText = ""
     gene_sets: PathText = ""
     backbones: tuple[Tune, ...] = ("last",)

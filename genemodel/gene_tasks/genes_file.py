@@ -14,7 +14,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.gene_tasks.labels import classify_genes
 from genemodel.gene_tasks.vectors import table_of
 from genemodel.model.devices import device_of
-from genemodel.settings import PathText
+from genemodel.settings import ModelText, PathText
 from genemodel.writing import whole
 
 
@@ -52,7 +52,7 @@ class GenesSettings(InputSettings):
         Replace an output that exists.
     """
 
-    model: PathText
+    model: ModelText
     output: PathText
     input: PathText = ""
     kind: Literal["static", "contextual", "labels"] = "static"

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
-from genemodel.settings import PathText, check_seed, nearest
+from genemodel.settings import ModelText, PathText, check_seed, nearest
 
 type Method = Literal[
     "attention", "gene_vectors", "perturbation", "jacobian", "pearson", "partial", "grnboost"
@@ -136,7 +136,7 @@ class NetworkSettings(Asked, InputSettings):
 
     input: PathText
     out: PathText
-    model: PathText = ""
+    model: ModelText = ""
     device: str = "auto"
     overwrite: bool = False
 

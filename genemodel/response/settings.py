@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
-from genemodel.settings import PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_seed
 
 type Holdout = Literal["targets", "cell_types", "doses", "donors"]
 HOLDOUTS = ("targets", "cell_types", "doses", "donors")
@@ -154,7 +154,7 @@ class RespondSettings(AskedResponse, InputSettings):
 
     input: PathText
     out: PathText
-    model: PathText = ""
+    model: ModelText = ""
     device: str = "auto"
     overwrite: bool = False
 
