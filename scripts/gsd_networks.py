@@ -79,7 +79,7 @@ def main() -> None:
         var=pd.DataFrame(index=pd.Index(vocabulary.genes["symbol"])),
     )
     if not (out / "run" / "bundle").exists():
-        Corpus.build([cells], out / "corpus", vocabulary=vocabulary)
+        Corpus.build([cells], out / "corpus", vocabulary=vocabulary, overwrite=True)
         pretrain(parse(PretrainSettings, {
             "corpus": str(out / "corpus"), "out": str(out / "run"),
             "tokens": {"context": 128, "budget": 2048},
