@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("knowledge", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--cells", type=int, default=400, help="cells that are looked at")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out, seed = arguments.out, arguments.seed
@@ -73,7 +74,11 @@ def main() -> None:
     cells = ad.AnnData(
         sp.csr_matrix(counts.astype(np.float32)),
         obs=pd.DataFrame(
-            {"species": "human", "dataset": "gsd", "donor": [f"d{i % 10}" for i in range(len(table))]},
+            {
+                "species": "human",
+                "dataset": "gsd",
+                "donor": [f"d{i % 10}" for i in range(len(table))],
+            },
             index=table["cell"].astype(str),
         ),
         var=pd.DataFrame(index=pd.Index(vocabulary.genes["symbol"])),
@@ -93,8 +98,8 @@ def main() -> None:
         }))  # fmt: skip
     bundle = Bundle.load(out / "run" / "bundle", device="cpu")
     result = network(
-        cells, bundle, truth=network_file, tfs=genes, min_coverage=0.0, min_cells=1, max_cells=0,
-        jacobian_cells=500, min_fraction=0.0, seed=seed,
+        cells, bundle, truth=network_file, tfs=genes, min_coverage=0.0, min_cells=1,
+        max_cells=arguments.cells, jacobian_cells=100, min_fraction=0.0, seed=seed,
     )  # fmt: skip
     print("\nPoisson counts, and a model trained on them")
     print(result)
