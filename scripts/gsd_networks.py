@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("knowledge", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--cells", type=int, default=400, help="cells that are looked at")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out, seed = arguments.out, arguments.seed
@@ -83,7 +84,7 @@ def main() -> None:
         var=pd.DataFrame(index=pd.Index(vocabulary.genes["symbol"])),
     )
     if not (out / "run" / "bundle").exists():
-        Corpus.build([cells], out / "corpus", vocabulary=vocabulary)
+        Corpus.build([cells], out / "corpus", vocabulary=vocabulary, overwrite=True)
         pretrain(parse(PretrainSettings, {
             "corpus": str(out / "corpus"), "out": str(out / "run"),
             "tokens": {"context": 128, "budget": 2048},
@@ -97,8 +98,8 @@ def main() -> None:
         }))  # fmt: skip
     bundle = Bundle.load(out / "run" / "bundle", device="cpu")
     result = network(
-        cells, bundle, truth=network_file, tfs=genes, min_coverage=0.0, min_cells=1, max_cells=0,
-        jacobian_cells=500, min_fraction=0.0, seed=seed,
+        cells, bundle, truth=network_file, tfs=genes, min_coverage=0.0, min_cells=1,
+        max_cells=arguments.cells, jacobian_cells=100, min_fraction=0.0, seed=seed,
     )  # fmt: skip
     print("\nPoisson counts, and a model trained on them")
     print(result)
