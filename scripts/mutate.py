@@ -847,6 +847,18 @@ MUTANTS = (
         "test_embeddings_are_means_of_genes_in_the_second_to_last_layer",
     ),
     mutant(
+        "knowledge_shuffled", "genes/knowledge.py",
+        "table[np.random.default_rng(seed).permutation(known)]", "table[known]",
+        "the shuffled control is the table itself",
+        "genes/test_knowledge.py::test_shuffling_keeps_the_vectors_and_who_is_known",
+    ),
+    mutant(
+        "new_genes_orthologs", "train/new_genes.py",
+        "self.means_VV[np.flatnonzero(has_means)] @ before", "before[has_means]",
+        "the copies of a gene begin at random",
+        "train/test_new_genes.py::test_copies_of_a_gene_begin_as_that_gene",
+    ),
+    mutant(
         "published_homologs", "importers/genecompass.py",
         "torch.stack([own_V, homolog_Q[own_V]])", "torch.stack([own_V, own_V])",
         "mouse cells read the knowledge of human genes",

@@ -189,6 +189,15 @@ class _Names:
         return written
 
 
+def tokens_of_names(index: SpeciesIndex, names: Sequence[str]) -> npt.NDArray[np.int32]:
+    """Token of every name by the rule of all matching, (G,); -1 where none or two fit.
+
+    For names that are not the genes of a count matrix: edges, gene sets, families.
+    """
+    row_G = _Names(names).find(index).row_G
+    return np.where(row_G >= 0, index.token_R[np.maximum(row_G, 0)], -1).astype(np.int32)
+
+
 def _decorated_id(lowered: str, by_id: dict[str, int]) -> int:
     """Row of an id with a version, a PAR mark or a symbol attached to it."""
     found = _VERSIONED.match(lowered) or _EMBEDDED.search(lowered)

@@ -12,9 +12,10 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
+from genemodel.genes.match import tokens_of_names
 from genemodel.genes.tables import first_column, plain_column, read_table, read_text
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.settings import nearest
+from genemodel.settings import nearest, some
 
 GENE = (
     "ensembl_id", "ensembl_gene_id", "gene_id", "gene_stable_id", "gene", "symbol", "gene_symbol",
@@ -73,15 +74,25 @@ Matcher = Callable[[Sequence[str]], Names]
 
 def matcher(vocabulary: GeneVocabulary, species: str, min_fraction: float) -> Matcher:
     """Return what finds the tokens of a file's gene names: ids, symbols, aliases, as everywhere."""
+    index = vocabulary.index(species)
 
     def match(names: Sequence[str]) -> Names:
         given = list(dict.fromkeys(name for name in names if name))
         if not given:
             raise DataError("no gene is named: the column of the genes is empty")
-        found = vocabulary.match(given, species=species, min_fraction=min_fraction, min_genes=1)
-        token_of = dict(zip(given, found.token_G.tolist(), strict=True))
-        token_R = np.array([token_of.get(name, -1) for name in names], np.int64)
-        return Names(token_R, found.summary())
+        token_G = tokens_of_names(index, given)
+        known = int((token_G >= 0).sum())
+        unknown = [name for name, token in zip(given, token_G, strict=True) if token < 0]
+        said = f"{known:,} of {len(given):,} gene names are known in {index.species}" + (
+            f", not {some(unknown, 5)}" if unknown else ""
+        )
+        if known == 0 or known < min_fraction * len(given):
+            raise DataError(
+                f"{said}: too few (min_fraction={min_fraction}). Is species={species} right, and "
+                "is this the column of the genes (columns)?"
+            )
+        token_of = dict(zip(given, token_G.tolist(), strict=True))
+        return Names(np.array([token_of.get(name, -1) for name in names], np.int64), said)
 
     return match
 

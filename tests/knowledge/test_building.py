@@ -247,3 +247,9 @@ def test_describe_says_what_a_table_is(make, genes, tmp_path):
     make("family", f"ensembl_id\tfamily\n{ids[0]}\tx\n{ids[1]}\tx\n")
     said = describe(DescribeSettings(tmp_path / "k" / "family.tsv.gz"))
     assert said.startswith("knowledge table") and "kind: family" in said and "1 sets" in said
+
+
+def test_names_of_another_species_are_refused_with_what_to_look_at(make):
+    text = "gene\tgroup\n" + "".join(f"YAL{i:03d}W\tg\n" for i in range(20))
+    with pytest.raises(DataError, match=r"0 of 20 gene names are known in human, not YAL000W"):
+        make("family", text)
