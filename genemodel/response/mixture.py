@@ -21,7 +21,6 @@ from genemodel.response.panels import (
     REPLICATE,
     VALUES,
     scaled_panel,
-    telling,
     values_of,
 )
 from genemodel.response.predictors import (
@@ -161,10 +160,9 @@ def fit_mixture(
     same ones, the mean of noise would look like a response. Candidates are every ingredient alone
     and non-negative least squares of all, of all that are dense, at several strengths; they are
     scored as predictions are in the end, with normal tests of profiles in place of cells. The
-    weights of the best few are averaged, of those that beat the mean response by more than a
-    standard error (jackknife over what is left out); else it is the mean response. Where scores
-    tell nothing apart, what errs least is taken, no change where nothing errs less by more than
-    a standard error.
+    weights of the best few are averaged, of those that the mean response does not beat. Where
+    scores tell nothing apart, what errs least is taken, no change where nothing errs less by more
+    than a standard error.
     """
     groups = np.unique(group_U)
     if len(groups) < 2 or not measured.again:
@@ -191,7 +189,7 @@ def fit_mixture(
         for again, effect_KUG in zip(measured.again, effects, strict=True)
     ]
     values = {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
-    return _best(names, candidates, values, np.tile(group_U, len(parts)))
+    return _best(names, candidates, values)
 
 
 def _left_out(
@@ -312,13 +310,12 @@ def _best(
     names: list[str],
     candidates: Mapping[str, _Candidate],
     values: Mapping[str, np.ndarray],
-    group_N: np.ndarray,
 ) -> Mixture:
     totals = _totals(values)
     if np.isfinite(totals[MEAN]):
         chosen = sorted(candidates, key=lambda name: -totals[name])[:BEST]
-        # The mean response is left only for what is better by more than chance.
-        chosen = [name for name in chosen if totals[name] > _error(values, name, group_N)] or [MEAN]
+        # The mean response is left only for what is better.
+        chosen = [name for name in chosen if totals[name] >= totals[MEAN]]
     else:
         # A repeat of the experiment is no better than the mean response: what errs least.
         error_U = {name: values[name][:, VALUES.index(ERROR)] for name in candidates}
@@ -331,17 +328,6 @@ def _best(
     kept = {name: float(w) for name, w in zip(names, weight_K, strict=True) if w > 1e-3}
     kept.pop(NO_CHANGE, None)
     return Mixture(kept, " + ".join(chosen), totals)
-
-
-def _error(values: Mapping[str, np.ndarray], name: str, group_N: np.ndarray) -> float:
-    """Give the jackknife's standard error of what a candidate gains over the mean response."""
-    counted = telling(values)
-    shown = {key: values[key] for key in (MEAN, REPLICATE, name)}
-    gains = []
-    for group in np.unique(group_N):
-        left = {key: table[group_N != group] for key, table in shown.items()}
-        gains.append(scaled_panel(left, counted)[name]["total"])
-    return float(np.sqrt((len(gains) - 1) * np.var(gains)))
 
 
 def _totals(values: Mapping[str, np.ndarray]) -> dict[str, float]:
