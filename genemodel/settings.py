@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -705,3 +706,43 @@ def _shown(value: object) -> str:
     kind = {bool: "true/false value", int: "whole number", float: "number", str: "text"}
     name = kind.get(type(value), type(value).__name__)
     return f"the {name} {str(value).lower() if isinstance(value, bool) else text}"
+
+
+# -- what is said on the way ---------------------------------------------------------------------
+
+# As scanpy numbers and names them; a hint is what a log calls info.
+_VERBOSITY = {
+    "error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "hint": logging.INFO,
+    "debug": logging.DEBUG,
+}  # fmt: skip
+
+
+if typing.TYPE_CHECKING:
+    verbosity: str | int
+
+
+class _Settings(types.ModuleType):
+    """The module, with a property: ``genemodel.settings.verbosity = "info"``, or 0 to 4."""
+
+    @property
+    def verbosity(self) -> str:
+        """What is said on the way: error, warning (default), info or debug."""
+        level = logging.getLogger("genemodel").getEffectiveLevel()
+        return min(_VERBOSITY, key=lambda name: abs(_VERBOSITY[name] - level))
+
+    @verbosity.setter
+    def verbosity(self, value: str | int) -> None:
+        names = list(_VERBOSITY)
+        name = names[value] if value in range(len(names)) and type(value) is int else value
+        if name not in _VERBOSITY:
+            raise ConfigError(
+                f"verbosity={value!r}: one of {', '.join(names)}, or 0 to {len(names) - 1}."
+            )
+        library = logging.getLogger("genemodel")
+        library.setLevel(_VERBOSITY[name])
+        # Asked to speak, it does: in a script or notebook that has set up no log of its own.
+        if not library.hasHandlers():
+            library.addHandler(logging.StreamHandler())
+
+
+sys.modules[__name__].__class__ = _Settings

@@ -504,7 +504,7 @@ MUTANTS = (
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),
     mutant(
-        "pretrained-factors", "imputation/network.py",
+        "pretrained-factors", "imputation/starting.py",
         "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
         "a pre-trained decoder expects of other chemistries what it expected of its own",
         "imputation/test_impute_pretrained.py"
@@ -572,7 +572,8 @@ MUTANTS = (
     ),
     mutant(
         "perturb-held-moves", "perturbation/variants.py",
-        "rank_T=rank_R[order_R] if held else place_R", "rank_T=place_R",
+        "rank_T=rank_R[order_R] if held else _ranks(place_R, tokens.style)",
+        "rank_T=_ranks(place_R, tokens.style)",
         "the position-preserving knock-out shifts positions",
         "perturbation/test_variants.py::test_what_is_held_keeps_rank_value_and_library_to_the_bit",
     ),
@@ -589,6 +590,99 @@ MUTANTS = (
         "cell_CD[~out & (is_goal_C == state)]", "cell_CD[is_goal_C == state]",
         "states are told apart on the cells that made their means",
         "perturbation/test_perturb.py::test_cells_do_not_vote_for_the_mean_that_they_are_part_of",
+    ),
+    mutant(
+        "jacobian-of-dummies", "networks/jacobian.py",
+        "encode_opening(self.model, batch)[: batch.n_cells]", "encode_opening(self.model, batch)",
+        "places without a cell add derivatives of the tokens that they read",
+        "networks/test_networks.py::test_the_jacobian_is_what_one_count_more_does",
+    ),
+    mutant(
+        "jacobian-library-held", "networks/jacobian.py",
+        "    return own_F + library_C[batch.segment_T[at_F]]", "    return own_F",
+        "a count more changes its own value and no library",
+        "networks/test_networks.py::test_the_jacobian_is_what_one_count_more_does",
+    ),
+    mutant(
+        "attention-of-chosen-alone", "networks/attention_sums.py",
+        "score_Hqt.softmax(-1).index_select(2, key)", "score_Hqt.index_select(2, key).softmax(-1)",
+        "attention adds up to 1 over the chosen genes instead of all of the cell",
+        "networks/test_networks.py::test_attention_is_that_of_dense_matrices",
+    ),
+    mutant(
+        "matched-pairs-one-sided", "metrics/networks.py",
+        "for side_EN in (louder_EN > 0, louder_EN < 0):", "for side_EN in (louder_EN < 0,):",
+        "pairs that edges are compared with are all quieter",
+        "metrics/test_network_scores.py"
+        "::test_matched_pairs_are_none_of_the_edges_and_lie_on_both_sides",
+    ),
+    mutant(
+        "perturb-own-ranks", "perturbation/passes.py",
+        "self._scale_V = rank_scale(bundle.medians_V, bundle.tokens.style)",
+        "self._scale_V = inverse_medians(bundle.medians_V)",
+        "cells of a published style are perturbed in an order of ours",
+        "importers/test_attention_parity.py"
+        "::test_genes_move_as_in_the_published_sequence_without_one",
+    ),
+    mutant(
+        "perturb-closing-token", "batches/tokens.py",
+        'return EOS + 1 if self.style == "geneformer_v2" else N_SPECIAL', "return N_SPECIAL",
+        "the token that closes an imported cell is deleted as a gene",
+        "importers/test_perturbing_imported.py::test_special_tokens_are_no_genes",
+    ),
+    mutant(
+        "perturb-no-opening", "perturbation/passes.py",
+        "+ 1 - int(self.bundle.tokens.opens)", "",
+        "the first gene of a Geneformer V1 counts as absent, and the others as one before",
+        "importers/test_perturbing_imported.py"
+        "::test_shifts_are_those_of_the_published_procedure",
+    ),
+    mutant(
+        "perturb-last-layer", "model/opening.py",
+        "read = model.blocks[: model.cell_stop]", "read = model.blocks",
+        "an imported model is read one layer above the published one",
+        "importers/test_perturbing_imported.py"
+        "::test_shifts_are_those_of_the_published_procedure",
+    ),
+    mutant(
+        "trajectory-donor-seen", "trajectories/holdouts.py",
+        "train = np.flatnonzero(known_C & ~out_C)", "train = np.flatnonzero(known_C)",
+        "cells are placed by their own donor",
+        "trajectories/test_trajectory.py"
+        "::test_what_is_learnt_from_is_never_what_is_asked_for",
+    ),
+    mutant(
+        "trajectory-time-seen", "trajectories/populations.py",
+        "kept = np.flatnonzero((self.times.code_C >= 0) & (self.times.code_C != time))",
+        "kept = np.flatnonzero(self.times.code_C >= 0)",
+        "a population that is predicted was trained on",
+        "trajectories/test_trajectory.py::test_no_cell_of_the_time_held_out_is_used",
+    ),
+    mutant(
+        "ordinal-unweighted", "trajectories/ordinal.py",
+        "weight_C = 1.0 / (len(value_T) * n_T[code_C])",
+        "weight_C = np.full(code_C.size, 1.0 / code_C.size)",
+        "the time with most cells draws all others to it",
+        "trajectories/test_ordinal.py::test_a_rare_time_weighs_as_much_as_a_common_one",
+    ),
+    mutant(
+        "respond-one-control-group", "response/scoring.py",
+        "judges = Judge(screen, learned, judge, noise_UG, rng)",
+        "judges = Judge(screen, learned, learned, noise_UG, rng)",
+        "chance of the controls is learned and then found again",
+        "response/test_respond.py::test_a_null_screen_has_no_scores",
+    ),
+    mutant(
+        "respond-silence-pays", "metrics/response.py",
+        "most = max(n_real, n_called)", "most = n_called",
+        "calling a single sure gene is all that fidelity asks",
+        "metrics/test_response_metrics.py::test_a_perfect_prediction_and_its_opposite",
+    ),
+    mutant(
+        "respond-batches-shuffled", "response/null_test.py",
+        "to[at] = rng.permutation(at)", "to[at] = rng.choice(len(batch_C), len(at))",
+        "batches are taken for effects of the perturbation",
+        "response/test_respond.py::test_batches_are_no_effect",
     ),
     mutant(
         "votes-unweighted", "annotation/annotate.py",
@@ -782,6 +876,43 @@ MUTANTS = (
         "    take.finish()\n", "",
         "tensors that a model has no place for are passed over",
         "importers/test_importing.py",
+    ),
+    mutant(
+        "gene_sums", "gene_tasks/passes.py",
+        "place_T = place_T + group_T * self.n_rows", "place_T = place_T + 0 * group_T",
+        "vectors of the cells of one label are those of all",
+        "gene_tasks/test_vectors.py::test_labels_part_the_cells_and_those_without_count_in_the_whole",
+    ),
+    mutant(
+        "gene_leak", "gene_tasks/training.py",
+        "code_V = task.codes(len(bundle.vocabulary), held_G)",
+        "code_V = task.codes(len(bundle.vocabulary))",
+        "a fold's labels are learnt by the model that is to predict them",
+        "gene_tasks/test_training.py::test_predictions_of_a_fold_know_nothing_of_its_labels",
+    ),
+    mutant(
+        "gene_families", "gene_tasks/families.py",
+        "folds.split(code_G, code_G, group_G)", "folds.split(code_G, code_G, range(len(code_G)))",
+        "paralogues are learnt from and asked for",
+        "gene_tasks/test_families.py::test_no_family_is_in_two_folds",
+    ),
+    mutant(
+        "attributed_places", "attribution/integrated_gradients.py",
+        "scored(at_TD)[: batch.n_cells].sum()", "scored(at_TD).sum()",
+        "places without a cell answer for tokens of the first ones",
+        "attribution/test_attribute.py",
+    ),
+    mutant(
+        "attributed_components", "attribution/integrated_gradients.py",
+        "worth_T = worth_T + (part_TD * slope_TD[opening_T]).sum(-1)", "worth_T = worth_T + 0.0",
+        "what genes add to the opening token is nobody's",
+        "attribution/test_attribute.py",
+    ),
+    mutant(
+        "gene_score_ties", "metrics/gene_labels.py",
+        "(no_BU * (yes_so_far - yes_BU / 2)).sum(1)", "(no_BU * yes_so_far).sum(1)",
+        "genes with the same score count as told apart",
+        "metrics/test_gene_label_scores.py",
     ),
 )  # fmt: skip
 

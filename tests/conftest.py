@@ -265,7 +265,7 @@ def slurm(tmp_path):
 def blank_report(monkeypatch):
     """Spare the drawing in tests that do not look at the page."""
 
-    def blank(settings, values):
+    def blank(settings, *_):
         (Path(settings.out) / "report.html").touch()
 
     monkeypatch.setattr("genemodel.command.finetune._report", blank)

@@ -20,6 +20,7 @@ from genemodel.annotation.labels import label_names, probabilities_of
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.annotations import without_counts
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import (
     OF_ONE_FILE,
     InputOptions,
@@ -77,6 +78,7 @@ TRANSFERS: tuple[Way, ...] = ("head", "knn", "linear")
 
 @renamed(query="adata")
 @either_seed
+@may_copy
 @reads_cells
 def annotate(
     adata: "AnnData",

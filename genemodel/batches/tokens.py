@@ -16,6 +16,7 @@ from numba import njit
 from genemodel.batches.packing import places_for, tail_pieces
 from genemodel.errors import ConfigError
 from genemodel.expression.normalise import DEPTH
+from genemodel.genes.vocabulary import EOS, N_SPECIAL
 
 Style = Literal["native", "geneformer_v1", "geneformer_v2", "genecompass"]
 
@@ -68,6 +69,16 @@ class TokenSettings:
     def framing(self) -> int:
         """Tokens of a cell that are no genes."""
         return {"geneformer_v1": 0, "geneformer_v2": 2}.get(self.style, 1)
+
+    @property
+    def opens(self) -> bool:
+        """Whether a cell begins with a token that is no gene."""
+        return self.style != "geneformer_v1"
+
+    @property
+    def first_gene(self) -> int:
+        """Lowest token that is a gene; below are the special ones."""
+        return EOS + 1 if self.style == "geneformer_v2" else N_SPECIAL
 
     def lengths(self, n_genes_C: np.ndarray) -> np.ndarray:
         """Tokens of cells with so many expressed genes."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError, DataError, GenemodelError
 from genemodel.settings import HUB, check_model_text
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,8 @@ def said_plainly(address: str) -> Iterator[None]:
     token = "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
+    except GenemodelError:
+        raise
     except errors.GatedRepoError as error:
         raise DataError(f"{address} is gated: ask for access on its page, then {token}.") from error
     except errors.RevisionNotFoundError as error:
@@ -139,3 +141,6 @@ def said_plainly(address: str) -> Iterator[None]:
             f"{address}: the hub cannot be reached ({type(error).__name__}). Look at the network "
             "(proxies are read from HTTPS_PROXY), or copy the folder here."
         ) from error
+    except ValueError as error:  # of the page's head, such as a licence that the hub does not know
+        why = " ".join(str(error).split())
+        raise DataError(f"{address}: the hub refuses what was sent: {why}") from error

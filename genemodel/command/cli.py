@@ -128,7 +128,7 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "finetune": Verb(
-        summary="adapt a model to a file: batch-robust embedding, imputed counts, or both",
+        summary="adapt a model to a file: batch-robust embedding, imputed counts, labels",
         config="finetune",
         settings="genemodel.command.finetune:FinetuneSettings",
         function="genemodel.command.finetune:finetune",
@@ -183,6 +183,51 @@ VERBS: dict[str, Verb] = {
             "start_state=disease goal_state=healthy donor_key=donor out=targets",
         ),
     ),
+    "genes": Verb(
+        summary="write vectors or labels of genes as a table",
+        config="genes",
+        settings="genemodel.gene_tasks.genes_file:GenesSettings",
+        function="genemodel.gene_tasks.genes_file:genes_file",
+        examples=(
+            "genes model=runs/small/bundle output=genes.tsv.gz",
+            "genes model=runs/small/bundle input=lung.h5ad kind=contextual label_key=cell_type "
+            "output=lung_genes.tsv.gz",
+        ),
+    ),
+    "network": Verb(
+        summary="gene regulatory networks from a model and from cells, scored side by side",
+        config="network",
+        settings="genemodel.networks.settings:NetworkSettings",
+        function="genemodel.networks.network:network_file",
+        examples=(
+            "network input=lung.h5ad model=runs/small/bundle tfs=tfs.tsv out=networks/lung",
+            "network input=lung.h5ad model=runs/small/bundle truth=collectri.tsv donor_key=donor "
+            "'methods=[attention,jacobian,pearson,grnboost]' out=networks/lung",
+        ),
+    ),
+    "trajectory": Verb(
+        summary="place cells in time, predict a time between two others, rank what moves cells",
+        config="trajectory",
+        settings="genemodel.trajectories.settings:TrajectorySettings",
+        function="genemodel.trajectories.trajectory:trajectory_file",
+        examples=(
+            "trajectory input=embryo.h5ad time_key=day donor_key=line out=days",
+            "trajectory input=islets.h5ad time_key=stage 'order=[ductal,endocrine,beta]' "
+            "model=runs/small/bundle out=stages",
+        ),
+    ),
+    "respond": Verb(
+        summary="predict responses to perturbations, and score them beside baselines",
+        config="respond",
+        settings="genemodel.response.settings:RespondSettings",
+        function="genemodel.response.respond:respond_file",
+        examples=(
+            "respond input=screen.h5ad perturbation_key=target control=non-targeting "
+            "holdout=targets knowledge=reactome.gmt.gz model=runs/small/bundle out=responses",
+            "respond input=pbmc.h5ad perturbation_key=condition control=ctrl holdout=cell_types "
+            "label_key=cell_type batch_key=donor out=ifnb",
+        ),
+    ),
     "evaluate": Verb(
         summary="score models, published methods and controls on the same cells",
         config="evaluate",
@@ -195,8 +240,19 @@ VERBS: dict[str, Verb] = {
         ),
         was={"data": "input"},
     ),
+    "evaluate genes": Verb(
+        summary="score what models know of labelled genes, beside baselines",
+        config="evaluate_genes",
+        settings="genemodel.evaluation.gene_tasks:EvaluateGenesSettings",
+        function="genemodel.evaluation.gene_tasks:run_evaluate_genes",
+        examples=(
+            "evaluate genes input=lung.h5ad genes=tasks.tsv models=runs/tiny/bundle out=lung_genes",
+            "evaluate genes input=lung.h5ad genes=tasks.tsv tasks=[dosage_tf] gene_sets=go.gmt "
+            "models=models/geneformer backbones=[last] out=scores/genes",
+        ),
+    ),
     "describe": Verb(
-        summary="say what a corpus, a model or a vocabulary holds",
+        summary="say what a corpus, a model, a vocabulary or a knowledge table holds",
         config="describe",
         settings="genemodel.command.verbs:DescribeSettings",
         function="genemodel.command.verbs:describe",
@@ -227,6 +283,38 @@ VERBS: dict[str, Verb] = {
         ),
         takes=("model",),
         was={"path": "model"},
+    ),
+    "push": Verb(
+        summary="publish a model on the Hugging Face hub, with a page about it",
+        config="push",
+        settings="genemodel.hub.push:PushSettings",
+        function="genemodel.hub.push:run_push",
+        examples=(
+            "push runs/small/bundle hf://our-lab/small-mouse",
+            "push runs/lung/model hf://our-lab/lung licence=cc-by-4.0 private=true",
+        ),
+        takes=("model", "to"),
+    ),
+    "knowledge build": Verb(
+        summary="make gene vectors from families, networks, pathways, promoters or a corpus",
+        config="knowledge_build",
+        settings="genemodel.knowledge.building:KnowledgeBuildSettings",
+        function="genemodel.knowledge.building:run_build",
+        examples=(
+            "knowledge build kind=family 'input=[hgnc_families.tsv.gz]'",
+            "knowledge build kind=grn 'input=[collectri.tsv,dorothea.tsv]' name=tf dimensions=32",
+        ),
+    ),
+    "ablate": Verb(
+        summary="say what knowledge is worth: the same run with, without and shuffled",
+        config="ablate",
+        settings="genemodel.knowledge.ablation:AblateSettings",
+        function="genemodel.knowledge.ablation:run_ablate",
+        examples=(
+            "ablate corpus=corpora/mine out=runs/priors 'knowledge=[none,family,grn,shuffled]'",
+            "ablate corpus=corpora/mine out=runs/priors trainer.max_steps=2000 seeds=5 "
+            "'knowledge=[none,family+grn,proteins.tsv.gz]'",
+        ),
     ),
     "species": Verb(
         summary="add a species to a gene vocabulary",

@@ -5,7 +5,9 @@ runs, nothing is read from the environment. A file therefore cannot be code, who
 The library proper never comes here; :mod:`genemodel.settings` checks whatever this module returns.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,11 +23,13 @@ from genemodel.settings import nearest, unknown_setting
 # them and no others. tests/command/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
+    "gene_labels": "genemodel.gene_tasks.training:GeneLabelSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
     "imputation": "genemodel.imputation.network:DecoderSettings",
     "integration": "genemodel.integration.head:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",
+    "new_genes": "genemodel.train.settings:NewGenesSettings",
     "optim": "genemodel.train.settings:OptimSettings",
     "task/pretraining": "genemodel.heads.pretraining:PretrainingSettings",
     "tokens": "genemodel.batches.tokens:TokenSettings",
@@ -311,9 +315,7 @@ def compose(
         key that would build an object.
     """
     # Importing Hydra takes longer than printing the help.
-    import hydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     groups = defaults_of(config_name)
@@ -333,10 +335,10 @@ def compose(
     if user_folder is not None:
         quoted = f"file://{user_folder}".replace("\\", "\\\\").replace("'", "\\'")
         hydra_overrides.append(f"hydra.searchpath=['{quoted}']")
+    # The shipped files stay as they are while a process runs; a user's may be edited in between.
+    by_hydra = _shipped_by_hydra if user_folder is None else _by_hydra
     try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            composed = hydra.compose(config_name, overrides=hydra_overrides)
-        values = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+        values = by_hydra(str(config_folder()), config_name, tuple(hydra_overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         made = " ".join(f"{group}={choice}" for group, choice in picked.items())
         raise ConfigError(
@@ -345,7 +347,7 @@ def compose(
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{config_name}.yaml must hold 'key: value' lines")
-    plain = {str(key): value for key, value in values.items()}
+    plain = {str(key): copy.deepcopy(value) for key, value in values.items()}
     if isinstance(experiment := plain.get(_EXPERIMENT), dict) and _EXPERIMENT in groups:
         # Of a file without its line `# @package _global_`, which means the same.
         del plain[_EXPERIMENT]
@@ -364,6 +366,19 @@ def compose(
         _assign(plain, key, value)
     _refuse_code(plain, "")
     return _without_missing(plain)
+
+
+def _by_hydra(folder: str, config_name: str, overrides: tuple[str, ...]) -> Any:
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(folder, version_base="1.3"):
+        composed = hydra.compose(config_name, overrides=list(overrides))
+    return OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+
+
+# A sweep, a notebook and a suite of tests compose the same files again and again: .3 s each.
+_shipped_by_hydra = functools.lru_cache(maxsize=64)(_by_hydra)
 
 
 def _check_experiment(choice: str, user_folder: Path | None) -> None:

@@ -174,17 +174,19 @@ def _sources(settings: SourceSettings) -> "Sequence[str | SourceFile]":
 
 def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile]":
     """Give the source of every row with the row's own options."""
+    from genemodel.cells.obs_columns import SAID
     from genemodel.cells.sources import SourceFile
     from genemodel.genes.tables import read_table
 
+    known = ("path", *_SHEET_COLUMNS, *SAID)
     table = read_table(sheet, "sheet of sources")
     for column in table.columns:
-        if column not in ("path", *_SHEET_COLUMNS):
-            near = nearest(column, ["path", *_SHEET_COLUMNS])
+        if column not in known:
+            near = nearest(column, known)
             raise DataError(
                 f"sheet {sheet}: unknown column {column!r}"
                 + (f": did you mean {near!r}?" if near else "")
-                + f" It may have path, {', '.join(_SHEET_COLUMNS)}"
+                + f" It may have {', '.join(known)}"
             )
     if "path" not in table.columns:
         raise DataError(f"sheet {sheet}: has no column 'path'; it names the file of each source")
@@ -199,6 +201,13 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 raise DataError(f"sheet {sheet}: {key} is {row[key]!r}: write true or false")
         named = {"batch": "batch_key", "donor": "donor_key", "cell_type": "label_key"}
         columns = {column: own[key] for column, key in named.items() if own[key]}
+        values = {column: str(row[column]) for column in SAID if row.get(column)}
+        for column, key in named.items():
+            if column in values and row.get(key):
+                raise DataError(
+                    f"sheet {sheet}: {row['path']} has {column} {values[column]!r}, for all its "
+                    f"cells, and {key} {row[key]!r}, an obs column: leave one of them empty"
+                )
         # Paths in a sheet are relative to the sheet, so that both can move together.
         path = row["path"]
         if not is_address(path):
@@ -218,6 +227,7 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 citation=own["citation"],
                 missing_labels=settings.missing_labels,
                 column=own["column"],
+                values=values,
             )
         )
     return found
@@ -270,7 +280,7 @@ class DescribeSettings:
 
 
 def describe(settings: DescribeSettings) -> str:
-    """Say what something made by genemodel holds: a corpus, a model of any kind or a vocabulary.
+    """Say what something made by genemodel holds: a corpus, any model, a vocabulary, knowledge.
 
     Raises
     ------
@@ -291,7 +301,10 @@ def describe(settings: DescribeSettings) -> str:
         return f"{model.KIND} {path}\n{model.describe()}"
     if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")):
         from genemodel.genes import GeneVocabulary
+        from genemodel.genes.knowledge import read_provenance
 
+        if about := read_provenance(path):
+            return "\n".join([f"knowledge table {path}", *(f"{k}: {v}" for k, v in about.items())])
         vocabulary = GeneVocabulary.read(path)
         lines = [f"vocabulary {path}", repr(vocabulary)]
         return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
@@ -302,5 +315,5 @@ def describe(settings: DescribeSettings) -> str:
     raise DataError(
         f"input={path} is no corpus (a folder with manifest.json), no model (a folder with "
         "model.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
-        "OUT/imputation_model) and no vocabulary (.tsv.gz)"
+        "OUT/imputation_model), no vocabulary and no knowledge table (.tsv.gz)"
     )

@@ -19,6 +19,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.annotations import copy_annotations, read_annotations, without_counts
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
 from genemodel.cells.whole_file import read_anndata
@@ -67,6 +68,7 @@ def provenance_of(
     }
 
 
+@may_copy
 @reads_cells
 def embed(
     adata: "AnnData | str | Path",

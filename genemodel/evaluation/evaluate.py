@@ -273,6 +273,8 @@ def evaluate(
     result.undefined |= comparison.undefined
     result.own_metrics = {name: metric.better for name, metric in own_ones.items()}
     result.encoders = {name: m.encoder for name, m in chosen.items() if m.encoder}
+    ran = {name: m for name, m in chosen.items() if name not in comparison.skipped}
+    result.software = {name: said for name, m in ran.items() if (said := m.software())}
     result.settings = {
         "data": where,
         **size,

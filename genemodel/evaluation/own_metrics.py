@@ -56,7 +56,9 @@ def checked(metrics: "Mapping[str, Function | Metric]", task: str) -> dict[str, 
                 f"metrics: {name!r} is {metric.function!r}; give a function that returns a number"
             )
         if metric.better not in ("high", "low", None):
-            raise ConfigError(f"metrics: {name!r}: better={metric.better!r}; high, low or None")
+            raise ConfigError(
+                f"metrics: better of {name!r} is {metric.better!r}; high, low or None"
+            )
         if name in COLUMNS[task] or name in ("seconds", "peak_mb", "n_seeds"):
             raise ConfigError(f"metrics: {name!r} is a metric of task={task} already; rename yours")
         found[name] = metric

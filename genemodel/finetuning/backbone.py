@@ -54,29 +54,29 @@ class Backbone:
         """Width of its cell vectors (F)."""
         return self.model.settings.width
 
-    def beneath(
-        self, counts: ReadsCounts, head: nn.Module, some: Iterable[CellBatch]
-    ) -> tuple[Built, torch.Tensor]:
+    @torch.no_grad()
+    def vectors_of(self, some: Iterable[CellBatch]) -> torch.Tensor:
+        """Cell vectors as the transformer comes, (C, F), in the order of the cells' numbers."""
+        vectors, numbers = [], []
+        self.model.eval()
+        for batch in some:
+            # Blocks above those that cell vectors are read from have no part in them.
+            encoded = self.model(batch, self.model.cell_stop)
+            vectors.append(self.projection(encoded.cell_CD[: batch.n_cells]).float())
+            numbers.append(batch.cell_C[: batch.n_cells])
+        return torch.cat(vectors)[torch.argsort(torch.cat(numbers))]
+
+    def beneath(self, counts: ReadsCounts, head: nn.Module, vectors_CF: torch.Tensor) -> Built:
         """Put a copy beneath an encoder of counts.
 
-        ``some`` training cells settle mean and deviation of the vectors, as the transformer comes.
-
-        Returns
-        -------
-        Encoder and head, and the vectors of these cells in the order of their numbers, (C, F).
+        Mean and deviation of the vectors are settled by those of some training cells.
         """
         model = copy.deepcopy(self.model)
-        beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection)).eval()
-        vectors, numbers = [], []
-        with torch.no_grad():
-            for batch in some:
-                vectors.append(beside.vectors(batch))
-                numbers.append(batch.cell_C[: batch.n_cells])
-        vectors_CF = torch.cat(vectors)
+        beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection))
         counts.beside.standardise(vectors_CF)
         tune(model, self.tuning, cells_only=True)
         shares = {f"backbone.{k}": v for k, v in rate_shares(model, self.tuning).items()}
-        return Built(beside.train(), head, shares), vectors_CF[torch.argsort(torch.cat(numbers))]
+        return Built(beside.train(), head, shares)
 
 
 def tuned(model: nn.Module) -> GeneModel | None:

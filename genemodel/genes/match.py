@@ -572,7 +572,7 @@ def _refuse_too_few(
         )
     if not advice:
         advice = (
-            "Use Ensembl ids or gene symbols; name the column of var that holds them with column=, "
+            "Use Ensembl ids or gene symbols; say which column of var holds them (setting column), "
             "or accept fewer with min_fraction=."
         )
     raise DataError(f"{message} {advice}")
@@ -588,8 +588,8 @@ def _kind_of_names(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
     some = list(names[:: max(1, len(names) // 200)])
     if sum(name.isdigit() for name in some) > _MANY * len(some):
         return (
-            "These are numbers, not gene names: name the column of var that holds the names with "
-            "column=, or put Ensembl ids or symbols into adata.var_names."
+            "These are numbers, not gene names: say which column of var holds the names (setting "
+            "column), or put Ensembl ids or symbols into adata.var_names."
         )
     if sum(bool(_TRANSCRIPT.match(name)) for name in some) > _MANY * len(some):
         return "These are transcript or protein ids: sum their counts to genes first."

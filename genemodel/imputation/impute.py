@@ -20,6 +20,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
 from genemodel.cells.sources import open_source
@@ -64,7 +65,7 @@ from genemodel.inference.gene_counts import GeneOrder, gene_order
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
-from genemodel.settings import ModelText, PathText, check_seed, to_values
+from genemodel.settings import ModelText, PathText, check_seed, either_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -78,6 +79,8 @@ KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
 
 
+@either_seed
+@may_copy
 @reads_cells
 def impute(
     adata: "AnnData | str | Path",

@@ -8,7 +8,6 @@ of a cell vector, E width of a gene vector, B technical batches, N stored entrie
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,10 +62,11 @@ class DecoderSettings:
     gene_vectors
         Start genes from the gene vectors of a pre-trained model instead of at random.
     from_decoder
-        With a transformer beneath whose model has a count decoder: start as that decoder, so that
-        the first answer is the model's own and the training only adds to it. ``latent`` is then the
-        width of its cell vectors. Otherwise the vectors are read beside the counts by a network
-        that starts from nothing.
+        With a transformer beneath whose model has a count decoder that tells molecules set aside
+        better than a cell's neighbours do: start as that decoder, so that the first answer is the
+        model's own and the training only adds to it. ``latent`` is then the width of its cell
+        vectors. Otherwise the vectors are read beside the counts by a network that starts from
+        nothing.
     """
 
     hidden: int = 128
@@ -152,6 +152,7 @@ class SparseCountEncoder(nn.Module):
         self.input_GH = nn.Parameter(torch.randn(n_genes, hidden) * 0.02)
         self.input_bias_H = nn.Parameter(torch.zeros(hidden))
         self.beside = VectorsBeside(n_features, hidden, bias=False)
+        middle = nn.Linear(hidden, hidden)
         last = nn.Linear(hidden, n_features if carries else settings.latent)
         self.carry_F = nn.Parameter(torch.ones(n_features)) if carries else None
         if carries:
@@ -161,7 +162,7 @@ class SparseCountEncoder(nn.Module):
             nn.LayerNorm(hidden),
             nn.Dropout(settings.dropout),
             nn.GELU(),
-            nn.Linear(hidden, hidden),
+            middle,
             nn.GELU(),
             last,
         )
@@ -402,89 +403,6 @@ class Decoder(nn.Module):
             len(stored_C),
             beside,
         )
-
-
-@torch.no_grad()
-def start_at_vectors(encoder: SparseCountEncoder, head: ImputationHead, vectors_GE: Floats) -> None:
-    """Start genes at the principal components of pre-trained vectors, as large as otherwise.
-
-    Genes whose row is NaN start at random, and so do columns beyond the components.
-    """
-    vectors = torch.as_tensor(vectors_GE, dtype=torch.float32)
-    known_G = torch.isfinite(vectors).all(1)
-    if int(known_G.sum()) < 2:
-        return
-    centred_GE = vectors[known_G] - vectors[known_G].mean(0)
-    left_GE, size_E, _ = torch.linalg.svd(centred_GE, full_matrices=False)
-    score_GE = left_GE * size_E
-    for target in (encoder.input_GH, head.gene_GD):
-        k = min(score_GE.shape[1], target.shape[1])
-        chosen_GE = score_GE[:, :k]
-        target[known_G, :k] = chosen_GE / chosen_GE.std().clamp_min(1e-12) * target.std()
-
-
-@torch.no_grad()
-def start_at_decoder(
-    head: ImputationHead,
-    gene_VF: Tensor,
-    gene_G: NDArray[np.integer],
-    vectors_SF: Tensor,
-    seen_SG: sp.csr_matrix,
-) -> None:
-    """Start as the count decoder of a pre-trained model, with a factor a gene of the cells at hand.
-
-    Parameters
-    ----------
-    head
-        As wide as the model's cell vectors.
-    gene_VF
-        Gene vectors of the model's decoder, by token; genes behind them are unknown to it and start
-        without a direction.
-    gene_G
-        Genes decoded, by their place among those of the cells: tokens first.
-    vectors_SF, seen_SG
-        Vectors of some cells, and the counts that these were made of.
-    """
-    place_G = torch.from_numpy(np.asarray(gene_G, np.int64))
-    known_G = place_G < len(gene_VF)
-    head.gene_GD.zero_()
-    head.gene_GD[known_G] = gene_VF[place_G[known_G]].to(head.gene_GD)
-    settle_factors(head, vectors_SF, seen_SG)
-
-
-# The factors shift the softmax that they were computed with: after two rounds by less than 1 %.
-_ROUNDS = 2
-
-
-@torch.no_grad()
-def settle_factors(head: ImputationHead, latent_SD: Tensor, seen_SG: sp.csr_matrix) -> None:
-    """Multiply every gene of a decoder by how much more of it these cells hold than it expects.
-
-    The factor is Gamma distributed around 1 with a variance that the genes share, estimated by
-    moments, and worth one molecule at least: a gene of a few stays near where the decoder has it.
-    """
-    library_S1 = torch.from_numpy(np.asarray(seen_SG.sum(1), np.float32))
-    found_G = torch.from_numpy(np.asarray(seen_SG.sum(0), np.float64).ravel())
-    for _ in range(_ROUNDS):
-        expected_G = torch.zeros_like(found_G)
-        for rows, share_CG in log_shares(head, latent_SD):
-            expected_G += (share_CG.exp() * library_S1[rows]).sum(0).double()
-        expected_G.clamp_min_(1e-9)
-        # Of rare genes one molecule would be a large factor: they weigh as little as they tell.
-        weight_G = (1.0 + expected_G) ** -2
-        excess = (weight_G * ((found_G - expected_G) ** 2 - expected_G)).sum()
-        if excess <= 0:  # no more than chance
-            return
-        prior = max(1.0, float((weight_G * expected_G**2).sum() / excess))
-        head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())
-
-
-def log_shares(head: ImputationHead, latent_SD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Log shares of blocks of cells, of unknown batch."""
-    for start in range(0, len(latent_SD), BLOCK_CELLS):
-        rows = slice(start, start + BLOCK_CELLS)
-        unknown_C = torch.full((len(latent_SD[rows]),), -1)
-        yield rows, head.log_fraction(latent_SD[rows], unknown_C)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import Tensor
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.source import Source
@@ -26,10 +25,8 @@ from genemodel.imputation.network import (
     BLOCK_CELLS,
     Decoder,
     DecoderSettings,
-    ImputationHead,
-    log_shares,
-    settle_factors,
 )
+from genemodel.imputation.starting import decoder_nats, settle_factors
 from genemodel.imputation.training import (
     TrainedDecoder,
     calibrated,
@@ -122,7 +119,7 @@ class PretrainedImputation:
         dispersion_G, coverage = calibrated(
             decoder.head, latent_SD, code_S, seen_SG, held_SG, fraction, seed
         )
-        nats = _nats(decoder.head, latent_SD, held_SG)
+        nats = decoder_nats(decoder.head, latent_SD, held_SG)
         self.model = ImputationModel(
             TrainedDecoder(decoder.eval(), dispersion_G, nats, coverage, [(0, nats)]),
             sp.csr_matrix((0, len(self.known_G)), dtype=np.float32),
@@ -254,12 +251,3 @@ def joined(blocks: list[ImputationModel]) -> ImputationModel:
         where=blocks[0].where,
         features_CF=np.concatenate(vectors) if vectors else None,
     )
-
-
-def _nats(head: ImputationHead, latent_SD: Tensor, held_SG: sp.csr_matrix) -> float:
-    """Negative log-likelihood per molecule set aside; NaN where none was."""
-    total = 0.0
-    for rows, share_CG in log_shares(head, latent_SD):
-        part = held_SG[rows].tocoo()
-        total -= float((share_CG[part.row, part.col].double().numpy() * part.data).sum())
-    return total / float(held_SG.sum()) if held_SG.nnz else float("nan")

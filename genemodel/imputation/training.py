@@ -42,8 +42,6 @@ from genemodel.imputation.network import (
     DecoderSettings,
     ImputationHead,
     SparseCountEncoder,
-    start_at_decoder,
-    start_at_vectors,
 )
 from genemodel.imputation.posterior import (
     Floats,
@@ -52,6 +50,7 @@ from genemodel.imputation.posterior import (
     randomised_pit,
     tally_coverage,
 )
+from genemodel.imputation.starting import Shown, knows, start_at_decoder, start_at_vectors
 from genemodel.model.gene_model import Encoded, GeneModel
 from genemodel.settings import to_values
 from genemodel.train.reading import Built, Reading
@@ -299,6 +298,8 @@ class _Plan:
     ) -> None:
         self.data, self.settings, self.seed = data, settings, seed
         self.backbone, self.vectors_GE = backbone, gene_vectors_GE
+        # Whether the model's count decoder is the start; None until that was looked at.
+        self.knows: bool | None = None if settings.from_decoder else False
         self.gene_G = np.arange(data.n_genes) if gene_G is None else np.asarray(gene_G)
         n_cells = len(data.train)
         size = even_size(n_cells, settings.batch_cells)
@@ -349,24 +350,39 @@ class _Plan:
 
     def build(self) -> Built:
         """Make encoder and head, with their starting points."""
-        data, settings, backbone = self.data, self.settings, self.backbone
-        width = 0 if backbone is None else backbone.width
-        carries = backbone is not None and backbone.gene_VF is not None and settings.from_decoder
+        data, backbone = self.data, self.backbone
+        if backbone is None:
+            counts, head = self._parts(0)
+            if self.vectors_GE is not None:
+                start_at_vectors(counts, head, self.vectors_GE)
+            return Built(counts, head)
+        rows = slice(None, None, max(1, data.sample.size // STANDARDISED))
+        vectors_CF = backbone.vectors_of(self.in_order(data.sample[rows]))
+        if self.knows is not False and backbone.gene_VF is not None:
+            counts, head = self._parts(backbone.width, carries=True)
+            shown = Shown(vectors_CF, self.seen_SG[rows], self.held_SG[rows])
+            start_at_decoder(head, backbone.gene_VF, self.gene_G, shown)
+            if self.knows is None:
+                self.knows = knows(head, shown)
+            if self.knows:
+                return backbone.beneath(counts, head, vectors_CF)
+        counts, head = self._parts(backbone.width)
+        if self.vectors_GE is not None:
+            start_at_vectors(counts, head, self.vectors_GE)
+        return backbone.beneath(counts, head, vectors_CF)
+
+    def _parts(
+        self, width: int, *, carries: bool = False
+    ) -> tuple[SparseCountEncoder, ImputationHead]:
+        """Make encoder and head of new weights."""
+        data, settings = self.data, self.settings
         counts = SparseCountEncoder(self.gene_G, data.n_genes, settings, width, carries=carries)
         frequency_G = np.asarray(self.seen_SG.sum(axis=0)).ravel() + 0.1
         head = ImputationHead(
             frequency_G / frequency_G.sum(), data.n_batches, settings, counts.place_V.clone(),
             data.share_B, latent=width if carries else None,
         )  # fmt: skip
-        if self.vectors_GE is not None and not carries:
-            start_at_vectors(counts, head, self.vectors_GE)
-        if backbone is None:
-            return Built(counts, head)
-        rows = slice(None, None, max(1, data.sample.size // STANDARDISED))
-        built, vectors_CF = backbone.beneath(counts, head, self.in_order(data.sample[rows]))
-        if carries and backbone.gene_VF is not None:
-            start_at_decoder(head, backbone.gene_VF, self.gene_G, vectors_CF, self.seen_SG[rows])
-        return built
+        return counts, head
 
     def in_order(
         self, cells: NDArray[np.integer], device: torch.device | str = "cpu"

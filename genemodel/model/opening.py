@@ -12,15 +12,17 @@ from genemodel.model.gene_model import Block, GeneModel, opening_tokens
 
 
 def encode_opening(model: GeneModel, batch: CellBatch) -> Tensor:
-    """Return ``model(batch).cell_CD`` without what nobody reads of the last block.
+    """Give the cells' opening tokens as the model leaves them, (C, D), and calculate no more.
 
-    A cell's vector is that of its opening token: of the last block only that token's query,
-    output and feed-forward part are needed, and keys and values of the others.
+    They are ``model(batch).cell_CD`` of a model whose vectors are those of the opening tokens: of
+    the last block only that token's query, output and feed-forward part are needed, and keys and
+    values of the others. A published model is read below its last block, which is left out.
     """
     x_TD = model.embedding(batch)
-    for block in model.blocks[:-1]:
+    read = model.blocks[: model.cell_stop]
+    for block in read[:-1]:
         x_TD = block(x_TD, batch.starts_C1, batch.longest)
-    last = model.blocks[-1]
+    last = read[-1]
     assert isinstance(last, Block)
     first_C, _ = opening_tokens(batch.starts_C1, x_TD.shape[0])
     x_CD = _opening(last, x_TD, first_C, batch.segment_T)

@@ -67,7 +67,7 @@ class GeneTable:
             n = batch.n_tokens
             gene_T, cell_T = batch.gene_T[:n].numpy(), batch.segment_T[:n].numpy()
             relative_T = batch.rank_T[:n].numpy() / np.maximum(batch.length_C[cell_T] - 1, 1)
-            is_gene_T = gene_T >= N_SPECIAL
+            is_gene_T = gene_T >= perturber.bundle.tokens.first_gene
             gene_T = gene_T[is_gene_T]
             n_V += np.bincount(gene_T, minlength=n_tokens)
             rank_V += np.bincount(gene_T, relative_T[is_gene_T], n_tokens)
@@ -81,10 +81,20 @@ class GeneTable:
 
 
 class GeneNames:
-    """Names of tokens, and tokens of names, in the species of the cells."""
+    """Names of tokens, and tokens of names, in the species of the cells.
 
-    def __init__(self, vocabulary: GeneVocabulary, species: Sequence[str]) -> None:
+    ``number_V`` are the numbers by which tables name tokens, where they are not our own: those of
+    an imported model's dictionary.
+    """
+
+    def __init__(
+        self,
+        vocabulary: GeneVocabulary,
+        species: Sequence[str],
+        number_V: np.ndarray | None = None,
+    ) -> None:
         self.vocabulary, self.species = vocabulary, tuple(species)
+        self.number_V = np.arange(len(vocabulary)) if number_V is None else number_V
         self._symbol = [""] * len(vocabulary)
         self._id = [""] * len(vocabulary)
         for name in reversed(self.species):  # the first species has the last word
@@ -97,6 +107,10 @@ class GeneNames:
     def symbol(self, tokens: Sequence[int]) -> str:
         """Symbols of genes, joined."""
         return TOGETHER.join(self._symbol[t] or self._id[t] for t in tokens)
+
+    def number(self, tokens: Sequence[int]) -> str:
+        """Numbers of genes, joined."""
+        return TOGETHER.join(str(int(self.number_V[t])) for t in tokens)
 
     def ensembl(self, tokens: Sequence[int]) -> str:
         """Ids of genes, joined."""
@@ -269,7 +283,7 @@ def facts(wanted: Sequence[Perturbation], names: GeneNames, table: GeneTable) ->
     """One row a perturbation: official names, then what the genes are like."""
     return pd.DataFrame(
         {
-            "Gene": [TOGETHER.join(map(str, one.tokens)) for one in wanted],
+            "Gene": [names.number(one.tokens) for one in wanted],
             "Gene_name": [names.symbol(one.tokens) for one in wanted],
             "Ensembl_ID": [names.ensembl(one.tokens) for one in wanted],
             "Mean_rank": [float(np.mean(table.rank_V[list(one.tokens)])) for one in wanted],

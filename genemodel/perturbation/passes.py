@@ -9,7 +9,7 @@ to end, S states, D width, V vocabulary.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
-from genemodel.batches.loader import Window, inverse_medians, pack
+from genemodel.batches.loader import Window, inverse_medians, pack, rank_scale
 from genemodel.batches.packing import plan_bins
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError
-from genemodel.genes.vocabulary import N_SPECIAL
+from genemodel.expression.normalise import DEPTH
 from genemodel.inference.cell_vectors import cell_projection
 from genemodel.model.devices import is_out_of_memory
+from genemodel.model.gene_model import opening_tokens
 from genemodel.model.opening import encode_opening
-from genemodel.perturbation.variants import Moves, Operation, Variants, vary
+from genemodel.perturbation.variants import Moves, Operation, Variants, counts_of, vary
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +175,8 @@ class Perturber:
         self.bundle, self.how = bundle, how
         self.model = bundle.model.eval()
         self.budget = max(budget or bundle.tokens.budget, bundle.tokens.context)
-        self.inverse_median_V = inverse_medians(bundle.medians_V)
-        self._inverse_V = torch.from_numpy(self.inverse_median_V).to(bundle.device)
+        self._scale_V = rank_scale(bundle.medians_V, bundle.tokens.style)
+        self._inverse_V = torch.from_numpy(inverse_medians(bundle.medians_V)).to(bundle.device)
         self._project = cell_projection(bundle)
 
     # -- the cells as they are ---------------------------------------------------------------
@@ -188,9 +189,10 @@ class Perturber:
             here = rows[order[chosen]]
             n = int(length[order[chosen]].sum())
             batch = pack(
-                window, here, self.inverse_median_V, self.bundle.tokens, budget=n,
-                max_cells=here.size,
-            )  # fmt: skip
+                window, here, self._scale_V, self.bundle.tokens, budget=n, max_cells=here.size
+            )
+            if self.bundle.tokens.style.startswith("geneformer"):
+                batch = _with_values(batch)
             yield batch, here
 
     def vectors(self, window: Window, rows: np.ndarray) -> np.ndarray:
@@ -273,8 +275,8 @@ class Perturber:
         place_CV = np.zeros((batch.n_cells, len(self.bundle.vocabulary)), np.int32)
         cell_T, gene_T = batch.segment_T[:n].numpy(), batch.gene_T[:n].numpy()
         starts_C = batch.starts_C1[: batch.n_cells].numpy()
-        is_gene_T = gene_T >= N_SPECIAL
-        place_T = np.arange(n) - starts_C[cell_T]
+        is_gene_T = gene_T >= self.bundle.tokens.first_gene
+        place_T = np.arange(n) - starts_C[cell_T] + 1 - int(self.bundle.tokens.opens)
         place_CV[cell_T[is_gene_T], gene_T[is_gene_T]] = place_T[is_gene_T]
         size_P = np.array([len(tokens) for tokens in tokens_P])
         first_P = np.cumsum(size_P) - size_P
@@ -371,7 +373,7 @@ class Perturber:
         for held in (False, True) if self.how.held else (False,):
             variants = vary(
                 base.batch, part, self.how.operation, self._inverse_V,
-                context=self.bundle.tokens.context, quartiles=self.how.quartiles, held=held,
+                tokens=self.bundle.tokens, quartiles=self.how.quartiles, held=held,
             )  # fmt: skip
             whole = self.how.of_genes or self.how.pooled
             cell_CD, hidden_RD = self._encoded(variants.batch, genes=whole)
@@ -385,7 +387,7 @@ class Perturber:
                     perturbation_W = found.perturbation_W[start:stop]
                     _add(genes, cosine_R, stays_R, variants.batch, perturbation_W)
             if not held:
-                plain_W = _without_model(base.batch, variants, cell_W, plain_V)
+                plain_W = self._without_model(base.batch, variants, cell_W, plain_V)
                 found.plain_W[start:stop] = plain_W.float().cpu().numpy()
             shift_WS = (after_WD - before_WD) @ goal_SD.T
             cosine, states = (
@@ -400,7 +402,9 @@ class Perturber:
         """Cosine of every token before and after, and whether it is a gene left alone."""
         assert base.hidden_TD is not None
         stays_R = (
-            (variants.source_R >= 0) & ~variants.moved_R & (variants.batch.gene_T >= N_SPECIAL)
+            (variants.source_R >= 0)
+            & ~variants.moved_R
+            & (variants.batch.gene_T >= self.bundle.tokens.first_gene)
         )
         before_RD = base.hidden_TD[variants.source_R.clamp_min(0)]
         return F.cosine_similarity(before_RD.float(), hidden_RD.float(), dim=1), stays_R
@@ -414,18 +418,65 @@ class Perturber:
             if not (genes or self.how.pooled):
                 cell_CD: Tensor = self._project(encode_opening(self.model, batch))
                 return cell_CD[: batch.n_cells], None
-            encoded = self.model(batch)
-            hidden_TD = encoded.hidden_TD
+            # As far as the vectors of cells need: published ones are of the last block but one.
+            hidden_TD = self.model(batch, self.model.cell_stop).hidden_TD
             if not self.how.pooled:
-                cell_CD = self._project(encoded.cell_CD)
+                first_C, _ = opening_tokens(batch.starts_C1, hidden_TD.shape[0])
+                cell_CD = self._project(hidden_TD.index_select(0, first_C))
                 return cell_CD[: batch.n_cells], hidden_TD
-        is_gene_T = batch.gene_T >= N_SPECIAL
+        is_gene_T = batch.gene_T >= self.bundle.tokens.first_gene
         n = batch.starts_C1.shape[0] - 1
         total_CD = torch.zeros(n, hidden_TD.shape[1], dtype=torch.float64, device=device)
         total_CD.index_add_(0, batch.segment_T, hidden_TD.double() * is_gene_T[:, None])
         n_C = torch.zeros(n, dtype=torch.float64, device=device)
         n_C.index_add_(0, batch.segment_T, is_gene_T.double())
         return (total_CD / n_C.clamp_min(1)[:, None])[: batch.n_cells], hidden_TD
+
+    def _without_model(
+        self, base: CellBatch, variants: Variants, cell_W: Tensor, goal_V: Tensor | None
+    ) -> Tensor:
+        """Cosines of the values themselves: towards a goal after less before, else between both."""
+        batch = variants.batch
+
+        def summed(value_R: Tensor, segment_R: Tensor, n: int) -> Tensor:
+            total = torch.zeros(n, dtype=torch.float64, device=value_R.device)
+            return total.index_add_(0, segment_R, value_R)
+
+        n_base, n_W = base.starts_C1.shape[0] - 1, batch.n_cells
+        before_T, after_R = self._plain(base), self._plain(batch)
+        length_C = summed(before_T**2, base.segment_T, n_base).sqrt().clamp_min(1e-12)
+        length_W = summed(after_R**2, batch.segment_T, n_W).sqrt().clamp_min(1e-12)
+        if goal_V is None:
+            there_R = before_T[variants.source_R.clamp_min(0)] * (variants.source_R >= 0)
+            dot_W = summed(there_R * after_R, batch.segment_T, n_W)
+            return dot_W / (length_W * length_C[cell_W])
+        after_W = summed(after_R * goal_V[batch.gene_T], batch.segment_T, n_W) / length_W
+        before_C = summed(before_T * goal_V[base.gene_T], base.segment_T, n_base) / length_C
+        return after_W - before_C[cell_W]
+
+    def _plain(self, batch: CellBatch) -> Tensor:
+        """log1p(counts per 10⁴) of every token, whatever the model reads."""
+        style = self.bundle.tokens.style
+        if style != "genecompass":
+            return batch.value_T.double()
+        library_T = batch.library_C[batch.segment_T].double()
+        count_T = counts_of(batch.value_T, batch.gene_T, library_T, self._inverse_V, style)
+        return torch.log1p(count_T * (DEPTH / library_T.clamp_min(1e-9)))
+
+
+def _with_values(batch: CellBatch) -> CellBatch:
+    """Fill in log1p(counts per 10⁴), which a Geneformer does not read and the arithmetic does."""
+    n_tokens = int(batch.gene_T.max()) + 1
+    key_N = batch.full_cell_N * n_tokens + batch.full_gene_N
+    known_N = batch.full_gene_N < n_tokens
+    key_N, count_N = key_N[known_N], batch.full_count_N[known_N]
+    order_N = torch.argsort(key_N)
+    key_T = batch.segment_T * n_tokens + batch.gene_T
+    at_T = torch.searchsorted(key_N[order_N], key_T).clamp_max(max(key_N.numel() - 1, 0))
+    found_T = key_N[order_N][at_T] == key_T
+    count_T = torch.where(found_T, count_N[order_N][at_T], 0.0)
+    share_T = count_T.double() / batch.library_C[batch.segment_T].double().clamp_min(1e-9)
+    return replace(batch, value_T=torch.log1p(share_T * DEPTH).float())
 
 
 def _means(cosine_R: Tensor, stays_R: Tensor, batch: CellBatch) -> Tensor:
@@ -434,29 +485,6 @@ def _means(cosine_R: Tensor, stays_R: Tensor, batch: CellBatch) -> Tensor:
     total_W.index_add_(0, batch.segment_T, cosine_R.double() * stays_R)
     n_W = torch.zeros_like(total_W).index_add_(0, batch.segment_T, stays_R.double())
     return total_W / n_W.clamp_min(1)
-
-
-def _without_model(
-    base: CellBatch, variants: Variants, cell_W: Tensor, goal_V: Tensor | None
-) -> Tensor:
-    """Cosines of the values themselves: towards a goal after less before, else between both."""
-    batch = variants.batch
-
-    def summed(value_R: Tensor, segment_R: Tensor, n: int) -> Tensor:
-        total = torch.zeros(n, dtype=torch.float64, device=value_R.device)
-        return total.index_add_(0, segment_R, value_R)
-
-    n_base, n_W = base.starts_C1.shape[0] - 1, batch.n_cells
-    before_T, after_R = base.value_T.double(), batch.value_T.double()
-    length_C = summed(before_T**2, base.segment_T, n_base).sqrt().clamp_min(1e-12)
-    length_W = summed(after_R**2, batch.segment_T, n_W).sqrt().clamp_min(1e-12)
-    if goal_V is None:
-        there_R = before_T[variants.source_R.clamp_min(0)] * (variants.source_R >= 0)
-        dot_W = summed(there_R * after_R, batch.segment_T, n_W)
-        return dot_W / (length_W * length_C[cell_W])
-    after_W = summed(after_R * goal_V[batch.gene_T], batch.segment_T, n_W) / length_W
-    before_C = summed(before_T * goal_V[base.gene_T], base.segment_T, n_base) / length_C
-    return after_W - before_C[cell_W]
 
 
 def _add(

@@ -3,7 +3,6 @@
 Axes: C cells, P perturbations, W variants, S states, V vocabulary.
 """
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,6 +16,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.annotations import read_annotations
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.counts import VocabularyCells
@@ -37,7 +37,7 @@ from genemodel.perturbation.settings import (
     PerturbSettings,
 )
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_out_folder, to_values
+from genemodel.settings import check_out_folder, either_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 KEY = "genemodel_perturb"
 
 
+@either_seed
+@may_copy
 @reads_cells
 def perturb(
     adata: "AnnData",
@@ -100,8 +102,9 @@ def perturb(
     group_needs
         Cells in which a group is perturbed: those with ``"any"`` of its genes, or with ``"all"``.
     emb_mode
-        A cell's vector: ``"cls"``, as :func:`genemodel.embed` gives it, or ``"cell"``, the mean of
-        its genes; ``"cls_and_gene"`` and ``"cell_and_gene"`` also measure every other gene.
+        A cell's vector: ``"cls"``, that of its opening token, or ``"cell"``, the mean of its genes;
+        of the layer that :func:`genemodel.embed` reads. ``"cls_and_gene"`` and
+        ``"cell_and_gene"`` also measure every other gene.
     state_key
         obs column of the states. With ``start_state`` alone only those cells are perturbed; with
         ``goal_state`` shifts are measured towards it, and towards ``alt_states``.
@@ -159,6 +162,7 @@ def perturb(
     bundle = model_for("perturb", (Bundle,), model, device="auto" if device is None else device)
     if device is not None:
         bundle = bundle.on(device_of(device))
+    _check_mode(bundle, asked)
     cells = VocabularyCells(adata, bundle, reading)
     plan = plan_of(cells, adata.obs, bundle, asked, reading, batch_tokens, "adata")
     with Progress("perturb", plan.n_variants, unit="variants") as progress:
@@ -181,15 +185,11 @@ def perturb_file(settings: PerturbSettings) -> str:
         raise ConfigError(f"out={out} exists: set overwrite=true, or another name.")
     if out.exists() and not is_ours(out):
         raise ConfigError(f"out={out} was not written by perturb: name another folder.")
-    if settings.tables == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(
-            "tables=parquet needs pyarrow, which is not installed: pip install pyarrow, or set "
-            "tables=csv."
-        )
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
     asked = settings.asked
     bundle = model_for("perturb", (Bundle,), settings.model, device=device_of(settings.device))
+    _check_mode(bundle, asked)
     cells = VocabularyCells(settings.input, bundle, settings.reading)
     with closing(cells):
         notes = read_annotations(Path(settings.input), cells.source)
@@ -218,6 +218,15 @@ def perturb_file(settings: PerturbSettings) -> str:
         write_result(result, notes, out, settings.tables)
         blocks.remove()
     return f"{result.describe()}\n{top(result)}\nTables are in {out}"
+
+
+def _check_mode(bundle: Bundle, asked: Asked) -> None:
+    if asked.emb_mode.startswith("cls") and not bundle.tokens.opens:
+        other = asked.emb_mode.replace("cls", "cell")
+        raise ConfigError(
+            f"emb_mode={asked.emb_mode} reads the token that opens a cell, and a Geneformer V1 has "
+            f"none: set emb_mode={other}, the mean of the genes."
+        )
 
 
 def _fill(plan: Plan, blocks: Blocks) -> None:

@@ -19,6 +19,7 @@ from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import DEPTH
+from genemodel.importers.exporting import source_tokens
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, window_of
 from genemodel.inference.obs_keys import batch_names, column
 from genemodel.perturbation.genes import (
@@ -200,7 +201,9 @@ def plan_of(
     perturber = Perturber(bundle, asked.how, budget=batch_tokens)
     table = GeneTable.of(perturber, window, rows)
     species = [bundle.species[s] for s in np.unique(chunk.species_C[rows])]
-    names = GeneNames(bundle.vocabulary, species)
+    # Whoever knows a Geneformer's tables knows its tokens.
+    published = bundle.tokens.style.startswith("geneformer")
+    names = GeneNames(bundle.vocabulary, species, source_tokens(bundle) if published else None)
     covered_V = table.covered_V(asked.min_cells, asked.min_coverage)
     wanted = asked_for(
         asked.genes, names, combos=asked.combos, anchor=asked.anchor_gene, covered_V=covered_V
@@ -256,13 +259,12 @@ def _choose(
     values = without_placeholders(
         values, reading.missing_labels, column=asked.state_key, where=where
     )
-    text_C = values.astype(object).where(values.notna(), None).map(
-        lambda value: None if value is None else str(value)
-    )  # fmt: skip
+    # Not by Series.map, which makes NaN of None, and NaN has no order among texts.
+    text_C = np.array([None if pd.isna(v) else str(v) for v in values], dtype=object)
     known = sorted({value for value in text_C if value is not None})
     rows = []
     for name in asked.states or (asked.start_state,):
-        here = np.flatnonzero((text_C == name).to_numpy())
+        here = np.flatnonzero(text_C == name)
         if not here.size:
             near = nearest(name, known)
             raise DataError(
@@ -272,13 +274,13 @@ def _choose(
             )
         rows.append(sample(here))
     chosen = np.sort(np.concatenate(rows))
-    state_C = text_C.to_numpy()[chosen].astype(str)
+    state_C = text_C[chosen].astype(str)
     return state_C == asked.start_state, state_C, chosen
 
 
 def _counts(cells: VocabularyCells, chosen: np.ndarray) -> tuple[VocabularyChunk, np.ndarray]:
     """Read the counts of some cells, and say which of them hold a known gene."""
-    parts, species, library = [], [], []
+    parts, species, library, total = [], [], [], []
     for chunk in cells.chunks():
         a, b = np.searchsorted(chosen, [chunk.start, chunk.start + chunk.counts_CV.shape[0]])
         here = chosen[a:b] - chunk.start
@@ -286,6 +288,8 @@ def _counts(cells: VocabularyCells, chosen: np.ndarray) -> tuple[VocabularyChunk
             parts.append(chunk.counts_CV[here])
             species.append(chunk.species_C[here])
             library.append(chunk.library_C[here])
+            # A published model ranks by shares of all counts, those of genes without a token too.
+            total.append(chunk.library_C[here] if chunk.total_C is None else chunk.total_C[here])
     counts_CV = sp.vstack(parts, format="csr")
     library_C = np.concatenate(library)
     kept = np.flatnonzero(library_C > 0)
@@ -295,7 +299,8 @@ def _counts(cells: VocabularyCells, chosen: np.ndarray) -> tuple[VocabularyChunk
             cells.source.where, f"{chosen.size - kept.size:,}", f"{chosen.size:,}",
         )  # fmt: skip
     species_C = np.concatenate(species)
-    return VocabularyChunk(0, counts_CV[kept], species_C[kept], library_C[kept]), kept
+    total_C = np.concatenate(total)[kept]
+    return VocabularyChunk(0, counts_CV[kept], species_C[kept], library_C[kept], total_C), kept
 
 
 def _above_floor(

@@ -73,7 +73,7 @@ def gene_table(
         "Perturbed": of_each["Gene"].to_numpy()[p],
         "Gene_name": of_each["Gene_name"].to_numpy()[p],
         "Ensembl_ID": of_each["Ensembl_ID"].to_numpy()[p],
-        "Affected": v,
+        "Affected": names.number_V[v],
         "Affected_gene_name": [names.symbol((int(t),)) for t in v],
         "Affected_Ensembl_ID": [names.ensembl((int(t),)) for t in v],
         "Cosine_sim_mean": mean,

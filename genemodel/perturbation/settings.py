@@ -37,8 +37,9 @@ class Asked:
     group_needs
         Cells in which a group is perturbed: those with ``any`` of its genes, or with ``all``.
     emb_mode
-        A cell's vector: ``cls``, as :func:`genemodel.embed` gives it, or ``cell``, the mean of its
-        genes; ``cls_and_gene`` and ``cell_and_gene`` also measure every other gene.
+        A cell's vector: ``cls``, that of its opening token, or ``cell``, the mean of its genes; of
+        the layer that :func:`genemodel.embed` reads. ``cls_and_gene`` and ``cell_and_gene`` also
+        measure every other gene.
     state_key
         obs column of the states. With start_state alone only those cells are perturbed; with
         goal_state shifts are measured towards it, and towards alt_states.
@@ -169,7 +170,7 @@ class PerturbSettings(Asked, InputSettings):
     out
         Folder to write tables into.
     tables
-        Format of the large tables: csv (gzipped), or parquet, which needs pyarrow.
+        Format of the large tables: parquet, or csv (gzipped).
     batch_tokens
         Most tokens at once; 0 for the model's own budget.
     device
@@ -181,7 +182,7 @@ class PerturbSettings(Asked, InputSettings):
     model: ModelText
     input: PathText
     out: PathText
-    tables: Literal["csv", "parquet"] = "csv"
+    tables: Literal["parquet", "csv"] = "parquet"
     batch_tokens: int = 0
     device: str = "auto"
     overwrite: bool = False

@@ -20,6 +20,10 @@ The other genes *follow*, as if the cell had been counted so: ranks close up, an
 of the new library. Or they are *held*: each keeps its rank and its value, so that what is seen is
 the gene's own doing and not the shift of everything behind it.
 
+Imported models keep their own form: Geneformer V1 opens no cell, so that its first gene stands at
+position 0; V2 closes cells with a token that stays last; GeneCompass reads log2(1 + count ÷
+median), which no other gene changes, and counts positions from its first gene.
+
 Axes: T tokens of the cells, C cells, W variants, M moves, R tokens of the variants.
 """
 
@@ -31,8 +35,8 @@ import torch
 from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
+from genemodel.batches.tokens import Style, TokenSettings
 from genemodel.expression.normalise import DEPTH
-from genemodel.genes.vocabulary import N_SPECIAL
 
 type Operation = Literal["delete", "overexpress", "inhibit", "activate"]
 OPERATIONS: tuple[Operation, ...] = ("delete", "overexpress", "inhibit", "activate")
@@ -52,7 +56,7 @@ class Moves:
     gene_M
         Token that is moved.
     place_M
-        Its place in the cell, from 1 (0 is the opening token); 0 where the cell lacks the gene.
+        Its place among the genes of the cell, from 1; 0 where the cell lacks the gene.
     """
 
     cell_W: np.ndarray
@@ -132,7 +136,7 @@ def vary(
     operation: Operation,
     inverse_median_V: Tensor,
     *,
-    context: int,
+    tokens: TokenSettings,
     quartiles: int | None = None,
     held: bool = False,
 ) -> Variants:
@@ -148,12 +152,12 @@ def vary(
         How; see :func:`goal_places`.
     inverse_median_V
         1 ÷ non-zero median of every token, on the device of the batch.
-    context
-        Most tokens of a cell: where a gene is added to a full cell, the last one falls out.
+    tokens
+        Form of a cell. Where a gene is added to a full one, the last gene falls out.
     held
         The other genes keep rank and value, and the cell its library.
     """
-    device = base.device
+    device, opens, first_gene = base.device, int(tokens.opens), tokens.first_gene
     length_C = np.asarray(base.length_C, np.int64)
     start_C = base.starts_C1[: base.n_cells].long()
     cell_W = torch.from_numpy(moves.cell_W).to(device)
@@ -172,18 +176,19 @@ def vary(
     order_M = np.arange(moves.variant_M.size) - np.searchsorted(moves.variant_M, moves.variant_M)
     step = int(order_M.max(initial=0)) + 2
     # What closes a cell (an end token of an imported model) stays behind everything else.
-    closing_R = (gene_R < N_SPECIAL) & (place_R > 0)
-    key_R = place_R * step + closing_R * (2 * step * (int(length_C.max(initial=1)) + 2))
-    count_R = torch.expm1(base.value_T[source_R].double()) * (
-        base.library_C[cell_W].double()[variant_R] / DEPTH
-    )
+    closing_R = (gene_R < first_gene) & (place_R > 0)
+    key_R = (place_R + 1) * step + closing_R * (2 * step * (int(length_C.max(initial=1)) + 2))
+    count_R = counts_of(
+        base.value_T[source_R], gene_R, base.library_C[cell_W][variant_R], inverse_median_V,
+        tokens.style,
+    )  # fmt: skip
     new_R, keep_R = count_R.clone(), torch.ones_like(closing_R)
     moved_R = torch.zeros_like(closing_R)
     rank_R = base.rank_T[source_R].clone()
 
     there_M = moves.place_M > 0
     at_M = torch.from_numpy(
-        offset_W[moves.variant_M[there_M]] + moves.place_M[there_M]
+        offset_W[moves.variant_M[there_M]] + moves.place_M[there_M] - 1 + opens
     ).to(device)  # fmt: skip
     moved_R[at_M] = True
     extra: list[tuple[Tensor, Tensor]] = []
@@ -191,20 +196,24 @@ def vary(
         keep_R[at_M] = False
         new_R[at_M] = 0.0
     else:
-        genes_M = _genes_of(base, length_C)[moves.cell_W[moves.variant_M]]
+        genes_M = _genes_of(base, length_C, first_gene)[moves.cell_W[moves.variant_M]]
         goal_M = goal_places(operation, moves.place_M, genes_M, quartiles)
+        position_M = goal_M - 1 + opens
         before = operation != "inhibit"
         # Between two places: before that of a gene above which it goes, behind one below.
-        key_M = torch.from_numpy(goal_M * step + order_M + (1 - step if before else 1)).to(device)
+        key_M = torch.from_numpy(
+            (position_M + 1) * step + order_M + (1 - step if before else 1)
+        ).to(device)  # fmt: skip
         stays_M = torch.from_numpy(goal_M == moves.place_M).to(device)
-        whose_M = torch.from_numpy(offset_W[moves.variant_M] + goal_M).to(device)
+        whose_M = torch.from_numpy(offset_W[moves.variant_M] + position_M).to(device)
         gene_M = torch.from_numpy(moves.gene_M).to(device)
         ratio_M = count_R[whose_M] * inverse_median_V[gene_R[whose_M]].double()
         count_M = ratio_M / inverse_median_V[gene_M].double()
         is_there_M = torch.from_numpy(there_M).to(device)
         key_R[at_M] = key_M[is_there_M]
         new_R[at_M] = torch.where(stays_M[is_there_M], count_R[at_M], count_M[is_there_M])
-        rank_R[at_M] = torch.from_numpy(goal_M[there_M]).to(device)
+        rank_M = _ranks(torch.from_numpy(position_M).to(device), tokens.style)
+        rank_R[at_M] = rank_M[is_there_M]
         absent_M = ~is_there_M
         if operation == "overexpress" and bool((~there_M).any()):
             variant_M = torch.from_numpy(moves.variant_M).to(device)[absent_M]
@@ -214,7 +223,7 @@ def vary(
                 (key_R, key_M[absent_M]), (count_R, torch.zeros_like(count_M[absent_M])),
                 (new_R, count_M[absent_M]), (keep_R, torch.ones_like(absent_M[absent_M])),
                 (moved_R, torch.ones_like(absent_M[absent_M])),
-                (rank_R, torch.ones_like(variant_M)),
+                (rank_R, rank_M[absent_M]),
                 (closing_R, torch.zeros_like(absent_M[absent_M])),
             ]  # fmt: skip
     if extra:
@@ -223,7 +232,7 @@ def vary(
 
     library_W = base.library_C[cell_W].double()
     if not held:
-        change_R = (new_R - count_R).where(gene_R >= N_SPECIAL, 0.0)
+        change_R = (new_R - count_R).where(gene_R >= first_gene, 0.0)
         library_W = library_W.index_add(0, variant_R, change_R)
     key_R = variant_R * (int(key_R.max()) + 1) + key_R if key_R.numel() else key_R
     (kept_R,) = keep_R.nonzero(as_tuple=True)
@@ -235,26 +244,31 @@ def vary(
     place_R = torch.arange(order_R.numel(), device=device) - first_W[variant_R]
     if extra:
         closing_W = torch.bincount(variant_R[closing_R[order_R]], minlength=n_W)
-        fits_R = closing_R[order_R] | (place_R < context - closing_W[variant_R])
+        fits_R = closing_R[order_R] | (place_R < tokens.context - closing_W[variant_R])
         order_R, variant_R = order_R[fits_R], variant_R[fits_R]
         size_W = torch.bincount(variant_R, minlength=n_W)
         first_W = size_W.cumsum(0) - size_W
         place_R = torch.arange(order_R.numel(), device=device) - first_W[variant_R]
     source_R, moved_R = source_R[order_R], moved_R[order_R]
     gene_R = gene_R[order_R]
-    value_R = torch.log1p(new_R[order_R] * (DEPTH / library_W.clamp_min(1e-9))[variant_R]).float()
-    value_R = value_R.where(gene_R >= N_SPECIAL, 0.0)
-    if held:
+    if tokens.style == "genecompass":
+        value_R = torch.log2(1.0 + new_R[order_R] * inverse_median_V[gene_R].double()).float()
+    else:
+        value_R = torch.log1p(
+            new_R[order_R] * (DEPTH / library_W.clamp_min(1e-9))[variant_R]
+        ).float()  # fmt: skip
+    value_R = value_R.where(gene_R >= first_gene, 0.0)
+    if held or tokens.style == "genecompass":
         # To the bit what it was, for all that has not been moved.
         value_R = torch.where(moved_R, value_R, base.value_T[source_R.clamp_min(0)])
-    sizes_W = moves.lengths_W(length_C, operation, context)
+    sizes_W = moves.lengths_W(length_C, operation, tokens.context)
     starts_W1 = torch.zeros(n_W + 1, dtype=torch.int32, device=device)
     starts_W1[1:] = size_W.cumsum(0)
     nothing_N = torch.empty(0, dtype=torch.int64, device=device)
     batch = CellBatch(
         gene_T=gene_R,
         value_T=value_R,
-        rank_T=rank_R[order_R] if held else place_R,
+        rank_T=rank_R[order_R] if held else _ranks(place_R, tokens.style),
         segment_T=variant_R,
         starts_C1=starts_W1,
         species_C=base.species_C[cell_W],
@@ -273,9 +287,23 @@ def vary(
     return Variants(batch, source_R, moved_R)
 
 
-def _genes_of(base: CellBatch, length_C: np.ndarray) -> np.ndarray:
+def counts_of(
+    value_T: Tensor, gene_T: Tensor, library_T: Tensor, inverse_median_V: Tensor, style: Style
+) -> Tensor:
+    """Give counts of values, float64: of log1p(counts per 10⁴), or of GeneCompass's."""
+    if style == "genecompass":
+        return (torch.exp2(value_T.double()) - 1.0) / inverse_median_V[gene_T].double()
+    return torch.expm1(value_T.double()) * (library_T.double() / DEPTH)
+
+
+def _ranks(position_T: Tensor, style: Style) -> Tensor:
+    """Row of the position table: GeneCompass's species token has none."""
+    return (position_T - 1).clamp_min(0) if style == "genecompass" else position_T
+
+
+def _genes_of(base: CellBatch, length_C: np.ndarray, first_gene: int) -> np.ndarray:
     """Genes of every cell: its tokens but the opening one and what closes it."""
     n = int(length_C.sum())
-    is_gene_T = (base.gene_T[:n] >= N_SPECIAL).long()
+    is_gene_T = (base.gene_T[:n] >= first_gene).long()
     per_C = torch.zeros(base.n_cells, dtype=torch.int64, device=base.device)
     return per_C.index_add(0, base.segment_T[:n], is_gene_T).cpu().numpy()

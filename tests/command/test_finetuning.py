@@ -169,7 +169,12 @@ def test_both_heads_stand_on_the_adapted_backbone(mine, small_start, tmp_path, c
     assert validation["step"].tolist() == [0, 2, 4]
     page = (out / "report.html").read_text()
     assert "used are the weights of step 4" in page and "<td>masked gene</td>" in page
-    assert page.count("<img") == 3 and "90 % intervals hold" in page
+    assert page.count("<img") == 4 and "90 % intervals hold" in page
+    # The result comes first, and nobody reads through the settings to find it.
+    heads = ["Before and after", "Imputed counts", "The backbone on", "The head:", "<summary>"]
+    places = [page.index(head, page.index("<main>")) for head in heads]
+    assert places == sorted(places) and page.index("imputation.gene_vectors") > places[-1]
+    assert "same-batch ratio" in page and "after</td>" in page
     # The held-out groups are donors, whole.
     corpus = Corpus.open(out / "backbone" / "corpus")
     assert corpus.codes("batch")[1] == sorted(data.obs["batch"].astype(str).unique())
@@ -423,7 +428,7 @@ def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatc
     # Of a batch that is held out whole the decoder knows nothing.
     assert {code for _, code in seen[False]} == {-1} and -1 not in {c for _, c in seen[True]}
     looks = pd.read_csv(tmp_path / "a" / "heads" / "integrate" / "validation.csv")
-    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/counts"]).all()
+    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/nats_per_count"]).all()
     embedded = ad.read_h5ad(tmp_path / "a" / "embedded.h5ad")
     assert np.isfinite(embedded.obsm["X_integrated"]).all()  # those held out too
     for values in seen.values():

@@ -138,6 +138,16 @@ def test_deletion_is_embedding_the_cells_without_the_gene(make_bundle, cells, na
     assert cells.uns["genemodel_perturb"]["statistics"].equals(result.statistics)
 
 
+def test_cells_of_no_state_are_left_alone(make_bundle, cells, names):
+    bundle = make_bundle(**VALUES)
+    gaps = cells.copy()
+    gaps.obs["state"] = gaps.obs["state"].astype(object)
+    gaps.obs.loc[gaps.obs_names[:6], "state"] = None
+    found = gm.perturb(gaps, bundle, genes=symbol(names), nulls=0, min_auc=0.0, **TOWARDS)
+    ill = (cells.obs["state"] == "ill").to_numpy() & (np.arange(N_CELLS) >= 6)
+    assert found.shifts["cell"].astype(str).tolist() == cells.obs_names[ill].tolist()
+
+
 def test_every_other_gene_is_measured_before_and_after(make_bundle, cells, names):
     bundle = make_bundle(**RANKS)
     one = cells[:1].copy()
@@ -285,8 +295,9 @@ def job(make_bundle, cells, tmp_path):
 
 def tables(out):
     return {
-        name: pd.read_csv(Path(out) / name) for name in ("statistics.csv", "shifts.csv.gz")
-    }  # fmt: skip
+        "statistics.csv": pd.read_csv(Path(out) / "statistics.csv"),
+        "shifts.parquet": pd.read_parquet(Path(out) / "shifts.parquet"),
+    }
 
 
 def test_a_killed_command_goes_on_and_gives_the_same(job, tmp_path, monkeypatch):
@@ -338,15 +349,18 @@ def test_an_existing_folder_is_kept(job, tmp_path):
         perturb_file(PerturbSettings(**job, overwrite=True))
 
 
-def test_parquet_is_written_where_it_can_be_and_refused_before_work_where_not(job, monkeypatch):
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="pyarrow"):
-            perturb_file(PerturbSettings(**job, tables="parquet"))
-        return
-    perturb_file(PerturbSettings(**{**job, "genes": ("all",)}, tables="parquet"))
-    assert len(pd.read_parquet(Path(job["out"]) / "shifts.parquet"))
+def test_both_formats_hold_the_same(job):
+    perturb_file(PerturbSettings(**job))
+    parquet = pd.read_parquet(Path(job["out"]) / "shifts.parquet")
+    assert parquet["cosine_similarity"].dtype == np.float32
+    perturb_file(PerturbSettings(**job, tables="csv", overwrite=True))
+    assert not (Path(job["out"]) / "shifts.parquet").exists()
+    text = pd.read_csv(Path(job["out"]) / "shifts.csv.gz")
+    assert len(text) == len(parquet) > 1000
+    pd.testing.assert_frame_equal(
+        text.astype({"cell": str, "Gene": str}), parquet.astype({"cell": str, "Gene": str}),
+        check_dtype=False, check_categorical=False, rtol=1e-6,
+    )  # fmt: skip
 
 
 # -- parts -----------------------------------------------------------------------------------------

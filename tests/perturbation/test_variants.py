@@ -10,6 +10,7 @@ from genemodel.genes.vocabulary import CELL, N_SPECIAL
 from genemodel.perturbation.variants import OPERATIONS, Moves, goal_places, vary
 
 N_TOKENS, CONTEXT = 150, 64
+TOKENS = TokenSettings(context=CONTEXT, budget=64 * 16)
 RNG = np.random.default_rng(3)
 INVERSE_V = (1 / np.random.default_rng(1).uniform(0.5, 3.0, N_TOKENS)).astype(np.float32)
 
@@ -37,8 +38,7 @@ def packed(cells):
         library_C=np.add.reduceat(count_N, begin_C), species_C=np.arange(n) % 2,
         batch_C=np.full(n, -1), panel_C=np.full(n, -1), cell_C=np.arange(n),
     )  # fmt: skip
-    settings = TokenSettings(context=CONTEXT, budget=64 * 16)
-    return pack(window, np.arange(n), INVERSE_V, settings)
+    return pack(window, np.arange(n), INVERSE_V, TOKENS)
 
 
 def tokens(batch, c):
@@ -64,7 +64,7 @@ def moves_of(base, groups):
 
 def make(base, groups, operation, **how):
     return vary(
-        base, moves_of(base, groups), operation, torch.from_numpy(INVERSE_V), context=CONTEXT, **how
+        base, moves_of(base, groups), operation, torch.from_numpy(INVERSE_V), tokens=TOKENS, **how
     )
 
 
@@ -163,7 +163,7 @@ def test_a_variant_does_not_depend_on_those_beside_it(operation):
     moves = moves_of(base, groups)
     whole = make(base, groups, operation)
     parts = [
-        vary(base, moves.take(a, b), operation, torch.from_numpy(INVERSE_V), context=CONTEXT)
+        vary(base, moves.take(a, b), operation, torch.from_numpy(INVERSE_V), tokens=TOKENS)
         for a, b in ((0, 3), (3, 4), (4, 16))
     ]
     for name in ("gene_T", "value_T", "rank_T"):
