@@ -1,73 +1,28 @@
-"""Draws the picture of README.md: generated cells before and after `gm.integrate`.
+"""Takes the picture of README.md from the notebook that makes it, as that was last executed.
 
-    python scripts/readme_picture.py
+    ./scripts/docs notebooks quick_start && python scripts/readme_picture.py
 
-The cells are made by the package: human, four batches on platforms of different depth, six types.
-About two minutes on one core; the same picture each time.
+So what a newcomer sees first is what the quick start gives, on cells that the package makes.
 """
 
-import sys
+import base64
+import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
-import scanpy as sc
-
-import genemodel as gm
-from genemodel.reports.plots import umap_of
-
-OUT = Path(__file__).parents[1] / "docs" / "images" / "before_after.png"
-N_CELLS, N_GENES, SEED = 3000, 1500, 1
+DOCS = Path(__file__).parents[1] / "docs"
+NOTEBOOK = DOCS / "notebooks" / "quick_start.ipynb"
+OUT = DOCS / "images" / "before_after.png"
 
 
-def main() -> None:
-    cells = gm.synthetic(
-        2 * N_CELLS, n_genes=N_GENES, genes_per_cell=300, n_cell_types=6, seed=SEED
-    )["human"]
-    cells.obs["batch"] = [name.replace("human_", "") for name in cells.obs["batch"].astype(str)]
-    plain = sc.AnnData(cells.X.copy(), obs=cells.obs)
-    sc.pp.normalize_total(plain, target_sum=1e4)
-    sc.pp.log1p(plain)
-    sc.pp.pca(plain, n_comps=30)
-    gm.integrate(cells, batch_key="batch", seed=0)
-
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.5), dpi=150)
-    embeddings = {
-        "before: PCA of log counts": plain.obsm["X_pca"],
-        "after: gm.integrate": cells.obsm["X_integrated"],
-    }
-    rng = np.random.default_rng(0)
-    for (title, embedding), pair in zip(embeddings.items(), (axes[:2], axes[2:]), strict=True):
-        xy, shown = umap_of(embedding, seed=0)
-        order = rng.permutation(len(shown))
-        for axis, column, palette in zip(
-            pair, ("batch", "cell_type"), ("Dark2", "tab10"), strict=True
-        ):
-            values = cells.obs[column].astype("category").iloc[shown]
-            colours = plt.get_cmap(palette)(values.cat.codes.to_numpy())
-            axis.scatter(*xy[order].T, c=colours[order], s=2.5, linewidths=0)
-            axis.set(xticks=[], yticks=[], box_aspect=1)
-            axis.set_title(f"{title}\nby {column.replace('_', ' ')}", fontsize=10)
-            for side in axis.spines.values():
-                side.set_color("0.8")
-            if pair[0] is axes[0]:
-                handles = [
-                    plt.Line2D([], [], ls="", marker="o", ms=4, color=plt.get_cmap(palette)(i))
-                    for i in range(len(values.cat.categories))
-                ]
-                names = list(values.cat.categories)
-                axis.legend(
-                    handles, names, fontsize=7, frameon=False, ncols=2, handletextpad=0.1,
-                    columnspacing=0.6, loc="upper center", bbox_to_anchor=(0.5, -0.01),
-                )  # fmt: skip
-    figure.tight_layout(w_pad=0.5)
-    OUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUT, bbox_inches="tight", metadata={"Software": None})
-    print(f"{OUT}, {OUT.stat().st_size / 1e3:.0f} kB")
+def figure() -> bytes:
+    """The first figure of the notebook: before and after, by cell type and by batch."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", []))
+    image = next(o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {}))
+    return base64.b64decode(image if isinstance(image, str) else "".join(image))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_bytes(figure())
+    print(f"{OUT}, {OUT.stat().st_size / 1e3:.0f} kB")

@@ -89,3 +89,12 @@ def test_links_between_pages_lead_somewhere(file):
 
 def test_the_first_screen_is_short():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) <= 450
+
+
+def test_the_picture_of_the_first_screen_is_that_of_the_quick_start():
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    try:
+        import readme_picture
+    finally:
+        sys.path.pop(0)
+    assert readme_picture.OUT.read_bytes() == readme_picture.figure()
