@@ -105,7 +105,12 @@ def gene_map(
         length_G1 = np.linalg.norm(vector_GD, axis=1, keepdims=True)
         layout = umap_of(vector_GD / np.maximum(length_G1, 1e-12), seed=seed, most=most)
         title = "gene vectors, UMAP of directions"
-    return embedding_panels(layout, obs.iloc[kept], list(obs.columns), title=title)
+    axes = embedding_panels(layout, obs.iloc[kept], list(obs.columns), title=title)
+    for name, ax in zip(obs.columns, axes, strict=False):
+        ax.set_ylabel("")
+        ax.set_title(f"{name}, {len(layout[1]):,} genes", fontsize=9)
+    axes[0].figure.suptitle(title, fontsize=9)
+    return axes
 
 
 def _colours(
@@ -130,4 +135,5 @@ def _colours(
         known.get(str(gene), known.get(str(symbol)))
         for gene, symbol in zip(table.index, table["symbol"], strict=True)
     ]
-    return pd.DataFrame({name: pd.Series(found, index=table.index, dtype=object)})
+    # Numbers become numbers again, and are drawn on a scale.
+    return pd.DataFrame({name: pd.Series(found, index=table.index, dtype=object).infer_objects()})

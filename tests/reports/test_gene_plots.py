@@ -62,6 +62,7 @@ def test_the_map_is_coloured_by_what_is_known_of_genes(vectors, tmp_path):
     known = {f"ENSG{i:011d}": "high" if i < 20 else "low" for i in range(40)}
     axes = gm.pl.gene_vectors(vectors, known, save=tmp_path / "map.png")
     drawn = sum(len(c.get_offsets()) for c in axes[0].collections)
+    assert "60 genes" in axes[0].get_title()
     assert drawn == 60 and (tmp_path / "map.png").stat().st_size > 5000
     few = vectors.iloc[:12]
     points = gm.pl.gene_vectors(few)[0].collections[0].get_offsets()
