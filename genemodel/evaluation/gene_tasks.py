@@ -239,6 +239,11 @@ def evaluate_genes(
         raise ConfigError("seeds is empty: give at least one, seeds=[0]")
     for seed in seeds:
         check_seed(seed, f"seeds={list(seeds)}: one")
+    if draws < 0 or (max_cells is not None and max_cells < 1):
+        raise ConfigError(
+            f"draws={draws}, max_cells={max_cells}: draws must not be negative (0: no intervals), "
+            "and at least one cell is needed."
+        )
     if out is not None:
         check_out_folder(Path(out))
     device_of(device)

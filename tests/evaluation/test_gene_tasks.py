@@ -164,6 +164,7 @@ def test_refusals(study, small_vocabulary):
         ({"gene_labels": gm.GeneLabelSettings(task="level")}, ConfigError, "tasks and groups here"),
         ({"gene_labels": gm.GeneLabelSettings(folds=0)}, ConfigError, "folds=0 predicts no gene"),
         ({"seeds": []}, ConfigError, "seeds is empty"),
+        ({"max_cells": 0}, ConfigError, "at least one cell"),
         ({"tasks": ["modul"]}, DataError, "did you mean 'module'"),
     ):
         with pytest.raises(error, match=said):
