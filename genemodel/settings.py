@@ -8,23 +8,32 @@ produced.
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import json
+import logging
 import math
 import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
 from genemodel.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _ABSENT = "(absent)"
 _NONE = type(None)
 
 # A setting that holds the path of a file or folder and stays a text; `Path` says the same.
 type PathText = str
+# A setting that names a model: the path of its folder, or its address on the hub
+# (`hf://org/name@revision`).
+type ModelText = str
 # A setting that names a species; taxa are numbers, and stay texts too.
 type SpeciesText = str
 
@@ -90,6 +99,119 @@ def check_out_folder(out: Path) -> None:
         raise ConfigError(f"out={out}: {above} is no folder that you may write in.")
 
 
+# What stands before the name of a model on the hub.
+HUB = "hf://"
+_HUB_ADDRESS = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def check_model_text(name: str, value: str | Path) -> None:
+    """Refuse what is neither the path of a folder nor the address of a model on the hub."""
+    if str(value).startswith(HUB):
+        if not _HUB_ADDRESS.fullmatch(str(value)):
+            raise ConfigError(
+                f"{name}={value} is no address of a model on the hub: write hf://ORG/NAME, or "
+                "hf://ORG/NAME@REVISION for a branch, a tag or a commit."
+            )
+        return
+    refuse_address(name, value)
+
+
+# Texts that have been said, each of which is said once.
+_SAID: set[str] = set()
+
+
+def note_once(text: str) -> None:
+    """Say something to the user, once in a process."""
+    if text not in _SAID:
+        _SAID.add(text)
+        logger.warning("%s", text)
+
+
+def renamed_keys(
+    values: Mapping[str, object], names: Mapping[str, str], whose: str = ""
+) -> dict[str, object]:
+    """Put the names of today in the place of names of before, with a note.
+
+    Parameters
+    ----------
+    values
+        By name.
+    names
+        Old name -> name of today.
+    whose
+        The call or verb, for the note.
+
+    Raises
+    ------
+    ConfigError
+        A value is given by both names.
+    """
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        name = names.get(key, key)
+        if name in found or (name != key and name in values):
+            raise ConfigError(f"{key} and {name} are one setting by two names: leave {key} out.")
+        if name != key:
+            note_once(f"Note: {whose + ': ' if whose else ''}{key}= is now called {name}=.")
+        found[name] = value
+    return found
+
+
+class renamed:
+    """Accept the names that parameters of a call, or settings of a class, had before.
+
+    Each is noted once; a class also answers to them as attributes.
+
+    Parameters
+    ----------
+    **names
+        Old name of the one of today.
+    """
+
+    def __init__(self, **names: str) -> None:
+        self.names = names
+
+    def __call__[F: Callable[..., Any]](self, function: F) -> F:
+        """Wrap a function, or the constructor of a class."""
+        whose = function.__name__
+        if not inspect.isclass(function):
+            return cast("F", _accepting(function, self.names, whose))
+        cls: Any = function
+        cls.__init__ = _accepting(cls.__init__, self.names, whose)
+        for old, new in self.names.items():
+            setattr(cls, old, property(functools.partial(_attribute, new)))
+        cls.__renamed__ = {**getattr(cls, "__renamed__", {}), **self.names}
+        return function
+
+
+def _attribute(name: str, settings: object) -> object:
+    return getattr(settings, name)
+
+
+def _accepting(function: Any, names: Mapping[str, str], whose: str) -> Any:
+    @functools.wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        if not names.keys().isdisjoint(named):
+            named = renamed_keys(named, names, f"gm.{whose}")
+        return function(*given, **named)
+
+    return call
+
+
+def either_seed[F: Callable[..., Any]](function: F) -> F:
+    """Let a call take ``random_state``, as scanpy's do, for its ``seed``."""
+
+    @functools.wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        if "random_state" in named:
+            if "seed" in named:
+                raise TypeError(f"{function.__name__}() got seed and random_state: give one")
+            named["seed"] = named.pop("random_state")
+        return function(*given, **named)
+
+    return cast("F", call)
+
+
 def some(names: Sequence[str], most: int = 8) -> str:
     """Name the first of many, and say how many more there are; ``none`` where there are none."""
     more = f", … {len(names) - most:,} more" if len(names) > most else ""
@@ -153,7 +275,8 @@ def parse[T](cls: type[T], values: Mapping[str, object], *, where: str = "") -> 
     -------
     An instance of `cls`. An ``int`` is accepted for a ``float``; a ``bool`` never for a number; a
     list for a tuple; one text or number for a list of any length; a string for a path (``~`` is
-    expanded).
+    expanded). Where nothing is a value (null, an empty text or an empty list by default), ``null``,
+    ``''`` and ``None`` all say it.
 
     Raises
     ------
@@ -265,9 +388,10 @@ def _parse_dataclass(
             f"not {_shown(values)}"
         )
     hints = setting_types(cls)
+    values = renamed_keys(values, getattr(cls, "__renamed__", {}))
     for key in values:
         if key not in hints:
-            raise ConfigError(_unknown(str(key), where, hints, root))
+            raise ConfigError(unknown_setting(str(key), where, hints, _all_names(root)))
     arguments: dict[str, object] = {}
     n_missing = len(missing)
     for field in dataclasses.fields(cls):
@@ -275,9 +399,12 @@ def _parse_dataclass(
             continue
         name = _join(where, field.name)
         if field.name in values:
-            arguments[field.name] = _parse_value(
-                hints[field.name], values[field.name], name, missing, root
-            )
+            value = values[field.name]
+            nothing = _nothing(field, hints[field.name])
+            if value in _NOTHING and nothing is not _SOMETHING:
+                arguments[field.name] = nothing
+                continue
+            arguments[field.name] = _parse_value(hints[field.name], value, name, missing, root)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             missing.append(name)
     if len(missing) > n_missing:
@@ -291,11 +418,36 @@ def _parse_dataclass(
         raise
 
 
-def _unknown(key: str, where: str, hints: Mapping[str, Any], root: type) -> str:
+# How a user may say that there is nothing; the last is Python's word, where YAML's is null.
+_NOTHING: tuple[object, ...] = (None, "", "None")
+_SOMETHING = object()
+
+
+def _nothing(field: "dataclasses.Field[Any]", hint: Any) -> object:
+    """Give what a field holds where there is nothing; ``_SOMETHING`` where it cannot be empty."""
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if _NONE in _members(hint):
+        return None
+    return default if isinstance(default, str | tuple) and not default else _SOMETHING
+
+
+def unknown_setting(key: str, where: str, known: Iterable[str], everywhere: Iterable[str]) -> str:
+    """Say that a setting does not exist, and which was most likely meant.
+
+    Parameters
+    ----------
+    key, where
+        What was written, and the group in which.
+    known
+        What may stand there.
+    everywhere
+        Dotted names of all settings.
+    """
+    hints = list(known)
     message = f"unknown setting {_join(where, key)!r}"
-    elsewhere = [
-        name for name in _all_names(root) if _folded(name.rpartition(".")[2]) == _folded(key)
-    ]
+    elsewhere = [name for name in everywhere if _folded(name.rpartition(".")[2]) == _folded(key)]
     near = nearest(key, hints)
     if near is not None:
         return f"{message}: did you mean {_join(where, near)!r}?"
@@ -328,7 +480,14 @@ def _is_path(hint: Any) -> bool:
     """Whether a type is, or may be, the path of a file or folder."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         return any(map(_is_path, typing.get_args(hint)))
-    return hint is Path or hint is PathText
+    return hint is Path or hint is PathText or hint is ModelText
+
+
+def _is_model(hint: Any) -> bool:
+    """Whether a type is, or may be, the path or the address of a model."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(map(_is_model, typing.get_args(hint)))
+    return hint is ModelText
 
 
 def _is_number(value: object) -> bool:
@@ -340,7 +499,9 @@ def _parse_value(hint: Any, value: object, where: str, missing: list[str], root:
     if value is None and _NONE in members:
         return None
     if isinstance(value, str | Path) and _is_path(hint):
-        refuse_address(where, value)
+        if not str(value).strip():
+            raise ConfigError(f"{_named(where)} must be a path, not an empty text")
+        (check_model_text if _is_model(hint) else refuse_address)(where, value)
     if type(value) is int and SpeciesText in (hint, *typing.get_args(hint)):
         value = str(value)
     rest = tuple(member for member in members if member is not _NONE)
@@ -442,8 +603,6 @@ def _parse_one(
             raise ConfigError(f"{_named(where)} must be a finite number, not {value}")
         return number
     if kind is Path and isinstance(value, str | Path):
-        if not str(value).strip():
-            raise ConfigError(f"{_named(where)} must be a path, not an empty text")
         return Path(value).expanduser()
     if kind in (bool, int, str) and type(value) is kind:
         return value
@@ -547,3 +706,43 @@ def _shown(value: object) -> str:
     kind = {bool: "true/false value", int: "whole number", float: "number", str: "text"}
     name = kind.get(type(value), type(value).__name__)
     return f"the {name} {str(value).lower() if isinstance(value, bool) else text}"
+
+
+# -- what is said on the way ---------------------------------------------------------------------
+
+# As scanpy numbers and names them; a hint is what a log calls info.
+_VERBOSITY = {
+    "error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "hint": logging.INFO,
+    "debug": logging.DEBUG,
+}  # fmt: skip
+
+
+if typing.TYPE_CHECKING:
+    verbosity: str | int
+
+
+class _Settings(types.ModuleType):
+    """The module, with a property: ``genemodel.settings.verbosity = "info"``, or 0 to 4."""
+
+    @property
+    def verbosity(self) -> str:
+        """What is said on the way: error, warning (default), info or debug."""
+        level = logging.getLogger("genemodel").getEffectiveLevel()
+        return min(_VERBOSITY, key=lambda name: abs(_VERBOSITY[name] - level))
+
+    @verbosity.setter
+    def verbosity(self, value: str | int) -> None:
+        names = list(_VERBOSITY)
+        name = names[value] if value in range(len(names)) and type(value) is int else value
+        if name not in _VERBOSITY:
+            raise ConfigError(
+                f"verbosity={value!r}: one of {', '.join(names)}, or 0 to {len(names) - 1}."
+            )
+        library = logging.getLogger("genemodel")
+        library.setLevel(_VERBOSITY[name])
+        # Asked to speak, it does: in a script or notebook that has set up no log of its own.
+        if not library.hasHandlers():
+            library.addHandler(logging.StreamHandler())
+
+
+sys.modules[__name__].__class__ = _Settings

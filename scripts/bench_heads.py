@@ -57,7 +57,7 @@ def heads_of(n_cells: int, folder: Path) -> None:
     from genemodel.corpus.corpus import Corpus
     from genemodel.finetuning.head_run import HeadRun
     from genemodel.imputation.impute_corpus import impute_corpus
-    from genemodel.imputation.training import DecoderSettings
+    from genemodel.imputation.network import DecoderSettings
     from genemodel.integration.head import IntegrationSettings
     from genemodel.integration.integrate import integrate_cells
     from genemodel.model.tuning import TuningSettings

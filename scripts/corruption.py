@@ -45,7 +45,7 @@ from genemodel.corpus.corpus import Corpus, verify_corpus
 from genemodel.errors import DataError
 from genemodel.genes import GeneVocabulary
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import integrate
 from genemodel.integration.model import IntegratedModel

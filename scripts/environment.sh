@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Finds a Python and builds the virtual environment; sourced by the other scripts, in bash.
 #
-#   ensure_environment ""      genemodel alone
-#   ensure_environment "dev"   genemodel[dev]
+#   ensure_environment ""            genemodel alone
+#   ensure_environment "bench,dev"   genemodel[bench,dev]
 #
 # Sets environment_python. The environment is <repository>/.venv, or $GENEMODEL_VENV; the Python that
 # makes it is the first that works, or $GENEMODEL_PYTHON. What was installed is written down last, so

@@ -451,7 +451,7 @@ MUTANTS = (
         "imputation/test_imputation.py::test_the_weights_that_are_used_are_a_running_mean",
     ),
     mutant(
-        "copying", "imputation/training.py",
+        "copying", "imputation/network.py",
         "torch.where(read_N, batch.full_count_N - batch.shown_N, 0.0)",
         "torch.where(read_N, batch.shown_N, 0.0)",
         "the decoder is scored on what it was shown",
@@ -504,7 +504,7 @@ MUTANTS = (
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),
     mutant(
-        "pretrained-factors", "imputation/pretrained.py",
+        "pretrained-factors", "imputation/starting.py",
         "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
         "a pre-trained decoder expects of other chemistries what it expected of its own",
         "imputation/test_impute_pretrained.py"
@@ -592,6 +592,39 @@ MUTANTS = (
         "perturbation/test_perturb.py::test_cells_do_not_vote_for_the_mean_that_they_are_part_of",
     ),
     mutant(
+        "jacobian-of-dummies", "networks/jacobian.py",
+        "encode_opening(self.model, batch)[: batch.n_cells]", "encode_opening(self.model, batch)",
+        "places without a cell add derivatives of the tokens that they read",
+        "networks/test_networks.py::test_the_jacobian_is_what_one_count_more_does",
+    ),
+    mutant(
+        "jacobian-library-held", "networks/jacobian.py",
+        "    return own_F + library_C[batch.segment_T[at_F]]", "    return own_F",
+        "a count more changes its own value and no library",
+        "networks/test_networks.py::test_the_jacobian_is_what_one_count_more_does",
+    ),
+    mutant(
+        "attention-of-chosen-alone", "networks/attention_sums.py",
+        "score_Hqt.softmax(-1).index_select(2, key)", "score_Hqt.index_select(2, key).softmax(-1)",
+        "attention adds up to 1 over the chosen genes instead of all of the cell",
+        "networks/test_networks.py::test_attention_is_that_of_dense_matrices",
+    ),
+    mutant(
+        "matched-pairs-one-sided", "metrics/networks.py",
+        "for side_EN in (louder_EN > 0, louder_EN < 0):", "for side_EN in (louder_EN < 0,):",
+        "pairs that edges are compared with are all quieter",
+        "metrics/test_network_scores.py"
+        "::test_matched_pairs_are_none_of_the_edges_and_lie_on_both_sides",
+    ),
+    mutant(
+        "perturb-own-ranks", "perturbation/passes.py",
+        "self._scale_V = rank_scale(bundle.medians_V, bundle.tokens.style)",
+        "self._scale_V = inverse_medians(bundle.medians_V)",
+        "cells of a published style are perturbed in an order of ours",
+        "importers/test_attention_parity.py"
+        "::test_genes_move_as_in_the_published_sequence_without_one",
+    ),
+    mutant(
         "perturb-closing-token", "batches/tokens.py",
         'return EOS + 1 if self.style == "geneformer_v2" else N_SPECIAL', "return N_SPECIAL",
         "the token that closes an imported cell is deleted as a gene",
@@ -631,6 +664,25 @@ MUTANTS = (
         "weight_C = np.full(code_C.size, 1.0 / code_C.size)",
         "the time with most cells draws all others to it",
         "trajectories/test_ordinal.py::test_a_rare_time_weighs_as_much_as_a_common_one",
+    ),
+    mutant(
+        "respond-one-control-group", "response/scoring.py",
+        "judges = Judge(screen, learned, judge, noise_UG, rng)",
+        "judges = Judge(screen, learned, learned, noise_UG, rng)",
+        "chance of the controls is learned and then found again",
+        "response/test_respond.py::test_a_null_screen_has_no_scores",
+    ),
+    mutant(
+        "respond-silence-pays", "metrics/response.py",
+        "most = max(n_real, n_called)", "most = n_called",
+        "calling a single sure gene is all that fidelity asks",
+        "metrics/test_response_metrics.py::test_a_perfect_prediction_and_its_opposite",
+    ),
+    mutant(
+        "respond-batches-shuffled", "response/null_test.py",
+        "to[at] = rng.permutation(at)", "to[at] = rng.choice(len(batch_C), len(at))",
+        "batches are taken for effects of the perturbation",
+        "response/test_respond.py::test_batches_are_no_effect",
     ),
     mutant(
         "votes-unweighted", "annotation/annotate.py",
@@ -690,20 +742,20 @@ MUTANTS = (
         "annotation/test_label_head.py::test_whole_donors_are_held_out",
     ),
     mutant(
-        "label-shift-ungated", "annotation/label_head.py",
+        "label-shift-ungated", "annotation/novelty.py",
         "if len(shared) < SHIFT_TYPES:", "if len(shared) < 1:",
         "two populations are evidence of a shift of the whole query",
         "annotation/test_label_head.py::test_another_condition_is_taken_off_where_types_agree",
     ),
     mutant(
-        "label-own-shift-of-any-length", "annotation/label_head.py",
+        "label-own-shift-of-any-length", "annotation/novelty.py",
         "own_LG[length_L > OWN_MOST * usual] = 0.0", "own_LG[length_L > np.inf] = 0.0",
         "a new type is moved onto one that the query lacks",
         "annotation/test_label_head.py::"
         "test_a_type_that_changed_more_than_the_others_has_a_shift_of_its_own",
     ),
     mutant(
-        "label-limit-without-left-out", "annotation/label_head.py",
+        "label-limit-without-left-out", "annotation/novelty.py",
         "limit = max(limit, float(score_N[order[int(np.argmax(gain_N))]]))", "limit = limit",
         "what is unknown is set on known cells alone",
         "annotation/test_label_head.py::test_the_limit_is_set_on_types_left_out_but_keeps_known_cells",
@@ -795,6 +847,18 @@ MUTANTS = (
         "test_embeddings_are_means_of_genes_in_the_second_to_last_layer",
     ),
     mutant(
+        "knowledge_shuffled", "genes/knowledge.py",
+        "table[np.random.default_rng(seed).permutation(known)]", "table[known]",
+        "the shuffled control is the table itself",
+        "genes/test_knowledge.py::test_shuffling_keeps_the_vectors_and_who_is_known",
+    ),
+    mutant(
+        "new_genes_orthologs", "train/new_genes.py",
+        "self.means_VV[np.flatnonzero(has_means)] @ before", "before[has_means]",
+        "the copies of a gene begin at random",
+        "train/test_new_genes.py::test_copies_of_a_gene_begin_as_that_gene",
+    ),
+    mutant(
         "published_homologs", "importers/genecompass.py",
         "torch.stack([own_V, homolog_Q[own_V]])", "torch.stack([own_V, own_V])",
         "mouse cells read the knowledge of human genes",
@@ -824,6 +888,43 @@ MUTANTS = (
         "    take.finish()\n", "",
         "tensors that a model has no place for are passed over",
         "importers/test_importing.py",
+    ),
+    mutant(
+        "gene_sums", "gene_tasks/passes.py",
+        "place_T = place_T + group_T * self.n_rows", "place_T = place_T + 0 * group_T",
+        "vectors of the cells of one label are those of all",
+        "gene_tasks/test_vectors.py::test_labels_part_the_cells_and_those_without_count_in_the_whole",
+    ),
+    mutant(
+        "gene_leak", "gene_tasks/training.py",
+        "code_V = task.codes(len(bundle.vocabulary), held_G)",
+        "code_V = task.codes(len(bundle.vocabulary))",
+        "a fold's labels are learnt by the model that is to predict them",
+        "gene_tasks/test_training.py::test_predictions_of_a_fold_know_nothing_of_its_labels",
+    ),
+    mutant(
+        "gene_families", "gene_tasks/families.py",
+        "folds.split(code_G, code_G, group_G)", "folds.split(code_G, code_G, range(len(code_G)))",
+        "paralogues are learnt from and asked for",
+        "gene_tasks/test_families.py::test_no_family_is_in_two_folds",
+    ),
+    mutant(
+        "attributed_places", "attribution/integrated_gradients.py",
+        "scored(at_TD)[: batch.n_cells].sum()", "scored(at_TD).sum()",
+        "places without a cell answer for tokens of the first ones",
+        "attribution/test_attribute.py",
+    ),
+    mutant(
+        "attributed_components", "attribution/integrated_gradients.py",
+        "worth_T = worth_T + (part_TD * slope_TD[opening_T]).sum(-1)", "worth_T = worth_T + 0.0",
+        "what genes add to the opening token is nobody's",
+        "attribution/test_attribute.py",
+    ),
+    mutant(
+        "gene_score_ties", "metrics/gene_labels.py",
+        "(no_BU * (yes_so_far - yes_BU / 2)).sum(1)", "(no_BU * yes_so_far).sum(1)",
+        "genes with the same score count as told apart",
+        "metrics/test_gene_label_scores.py",
     ),
 )  # fmt: skip
 

@@ -13,12 +13,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest, so that two processes end together."""
     first = (
         "test_faults.py",
+        "test_evaluate.py",
+        "test_sources_in_verbs.py",
+        "test_metrics.py",
+        "test_finetuning.py",
+        "test_label_head.py",
+        "test_units.py",
+        "test_impute.py",
+        "test_gpu_run.py",
+        "test_memory.py",
         "test_resume.py",
         "test_corruption.py",
-        "test_demo.py",
         "test_recipe.py",
+        "test_demo.py",
+        "test_tutorial.py",
     )
-    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else 9)
+    place = {name: n for n, name in enumerate(first)}
+    items.sort(key=lambda item: place.get(item.path.name, len(first)))
 
 
 def _real_data() -> Path:
@@ -265,7 +276,7 @@ def slurm(tmp_path):
 def blank_report(monkeypatch):
     """Spare the drawing in tests that do not look at the page."""
 
-    def blank(settings, values):
+    def blank(settings, *_):
         (Path(settings.out) / "report.html").touch()
 
     monkeypatch.setattr("genemodel.command.finetune._report", blank)

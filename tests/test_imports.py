@@ -49,7 +49,7 @@ def test_help_answers_quickly_and_imports_nothing_heavy(words: str) -> None:
 
 
 # What trains brings the library that it trains with.
-TRAINING = {"pretrain", "finetune", "FinetuneSettings"}
+TRAINING = {"pretrain", "finetune", "FinetuneSettings", "ablate", "AblateSettings"}
 
 
 def test_every_public_name_is_there_and_brings_no_training_library() -> None:

@@ -33,8 +33,8 @@ PACKAGE = Path(genemodel.__file__).parent
 CALLS = {
     f"gm.{name}": getattr(genemodel, name)
     for name in (
-        "annotate", "contamination", "embed", "evaluate", "impute", "integrate", "load",
-        "perturb", "trajectory",
+        "annotate", "attention", "contamination", "embed", "evaluate", "impute", "integrate",
+        "load", "network", "perturb", "respond", "trajectory",
     )
 } | {
     "gm.Corpus.build": genemodel.Corpus.build,

@@ -6,8 +6,10 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import genemodel
 from genemodel.command import config_files
@@ -117,7 +119,7 @@ def test_the_version_has_one_source(wheel: Path) -> None:
     assert "Requires-Python: >=3.12" in text
 
 
-def _project(repository: Path) -> dict[str, object]:
+def _project(repository: Path) -> dict[str, Any]:
     return tomllib.loads((repository / "pyproject.toml").read_text())["project"]
 
 
@@ -148,6 +150,68 @@ def test_requirements_are_lower_bounds_and_each_has_an_exact_version(repository:
 def test_constraints_are_exact_and_name_no_place(repository: Path) -> None:
     for line in (repository / "constraints.txt").read_text().splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), line
+
+
+def test_continuous_integration_runs_on_every_python_that_is_promised(repository: Path) -> None:
+    project = _project(repository)
+    kind = "Programming Language :: Python :: 3."
+    promised = {c.rpartition(" ")[2] for c in project["classifiers"] if c.startswith(kind)}
+    assert project["requires-python"] == f">={min(promised, key=_as_numbers)}"
+    workflow = yaml.safe_load((repository / ".github/workflows/test.yml").read_text())
+    tests = workflow["jobs"]["test"]
+    assert set(tests["strategy"]["matrix"]["python"]) == promised
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    said = [step["run"] for step in steps if "run" in step]
+    assert "./scripts/test" in said and "./scripts/docs" in said
+    extras = re.search(r'ensure_environment "([^"]+)"', "".join(said))
+    assert extras and f"{extras[0]}\n" in (repository / "scripts/test").read_text()
+    assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
+    # The Python that was asked for is the one that is used.
+    python = "${{ steps.python.outputs.python-path }}"
+    assert all(step["env"]["GENEMODEL_PYTHON"] == python for step in steps if "run" in step)
+
+
+def _as_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def test_the_conda_recipe_requires_what_the_package_does(repository: Path) -> None:
+    project = _project(repository)
+    recipe = yaml.safe_load((repository / "recipe/recipe.yaml").read_text())
+    assert recipe["context"]["version"] == genemodel.__version__
+    named = {"torch": "pytorch", "matplotlib": "matplotlib-base"}  # as conda-forge calls them
+    wanted = {"python": project["requires-python"]}
+    for text in project["dependencies"]:
+        name, bound = re.fullmatch(r"([\w-]+)(>=[\d.]+)", text).groups()  # type: ignore[union-attr]
+        wanted[named.get(name, name)] = bound
+    assert dict(line.split(" ") for line in recipe["requirements"]["run"]) == wanted
+    ((command, entry),) = project["scripts"].items()
+    assert recipe["build"]["python"]["entry_points"] == [f"{command} = {entry}"]
+    assert recipe["about"]["summary"] == project["description"]
+    assert recipe["about"]["license"] == project["license"]
+
+
+def test_the_image_is_built_from_the_exact_versions_and_is_nobodys_root(repository: Path) -> None:
+    lines = (repository / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    lines = [line for line in lines if line and not line.startswith("#")]
+    assert "ARG PYTHON=3.12" in lines  # on which constraints.txt was resolved
+    installs = [part for line in lines for part in line.split("pip install")[1:]]
+    assert len(installs) == 3
+    assert all("--constraint constraints.txt" in part for part in installs)
+    users = [line for line in lines if line.startswith("USER ")]
+    assert (
+        users
+        and users[-1] != "USER root"
+        and lines.index(users[-1])
+        > max(n for n, line in enumerate(lines) if line.startswith("RUN "))
+    )
+    copied = [
+        word for line in lines if line.startswith("COPY ") and "--from" not in line
+        for word in line.split()[1:-1]
+    ]  # fmt: skip
+    kept = (repository / ".dockerignore").read_text()
+    for name in copied:
+        assert (repository / name).exists() and f"\n!{name}\n" in kept, name
 
 
 def test_the_checkout_uses_its_own_configs(repository: Path) -> None:

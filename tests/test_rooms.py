@@ -23,18 +23,24 @@ ORDER = (
     ("heads",),
     ("bundle",),
     ("train",),
+    ("knowledge",),
     ("inference",),
     ("finetuning",),
     ("integration",),
     ("imputation",),
     ("loading",),
+    ("hub",),
     ("embedding",),
     ("importers",),
     ("annotation",),
     ("perturbation",),
+    ("gene_tasks",),
+    ("attribution",),
     ("metrics",),
+    ("networks",),
     ("trajectories",),
     ("reports",),
+    ("response",),
     ("evaluation",),
     ("command",),
     ("__main__", "adapt", "cli"),  # adapt, cli: names of the version before
@@ -63,6 +69,7 @@ ONLY_WHEN_USED = {
     "umap",
     "pynndescent",
     "transformers",
+    "huggingface_hub",
 }
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 

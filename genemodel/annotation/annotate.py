@@ -20,6 +20,7 @@ from genemodel.annotation.labels import label_names, probabilities_of
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.annotations import without_counts
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import (
     OF_ONE_FILE,
     InputOptions,
@@ -48,7 +49,7 @@ from genemodel.inference.obs_keys import (
 )
 from genemodel.integration.model import IntegratedModel
 from genemodel.loading import EMBED
-from genemodel.settings import PathText, SpeciesText, check_seed
+from genemodel.settings import ModelText, PathText, SpeciesText, check_seed, either_seed, renamed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,9 +76,12 @@ type Way = Literal["head", "knn", "linear"]
 TRANSFERS: tuple[Way, ...] = ("head", "knn", "linear")
 
 
+@renamed(query="adata")
+@either_seed
+@may_copy
 @reads_cells
 def annotate(
-    query: "AnnData",
+    adata: "AnnData",
     reference: "AnnData | None" = None,
     model: Bundle | IntegratedModel | str | Path | None = None,
     *,
@@ -99,7 +103,7 @@ def annotate(
 
     Parameters
     ----------
-    query
+    adata
         Raw counts. Written are ``obs[key_added]`` (categorical, with ``unknown``),
         ``obs[key_added + "_confidence"]`` (float32) and ``uns[key_added]``; with
         ``transfer="head"`` also ``obs[key_added + "_novelty"]`` (float32) and
@@ -174,6 +178,7 @@ def annotate(
         genome=reference_genome, transpose=False,
     )  # fmt: skip
     missing_labels = reading.missing_labels
+    query = adata  # beside the reference
     check_in_memory(query, "query", "genemodel annotate")
     if reference is not None:
         check_in_memory(reference, "reference", "genemodel annotate")
@@ -624,16 +629,17 @@ class _Transfer:
         return held_H, *self.vote(self.unit_RD[held_H], held_H)
 
 
+@renamed(query="input")
 @dataclass(frozen=True)
 class AnnotateSettings(InputSettings):
     """Annotate a file; how it is read is said by :class:`InputSettings`.
 
     Attributes
     ----------
-    query
+    input
         File or folder with raw counts.
     output
-        h5ad to write: all that the query holds but its counts, with labels and confidence.
+        h5ad to write: all that the input holds but its counts, with labels and confidence.
     reference
         File or folder with raw counts and labels; empty for a model that tells labels apart itself.
     model
@@ -663,10 +669,10 @@ class AnnotateSettings(InputSettings):
         Replace an existing output.
     """
 
-    query: PathText
+    input: PathText
     output: PathText
     reference: PathText = ""
-    model: PathText = ""
+    model: ModelText = ""
     label_key: str = ""
     batch_key: tuple[str, ...] = ()
     key_added: str = KEY
@@ -694,14 +700,14 @@ def annotate_file(settings: AnnotateSettings) -> Path:
     output = writable_h5ad(
         settings.output,
         overwrite=settings.overwrite,
-        inputs=[path for path in (settings.query, settings.reference) if path],
+        inputs=[path for path in (settings.input, settings.reference) if path],
     )
     check_key_added(settings.key_added, "obs")
     check_seed(settings.seed)
     cells, readings = {}, {}
     if settings.reference and not settings.label_key:
         raise ConfigError("label_key is missing: name the obs column of the reference's labels.")
-    for name in ("query", "reference") if settings.reference else ("query",):
+    for name in ("input", "reference") if settings.reference else ("input",):
         path = Path(getattr(settings, name))
         if not path.exists():
             raise DataError(f"{name}={path} is no file: name one of raw counts.")
@@ -713,7 +719,7 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         cells[name], readings[name] = _named(name, read)
     there = readings.get("reference", InputSettings())
     annotate(
-        cells["query"],
+        cells["input"],
         cells.get("reference"),
         model_for("annotate", EMBED, settings.model, device=settings.device)
         if settings.model
@@ -730,9 +736,9 @@ def annotate_file(settings: AnnotateSettings) -> Path:
         reference_column=there.column,
         reference_genome=there.genome,
         seed=settings.seed,
-        **readings["query"].options(),
+        **readings["input"].options(),
     )
-    labelled = without_counts(cells["query"])
+    labelled = without_counts(cells["input"])
     write_whole(labelled, output)
     logger.info(
         "%s: %d cells labelled, %.1f %% unknown.",

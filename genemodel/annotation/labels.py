@@ -4,7 +4,7 @@ Axes: C cells, H held-out cells, L labels, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,9 @@ class HeldOut:
         Mean distance of confidence and accuracy, with the temperature.
     temperature
         That logits are divided by.
+    by_label
+        Of every label that these cells have: how many, the share called right, the share that is
+        right among those called so (None where none is), and what it is most often mistaken for.
     """
 
     cells: int
@@ -96,6 +99,7 @@ class HeldOut:
     macro_f1: float
     calibration_error: float
     temperature: float
+    by_label: dict[str, dict[str, Any]]
 
 
 def calibrate(
@@ -134,7 +138,29 @@ def calibrate(
     for fold_H in (half_H, ~half_H):
         other = fitted_temperature(logits_HL[~fold_H], code_H[~fold_H])
         probability_HL[fold_H] = (logits_HL[fold_H] / other).softmax(-1)
-    return HeldOut(temperature=temperature, **scores(probability_HL.numpy(), code_H.numpy()))
+    winner_H, true_H = probability_HL.argmax(1).numpy(), code_H.numpy()
+    return HeldOut(
+        temperature=temperature,
+        by_label=by_label(label_names(bundle), winner_H, true_H),
+        **scores(probability_HL.numpy(), true_H),
+    )
+
+
+def by_label(
+    names: Sequence[str], winner_C: np.ndarray, code_C: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Say of every label that cells have how they were called."""
+    found = {}
+    for code in np.unique(code_C):
+        of_it, called = code_C == code, winner_C == code
+        wrong, times = np.unique(winner_C[of_it & ~called], return_counts=True)
+        found[names[code]] = {
+            "cells": int(of_it.sum()),
+            "called right": float(called[of_it].mean()),
+            "right when called": float(of_it[called].mean()) if called.any() else None,
+            "most often mistaken for": names[wrong[times.argmax()]] if wrong.size else "",
+        }
+    return found
 
 
 def scores(probability_CL: np.ndarray, code_C: np.ndarray) -> dict[str, Any]:

@@ -145,19 +145,19 @@ class Bundle:
     def grown(self, vocabulary: GeneVocabulary) -> Self:
         """Return the model over a vocabulary that has further genes or species behind its own.
 
-        What it knows keeps its place; embeddings of new genes and species start at random, and
-        heads are left as they are: whoever trains them starts the new parts.
+        What it knows keeps its place; embeddings of new genes and species start at random, its
+        knowledge tables say nothing of them, and heads are left as they are: whoever trains them
+        starts the new parts.
 
         Raises
         ------
         DataError
-            The vocabulary is not its own with more behind, or the model reads knowledge tables,
-            which say nothing about new genes.
+            The vocabulary is not its own with more behind, or the model is an imported one whose
+            input is fused with knowledge.
         """
-        embedding = self.model.embedding
-        knows = bool(embedding.knowledge) or fusion_of(self.model) is not None
-        if not vocabulary.extends(self.vocabulary) or knows:
-            why = "reads knowledge tables" if knows else "is another"
+        fused = fusion_of(self.model) is not None
+        if not vocabulary.extends(self.vocabulary) or fused:
+            why = "has its knowledge in its checkpoint" if fused else "is another"
             raise DataError(
                 f"A model over {len(self.vocabulary):,} tokens of {', '.join(self.species)} cannot "
                 f"grow to {len(vocabulary):,} tokens of {', '.join(vocabulary.species)}: it {why}. "
@@ -168,6 +168,9 @@ class Bundle:
             n_tokens=len(vocabulary),
             n_species=len(vocabulary.species),
             context=self.tokens.context,
+            knowledge=_places(
+                len(vocabulary), {name: p.table_VP.shape[1] for name, p in _tables(self.model)}
+            ),
         )
         state = model.state_dict()
         for name, tensor in self.model.state_dict().items():
@@ -216,11 +219,7 @@ class Bundle:
             "tokens": to_values(self.tokens),
             "settings": self.settings,
             "vocabulary": self.vocabulary.fingerprint,
-            "knowledge": {
-                name: part.table_VP.shape[1]
-                for name, part in self.model.embedding.knowledge.items()
-                if isinstance(part, KnowledgeEmbedding)
-            },
+            "knowledge": {name: part.table_VP.shape[1] for name, part in _tables(self.model)},
             "fusion": None if fusion is None else to_values(fusion),
         }
         write_model(
@@ -251,13 +250,7 @@ class Bundle:
         settings = parse(ModelSettings, about["model"], where=f"{stored.where}: model")
         tokens = parse(TokenSettings, about["tokens"], where=f"{stored.where}: tokens")
         vocabulary = GeneVocabulary.read(path / VOCABULARY)
-        knowledge = {
-            name: (
-                torch.zeros(len(vocabulary), width),
-                torch.zeros(len(vocabulary), dtype=torch.bool),
-            )
-            for name, width in about["knowledge"].items()
-        }
+        knowledge = _places(len(vocabulary), about["knowledge"])
         model = GeneModel(
             settings,
             n_tokens=len(vocabulary),
@@ -284,6 +277,23 @@ class Bundle:
             training=stored.training,
         )
         return bundle.to(there)
+
+
+def _tables(model: GeneModel) -> list[tuple[str, KnowledgeEmbedding]]:
+    """Knowledge tables of a model, by name."""
+    return [
+        (name, part)
+        for name, part in model.embedding.knowledge.items()
+        if isinstance(part, KnowledgeEmbedding)
+    ]
+
+
+def _places(n_tokens: int, widths: Mapping[str, int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Empty knowledge tables of these widths, for what is about to be loaded."""
+    return {
+        name: (torch.zeros(n_tokens, width), torch.zeros(n_tokens, dtype=torch.bool))
+        for name, width in widths.items()
+    }
 
 
 def fusion_of(model: GeneModel) -> FusionShape | None:

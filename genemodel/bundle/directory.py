@@ -27,13 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genemodel.bundle.history import read_history, write_history
+from genemodel.bundle.hub import ABOUT as ABOUT
+from genemodel.bundle.hub import local_model
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.corpus.manifest import MANIFEST
 from genemodel.errors import DataError
 from genemodel.settings import refuse_address
 from genemodel.writing import found_again, whole_directory
 
-ABOUT, WEIGHTS = "model.json", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 FORMAT = 4
 BUNDLE, INTEGRATION, IMPUTATION = "bundle", "integration", "imputation"
 CORPUS = "corpus"
@@ -223,7 +225,7 @@ def read_model(path: str | Path, kind: str, wanted: Set[str]) -> StoredModel:
     DataError
         It is something else, a file is missing or damaged, or the format is newer.
     """
-    path = found_again(Path(path))
+    path = found_again(local_model(path))
     if kind_of(path) != kind:
         raise refusal(path, kind)
     about = read_about(path, file_of(path) or ABOUT, KINDS[kind], wanted=wanted)

@@ -6,6 +6,7 @@ from typing import Any, overload
 import torch
 
 from genemodel.bundle.directory import CLASSES, kind_of, refusal
+from genemodel.bundle.hub import local_model
 from genemodel.errors import ConfigError
 from genemodel.model.devices import device_of
 from genemodel.writing import found_again
@@ -67,7 +68,7 @@ def model_for(
 
 def model_kind(path: str | Path) -> str:
     """Say of which kind the model in a folder is; refuses a folder without one."""
-    path = found_again(Path(path))
+    path = found_again(local_model(path))
     kind = kind_of(path)
     if kind not in CLASSES:
         raise refusal(path)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # obs columns every corpus knows; each is there, or missing, in every source.
 COLUMNS = ("species", "dataset", "batch", "donor", "cell_type", "assay", "tissue")
+# Those of which one text may hold for a whole source.
+SAID = ("batch", "donor", "cell_type", "assay", "tissue")
 # Keys of DataFrame.attrs: what a curator should know; columns that were not taken, since two obs
 # columns have their name.
 NOTES, TWICE = "notes", "twice"
@@ -31,7 +33,7 @@ class ColumnPlan:
     ``wanted``: corpus column -> obs column, demanded; ``optional``: the same, absent is allowed.
     ``species``: a constant, or None where it comes from a column. ``words``: texts that mean
     "missing". ``every``: all columns as they are, and nothing is demanded. ``kept``: names that the
-    caller asked for.
+    caller asked for. ``values``: corpus column -> what holds for all cells, whatever the file says.
     """
 
     wanted: Mapping[str, str]
@@ -40,6 +42,7 @@ class ColumnPlan:
     words: frozenset[str] = PLACEHOLDERS
     every: bool = False
     kept: frozenset[str] = frozenset()
+    values: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -48,9 +51,17 @@ class ColumnPlan:
         columns: Mapping[str, str] | None,
         keep: Iterable[str],
         missing_labels: Iterable[str] = (),
+        values: Mapping[str, str] | None = None,
     ) -> Self:
         """Plan from what the caller said."""
-        wanted = dict(columns or {})
+        values = dict(values or {})
+        for name, value in values.items():
+            if name not in SAID or not isinstance(value, str) or not value:
+                raise ConfigError(
+                    f"values: {name!r} is {value!r}; give a text for {', '.join(SAID[:-1])} or "
+                    f"{SAID[-1]}"
+                )
+        wanted = {name: key for name, key in (columns or {}).items() if name not in values}
         for name, column in wanted.items():
             if not isinstance(column, str) or not column:
                 raise ConfigError(
@@ -68,7 +79,7 @@ class ColumnPlan:
         if constant is not None:
             optional.pop("species", None)
         words = placeholders(missing_labels)
-        return cls(wanted, optional, constant, words, kept=frozenset(keep))
+        return cls(wanted, optional, constant, words, kept=frozenset(keep), values=values)
 
     def names(self) -> list[str]:
         """Corpus columns in order: the usual ones, then the further ones."""
@@ -89,9 +100,11 @@ class ColumnPlan:
         *,
         genes: Callable[[], pd.DataFrame] | None = None,
         genome: str | None = None,
+        sample: str | None = None,
     ) -> pd.DataFrame:
         """Make the obs table of a source from its columns.
 
+        ``sample``: batch and donor of cells of which nothing is said, a folder of one library.
         ``genes`` reads the var table, whose genomes name the species where nothing else does (and
         must be of one); ``genome`` is the one that was chosen of them.
         """
@@ -155,8 +168,33 @@ class ColumnPlan:
             )
         if obs["dataset"].isna().all():
             obs["dataset"] = pd.Categorical([name] * len(obs))
+        for column, value in self.values.items():
+            obs[column] = pd.Categorical([value] * len(obs))
+        if sample is not None:
+            notes += _as_one_sample(obs, sample)
         obs.attrs |= {NOTES: tuple(notes), TWICE: tuple(skipped)}
         return obs
+
+
+def _as_one_sample(obs: pd.DataFrame, sample: str) -> list[str]:
+    """Take a library for a batch and a donor, as far as neither is known; returns what was done.
+
+    Programs that join libraries number their barcodes: ``…-1``, ``…-2``. These are batches then, of
+    whose donors nothing is known.
+    """
+    suffix = obs.index.to_series().str.extract(r"-(\d+)$", expand=False)
+    joined = suffix.nunique() > 1 and bool(suffix.notna().all())
+    batch_C = (f"{sample}-" + suffix).to_numpy() if joined else [sample] * len(obs)
+    filled = []
+    for column, values in (("batch", batch_C), ("donor", None if joined else batch_C)):
+        if values is not None and obs[column].isna().all():
+            obs[column] = pd.Categorical(values)
+            filled.append(column)
+    if not filled:
+        return []
+    whose = "the libraries that its barcodes number" if joined else f"the sample {sample}"
+    return [f"{' and '.join(filled)} {'are' if len(filled) > 1 else 'is'} {whose}: nothing else is "
+            "said of them (a sheet may, in columns batch and donor)"]  # fmt: skip
 
 
 def refuse_named_twice(obs: pd.DataFrame, where: str) -> None:

@@ -79,6 +79,7 @@ class SourceFile:
     citation: str | None = None
     missing_labels: tuple[str, ...] = ()
     column: str | None = None
+    values: Mapping[str, str] | None = None
 
     def open(self) -> Source:
         """Open it."""
@@ -101,6 +102,7 @@ def open_source(
     citation: str | None = None,
     missing_labels: Sequence[str] = (),
     column: str | None = None,
+    values: Mapping[str, str] | None = None,
 ) -> Source:
     """Open a source of raw counts and prove it, without loading it.
 
@@ -130,6 +132,10 @@ def open_source(
     missing_labels
         Texts in columns of the corpus that stand for a missing value, beside the usual ones
         (``nan``, ``Unknown``, ``unassigned`` …); ``"-unknown"`` makes a label of one.
+    values
+        Corpus column -> what holds for all cells of the source, for example ``{"donor": "P1"}``;
+        it goes before what the file says. A 10x file of which nothing is said is one batch of one
+        donor, named like the source.
 
     Returns
     -------
@@ -146,7 +152,7 @@ def open_source(
         return data
     if isinstance(data, SourceFile):
         return data.open()
-    plan = ColumnPlan.of(species, columns, keep, missing_labels)
+    plan = ColumnPlan.of(species, columns, keep, missing_labels, values)
     if not isinstance(data, str | Path):
         source = _open_anndata(
             data,
@@ -165,7 +171,7 @@ def open_source(
     source.column = column
     source.opened_from = SourceFile(
         str(data), layer, species, columns, tuple(keep), name, allow_fractional, genome, transpose,
-        licence, citation, tuple(missing_labels), column,
+        licence, citation, tuple(missing_labels), column, values,
     )  # fmt: skip
     return _said(source, licence, citation)
 

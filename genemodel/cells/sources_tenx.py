@@ -120,7 +120,7 @@ def _source(
     present = [str(c) for c in cells.columns]
     obs = options.plan.apply(
         cells.index, present, cells.__getitem__, where, options.name,
-        genes=lambda: genes, genome=genome,
+        genes=lambda: genes, genome=genome, sample=None if present else options.name,
     )  # fmt: skip
     refuse_turned(
         obs.index, genes.index, where,

@@ -5,7 +5,10 @@ runs, nothing is read from the environment. A file therefore cannot be code, who
 The library proper never comes here; :mod:`genemodel.settings` checks whatever this module returns.
 """
 
+import copy
 import dataclasses
+import functools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,17 +17,19 @@ from typing import Any
 import yaml
 
 from genemodel.errors import ConfigError
-from genemodel.settings import nearest
+from genemodel.settings import nearest, unknown_setting
 
 # A group of files, or one file of a group, and the dataclass whose fields it must list, all of
 # them and no others. tests/command/test_cli.py holds every YAML file to this table.
 GROUPS: dict[str, str] = {
     "backbone": "genemodel.model.tuning:TuningSettings",
+    "gene_labels": "genemodel.gene_tasks.training:GeneLabelSettings",
     "holdout": "genemodel.train.settings:HoldoutSettings",
-    "imputation": "genemodel.imputation.training:DecoderSettings",
+    "imputation": "genemodel.imputation.network:DecoderSettings",
     "integration": "genemodel.integration.head:IntegrationSettings",
     "log": "genemodel.train.settings:LogSettings",
     "model": "genemodel.model.settings:ModelSettings",
+    "new_genes": "genemodel.train.settings:NewGenesSettings",
     "optim": "genemodel.train.settings:OptimSettings",
     "task/pretraining": "genemodel.heads.pretraining:PretrainingSettings",
     "tokens": "genemodel.batches.tokens:TokenSettings",
@@ -34,6 +39,10 @@ GROUPS: dict[str, str] = {
 # Keys by which a file would ask Hydra to build an object, that is to run code.
 _BUILDING_KEY = re.compile(r"_(target|partial|recursive|convert|args)_")
 _SETTING_NAME = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+# The group whose choices change everything else.
+_EXPERIMENT = "experiment"
+# Where the folder of a run says what its settings were.
+OF_A_RUN = ("settings.json", "finetune.json")
 # How a YAML file says that a value must be given.
 _REQUIRED = "???"
 
@@ -193,8 +202,91 @@ def _above(lines: list[str], mark: yaml.Mark) -> str:
     return " ".join(words)
 
 
+def names_of(config_name: str) -> dict[str, Any]:
+    """Read which settings a composed file has: name -> value, or what a group holds.
+
+    Known without any library but YAML, so that a misspelt name is answered before the program that
+    it is for has been loaded.
+    """
+    folder = config_folder()
+    names = _read(folder / f"{config_name}.yaml")
+    names.pop("defaults", None)
+    for group, choice in defaults_of(config_name).items():
+        if choice is not None:
+            names[group] = _read(folder / group / f"{choice}.yaml")
+    return names
+
+
+def refuse_unknown(values: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Refuse names that no setting has, with the nearest that one has.
+
+    Parameters
+    ----------
+    values
+        What was composed.
+    names
+        From :func:`names_of`.
+    """
+    _refuse_unknown(values, names, "", names)
+
+
+def _refuse_unknown(
+    values: Mapping[str, Any], names: Mapping[str, Any], where: str, root: Mapping[str, Any]
+) -> None:
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(unknown_setting(key, where, names, _dotted(root)))
+        inner = names[key]
+        if isinstance(inner, Mapping) and inner and isinstance(value, Mapping):
+            _refuse_unknown(value, inner, f"{where}.{key}" if where else key, root)
+
+
+def _dotted(names: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, inner in names.items():
+        yield f"{prefix}{key}"
+        if isinstance(inner, Mapping):
+            yield from _dotted(inner, f"{prefix}{key}.")
+
+
+def values_of_run(path: Path) -> dict[str, Any]:
+    """Read the settings that a run was made with.
+
+    Parameters
+    ----------
+    path
+        ``settings.json`` or ``finetune.json`` of a run, the folder of the run, or what
+        ``genemodel config`` printed.
+
+    Raises
+    ------
+    ConfigError
+        There are none.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name in OF_A_RUN if (path / name).is_file()]
+        if not files:
+            raise ConfigError(f"--from {path}: the folder holds none of {', '.join(OF_A_RUN)}")
+    if not files[0].is_file():
+        raise ConfigError(f"--from {path}: no such file; give the settings.json of a run")
+    try:
+        # As JSON first: YAML reads 1e-05 as a text.
+        content = json.loads(files[0].read_text(encoding="utf-8"))
+    except ValueError:
+        content = _read(files[0])
+    if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+        content = content["settings"]
+    if not isinstance(content, dict):
+        raise ConfigError(f"--from {files[0]}: holds no settings, but {type(content).__name__}")
+    return content
+
+
 def compose(
-    config_name: str, overrides: Sequence[str] = (), *, user_folder: Path | None = None
+    config_name: str,
+    overrides: Sequence[str] = (),
+    *,
+    user_folder: Path | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compose the plain values of a run.
 
@@ -208,6 +300,8 @@ def compose(
         does not know, such as a path with brackets, is taken as it stands.
     user_folder
         A folder with the user's own groups.
+    base
+        Values of a run, from :func:`values_of_run`, that stand in the place of the defaults.
 
     Returns
     -------
@@ -221,9 +315,7 @@ def compose(
         key that would build an object.
     """
     # Importing Hydra takes longer than printing the help.
-    import hydra
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     groups = defaults_of(config_name)
@@ -235,16 +327,18 @@ def compose(
             picked[key] = None if value is None else _checked_choice(key, str(value), user_folder)
         else:
             assigned.append((key, value))
+    if (experiment := picked.get(_EXPERIMENT)) is not None:
+        _check_experiment(experiment, user_folder)
     hydra_overrides = [
         f"{group}={'null' if choice is None else choice}" for group, choice in picked.items()
     ]
     if user_folder is not None:
         quoted = f"file://{user_folder}".replace("\\", "\\\\").replace("'", "\\'")
         hydra_overrides.append(f"hydra.searchpath=['{quoted}']")
+    # The shipped files stay as they are while a process runs; a user's may be edited in between.
+    by_hydra = _shipped_by_hydra if user_folder is None else _by_hydra
     try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            composed = hydra.compose(config_name, overrides=hydra_overrides)
-        values = OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+        values = by_hydra(str(config_folder()), config_name, tuple(hydra_overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         made = " ".join(f"{group}={choice}" for group, choice in picked.items())
         raise ConfigError(
@@ -253,11 +347,54 @@ def compose(
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{config_name}.yaml must hold 'key: value' lines")
-    plain = {str(key): value for key, value in values.items()}
+    plain = {str(key): copy.deepcopy(value) for key, value in values.items()}
+    if isinstance(experiment := plain.get(_EXPERIMENT), dict) and _EXPERIMENT in groups:
+        # Of a file without its line `# @package _global_`, which means the same.
+        del plain[_EXPERIMENT]
+        for key, value in experiment.items():
+            _assign(plain, str(key), value)
+    if base is not None:
+        if picked.get(_EXPERIMENT) is not None:
+            raise ConfigError(
+                f"{_EXPERIMENT}={picked[_EXPERIMENT]}: a run's settings say all that an experiment "
+                "would; leave it or --from out"
+            )
+        for key, value in base.items():
+            if key not in picked:
+                _assign(plain, str(key), value)
     for key, value in assigned:
         _assign(plain, key, value)
     _refuse_code(plain, "")
     return _without_missing(plain)
+
+
+def _by_hydra(folder: str, config_name: str, overrides: tuple[str, ...]) -> Any:
+    import hydra
+    from omegaconf import OmegaConf
+
+    with hydra.initialize_config_dir(folder, version_base="1.3"):
+        composed = hydra.compose(config_name, overrides=list(overrides))
+    return OmegaConf.to_container(composed, resolve=False, throw_on_missing=False)
+
+
+# A sweep, a notebook and a suite of tests compose the same files again and again: .3 s each.
+_shipped_by_hydra = functools.lru_cache(maxsize=64)(_by_hydra)
+
+
+def _check_experiment(choice: str, user_folder: Path | None) -> None:
+    """Refuse a file that chooses groups without the line by which it may."""
+    for root in (config_folder(), user_folder):
+        file = None if root is None else root / _EXPERIMENT / f"{choice}.yaml"
+        if file is None or not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        if not re.search(r"^#\s*@package\s+_global_", text, re.M) and re.search(
+            r"^defaults:", text, re.M
+        ):
+            raise ConfigError(
+                f"{file} chooses groups in its defaults, for which its first line has to be "
+                "`# @package _global_`: add that line"
+            )
 
 
 def _one_line(error: BaseException) -> str:
@@ -287,8 +424,8 @@ def _override(text: str) -> tuple[str, Any]:
         parsed: Override = OverridesParser.create().parse_override(f"{key}={right}")
         if parsed.is_sweep_override():
             raise ConfigError(
-                f"{text!r}: several values at once; write {key}=[{right}] for a list, or quote "
-                f"the text: {key}='\"{right}\"'"
+                f"{text!r}: several values at once; write {key}=[{right}] for a list, "
+                f"run a job each with -m, or quote the text: {key}='\"{right}\"'"
             )
         return key, parsed.value()
     except HydraException as error:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import PathText
+from genemodel.settings import PathText, renamed
 from genemodel.writing import whole
 
 logger = logging.getLogger(__name__)
@@ -23,13 +23,14 @@ GENERATED, FETCHED = "generated", "pbmc3k"
 SHOWN_CELLS = 3000
 
 
+@renamed(data="input")
 @dataclass(frozen=True)
 class DemoSettings(InputSettings):
     """What the demo runs on; how your own files are read is said by :class:`InputSettings`.
 
     Attributes
     ----------
-    data
+    input
         ``generated`` (two species, made here), ``pbmc3k`` (fetched by scanpy), or your own files
         with raw counts.
     out
@@ -44,7 +45,7 @@ class DemoSettings(InputSettings):
         Of everything random.
     """
 
-    data: tuple[PathText, ...] = (GENERATED,)
+    input: tuple[PathText, ...] = (GENERATED,)
     out: PathText = "runs/demo"
     vocabulary: PathText = ""
     cells: int = 6000
@@ -131,7 +132,7 @@ def demo(settings: DemoSettings) -> str:
 
 def _files(settings: DemoSettings, out: Path) -> list[Path]:
     """Files of raw counts for the corpus: generated, fetched, or the user's."""
-    if settings.data == (GENERATED,):
+    if settings.input == (GENERATED,):
         from genemodel.simulation.cells import synthetic
 
         logger.info("    generating %s human and mouse cells", f"{settings.cells:,}")
@@ -144,14 +145,14 @@ def _files(settings: DemoSettings, out: Path) -> list[Path]:
                 adata.write_h5ad(partial)
             files.append(path)
         return files
-    if settings.data == (FETCHED,):
+    if settings.input == (FETCHED,):
         return [_fetch_pbmc3k(out)]
-    files = [Path(name) for name in settings.data]
+    files = [Path(name) for name in settings.input]
     for path in files:
         if not path.exists():
             raise DataError(
-                f"data={path}: no such file. Give files with raw counts, data={GENERATED} or "
-                f"data={FETCHED}."
+                f"input={path}: no such file. Give files with raw counts, input={GENERATED} or "
+                f"input={FETCHED}."
             )
     return files
 
@@ -169,8 +170,8 @@ def _fetch_pbmc3k(out: Path) -> Path:
         adata = sc.datasets.pbmc3k()
     except (urllib.error.URLError, OSError) as error:
         raise DataError(
-            f"data={FETCHED} needs the internet, and scanpy could not fetch it here ({error}). "
-            f"Use data={GENERATED}, or data=FILE.h5ad with raw counts of your own."
+            f"input={FETCHED} needs the internet, and scanpy could not fetch it here ({error}). "
+            f"Use input={GENERATED}, or input=FILE.h5ad with raw counts of your own."
         ) from error
     adata.obs["species"] = "human"
     with whole(path) as partial:

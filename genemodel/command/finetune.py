@@ -12,8 +12,10 @@
     out/imputation_model/  … the ImputationModel
     out/classifier/        task classify: a bundle that tells the labels apart, calibrated
     out/labels.h5ad        … all that the data hold but counts, labels and confidence
+    out/genes.tsv          task genes: labels of genes by models that had not learnt their family
+    out/gene_classifier/   … a bundle that tells labels of genes apart
     out/curves.csv         losses of the heads
-    out/report.html        all of these curves, with the losses on held-out cells
+    out/report.html        cells before and after, scores by label, then all of these curves
 
 Every training is a run of the one loop: on any device, over ranks, and resumed exactly. A head's
 loss reaches what of the backbone learns. Where a warm-up is asked for, or the backbone is new, it
@@ -25,12 +27,13 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from genemodel.annotation.annotate import KEY as LABEL
 from genemodel.annotation.annotate import UNKNOWN_BELOW, classify, write_labels
@@ -40,6 +43,7 @@ from genemodel.batches.tokens import TokenSettings
 from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import file_of, sha256
 from genemodel.bundle.history import STEP
+from genemodel.bundle.hub import local_model
 from genemodel.cells.annotations import without_counts
 from genemodel.cells.contract import find_counts
 from genemodel.cells.input_settings import InputSettings
@@ -48,6 +52,8 @@ from genemodel.cells.source import Source
 from genemodel.cells.sources import open_source
 from genemodel.cells.whole_file import read_anndata
 from genemodel.command import config_files
+from genemodel.command.finetune_genes import GeneRun, known_tasks
+from genemodel.command.finetune_settings import FinetuneSettings as FinetuneSettings
 from genemodel.corpus.corpus import Corpus
 from genemodel.corpus.manifest import MANIFEST
 from genemodel.embedding.embed import write_whole
@@ -58,26 +64,19 @@ from genemodel.heads.pretraining import PretrainingSettings
 from genemodel.imputation.impute import impute
 from genemodel.imputation.impute_corpus import impute_corpus, one_species
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.obs_keys import (
-    INTEGRATED,
     batch_names,
-    check_key_added,
-    check_label_is_no_batch,
     keys_of,
     label_codes,
 )
-from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import batches_of, integrate_cells
 from genemodel.integration.model import IntegratedModel
 from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings, check_fits
 from genemodel.settings import (
-    PathText,
     check_out_folder,
-    check_seed,
     difference,
     nearest,
     parse,
@@ -87,17 +86,15 @@ from genemodel.train.job import choose_device
 from genemodel.train.recipe import FREE_ON_RESUME, pretrain, split
 from genemodel.train.record import METRICS
 from genemodel.train.settings import (
-    HoldoutSettings,
-    LogSettings,
-    OptimSettings,
     PretrainSettings,
-    TrainerSettings,
 )
 from genemodel.train.weights import labels_of
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from genemodel.reports.finetuning import Integrated
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +103,14 @@ BACKBONE, HEADS = "backbone", "heads"
 EMBEDDED, MODEL = "embedded.h5ad", "model"
 IMPUTED, IMPUTATION_MODEL = "imputed.h5ad", "imputation_model"
 LABELLED, CLASSIFIER = "labels.h5ad", "classifier"
+GENES, GENE_CLASSIFIER = "genes.tsv", "gene_classifier"
 RUN = "settings.json"
-RESULTS = (EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, LABELLED, CLASSIFIER, CURVES, REPORT)
+RESULTS = (
+    EMBEDDED, MODEL, IMPUTED, IMPUTATION_MODEL, LABELLED, CLASSIFIER, GENES, GENE_CLASSIFIER,
+    CURVES, REPORT,
+)  # fmt: skip
 # Settings that change no number: they may differ when a run goes on.
-_FREE = ("out", "overwrite", "device", "data", "model", *FREE_ON_RESUME)
+_FREE = ("out", "overwrite", "device", "input", "model", *FREE_ON_RESUME)
 
 
 class _Words(TypedDict):
@@ -117,176 +118,6 @@ class _Words(TypedDict):
 
     missing_labels: Sequence[str]
     settled: bool
-
-
-@dataclass(frozen=True)
-class FinetuneSettings(InputSettings):
-    """Fine-tune on a file, read as :class:`InputSettings` say, or on a corpus.
-
-    Attributes
-    ----------
-    data
-        File or folder with raw counts, or the folder of a corpus of one species.
-    out
-        Folder of the results. If it holds an unfinished run with the same settings, that goes on.
-    task
-        ``integrate``: an embedding free of the technical batch. ``impute``: denoised counts.
-        ``both``: both on one backbone. ``classify``: the labels of ``label_key``, whose loss
-        reaches whatever of the backbone learns.
-    batch_key
-        obs column of the technical batch; several for nested ones; only imputation can do without.
-    label_key
-        obs column of cell types, missing where unknown; empty for none.
-    model
-        Bundle directory; empty for none.
-    size
-        Shape of new weights where ``backbone.tune`` is scratch and there is no ``model``: a choice
-        of the group ``model`` of pre-training.
-    key_added
-        Key in obsm.
-    device
-        Where cells are embedded and decoded after a training: auto, cpu, cuda, cuda:1 … (trainings:
-        ``trainer``).
-    seed
-        Of everything random.
-    overwrite
-        Throw away what is in the folder and start anew.
-    backbone
-        What of the backbone learns from the loss of the head. ``scratch``: new weights, which are
-        trained alone first and then stay.
-    warm_up
-        Go on with the objectives of pre-training on these cells first.
-    hold_out
-        Hold groups of cells out of the embedding's training (``holdout``), look at them every
-        ``trainer.validate_every`` steps, keep the best and stop early.
-    tokens, optim, holdout
-        Of a training of the backbone alone and of ``task=classify``, as in pre-training;
-        ``tokens.context`` is the model's where there is one.
-    trainer, log
-        Of all trainings; the steps of a head are those of its recipe.
-    integration, imputation
-        Recipes of the heads.
-    """
-
-    data: PathText
-    out: PathText
-    task: Literal["integrate", "impute", "both", "classify"] = "integrate"
-    batch_key: tuple[str, ...] = ()
-    label_key: str = ""
-    model: PathText = ""
-    size: str = "tiny"
-    key_added: str = INTEGRATED
-    device: str = "auto"
-    seed: int = 0
-    overwrite: bool = False
-    warm_up: bool = False
-    hold_out: bool = False
-    backbone: TuningSettings = field(default_factory=lambda: TuningSettings(tune="frozen"))
-    tokens: TokenSettings = field(default_factory=lambda: TokenSettings(512, 8192))
-    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=5e-4, warmup_steps=20))
-    trainer: TrainerSettings = field(
-        default_factory=lambda: TrainerSettings(
-            max_steps=300,
-            validate_every=50,
-            validation_batches=10,
-            checkpoint_every=50,
-            early_stopping=3,
-        )
-    )
-    holdout: HoldoutSettings = field(default_factory=lambda: HoldoutSettings(by="auto"))
-    log: LogSettings = field(default_factory=LogSettings)
-    integration: IntegrationSettings = field(default_factory=IntegrationSettings)
-    imputation: DecoderSettings = field(default_factory=DecoderSettings)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
-        check_key_added(self.key_added)
-        tune = self.backbone.tune
-        if self.integrates and not self.batch_key:
-            raise ConfigError(
-                f"task={self.task} needs batch_key, the obs column of the technical batch: it is "
-                "what the embedding is freed of. Only task=impute can do without."
-            )
-        if tune in ("lora", "last", "full") and not self.model:
-            raise ConfigError(
-                f"backbone={tune} adapts a pre-trained model: give model=BUNDLE, or train new "
-                "weights with backbone=scratch."
-            )
-        if self.classifies:
-            self._check_classify()
-        if self.warm_up and tune == "frozen":
-            raise ConfigError(
-                "warm_up=true trains what of the backbone learns, and with backbone=frozen nothing "
-                "does: set backbone=lora, last or full."
-            )
-        if self.warm_up and self.classifies:
-            raise ConfigError(
-                "warm_up=true says nothing to task=classify, whose one training is of the labels: "
-                "leave it out."
-            )
-        if self.hold_out and not self.integrates:
-            raise ConfigError(
-                f"hold_out=true says nothing to task={self.task}: imputation looks at molecules "
-                "set aside, and classify holds out as holdout says. Leave it out."
-            )
-        if self.label_key and not (self.integrates or self.classifies):
-            raise ConfigError(
-                f"label_key={self.label_key} says nothing to task=impute: leave it out, or set "
-                "task=both."
-            )
-        check_label_is_no_batch(self.batch_key, self.label_key)
-        sizes = config_files.choices("model")
-        if tune == "scratch" and not self.model and self.size not in sizes:
-            near = nearest(self.size, sizes)
-            raise ConfigError(
-                f"size={self.size}: there are {', '.join(sizes)}"
-                + (f". Did you mean size={near}?" if near else ".")
-            )
-        for head, asked in (
-            ("integration", self.integrates and self.integration.gene_vectors),
-            ("imputation", self.imputes and self.imputation.gene_vectors),
-        ):
-            if asked and not (self.model or tune == "scratch"):
-                raise ConfigError(
-                    f"{head}.gene_vectors=true needs a pre-trained model: give model=BUNDLE."
-                )
-
-    @property
-    def trains_alone(self) -> bool:
-        """Whether the backbone is trained before, or without, a head."""
-        return self.warm_up or self.classifies or self.backbone.tune == "scratch"
-
-    @property
-    def integrates(self) -> bool:
-        """Whether an embedding is asked for."""
-        return self.task in ("integrate", "both")
-
-    @property
-    def imputes(self) -> bool:
-        """Whether counts are to be denoised."""
-        return self.task in ("impute", "both")
-
-    @property
-    def classifies(self) -> bool:
-        """Whether labels are to be told apart."""
-        return self.task == "classify"
-
-    def _check_classify(self) -> None:
-        if not self.label_key:
-            raise ConfigError(
-                "task=classify needs label_key, the obs column of what is to be told apart."
-            )
-        if self.batch_key:
-            raise ConfigError(
-                f"batch_key={list(self.batch_key)} says nothing to task=classify: leave it out, or "
-                "set holdout.by to hold its groups out."
-            )
-        if self.backbone.tune == "frozen" and not self.model:
-            raise ConfigError(
-                "task=classify reads a backbone: give model=BUNDLE, or train new weights with "
-                "backbone=scratch."
-            )
 
 
 def finetune(settings: FinetuneSettings) -> Path:
@@ -322,8 +153,10 @@ def finetune(settings: FinetuneSettings) -> Path:
     elif keys:
         batch_names(adata.obs, keys, **words)
     if corpus is None:
-        find_counts(adata, where=settings.data, **reading.counting())
+        find_counts(adata, where=settings.input, **reading.counting())
     _refuse_impossible(settings, bundle, corpus, adata)
+    if settings.labels_genes:
+        content += sha256(known_tasks(settings, bundle))
     values = to_values(settings)
     about = {
         "settings": values,
@@ -345,12 +178,14 @@ def finetune(settings: FinetuneSettings) -> Path:
             _integrate(settings, corpus, adata, reading, bundle, about)
         if settings.imputes and not (out / IMPUTATION_MODEL).exists():
             _impute(settings, corpus, adata, reading, bundle, about)
+        if settings.labels_genes and bundle is not None and not (out / GENE_CLASSIFIER).exists():
+            _label_genes(settings, corpus, adata, reading, bundle, about)
     except GenemodelError:
         # A refusal that only the genes or the counts deep in the file could give.
         if new and out.is_dir() and [path.name for path in out.iterdir()] == [ABOUT]:
             shutil.rmtree(out)
         raise
-    _report(settings, values)
+    _report(settings, values, corpus, adata, reading)
     return out
 
 
@@ -364,10 +199,11 @@ def _refuse_impossible(
     if corpus is not None and bundle is not None and not settings.trains_alone:
         mine, theirs = corpus.vocabulary, bundle.vocabulary
         if mine.fingerprint != theirs.fingerprint:
+            file = local_model(settings.model) / VOCABULARY
             raise DataError(
-                f"data={settings.data} was built with vocabulary {mine.fingerprint[:12]}, and "
+                f"input={settings.input} was built with vocabulary {mine.fingerprint[:12]}, and "
                 f"model={settings.model} reads {theirs.fingerprint[:12]}: build the corpus with "
-                f"the latter (corpus build: vocabulary={Path(settings.model) / VOCABULARY}), or "
+                f"the latter (corpus build: vocabulary={file}), or "
                 "set warm_up=true, which lets the model grow where it can."
             )
     if bundle is not None:
@@ -377,7 +213,7 @@ def _refuse_impossible(
     if by not in ("", "auto", *COLUMNS, *known):
         near = nearest(by, known)
         raise DataError(
-            f"holdout.by={by}: data={settings.data} has no such obs column"
+            f"holdout.by={by}: input={settings.input} has no such obs column"
             + (f", did you mean {near}?" if near else f"; it has {', '.join(known) or 'none'}.")
         )
 
@@ -387,6 +223,8 @@ def _wanted(settings: FinetuneSettings) -> list[str]:
     names = [MODEL, EMBEDDED] if settings.integrates else []
     if settings.classifies:
         names = [CLASSIFIER, LABELLED]
+    elif settings.labels_genes:
+        names = [GENES, GENE_CLASSIFIER]
     return [*names, *([IMPUTED, IMPUTATION_MODEL] if settings.imputes else []), REPORT]
 
 
@@ -454,7 +292,7 @@ def _read(
     """Read the cells, and say how their counts are; the last is a fingerprint of what was read."""
     import anndata as ad
 
-    data = Path(settings.data)
+    data = Path(settings.input)
     if (data / MANIFEST).is_file():
         corpus = Corpus.open(data)
         reading = settings.reading
@@ -462,7 +300,7 @@ def _read(
         free = () if settings.classifies else ("missing_labels",)
         if settled := [name for name in reading.changed if name not in free]:
             raise ConfigError(
-                f"data={data} is a corpus, whose {' and '.join(settled)} "
+                f"input={data} is a corpus, whose {' and '.join(settled)} "
                 f"{'was' if len(settled) == 1 else 'were'} settled when it was built: leave "
                 f"{' and '.join(settled)} out."
             )
@@ -472,7 +310,7 @@ def _read(
         return corpus, ad.AnnData(obs=obs), reading, corpus.fingerprint
     if not data.exists():
         raise DataError(
-            f"data={data} is no file: name a file of raw counts, or the folder of a corpus."
+            f"input={data} is no file: name a file of raw counts, or the folder of a corpus."
         )
     files = sorted(p for p in data.rglob("*") if p.is_file()) if data.is_dir() else [data]
     adata, reading = read_anndata(data, settings.reading)
@@ -599,7 +437,7 @@ def _source(
         # Not kept as it is: what stands for a missing label is none.
         columns={settings.label_key: settings.label_key} if settings.classifies else None,
         keep=_kept(settings),
-        name=Path(settings.data).stem,
+        name=Path(settings.input).stem,
     )
     if settings.batch_key:
         name_C = batch_names(
@@ -636,8 +474,8 @@ def _held_out(
 ) -> np.ndarray | None:
     if not settings.hold_out:
         return None
-    groups = corpus if corpus is not None else GroupedCells(adata.obs, settings.data)
-    _, held_out = split(settings.holdout, groups, settings.data)
+    groups = corpus if corpus is not None else GroupedCells(adata.obs, settings.input)
+    _, held_out = split(settings.holdout, groups, settings.input)
     # Where nothing can be held out, both sides are all cells.
     return held_out if held_out.size < len(groups) else None
 
@@ -745,6 +583,24 @@ def _impute(
     logger.info("%s: %s", out / IMPUTED, result.trained.coverage)
 
 
+def _label_genes(
+    settings: FinetuneSettings,
+    corpus: Corpus | None,
+    adata: "AnnData",
+    reading: InputSettings,
+    bundle: Bundle,
+    about: dict[str, Any],
+) -> None:
+    """Tell labels of genes apart: fold by fold, and then by a model of all of them."""
+    out = Path(settings.out)
+    run = GeneRun.of(settings, adata if corpus is None else corpus, reading, bundle)
+    result, history = run.train(_tuning(settings), lambda name: _head_run(settings, name, about))
+    _add_curves(out / CURVES, "genes", history)
+    with whole(out / GENES) as partial:
+        run.table.to_csv(partial, sep="\t")
+    result.save(out / GENE_CLASSIFIER)
+
+
 def _add_curves(path: Path, task: str, history: pd.DataFrame) -> None:
     """Write the losses of one head, one row a number; those of an earlier attempt go."""
     kept: list[list[str]] = []
@@ -769,18 +625,55 @@ def encoder_of(settings: FinetuneSettings) -> str:
         "scratch": "trained on these cells alone",
         "full": "all of which learnt here",
     }.get(tune, f"of which {tune} learnt here")
-    if settings.classifies:
+    if settings.classifies or settings.labels_genes:
         return f"the transformer of {origin}, {learnt}"
     if not settings.model and tune != "scratch":
         return "a network on counts, trained here; no transformer"
     return f"a network on counts, beside the cell vectors of the transformer of {origin}, {learnt}"
 
 
-def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
-    """Draw all curves on one page."""
+def _integrated(
+    settings: FinetuneSettings, corpus: Corpus | None, adata: "AnnData", reading: InputSettings
+) -> "Integrated":
+    """Read some of the cells again, as they were and as they are."""
+    import anndata as ad
+
+    from genemodel.metrics.light import pca_of_lognorm
+    from genemodel.reports.finetuning import SHOWN, Integrated
+
+    embedded = ad.read_h5ad(Path(settings.out) / EMBEDDED)
+    after_CD = np.asarray(embedded.obsm[settings.key_added])
+    cells = np.flatnonzero(np.isfinite(after_CD).all(axis=1))
+    if cells.size > SHOWN:
+        cells = np.random.default_rng(settings.seed).choice(cells, SHOWN, replace=False)
+        cells.sort()
+    ranges = [(int(cell), int(cell) + 1) for cell in cells]
+    if corpus is not None:
+        counts_CG = corpus.read_blocks(ranges).to_csr(len(corpus.vocabulary))
+    else:
+        counts = find_counts(adata, where=settings.input, **reading.counting())
+        counts_CG = sp.vstack([counts.read(*one) for one in ranges], format="csr")
+    return Integrated(
+        pca_of_lognorm(counts_CG, n_comps=30, seed=settings.seed),
+        after_CD[cells],
+        embedded.obs.iloc[cells],
+        keys_of(settings.batch_key),
+        settings.label_key,
+    )
+
+
+def _report(
+    settings: FinetuneSettings,
+    values: dict[str, Any],
+    corpus: Corpus | None,
+    adata: "AnnData",
+    reading: InputSettings,
+) -> None:
+    """Lay the result out on one page, with all curves behind it."""
     from genemodel.reports.finetuning import write_finetune_report
 
     out = Path(settings.out)
+    labels = coverage = None
     facts = {"what reads the cells": encoder_of(settings)}
     logger.info("%s: the cells were read by %s.", out, facts["what reads the cells"])
     if settings.integrates:
@@ -792,12 +685,22 @@ def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
         facts["populations that may be over-corrected"] = ", ".join(about["vanished"]) or "none"
     if settings.classifies:
         held = Bundle.load(out / CLASSIFIER, device="cpu").provenance.get("labels")
+        labels = pd.DataFrame(held["by_label"]).T.convert_dtypes() if held else None
         facts["labels on held-out cells"] = "not measured: nothing is held out" if not held else (
             f"{held['cells']:,} cells, accuracy {held['accuracy']:.3f}, macro-F1 "
             f"{held['macro_f1']:.3f}, calibration error {held['calibration_error']:.3f}"
         )  # fmt: skip
+    if settings.labels_genes:
+        told = Bundle.load(out / GENE_CLASSIFIER, device="cpu").provenance["gene_labels"]
+        facts["labels of genes of families that were not learnt from"] = told
     if settings.imputes:
-        facts["imputed counts"] = str(ImputationModel.load(out / IMPUTATION_MODEL).trained.coverage)
+        found = ImputationModel.load(out / IMPUTATION_MODEL).trained.coverage
+        facts["imputed counts"] = str(found)
+        coverage = pd.DataFrame(
+            {"held": [share for _, share, _ in found.by_mean],
+             "counts": [n for *_, n in found.by_mean]},
+            index=pd.Index([f"from {low:g}" for low, *_ in found.by_mean], name="predicted mean"),
+        )  # fmt: skip
     run = out / BACKBONE
     adapted = (run / METRICS).exists()
     write_finetune_report(
@@ -806,6 +709,9 @@ def _report(settings: FinetuneSettings, values: dict[str, Any]) -> None:
         backbone=(pd.read_csv(run / "metrics.csv"), pd.read_csv(run / "validation.csv"))
         if adapted
         else None,
+        integrated=_integrated(settings, corpus, adata, reading) if settings.integrates else None,
+        labels=labels,
+        coverage=coverage,
         facts=facts,
         settings=values,
     )

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import SpeciesText, is_address, nearest
-from genemodel.writing import found_again
+from genemodel.settings import ModelText, SpeciesText, is_address, nearest
 
 if TYPE_CHECKING:
     from genemodel.cells.sources import SourceFile
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 class SourceSettings(InputSettings):
     """How sources are read, the same for building and appending; see ``configs/corpus_*.yaml``."""
 
-    sources: tuple[str, ...] = ()
+    input: tuple[str, ...] = ()
     sheet: Path | None = None
     batch_key: str | None = None
     donor_key: str | None = None
@@ -40,9 +39,9 @@ class SourceSettings(InputSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.sources) == (self.sheet is not None):
+        if bool(self.input) == (self.sheet is not None):
             raise ConfigError(
-                "give either sources=[a.h5ad,b.h5ad] (patterns such as data/*.h5ad are expanded) "
+                "give either input=[a.h5ad,b.h5ad] (patterns such as data/*.h5ad are expanded) "
                 "or sheet=samples.tsv, a table with a row for each source"
             )
 
@@ -60,22 +59,22 @@ class CorpusBuildSettings(SourceSettings):
 class CorpusAppendSettings(SourceSettings):
     """Settings of ``genemodel corpus append``, see ``configs/corpus_append.yaml``."""
 
-    path: Path
+    corpus: Path
 
 
 @dataclass(frozen=True)
 class CorpusVerifySettings:
     """Settings of ``genemodel corpus verify``, see ``configs/corpus_verify.yaml``."""
 
-    path: Path
+    corpus: Path
 
 
 @dataclass(frozen=True)
 class CorpusDescribeSettings:
     """Settings of ``genemodel corpus describe``, see ``configs/corpus_describe.yaml``."""
 
-    path: Path
-    html: Path | None = None
+    corpus: Path
+    output: Path | None = None
 
 
 # Columns of a sheet beside `path`; an empty field means what the settings say for all sources.
@@ -106,14 +105,14 @@ def build_corpus(settings: CorpusBuildSettings) -> str:
         overwrite=settings.overwrite,
         **_options(settings),
     )
-    return f"{corpus!r}\nLook at it with: genemodel corpus describe path={settings.out}"
+    return f"{corpus!r}\nLook at it with: genemodel corpus describe corpus={settings.out}"
 
 
 def append_to_corpus(settings: CorpusAppendSettings) -> str:
     """Add files to a corpus; the cells that are there keep their numbers."""
     from genemodel.corpus.corpus import Corpus
 
-    corpus = Corpus.open(settings.path)
+    corpus = Corpus.open(settings.corpus)
     before = len(corpus)
     grown = corpus.append(_sources(settings), **_options(settings))
     return f"{len(grown) - before:,} cells added: {grown!r}"
@@ -129,63 +128,65 @@ def verify_corpus(settings: CorpusVerifySettings) -> str:
     """
     from genemodel.corpus.corpus import verify_corpus as broken_in
 
-    if broken := broken_in(settings.path):
+    if broken := broken_in(settings.corpus):
         raise DataError(
-            f"corpus {settings.path} is damaged:\n  "
+            f"corpus {settings.corpus} is damaged:\n  "
             + "\n  ".join(broken)
             + "\nRestore these files from a copy, or build the corpus again."
         )
-    return f"corpus {settings.path}: every file is as it was written"
+    return f"corpus {settings.corpus}: every file is as it was written"
 
 
 def describe_corpus(settings: CorpusDescribeSettings) -> str:
     """Examine a corpus: sources, matched genes, depth, labels, what was dropped and why."""
     from genemodel.corpus.corpus import Corpus
 
-    report = Corpus.open(settings.path).describe()
-    if settings.html is None:
+    report = Corpus.open(settings.corpus).describe()
+    if settings.output is None:
         return report.to_text()
-    if not settings.html.resolve().parent.is_dir():
-        raise ConfigError(f"html={settings.html}: its folder does not exist")
-    report.to_html(settings.html)
-    return f"{report.to_text()}\n\nWith plots: {settings.html}"
+    if not settings.output.resolve().parent.is_dir():
+        raise ConfigError(f"output={settings.output}: its folder does not exist")
+    report.to_html(settings.output)
+    return f"{report.to_text()}\n\nWith plots: {settings.output}"
 
 
 def _options(settings: SourceSettings) -> dict[str, Any]:
     """Give what Corpus.build and Corpus.append take under the same names."""
     given = {f.name: getattr(settings, f.name) for f in fields(SourceSettings)}
-    return {name: value for name, value in given.items() if name not in ("sources", "sheet")}
+    return {name: value for name, value in given.items() if name not in ("input", "sheet")}
 
 
 def _sources(settings: SourceSettings) -> "Sequence[str | SourceFile]":
     if settings.sheet is not None:
         return _sources_of_sheet(settings.sheet, settings)
     files: list[str] = []
-    for pattern in settings.sources:
+    for pattern in settings.input:
         if is_address(pattern):
             files.append(pattern)
             continue
         # A file whose own name holds a bracket is not a pattern.
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not found and glob.has_magic(pattern):
-            raise DataError(f"sources: no file matches {pattern}")
+            raise DataError(f"input: no file matches {pattern}")
         files += found or [pattern]
     return files
 
 
 def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile]":
     """Give the source of every row with the row's own options."""
+    from genemodel.cells.obs_columns import SAID
     from genemodel.cells.sources import SourceFile
     from genemodel.genes.tables import read_table
 
+    known = ("path", *_SHEET_COLUMNS, *SAID)
     table = read_table(sheet, "sheet of sources")
     for column in table.columns:
-        if column not in ("path", *_SHEET_COLUMNS):
-            near = nearest(column, ["path", *_SHEET_COLUMNS])
+        if column not in known:
+            near = nearest(column, known)
             raise DataError(
                 f"sheet {sheet}: unknown column {column!r}"
                 + (f": did you mean {near!r}?" if near else "")
-                + f" It may have path, {', '.join(_SHEET_COLUMNS)}"
+                + f" It may have {', '.join(known)}"
             )
     if "path" not in table.columns:
         raise DataError(f"sheet {sheet}: has no column 'path'; it names the file of each source")
@@ -200,6 +201,13 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 raise DataError(f"sheet {sheet}: {key} is {row[key]!r}: write true or false")
         named = {"batch": "batch_key", "donor": "donor_key", "cell_type": "label_key"}
         columns = {column: own[key] for column, key in named.items() if own[key]}
+        values = {column: str(row[column]) for column in SAID if row.get(column)}
+        for column, key in named.items():
+            if column in values and row.get(key):
+                raise DataError(
+                    f"sheet {sheet}: {row['path']} has {column} {values[column]!r}, for all its "
+                    f"cells, and {key} {row[key]!r}, an obs column: leave one of them empty"
+                )
         # Paths in a sheet are relative to the sheet, so that both can move together.
         path = row["path"]
         if not is_address(path):
@@ -219,6 +227,7 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
                 citation=own["citation"],
                 missing_labels=settings.missing_labels,
                 column=own["column"],
+                values=values,
             )
         )
     return found
@@ -231,7 +240,7 @@ class SpeciesSettings:
     name: SpeciesText
     genes: Path
     orthologs: Path
-    out: Path
+    output: Path
     to: SpeciesText = "human"
     vocabulary: Path | None = None
 
@@ -242,36 +251,36 @@ def species(settings: SpeciesSettings) -> str:
     Raises
     ------
     DataError
-        A table cannot be read or does not fit, or ``out`` exists: corpora and models made with it
-        would no longer agree with their vocabulary.
+        A table cannot be read or does not fit, or ``output`` exists: corpora and models made with
+        it would no longer agree with their vocabulary.
     """
     from genemodel.genes import add_species
 
-    if settings.out.exists():
+    if settings.output.exists():
         raise DataError(
-            f"out={settings.out} exists: corpora and models may rely on the vocabulary in it. "
-            "Choose another name"
+            f"output={settings.output} exists: corpora and models may rely on the vocabulary in "
+            "it. Choose another name"
         )
     vocabulary, _ = add_species(
         name=settings.name,
         genes=settings.genes,
         orthologs=settings.orthologs,
-        out=settings.out,
+        out=settings.output,
         to=settings.to,
         vocabulary=settings.vocabulary,
     )
-    return f"{vocabulary!r} is in {settings.out}"
+    return f"{vocabulary!r} is in {settings.output}"
 
 
 @dataclass(frozen=True)
 class DescribeSettings:
     """Settings of ``genemodel describe``, see ``configs/describe.yaml``."""
 
-    path: Path
+    input: ModelText
 
 
 def describe(settings: DescribeSettings) -> str:
-    """Say what something made by genemodel holds: a corpus, a model of any kind or a vocabulary.
+    """Say what something made by genemodel holds: a corpus, any model, a vocabulary, knowledge.
 
     Raises
     ------
@@ -279,8 +288,9 @@ def describe(settings: DescribeSettings) -> str:
         It is none of those, or it is damaged.
     """
     from genemodel.bundle.directory import CORPUS, PLACES, kind_of, refusal
+    from genemodel.bundle.hub import local_model
 
-    path = found_again(settings.path)
+    path = local_model(settings.input)
     kind = kind_of(path)
     if kind == CORPUS:
         return describe_corpus(CorpusDescribeSettings(path))
@@ -291,16 +301,19 @@ def describe(settings: DescribeSettings) -> str:
         return f"{model.KIND} {path}\n{model.describe()}"
     if path.is_file() and path.name.endswith((".tsv", ".tsv.gz")):
         from genemodel.genes import GeneVocabulary
+        from genemodel.genes.knowledge import read_provenance
 
+        if about := read_provenance(path):
+            return "\n".join([f"knowledge table {path}", *(f"{k}: {v}" for k, v in about.items())])
         vocabulary = GeneVocabulary.read(path)
         lines = [f"vocabulary {path}", repr(vocabulary)]
         return "\n".join([*lines, *(f"{k}: {v}" for k, v in vocabulary.provenance.items())])
     if not path.exists():
-        raise DataError(f"path={path} does not exist")
+        raise DataError(f"input={path} does not exist")
     if any(kind_of(path / place) for place in PLACES):
         raise refusal(path)
     raise DataError(
-        f"path={path} is no corpus (a folder with manifest.json), no model (a folder with "
+        f"input={path} is no corpus (a folder with manifest.json), no model (a folder with "
         "model.json, such as runs/NAME/bundle, or what `genemodel finetune` wrote to OUT/model or "
-        "OUT/imputation_model) and no vocabulary (.tsv.gz)"
+        "OUT/imputation_model), no vocabulary and no knowledge table (.tsv.gz)"
     )

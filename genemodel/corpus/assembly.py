@@ -275,6 +275,7 @@ def source_records(planned: Plan, records: Sequence[UnitRecord]) -> list[SourceR
                     explicit_zeros=sum(part.explicit_zeros for part in own),
                     rounded=sum(part.rounded for part in own), repeated_names=seen.repeated,
                     notes=list(seen.notes), licence=seen.licence, citation=seen.citation,
+                    n_counts=sum(part.n_counts[s] for part in own),
                 )
             )  # fmt: skip
     if not sum(record.n_cells for record in result):

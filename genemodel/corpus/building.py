@@ -194,11 +194,13 @@ class Columns:
 class Streamed:
     """What a unit holds; per species of the source, in their order, where it says so.
 
-    ``groups``: cells and values of each group.
+    ``n_counts``: all counts of the cells kept, genes outside the vocabulary included. ``groups``:
+    cells and values of each group.
     """
 
     n_read: list[int]
     n_cells: list[int]
+    n_counts: list[int]
     dropped: list[dict[str, int]]
     explicit_zeros: int
     rounded: int
@@ -276,6 +278,7 @@ class UnitWriter:
         before = tally.explicit_zeros, tally.rounded
         read = np.zeros(len(species), np.int64)
         kept = np.zeros(len(species), np.int64)
+        in_file = np.zeros(len(species), np.int64)
         dropped: list[dict[str, int]] = [{} for _ in species]
         for chunk in source.chunks(self.options.chunk_cells, start, stop):
             self._go_on()
@@ -299,6 +302,9 @@ class UnitWriter:
             )
             self._wait(_COUNTED_BEHIND)
             kept += np.bincount(chosen_C[row_C], minlength=len(species))
+            # All that the cells have in the file, also of genes that are not in the vocabulary.
+            total_C = np.asarray(chunk.counts_CG.sum(axis=1, dtype=np.int64)).ravel()[row_C]
+            np.add.at(in_file, chosen_C[row_C], total_C)
             facts["source"] = chosen_C[row_C] + first_source
             at = row_C + chunk.start
             facts |= {f"code_{c}": values[at] for c, values in codes.items()}
@@ -311,6 +317,7 @@ class UnitWriter:
         return Streamed(
             n_read=read.tolist(),
             n_cells=kept.tolist(),
+            n_counts=in_file.tolist(),
             dropped=dropped,
             explicit_zeros=tally.explicit_zeros - before[0],
             rounded=tally.rounded - before[1],

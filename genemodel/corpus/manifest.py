@@ -63,6 +63,9 @@ class SourceRecord:
         What a curator should know about the counts.
     licence, citation
         Of the data, where the file or the sheet of sources says.
+    n_counts
+        All counts of the cells kept, those of genes outside the vocabulary included; None in a
+        corpus that was built before this was noted.
     """
 
     name: str
@@ -85,6 +88,7 @@ class SourceRecord:
     notes: list[str]
     licence: str = ""
     citation: str = ""
+    n_counts: int | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ MUCH_MITO = 0.2
 MUCH_DROPPED = 0.2
 MANY_MISSING = 0.5
 LOW_MATCH = 0.5
+MANY_COUNTS_LOST = 0.2
 _METADATA = ("dataset", "batch", "donor", "cell_type", "assay", "tissue")
 # More sources than this make no readable plot; the table has them all.
 _PLOTTED = 60
@@ -85,6 +86,7 @@ class CorpusReport:
             ),
             "genes per cell": f"median {np.median(corpus.n_genes_C):,.0f}",
             "counts per cell": f"median {np.median(corpus.library_C):,.0f}",
+            "counts kept": _counts_kept(corpus),
             "explicit zeros removed": f"{_per_file(corpus, 'explicit_zeros'):,}",
             "fractional counts rounded": f"{_per_file(corpus, 'rounded'):,}",
             "cells that occur twice": f"{duplicates[0]:,}",
@@ -172,7 +174,8 @@ class CorpusReport:
             ),
             (
                 lambda: _matched(table),
-                "Genes of each file: in the vocabulary, and not.",
+                "Genes of each file: in the vocabulary, and not. In per cent: share of the counts "
+                "of its cells that these genes hold.",
             ),
         ]
 
@@ -187,6 +190,17 @@ def _per_file(corpus: "Corpus", key: str) -> int:
     """Sum over files, of which one may be several sources."""
     values = {(s.name, s.file): int(getattr(s, key)) for s in corpus.sources}
     return sum(values.values())
+
+
+def _counts_kept(corpus: "Corpus") -> str:
+    """How many counts of the cells kept are of genes in the vocabulary, as far as known."""
+    known = np.array([source.n_counts is not None for source in corpus.sources], bool)
+    total = sum(source.n_counts or 0 for source in corpus.sources)
+    kept = int(corpus.library_C[known[corpus.source_C]].sum())
+    if not total:
+        return "not noted when the corpus was built"
+    of = "" if known.all() else f", of {int(known.sum())} of {known.size} sources"
+    return f"{kept:,} of {total:,} ({kept / total:.1%}){of}"
 
 
 def _examine(corpus: "Corpus") -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -208,6 +222,7 @@ def _examine(corpus: "Corpus") -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
             "genes": source.n_genes,
             "matched": source.n_matched,
             "summed": source.n_summed,
+            "counts kept": library.sum() / source.n_counts if source.n_counts else np.nan,
         }
         for key, values in (("genes/cell", genes), ("counts/cell", library)):
             for name, q in (("5 %", 0.05), ("median", 0.5), ("95 %", 0.95)):
@@ -268,6 +283,11 @@ def _warnings(
         elif values["matched"] < LOW_MATCH * values["genes"]:
             found.append(
                 f"{name}: {values['matched']:,} of {values['genes']:,} genes are in the vocabulary"
+            )
+        if values["counts kept"] < 1 - MANY_COUNTS_LOST:
+            found.append(
+                f"{name}: {values['counts kept']:.0%} of the counts of its cells are of genes in "
+                "the vocabulary; the rest is lost"
             )
         if values["genes/cell median"] < SHALLOW_GENES:
             found.append(
@@ -336,8 +356,8 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
         for _, row in lacking.iterrows()
     ]
     for column in shown:
-        if column == "mito":
-            shown[column] = shown[column].map(lambda v: f"{v:.1%}")
+        if column in ("mito", "counts kept"):
+            shown[column] = shown[column].map(lambda v: "" if np.isnan(v) else f"{v:.1%}")
         elif shown[column].dtype.kind in "if":
             shown[column] = shown[column].map(lambda v: "" if np.isnan(v) else f"{v:,.0f}")
     rare = ("explicit zeros", "rounded", "repeated names", "summed", "dropped")
@@ -433,6 +453,10 @@ def _matched(table: pd.DataFrame) -> "Axes":
     rest = table["genes"].to_numpy(float) - matched
     axes.barh(range(len(table)), matched, color=_COLOURS[2], label="in the vocabulary", height=0.7)
     axes.barh(range(len(table)), rest, left=matched, color="#cccccc", label="not in it", height=0.7)
+    for row, (share, genes) in enumerate(zip(table["counts kept"], table["genes"], strict=True)):
+        if not np.isnan(share):
+            axes.text(genes, row, f" {share:.1%}", va="center", fontsize=7)
+    axes.set_xlim(0, 1.1 * max(1, int(table["genes"].max())))
     axes.axvline(SMALL_PANEL, color="black", linewidth=0.8, linestyle=":")
     _rows(axes, list(table.index))
     axes.set_xlabel("genes of the file", fontsize=8)

@@ -71,7 +71,7 @@ class GeneStatistics:
         cross = np.zeros((n_species, n_tokens))  # Σ count × library
         library = np.zeros((n_species, n_tokens))  # Σ library over cells that measured the gene
         library_square = np.zeros((n_species, n_tokens))
-        for run in _blocks(np.asarray(cells), sample, seed):
+        for run in draw_blocks(np.asarray(cells), sample, seed):
             block = corpus.read(int(run[0]), int(run[-1]) + 1)
             lengths = np.diff(block.starts_C1)
             all_cells = np.arange(run[0], run[-1] + 1)
@@ -152,7 +152,7 @@ class PrincipalGenes:
         names = corpus.vocabulary.species
         codes, categories = corpus.codes("species")
         species_of = np.array([names.index(c) for c in categories])[codes]
-        runs = _blocks(np.asarray(cells), sample, seed)
+        runs = draw_blocks(np.asarray(cells), sample, seed)
         parts, chosen = [], []
         for run in runs:
             block = corpus.read(int(run[0]), int(run[-1]) + 1)
@@ -185,7 +185,29 @@ class PrincipalGenes:
         )
 
 
-def _blocks(cells: np.ndarray, sample: int, seed: int) -> list[np.ndarray]:
+def mean_values(
+    corpus: "Corpus", cells: np.ndarray, *, seed: int = 0, sample: int = 8192
+) -> np.ndarray:
+    """Mean of log1p(count ÷ library × 10⁴), zeros included, of every species and gene: (S, V).
+
+    Over at most ``sample`` of ``cells``; zeros for a species without any.
+    """
+    names = corpus.vocabulary.species
+    codes, categories = corpus.codes("species")
+    species_of = np.array([names.index(c) for c in categories])[codes]
+    total_SV = np.zeros((len(names), len(corpus.vocabulary)), np.float32)
+    n_S = np.zeros(len(names))
+    for run in draw_blocks(np.asarray(cells), sample, seed):
+        block = corpus.read(int(run[0]), int(run[-1]) + 1)
+        X_CV = block.to_csr(len(corpus.vocabulary))[run - run[0]].astype(np.float32)
+        X_CV = log_normalised(X_CV, corpus.library_C[run])
+        for s in np.unique(species_of[run]):
+            total_SV[s] += np.asarray(X_CV[species_of[run] == s].sum(0)).ravel()
+        n_S += np.bincount(species_of[run], minlength=len(names))
+    return (total_SV / np.maximum(n_S, 1)[:, None]).astype(np.float32)
+
+
+def draw_blocks(cells: np.ndarray, sample: int, seed: int) -> list[np.ndarray]:
     """Draw runs of nearby cells at random until ``sample`` cells are covered."""
     blocks = np.array_split(cells, max(1, cells.size // 512))
     blocks = [

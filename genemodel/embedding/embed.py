@@ -19,6 +19,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.annotations import copy_annotations, read_annotations, without_counts
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
 from genemodel.cells.whole_file import read_anndata
@@ -42,7 +43,7 @@ from genemodel.inference.shards import (
 from genemodel.inference.workers import Job, embed_on
 from genemodel.integration.model import IntegratedModel
 from genemodel.loading import EMBED
-from genemodel.settings import PathText, to_values
+from genemodel.settings import ModelText, PathText, to_values
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def provenance_of(
     }
 
 
+@may_copy
 @reads_cells
 def embed(
     adata: "AnnData | str | Path",
@@ -280,7 +282,7 @@ class EmbedSettings(InputSettings):
         Replace an existing output.
     """
 
-    model: PathText
+    model: ModelText
     input: PathText
     output: PathText
     key_added: str | None = None

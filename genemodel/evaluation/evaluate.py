@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
-from genemodel.evaluation import annotation
+from genemodel.evaluation import annotation, own_metrics
 from genemodel.evaluation.baselines import Conditions, column
 from genemodel.evaluation.meter import Meter
 from genemodel.evaluation.methods import FAILURES, MIN_CELLS, Denoised, Method, Own, choose
@@ -34,7 +34,7 @@ from genemodel.metrics import imputation as imputation_metrics
 from genemodel.metrics import scib as metrics
 from genemodel.model.tuning import Tune
 from genemodel.reports.comparison import BOTH, EvaluationResult, clear, write_embedding
-from genemodel.settings import check_out_folder, check_seed, nearest
+from genemodel.settings import ModelText, check_out_folder, check_seed, nearest, renamed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,17 +46,18 @@ logger = logging.getLogger(__name__)
 COVERAGE_LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
+@renamed(data="input")
 @dataclass(frozen=True)
 class EvaluateSettings(InputSettings):
     """Settings of ``genemodel evaluate``, see ``configs/evaluate.yaml``."""
 
-    data: Path
+    input: Path
     out: Path
     task: Literal["integrate", "impute", "annotate"] = "integrate"
     batch_key: str | None = None
     label_key: str | None = None
     methods: tuple[str, ...] | None = None
-    models: tuple[Path, ...] = ()
+    models: tuple[ModelText, ...] = ()
     obsm: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     max_cells: int | None = None
@@ -74,9 +75,10 @@ class EvaluateSettings(InputSettings):
     n_jobs: int = 1
 
 
+@renamed(data="adata")
 @reads_cells
 def evaluate(
-    data: "AnnData | str | Path",
+    adata: "AnnData | str | Path",
     *,
     task: Literal["integrate", "impute", "annotate"] = "integrate",
     batch_key: str | None = None,
@@ -84,6 +86,7 @@ def evaluate(
     methods: Sequence[str] | Mapping[str, Own | None] | None = None,
     models: "Sequence[str | Path | Model]" = (),
     obsm: Sequence[str] = (),
+    metrics: Mapping[str, own_metrics.Function | own_metrics.Metric] | None = None,
     seeds: Sequence[int] = (0,),
     max_cells: int | None = None,
     corpus: "Corpus | str | Path | None" = None,
@@ -103,7 +106,7 @@ def evaluate(
 
     Parameters
     ----------
-    data
+    adata
         AnnData, or the path of a file or folder, with raw counts.
     task
         "integrate": embeddings, judged on biology kept and batch removed. "impute": denoised
@@ -125,6 +128,10 @@ def evaluate(
         weights drawn at random.
     obsm
         Embeddings that stand in ``adata.obsm`` already, by whatever tool, to be scored as well.
+    metrics
+        Your own, beside those of the task: names to functions of arrays that return a number, see
+        `genemodel.evaluation.own_metrics`; ``Metric(function, better="low")`` says which way is
+        better.
     seeds
         Seeds of the random methods, and of the molecular split.
     max_cells
@@ -193,9 +200,10 @@ def evaluate(
             raise ConfigError(
                 f"backbones={list(backbones)}: frozen, lora, last or full, not {tune!r}"
             )
+    own_ones = own_metrics.checked(metrics or {}, task)
     chosen, skipped = choose(task, methods, has_labels=label_key is not None)
     keys = [batch_key, label_key, *mixture]
-    cells, where, reading = _cells(data, reading, max_cells, keys, list(obsm))
+    cells, where, reading = _cells(adata, reading, max_cells, keys, list(obsm))
     for key in filter(None, (batch_key, label_key)):
         cells.obs[key] = without_placeholders(
             cells.obs[key], reading.missing_labels, column=key, where=where
@@ -253,7 +261,7 @@ def evaluate(
         )
     comparison = _Comparison(
         cells, conditions, chosen, seeds, dict(skipped), hidden_labels,
-        out=None if out is None else Path(out),
+        out=None if out is None else Path(out), extra=own_ones,
     )  # fmt: skip
     if task == "integrate":
         result = comparison.integrate()
@@ -262,7 +270,11 @@ def evaluate(
     else:
         result = comparison.impute(keep, tuple(mixture))
     result.contamination = contaminated
+    result.undefined |= comparison.undefined
+    result.own_metrics = {name: metric.better for name, metric in own_ones.items()}
     result.encoders = {name: m.encoder for name, m in chosen.items() if m.encoder}
+    ran = {name: m for name, m in chosen.items() if name not in comparison.skipped}
+    result.software = {name: said for name, m in ran.items() if (said := m.software())}
     result.settings = {
         "data": where,
         **size,
@@ -443,6 +455,8 @@ class _Comparison:
     skipped: dict[str, str]
     hidden_labels: float = 0.0
     out: Path | None = None
+    extra: dict[str, own_metrics.Metric] = field(default_factory=dict)
+    undefined: dict[str, str] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     kept: bool = False
 
@@ -490,6 +504,12 @@ class _Comparison:
             {**row, "metric": metric, "value": float(value), **of}
             for metric, value in values.items()
         ]
+
+    def _own_scores(self, name: str, *given: Any) -> dict[str, float]:
+        """Score with the user's metrics; why one has no value is kept."""
+        values, failed = own_metrics.scored(self.extra, *given)
+        self.undefined |= {f"{name}: {metric}": why for metric, why in failed.items()}
+        return values
 
     def _table(self, scored: set[str]) -> pd.DataFrame:
         table = pd.DataFrame(self.records)
@@ -573,7 +593,8 @@ class _Comparison:
             extra=True,
             n_jobs=self.conditions.n_jobs,
         )
-        self._record(name, seed, {str(k): float(v) for k, v in scores.loc[name].items()})
+        own = self._own_scores(name, array_CD, self.cells.obs)
+        self._record(name, seed, {str(k): float(v) for k, v in scores.loc[name].items()} | own)
         return dict(scores.attrs["undefined"])
 
     def _by_type(
@@ -628,6 +649,7 @@ class _Comparison:
             scored.add(name)
             for direction, called in zip(directions, found, strict=True):
                 scores = annotation.scores(direction, called)
+                scores |= self._own_scores(name, called.label_Q, direction.true_Q)
                 self._record(name, seed, scores, direction=direction.name)
                 if seed == self.seeds[0]:
                     per_label.append(annotation.per_label(direction, name, called))
@@ -688,6 +710,7 @@ class _Comparison:
                     {name: given.mean}, expected_CG[:, split.gene_kept_G]
                 )
                 scores |= truth.loc[name].to_dict()
+            scores |= self._own_scores(name, given.mean, split.test)
             self._record(name, seed, cast(dict[str, float], scores))
             scored.add(name)
             if seed == self.seeds[0]:

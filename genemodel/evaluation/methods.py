@@ -10,6 +10,7 @@ it scores what stands in ``obsm`` already.
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.errors import ConfigError
@@ -75,6 +76,14 @@ class Method:
     seeded: bool = False
     labels: bool = False
     encoder: str = ""
+
+    def software(self) -> str:
+        """Name the packages that compute it, with their versions; empty where it is all ours."""
+        homes = metadata.packages_distributions() if self.packages else {}
+        names = [name for package in self.packages for name in homes.get(package, [package])[:1]]
+        said = [f"{name} {metadata.version(name)}" for name in names]
+        said += [f"R {package} {seurat.r_version(package)}" for package in self.r_packages]
+        return ", ".join(said)
 
     def missing(self) -> str | None:
         """Say what is absent from this environment and how to get it, or None."""

@@ -44,6 +44,13 @@ def missing_r(package: str) -> str | None:
     return None if found.returncode == 0 else f"the R package {package} is not installed"
 
 
+def r_version(package: str) -> str:
+    """Version of an R package that is there."""
+    asked = f'cat(as.character(packageVersion("{package}")))'
+    found = subprocess.run(["Rscript", "-e", asked], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "of unknown version"
+
+
 def seurat_cca(adata: "AnnData", conditions: Conditions) -> np.ndarray:
     """Integrate with Seurat anchors found by CCA (Stuart et al. 2019), then PCA."""
     return _run_r("seurat_cca", counts_of(adata), conditions.batch_of(adata), conditions).T

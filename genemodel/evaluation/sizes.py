@@ -18,7 +18,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.evaluation.evaluate import EvaluateSettings, evaluate, read_cells
 from genemodel.evaluation.methods import MIN_CELLS
 from genemodel.reports.comparison import COLUMNS
-from genemodel.settings import check_out_folder
+from genemodel.settings import check_out_folder, renamed
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ class SizesResult:
         return "\n\n".join(parts)
 
 
+@renamed(data="adata")
 def evaluate_sizes(
-    data: "AnnData | str | Path",
+    adata: "AnnData | str | Path",
     *,
     sizes: Sequence[int],
     draws: int = 3,
@@ -109,7 +110,7 @@ def evaluate_sizes(
 
     Parameters
     ----------
-    data
+    adata
         As in :func:`~genemodel.evaluation.evaluate.evaluate`.
     sizes
         Numbers of cells.
@@ -143,7 +144,7 @@ def evaluate_sizes(
     if folder is not None:
         check_out_folder(folder)
     how = {name: options.pop(name) for name in NAMES if name in options}
-    adata, where, reading = read_cells(data, InputSettings.given(how))
+    adata, where, reading = read_cells(adata, InputSettings.given(how))
     options |= reading.options()
     if wanted[-1] > adata.n_obs:
         raise ConfigError(f"sizes={wanted}: {where} has {adata.n_obs:,} cells")
@@ -182,7 +183,7 @@ def evaluate_sizes(
 def run(settings: EvaluateSettings) -> str:
     """Run ``genemodel evaluate`` and return the table to print."""
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    data, out = values.pop("data"), values.pop("out")
+    data, out = values.pop("input"), values.pop("out")
     sizes, draws = values.pop("sizes"), values.pop("draws")
     if sizes:
         by_size = evaluate_sizes(data, sizes=sizes, draws=draws, out=out, **values)

@@ -38,6 +38,8 @@ class Backbone:
         How it reads cells.
     tuning
         What of it learns from the loss of the head.
+    gene_VF
+        Gene vectors of its count decoder, if it has one.
     """
 
     model: GeneModel
@@ -45,21 +47,33 @@ class Backbone:
     tokens: TokenSettings
     inverse_median_V: np.ndarray
     tuning: TuningSettings
+    gene_VF: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
         """Width of its cell vectors (F)."""
         return self.model.settings.width
 
-    def beneath(self, counts: ReadsCounts, head: nn.Module, some: Iterable[CellBatch]) -> Built:
+    @torch.no_grad()
+    def vectors_of(self, some: Iterable[CellBatch]) -> torch.Tensor:
+        """Cell vectors as the transformer comes, (C, F), in the order of the cells' numbers."""
+        vectors, numbers = [], []
+        self.model.eval()
+        for batch in some:
+            # Blocks above those that cell vectors are read from have no part in them.
+            encoded = self.model(batch, self.model.cell_stop)
+            vectors.append(self.projection(encoded.cell_CD[: batch.n_cells]).float())
+            numbers.append(batch.cell_C[: batch.n_cells])
+        return torch.cat(vectors)[torch.argsort(torch.cat(numbers))]
+
+    def beneath(self, counts: ReadsCounts, head: nn.Module, vectors_CF: torch.Tensor) -> Built:
         """Put a copy beneath an encoder of counts.
 
-        ``some`` training cells settle mean and deviation of the vectors, as the transformer comes.
+        Mean and deviation of the vectors are settled by those of some training cells.
         """
         model = copy.deepcopy(self.model)
-        beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection)).eval()
-        with torch.no_grad():
-            counts.beside.standardise(torch.cat([beside.vectors(batch) for batch in some]))
+        beside = CountsBesideBackbone(counts, model, copy.deepcopy(self.projection))
+        counts.beside.standardise(vectors_CF)
         tune(model, self.tuning, cells_only=True)
         shares = {f"backbone.{k}": v for k, v in rate_shares(model, self.tuning).items()}
         return Built(beside.train(), head, shares)

@@ -17,9 +17,11 @@ from genemodel.model.tuning import TuningSettings
 
 def backbone_of(bundle: Bundle, tuning: TuningSettings) -> Backbone:
     """Copy what a training reads of a bundle, and may change."""
+    gene_VF = bundle.heads.get("decode_counts.gene.weight")
     return Backbone(
         copy.deepcopy(bundle.model).cpu(), copy.deepcopy(cell_projection(bundle)).cpu(),
         replace(bundle.tokens, places=0), rank_scale(bundle.medians_V, bundle.tokens.style), tuning,
+        None if gene_VF is None else gene_VF.detach().float().cpu(),
     )  # fmt: skip
 
 

@@ -189,6 +189,15 @@ class _Names:
         return written
 
 
+def tokens_of_names(index: SpeciesIndex, names: Sequence[str]) -> npt.NDArray[np.int32]:
+    """Token of every name by the rule of all matching, (G,); -1 where none or two fit.
+
+    For names that are not the genes of a count matrix: edges, gene sets, families.
+    """
+    row_G = _Names(names).find(index).row_G
+    return np.where(row_G >= 0, index.token_R[np.maximum(row_G, 0)], -1).astype(np.int32)
+
+
 def _decorated_id(lowered: str, by_id: dict[str, int]) -> int:
     """Row of an id with a version, a PAR mark or a symbol attached to it."""
     found = _VERSIONED.match(lowered) or _EMBEDDED.search(lowered)
@@ -572,7 +581,7 @@ def _refuse_too_few(
         )
     if not advice:
         advice = (
-            "Use Ensembl ids or gene symbols; name the column of var that holds them with column=, "
+            "Use Ensembl ids or gene symbols; say which column of var holds them (setting column), "
             "or accept fewer with min_fraction=."
         )
     raise DataError(f"{message} {advice}")
@@ -588,8 +597,8 @@ def _kind_of_names(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
     some = list(names[:: max(1, len(names) // 200)])
     if sum(name.isdigit() for name in some) > _MANY * len(some):
         return (
-            "These are numbers, not gene names: name the column of var that holds the names with "
-            "column=, or put Ensembl ids or symbols into adata.var_names."
+            "These are numbers, not gene names: say which column of var holds the names (setting "
+            "column), or put Ensembl ids or symbols into adata.var_names."
         )
     if sum(bool(_TRANSCRIPT.match(name)) for name in some) > _MANY * len(some):
         return "These are transcript or protein ids: sum their counts to genes first."
@@ -601,7 +610,7 @@ def _kind_of_names(names: Sequence[str], vocabulary: "GeneVocabulary") -> str:
                 return (
                     f"These are {species.name} ids and the vocabulary holds "
                     f"{', '.join(vocabulary.species)}: add the species with "
-                    f"`genemodel species name={species.name} genes=... orthologs=... out=...`."
+                    f"`genemodel species name={species.name} genes=... orthologs=... output=...`."
                 )
     return ""
 

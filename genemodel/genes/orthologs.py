@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.sparse as sp
 
 from genemodel.errors import DataError
 from genemodel.genes.species import SPECIES, checked_species_name
@@ -402,3 +403,56 @@ def extend(
     )
     log.info("%s", report)
     return extended, report
+
+
+def ortholog_means(
+    vocabulary: "GeneVocabulary", species: str, orthologs: str | Path, to: str
+) -> sp.csr_matrix:
+    """Weights with which tokens of `to` make up those of another species: means of orthologs.
+
+    A gene with several credible orthologs (at least half the support of its best one) is the mean
+    of all of them; how often `to`'s gene is itself duplicated plays no part, so every copy of a
+    duplicated gene is that gene again. Tokens that the two species share are left out: they are
+    the same gene.
+
+    Parameters
+    ----------
+    vocabulary
+        Holds both species.
+    species, to
+        Whose genes are wanted, and of which they are made up.
+    orthologs
+        Table of pairs, as :func:`~genemodel.genes.add_species` takes it.
+
+    Returns
+    -------
+    scipy.sparse.csr_matrix
+        (V, V) float32; rows of tokens with orthologs sum to 1, all others are empty.
+
+    Raises
+    ------
+    DataError
+        The table cannot be read, or names no gene of either.
+    """
+    species, to = (vocabulary.species[vocabulary.species_code(s)] for s in (species, to))
+    sides = {name: vocabulary.species_rows(name) for name in (species, to)}
+    ids = {name: [str(g) for g in rows["ensembl_id"]] for name, rows in sides.items()}
+    names = {
+        name: _names_of(ids[name], [str(s) for s in rows["symbol"]]) for name, rows in sides.items()
+    }
+    token_of = {
+        name: dict(zip(ids[name], map(int, rows["token"]), strict=True))
+        for name, rows in sides.items()
+    }
+    pairs = _ortholog_pairs(orthologs, species, to, names[to], names[species])
+    pairs = pairs[_resolved(pairs)]
+    pairs = pairs.groupby(["known", "new"], as_index=False, sort=True)["support"].max()
+    best = pairs.groupby("new")["support"].transform("max")
+    pairs = pairs[pairs["support"] >= RIVAL_SHARE * best]
+    row = pairs["new"].map(token_of[species]).to_numpy(np.int64)
+    column = pairs["known"].map(token_of[to]).to_numpy(np.int64)
+    own = ~np.isin(row, list(token_of[to].values()))
+    row, column = row[own], column[own]
+    share = 1 / np.bincount(row, minlength=len(vocabulary))[row]
+    size = len(vocabulary)
+    return sp.csr_matrix((share.astype(np.float32), (row, column)), shape=(size, size))

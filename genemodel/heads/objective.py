@@ -39,7 +39,11 @@ class Prepared(Protocol):
 
 
 class Objective(Protocol):
-    """Heads and losses; also a :class:`torch.nn.Module`."""
+    """Heads and losses; also a :class:`torch.nn.Module`.
+
+    One may have ``silent``, the names of losses whose values say nothing to a reader, and beside
+    each a loss of weight 0 that does: those are left out of tables, lines and curves.
+    """
 
     @property
     def weights(self) -> dict[str, float]:

@@ -13,10 +13,12 @@ from torch import Tensor
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
+from genemodel.bundle.hub import local_model
 from genemodel.errors import ConfigError, DataError
 from genemodel.importers.architecture import KIND, POSITION, WORD
 from genemodel.importers.checkpoint import CONFIG
 from genemodel.model.gene_model import Block
+from genemodel.settings import ModelText
 from genemodel.writing import whole_directory
 
 _WEIGHTS = "model.safetensors"
@@ -33,7 +35,7 @@ class ExportSettings:
 
     Attributes
     ----------
-    path
+    model
         Folder of the bundle.
     format
         ``hf``: a folder that transformers reads.
@@ -43,7 +45,7 @@ class ExportSettings:
         Replace a folder that export has written.
     """
 
-    path: Path
+    model: ModelText
     format: Literal["hf"] = "hf"
     out: Path | None = None
     overwrite: bool = False
@@ -250,7 +252,7 @@ def _config(bundle: Bundle, source_V: np.ndarray) -> dict[str, Any]:
 
 def run_export(settings: ExportSettings) -> str:
     """Export a bundle; returns where it is, and how it is loaded."""
-    path = settings.path.expanduser()
+    path = local_model(settings.model)
     out = settings.out or path.resolve().parent / f"{path.resolve().name}.hf"
     bundle = model_for("export", (Bundle,), path, device="cpu")
     written = export_model(bundle, out, format=settings.format, overwrite=settings.overwrite)

@@ -50,7 +50,7 @@ class ImportSettings(InputSettings):
 
     Attributes
     ----------
-    path
+    input
         Folder of a published model, or of a LoRA adapter.
     out
         Folder to write the bundle to; null for NAME.bundle beside the model's.
@@ -78,7 +78,7 @@ class ImportSettings(InputSettings):
         Replace a bundle that exists.
     """
 
-    path: Path
+    input: Path
     out: Path | None = None
     dictionaries: Path | None = None
     medians: Path | None = None
@@ -274,7 +274,7 @@ def _provenance(
 
 def run_import(settings: ImportSettings) -> str:
     """Import a model and write the bundle; returns what was found, and how to go on."""
-    folder = settings.path.expanduser()
+    folder = settings.input.expanduser()
     out = settings.out or folder.resolve().parent / f"{folder.resolve().name}.bundle"
     if settings.cells is not None and not settings.verify:
         raise ConfigError(f"cells={settings.cells} is for verify=true: set that too.")

@@ -20,6 +20,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.contract import refuse_numbers
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
 from genemodel.cells.sources import open_source
@@ -45,6 +46,10 @@ from genemodel.imputation.model import (
     check_batch,
     check_library,
 )
+from genemodel.imputation.network import (
+    BLOCK_CELLS,
+    DecoderSettings,
+)
 from genemodel.imputation.output import InPlace, Layers, Sink, Tables, ToFile
 from genemodel.imputation.pretrained import (
     Bring,
@@ -54,14 +59,13 @@ from genemodel.imputation.pretrained import (
     median_library,
     refuse_without_decoder,
 )
-from genemodel.imputation.training import BLOCK_CELLS, DecoderSettings
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.gene_counts import GeneOrder, gene_order
 from genemodel.inference.obs_keys import batch_names, check_key_added, column
 from genemodel.model.devices import device_of
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
-from genemodel.settings import PathText, check_seed, to_values
+from genemodel.settings import ModelText, PathText, check_seed, either_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -75,6 +79,8 @@ KEY = "imputed"
 Written = Literal["posterior", "decoder", "log"]
 
 
+@either_seed
+@may_copy
 @reads_cells
 def impute(
     adata: "AnnData | str | Path",
@@ -753,7 +759,7 @@ class ImputeSettings(InputSettings):
 
     input: PathText
     output: PathText
-    model: PathText = ""
+    model: ModelText = ""
     batch_key: tuple[str, ...] = ()
     key_added: str = KEY
     uncertainty: bool = False

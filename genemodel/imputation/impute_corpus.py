@@ -19,8 +19,12 @@ from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.network import (
+    BLOCK_CELLS,
+    DecoderSettings,
+)
 from genemodel.imputation.output import Layers, Tables, ToFile
-from genemodel.imputation.training import BLOCK_CELLS, DecoderSettings, train_decoder
+from genemodel.imputation.training import train_decoder
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import corpus_chunks
 from genemodel.inference.obs_keys import batch_names
@@ -41,7 +45,7 @@ def one_species(corpus: Corpus) -> str:
     species = list(corpus.statistics)
     if len(species) != 1:
         raise DataError(
-            f"data={corpus.path} holds {', '.join(species)}: imputed genes are named by one "
+            f"input={corpus.path} holds {', '.join(species)}: imputed genes are named by one "
             "species. Give the h5ad files of the cells, or a corpus for each species."
         )
     return species[0]

@@ -34,6 +34,13 @@ from genemodel.finetuning.backbone import Backbone
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.genes.vocabulary import GeneVocabulary
+from genemodel.imputation.network import (
+    BLOCK_CELLS,
+    Decoder,
+    DecoderSettings,
+    VectorEncoder,
+    decode_fraction,
+)
 from genemodel.imputation.posterior import (
     expected_log1p,
     posterior_draws,
@@ -41,13 +48,8 @@ from genemodel.imputation.posterior import (
     rate_quantiles,
 )
 from genemodel.imputation.training import (
-    BLOCK_CELLS,
     Coverage,
-    Decoder,
-    DecoderSettings,
     TrainedDecoder,
-    VectorEncoder,
-    decode_fraction,
     train_decoder,
 )
 from genemodel.model.count_encoder import encoder_name
@@ -649,7 +651,10 @@ class ImputationModel:
         else:
             n_batches = weights["decoder.head.offset_BD"].shape[0]
             n_features = weights["decoder.encoder.beside.mean_F"].shape[0]
-            decoder = Decoder.new(len(kept_G), n_batches, settings, n_features)
+            decoder = Decoder.new(
+                len(kept_G), n_batches, settings, n_features,
+                carries="decoder.encoder.carry_F" in weights,
+            )  # fmt: skip
         decoder.load_state_dict(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
         )

@@ -22,7 +22,7 @@ from genemodel.cells.source import Source
 from genemodel.errors import ConfigError
 from genemodel.imputation.impute_genes import Columns
 from genemodel.imputation.model import GammaPosterior
-from genemodel.imputation.training import BLOCK_CELLS
+from genemodel.imputation.network import BLOCK_CELLS
 from genemodel.writing import whole
 
 if TYPE_CHECKING:

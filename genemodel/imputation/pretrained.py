@@ -15,18 +15,19 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import Tensor
 
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.source import Source
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import (
+from genemodel.imputation.network import (
     BLOCK_CELLS,
     Decoder,
     DecoderSettings,
-    ImputationHead,
+)
+from genemodel.imputation.starting import decoder_nats, settle_factors
+from genemodel.imputation.training import (
     TrainedDecoder,
     calibrated,
 )
@@ -41,8 +42,6 @@ type Bring = Callable[[sp.csr_matrix], sp.csr_matrix]
 # Cells that settle factors and dispersion, in so many stretches spread evenly over the data: files
 # are sorted by sample. At 2,000 cells the dispersion of a gene is as sure as its neighbours'.
 _SETTLED, _STRETCHES = 2048, 32
-# The factors shift the softmax that they were computed with: after two rounds by less than 1 %.
-_ROUNDS = 2
 
 
 def has_decoder(bundle: Bundle) -> bool:
@@ -120,7 +119,7 @@ class PretrainedImputation:
         dispersion_G, coverage = calibrated(
             decoder.head, latent_SD, code_S, seen_SG, held_SG, fraction, seed
         )
-        nats = _nats(decoder.head, latent_SD, held_SG)
+        nats = decoder_nats(decoder.head, latent_SD, held_SG)
         self.model = ImputationModel(
             TrainedDecoder(decoder.eval(), dispersion_G, nats, coverage, [(0, nats)]),
             sp.csr_matrix((0, len(self.known_G)), dtype=np.float32),
@@ -252,43 +251,3 @@ def joined(blocks: list[ImputationModel]) -> ImputationModel:
         where=blocks[0].where,
         features_CF=np.concatenate(vectors) if vectors else None,
     )
-
-
-@torch.no_grad()
-def settle_factors(head: ImputationHead, latent_SD: Tensor, seen_SG: sp.csr_matrix) -> None:
-    """Multiply every gene of a decoder by how much more of it these cells hold than it expects.
-
-    The factor is Gamma distributed around 1 with a variance that the genes share, estimated by
-    moments, and worth one molecule at least: a gene of a few stays near where the decoder has it.
-    """
-    library_S1 = torch.from_numpy(np.asarray(seen_SG.sum(1), np.float32))
-    found_G = torch.from_numpy(np.asarray(seen_SG.sum(0), np.float64).ravel())
-    for _ in range(_ROUNDS):
-        expected_G = torch.zeros_like(found_G)
-        for rows, share_CG in _shares(head, latent_SD):
-            expected_G += (share_CG.exp() * library_S1[rows]).sum(0).double()
-        expected_G.clamp_min_(1e-9)
-        # Of rare genes one molecule would be a large factor: they weigh as little as they tell.
-        weight_G = (1.0 + expected_G) ** -2
-        excess = (weight_G * ((found_G - expected_G) ** 2 - expected_G)).sum()
-        if excess <= 0:  # no more than chance
-            return
-        prior = max(1.0, float((weight_G * expected_G**2).sum() / excess))
-        head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())
-
-
-def _nats(head: ImputationHead, latent_SD: Tensor, held_SG: sp.csr_matrix) -> float:
-    """Negative log-likelihood per molecule set aside; NaN where none was."""
-    total = 0.0
-    for rows, share_CG in _shares(head, latent_SD):
-        part = held_SG[rows].tocoo()
-        total -= float((share_CG[part.row, part.col].double().numpy() * part.data).sum())
-    return total / float(held_SG.sum()) if held_SG.nnz else float("nan")
-
-
-def _shares(head: ImputationHead, latent_SD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Log shares of blocks of cells."""
-    for start in range(0, len(latent_SD), BLOCK_CELLS):
-        rows = slice(start, start + BLOCK_CELLS)
-        unknown_C = torch.full((len(latent_SD[rows]),), -1)
-        yield rows, head.log_fraction(latent_SD[rows], unknown_C)

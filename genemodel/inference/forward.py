@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 type Compile = bool | Literal["auto"]
 type ReadOut = Callable[[Tensor, CellBatch], Tensor]
 """From the cell vectors (B, D) of a batch's real cells to what is wanted of them, (B, F)."""
+type See = Callable[[Encoded, CellBatch], None]
+"""Looks at all that a pass has made of a batch, tokens included."""
 
 # Results under way before the oldest is waited for: by then the device has long had other work.
 RESULTS_UNDER_WAY = 8
@@ -161,6 +163,10 @@ class Forward:
         Most cells at once; default as many as fit the model's token budget.
     compile
         Compile the backbone first.
+    blocks
+        Stop after so many blocks; default as many as vectors of cells need.
+    see
+        Called once with every batch that went through, in this thread.
 
     Raises
     ------
@@ -176,6 +182,8 @@ class Forward:
         *,
         batch_size: int | None = None,
         compile: bool = False,
+        blocks: int | None = None,
+        see: See | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(
@@ -187,7 +195,8 @@ class Forward:
         if batch_size is not None:
             budget, cells = min(budget, batch_size * tokens.context), min(cells, batch_size)
         self.bundle, self.device, self.columns = bundle, bundle.device, columns
-        self._read_out = read_out
+        self._read_out, self._see = read_out, see
+        self._blocks = bundle.model.cell_stop if blocks is None else blocks
         self._encode = compiled(bundle.model) if compile else bundle.model
         self._inverse_median_V = rank_scale(bundle.medians_V, bundle.tokens.style)
         self._limits = _Limits(budget, cells)
@@ -335,9 +344,11 @@ class Forward:
     def _run(self, job: _Job, batch: CellBatch) -> _Result:
         with _current(self.device):
             with precision(self.device):
-                encoded = self._encode(batch, self.bundle.model.cell_stop)
+                encoded = self._encode(batch, self._blocks)
                 cell_BD = encoded.cell_CD[: job.rows.size]
                 result_BF = self._read_out(cell_BD, batch)
+            if self._see is not None:
+                self._see(encoded, batch)
             result_BF = result_BF.float()
             if not result_BF.is_cuda:
                 return _Result(job, result_BF, None)

@@ -136,6 +136,10 @@ class IntegrationHead(nn.Module):
     place_V: Tensor
     share_B: Tensor
     label_N: Tensor | None
+    # The loss of the counts as it is shown, and as it is trained: per cell, without a constant.
+    READ = "nats_per_count"
+    silent = ("counts",)
+
     trivial_G: Tensor
 
     def __init__(
@@ -200,12 +204,13 @@ class IntegrationHead(nn.Module):
         weights = {"counts": 1.0, "kl": self.settings.kl_weight * ramp}
         if self.to_label is not None:
             weights["label"] = self.settings.label_weight
-        return weights
+        return {**weights, self.READ: 0.0}
 
     def prepare(self, batch: CellBatch, *, validation: bool = False) -> Prepared:
         """Look labels up; which molecules are shown is settled when the cells are read."""
         n_cells = torch.full((), batch.n_cells, device=batch.device)
         items, code_C = {"counts": n_cells, "kl": n_cells}, None
+        items[self.READ] = self._read(batch)[2].sum()
         if self.label_N is not None:
             code_C = self.label_N[batch.cell_C[: batch.n_cells]]
             items["label"] = (code_C >= 0).sum()
@@ -241,6 +246,13 @@ class IntegrationHead(nn.Module):
             cost = label_loss(self.to_label(z_CD), prepared.code_C)
             even = prepared.items["label"] * math.log(self.to_label.out_features)
             parts["label"] = LossPart(cost, prepared.items["label"], even)
+        # The same in a unit that can be read and compared, with what no parameter enters.
+        constant = torch.lgamma(count_N + 1).sum()
+        parts[self.READ] = LossPart(
+            counts.detach() + constant,
+            prepared.items[self.READ],
+            None if alone is None else alone + constant,
+        )
         return parts
 
     def forward_flops(self, model: nn.Module, lengths_C: np.ndarray) -> int:

@@ -18,6 +18,7 @@ from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.bundle.history import STEP
 from genemodel.bundle.training_manifest import TrainingManifest
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
@@ -46,7 +47,7 @@ from genemodel.integration.model import IntegratedModel
 from genemodel.integration.overcorrection import private_populations, vanished
 from genemodel.integration.training import Integration, train_integration
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
-from genemodel.settings import check_seed, to_values
+from genemodel.settings import check_seed, either_seed, to_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +58,8 @@ logger = logging.getLogger(__name__)
 MIN_CELLS = 50
 
 
+@either_seed
+@may_copy
 @reads_cells
 def integrate(
     adata: "AnnData",

@@ -167,6 +167,12 @@ class IntegratedModel:
         out_CD[empty_C] = np.nan
         return out_CD
 
+    def get_latent_representation(
+        self, adata: "AnnData", **options: Unpack[InputOptions]
+    ) -> np.ndarray:
+        """Return what :meth:`encode` does, under the name that scvi-tools has for it."""
+        return self.encode(adata, **options)
+
     @reads_cells
     def embed(
         self,

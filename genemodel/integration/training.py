@@ -333,7 +333,7 @@ class _Plan:
         elif backbone is not None:
             some = data.sample[:: max(1, data.sample.size // STANDARDISED)]
             batches = (batch for batch, _ in self._in_order(some, self.tokens))
-            built = backbone.beneath(counts, head, batches)
+            built = backbone.beneath(counts, head, backbone.vectors_of(batches))
         if counts.components is not None:
             self._start(counts, value_SG)
         return built

@@ -59,7 +59,8 @@ def score_embeddings(
     Parameters
     ----------
     embeddings
-        Name to array of shape (n_cells, any width), one row per cell in the same order.
+        Name to array of shape (n_cells, any width), one row per cell in the same order; scored as
+        float32, so that an array scores the same before and after it was stored.
     batch
         Batch of each cell. ``None`` or a single batch: the batch metrics are left out.
     label

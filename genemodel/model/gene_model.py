@@ -121,8 +121,9 @@ class GeneEmbedding(nn.Module):
         )
         self.half_stream = settings.residual == "bfloat16"
         self.knowledge = nn.ModuleDict()
-        for name, (table_VP, present_V) in knowledge.items():
-            self.knowledge[name] = KnowledgeEmbedding(table_VP, present_V, width)
+        with torch.random.fork_rng(devices=[]):  # the weights of the rest do not depend on it
+            for name, (table_VP, present_V) in knowledge.items():
+                self.knowledge[name] = KnowledgeEmbedding(table_VP, present_V, width)
 
     def genes(self, gene_T: Tensor) -> Tensor:
         """Embed gene identities alone, knowledge included: (…,) → (…, D)."""
@@ -131,8 +132,8 @@ class GeneEmbedding(nn.Module):
             x_TD = x_TD + table(gene_T)
         return x_TD
 
-    def forward(self, batch: CellBatch) -> Tensor:
-        """Embed a packed batch: (T,) → (T, D)."""
+    def summed(self, batch: CellBatch) -> Tensor:
+        """Add up what is known of every token, not yet normalised: (T,) → (T, D)."""
         x_TD = self.genes(batch.gene_T)
         if self.value is not None and self.hidden_value_D is not None:
             hidden_T1 = (batch.value_T <= HIDDEN_VALUE)[:, None]
@@ -147,9 +148,17 @@ class GeneEmbedding(nn.Module):
             cell_CD = cell_CD + self.components(batch)
         first_C, is_there_C1 = opening_tokens(batch.starts_C1, x_TD.shape[0])
         cell_CD = cell_CD.to(x_TD.dtype).masked_fill(~is_there_C1, 0.0)
-        x_TD = self.norm(x_TD.index_add(0, first_C, cell_CD))
+        return x_TD.index_add(0, first_C, cell_CD)
+
+    def finished(self, summed_TD: Tensor) -> Tensor:
+        """Bring sums to what the first block reads: (T, D) → (T, D)."""
+        x_TD = self.norm(summed_TD)
         half = half_of(x_TD.device)
         return x_TD.to(half) if self.half_stream and half is not None else x_TD
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """Embed a packed batch: (T,) → (T, D)."""
+        return self.finished(self.summed(batch))
 
 
 def opening_tokens(starts_C1: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -336,7 +345,10 @@ class GeneModel(nn.Module):
             vectors of cells are then of the last of them, unless ``settings.cell_layer`` says one
             below.
         """
-        x_TD = self.embedding(batch)
+        return self.encode(self.embedding(batch), batch, layer)
+
+    def encode(self, x_TD: Tensor, batch: CellBatch, layer: int | None = None) -> Encoded:
+        """Encode packed cells from their embedded tokens on; see :meth:`forward`."""
         stop = len(self.blocks) if layer is None else layer
         read = len(self.blocks) - self.settings.cell_layer
         read_TD = None
@@ -385,14 +397,22 @@ def initialise(module: nn.Module) -> None:
     embeddings                          normal, 0.02; genes 1 / √D
     linear weights                      normal, 1 / √(inputs)
     … that write to the stream          … / √(2 × layers), so the stream's size does not grow
+    … that project knowledge            normal, 1 / √(inputs × D): as large as a gene's own
     biases                              0
     layer norms                         1 and 0
     vectors (hidden value, absent gene) normal, 0.02
     ==================================  ====================================================
 
+    Knowledge comes last and draws from a generator of its own, so that models with and without it
+    begin with the same weights in everything else.
+
     Heads set their output biases from corpus statistics afterwards (``genemodel.heads``).
     """
+    knowing = [part for part in module.modules() if isinstance(part, KnowledgeEmbedding)]
+    apart = {inner for part in knowing for inner in part.modules()}
     for part in module.modules():
+        if part in apart:
+            continue
         if isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
         elif isinstance(part, nn.Linear):
@@ -417,3 +437,8 @@ def initialise(module: nn.Module) -> None:
             for out in (block.out, block.ffn.down):
                 with torch.no_grad():
                     out.weight.mul_(scale)
+    own = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    for table in knowing:
+        columns, width = table.project.in_features, table.project.out_features
+        nn.init.normal_(table.project.weight, std=(columns * width) ** -0.5, generator=own)
+        nn.init.normal_(table.absent_D, std=0.02, generator=own)

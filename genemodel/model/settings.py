@@ -43,8 +43,9 @@ class ModelSettings:
         sums), or ``bfloat16`` (half the memory traffic, rounded at every block). Full-precision
         runs keep float32 whatever it says.
     knowledge
-        Gene knowledge tables (files: gene id, then numbers) projected and added to the gene
-        embedding; a gene missing from a table gets a learned vector instead.
+        Gene knowledge tables (names of tables in ``knowledge_dir``, or files: gene id, then
+        numbers) projected and added to the gene embedding; a gene missing from a table gets a
+        learned vector instead.
     hosts
         ``native``, or the published model whose embedding stands in for ours, as an imported bundle
         has it: ``geneformer_v1``, ``geneformer_v2`` or ``genecompass``.

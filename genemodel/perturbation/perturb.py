@@ -16,6 +16,7 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.cells.annotations import read_annotations
+from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.counts import VocabularyCells
@@ -36,7 +37,7 @@ from genemodel.perturbation.settings import (
     PerturbSettings,
 )
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_out_folder, to_values
+from genemodel.settings import check_out_folder, either_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 KEY = "genemodel_perturb"
 
 
+@either_seed
+@may_copy
 @reads_cells
 def perturb(
     adata: "AnnData",

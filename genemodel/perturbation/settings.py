@@ -7,7 +7,7 @@ from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
 from genemodel.perturbation.passes import MODES, How, Mode, Precision
 from genemodel.perturbation.variants import OPERATIONS, QUARTILES, Operation
-from genemodel.settings import PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_seed
 
 # AUC of telling two states apart below which a shift between them is noise: .5 is chance.
 MIN_AUC = 0.6
@@ -179,7 +179,7 @@ class PerturbSettings(Asked, InputSettings):
         Replace an existing ``out``.
     """
 
-    model: PathText
+    model: ModelText
     input: PathText
     out: PathText
     tables: Literal["parquet", "csv"] = "parquet"

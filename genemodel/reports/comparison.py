@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 
 from genemodel.errors import DataError
-from genemodel.reports.page import Report
 from genemodel.settings import some
 from genemodel.writing import remove, whole
 
 if TYPE_CHECKING:
     from genemodel.embedding.contamination import Contamination
+    from genemodel.reports.page import Report
 
 # Metric -> heading in the terminal and the report, and which direction is better.
 COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
@@ -52,9 +52,11 @@ COLUMNS: dict[str, dict[str, tuple[str, Literal["high", "low"] | None]]] = {
         "balanced_accuracy": ("balanced", "high"),
         "accuracy_forced": ("forced", "high"),
         "macro_f1_forced": ("forced F1", "high"),
-        "accuracy_called": ("if called", "high"),
-        "unknown": ("unknown", "low"),
-        "unknown_new": ("new unknown", "high"),
+        # Neither way is better by itself: the first rises with every cell that is not answered, and
+        # whoever never answers, or always does, has the others.
+        "accuracy_called": ("if called", None),
+        "unknown": ("unknown", None),
+        "unknown_new": ("new unknown", None),
         "ece": ("ECE", "low"),
         "unknown_auroc": ("AUROC", "high"),
     },
@@ -115,9 +117,13 @@ class EvaluationResult:
     contamination
         Models that were given: how many of these cells they had been trained on.
     undefined
-        Integration: metrics without a value on these cells, and why.
+        Metrics without a value on these cells, and why.
+    own_metrics
+        Those of the user, and which way is better.
     judged
         Annotation: cells of every direction that the means over directions count.
+    software
+        Method -> packages that computed it, with their versions, where they are not ours.
     settings
         How it was done.
     """
@@ -135,7 +141,9 @@ class EvaluationResult:
     encoders: dict[str, str] = field(default_factory=dict)
     contamination: "dict[str, Contamination]" = field(default_factory=dict)
     undefined: dict[str, str] = field(default_factory=dict)
+    own_metrics: dict[str, Literal["high", "low"] | None] = field(default_factory=dict)
     judged: dict[str, int] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -146,11 +154,28 @@ class EvaluationResult:
         """One row per method, best first: mean over seeds (and directions), and ``n_seeds``."""
         wide = self._means(["method"])
         wide["n_seeds"] = self.table.groupby("method")["seed"].nunique()
-        by = next((name for name in _SORT[self.task] if name in wide), None)
+        by = self._sorted_by(wide)
         if by is not None:
             wide = wide.sort_values(by, ascending=self.task == "impute", kind="stable")
         wide.columns.name = None
         return wide
+
+    def _sorted_by(self, summary: pd.DataFrame) -> str | None:
+        return next((name for name in _SORT[self.task] if name in summary), None)
+
+    def order_note(self) -> str:
+        """Say by which column the methods are sorted; empty where none has a value."""
+        by = self._sorted_by(self.summary())
+        if by is None:
+            return ""
+        title, direction = COLUMNS[self.task][by]
+        return f"Sorted by {title}, {'lowest' if direction == 'low' else 'highest'} first."
+
+    def software_note(self) -> str:
+        """Say which packages computed the methods that ran, with their versions."""
+        ran = set(self.table["method"])
+        said = [f"{name}: {packages}" for name, packages in self.software.items() if name in ran]
+        return f"Software: {'; '.join(said)}." if said else ""
 
     def spread(self) -> pd.DataFrame:
         """Give the standard deviation over the seeds, shaped as `summary`; nan with one seed."""
@@ -182,10 +207,14 @@ class EvaluationResult:
             for name in names
         }
 
+    def columns(self) -> dict[str, tuple[str, Literal["high", "low"] | None]]:
+        """Headings of the metrics and which way is better, the user's own behind the others."""
+        return COLUMNS[self.task] | {name: (name, way) for name, way in self.own_metrics.items()}
+
     def headline(self) -> pd.DataFrame:
         """Choose the columns that a reader needs first, under short names."""
         summary = self.summary()
-        names = {name: title for name, (title, _) in COLUMNS[self.task].items() if name in summary}
+        names = {name: title for name, (title, _) in self.columns().items() if name in summary}
         names = {name: title for name, title in names.items() if summary[name].notna().any()}
         table = summary[list(names)].rename(columns=names)
         first = next(iter(names), None)
@@ -214,6 +243,10 @@ class EvaluationResult:
                 lines += ["", *_aligned(name, shown)]
             lines.append("")
         return "\n".join([*lines, *self._notes()])
+
+    def controls(self) -> list[str]:
+        """Methods that are there to lose."""
+        return list(dict.fromkeys(self.table.loc[self.table["kind"] == "control", "method"]))
 
     def labels_note(self) -> str:
         """Say which methods were judged on labels they had seen; empty where none was."""
@@ -256,6 +289,7 @@ class EvaluationResult:
 
     def _notes(self) -> list[str]:
         notes = [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        notes += [self.order_note(), self.software_note()]
         notes += self.encoder_notes()
         notes += self.contamination_notes()
         has = set(self.table["metric"])
@@ -280,11 +314,6 @@ class EvaluationResult:
                     "total = 0.6 bio + 0.4 batch (scib-metrics); kNN: cell types called from other "
                     "batches. Read bio and batch together: noise wins on batch alone."
                 )
-            notes += [
-                f"no value: {what}: {why}"
-                for what, why in self.undefined.items()
-                if ": " in what  # of one method
-            ]
             notes.append(self.labels_note())
         elif self.task == "annotate":
             notes.append(
@@ -301,6 +330,9 @@ class EvaluationResult:
                 "entries, zeros too; zeros: mean error of the share of zeros; 90 % int.: coverage "
                 "of held-out counts."
             )
+        # Those of one method; what no method could have is said above.
+        failed = {what: why for what, why in self.undefined.items() if ": " in what}
+        notes += [f"no value: {what}: {why}" for what, why in failed.items()]
         return [
             line
             for note in notes
@@ -349,13 +381,11 @@ class EvaluationResult:
                 with whole(folder / "calls.csv") as partial:
                     self.calls.to_csv(partial, index_label="cell")
 
-    def report(self, *, umaps: bool = True) -> Report:
+    def report(self, *, umaps: bool = True) -> "Report":
         """Lay the comparison out as one page; see `genemodel.reports.page`."""
-        if self.task == "integrate":
-            return _integration_report(self, umaps).settings(self.settings)
-        if self.task == "annotate":
-            return _annotation_report(self).settings(self.settings)
-        return _imputation_report(self).settings(self.settings)
+        from genemodel.reports.comparison_page import report_of
+
+        return report_of(self, umaps=umaps)
 
 
 @contextmanager
@@ -408,274 +438,3 @@ def _cell_text(title: object, value: object) -> str:
     if title == "MB":
         return f"{number:,.0f}"
     return f"{number:.3f}"
-
-
-def _opening(
-    result: EvaluationResult, title: str, explanation: str, bars: list[str], caption: str
-) -> Report:
-    """Title, the table and the figure that matter, and what did not run."""
-    from genemodel.reports import plots
-
-    settings = result.settings
-    size = f"{settings.get('cells', 0):,} cells × {settings.get('genes', 0):,} genes"
-    report = Report(title, f"{settings.get('data', '')} · {size}")
-    table = result.headline()
-    titles = dict(COLUMNS[result.task].values())
-    best: dict[str, Literal["high", "low"]] = {
-        name: direction
-        for name in table.columns
-        if (direction := titles.get(str(name))) is not None
-    }
-    report.section("Scores").text(explanation)
-    report.table(
-        table,
-        "Mean over the seeds, best first; ± is their standard deviation for the first column. "
-        "s = wall seconds, MB = peak of memory above where the method started (a lower bound).",
-        best=best,
-    )
-    for note in (*result.encoder_notes(), *result.contamination_notes()):
-        report.text(note)
-    ours = list(dict.fromkeys(result.table.loc[result.table["kind"] == "ours", "method"]))
-    report.figure(plots.metric_bars(result.summary()[bars], highlight=ours), caption)
-    if result.skipped:
-        report.section("Not in the table").table(
-            pd.DataFrame(
-                {"reason": list(result.skipped.values())},
-                index=pd.Index(list(result.skipped), name="method"),
-            )
-        )
-    return report
-
-
-def _integration_report(result: EvaluationResult, umaps: bool) -> Report:
-    there = set(result.headline().columns)
-    labelled = "bio" in there
-    words = (
-        "bio: are cell types kept apart (isolated labels, k-means NMI and ARI, silhouette, cLISI). "
-        if labelled
-        else "There are no labels, so only the mixing of batches can be scored, and a random "
-        "embedding is best at it. "
-    )
-    if "total" in there:
-        words += (
-            "batch: are batches mixed within them (BRAS, iLISI, kBET, graph connectivity, PCR). "
-            "total = 0.6 bio + 0.4 batch, all by scib-metrics; each is 1 at best. kNN: share of "
-            "cells whose type is called right by their 15 nearest cells of other batches.\n\nRead "
-            "bio and batch together. Random coordinates mix batches perfectly and know no biology: "
-            "the row 'random' shows how much of a total that alone gives."
-        )
-    elif "batch*" in there:
-        words += "batch* = mean of iLISI, PCR and kBET over all cells."
-        if labelled:
-            words += (
-                f" Here {result.undefined.get('total', 'labels and batches do not cross')}: what "
-                "is taken of a batch may be a type, so batch, total, BRAS and kBET by label are "
-                "not defined, and batch* is high where types that differ are mixed."
-            )
-    else:
-        words += "There is one batch, so that mixing cannot be scored."
-    bars = ["bio", "batch", "total"] if "total" in there else ["bio", "batch_unlabelled"]
-    bars = bars if labelled else ["batch_unlabelled", "ilisi", "pcr"]
-    report = _opening(
-        result,
-        "Integration",
-        words,
-        [name for name in bars if name in result.summary()],
-        "Higher is better.",
-    )
-    if result.labels_note():
-        report.text(result.labels_note())
-    summary = result.summary()
-    if umaps:
-        report.section("UMAPs").text(
-            "The same cells in every panel. 'none' is before integration. Colours: batch above, "
-            "cell type below. A good method mixes the colours above and separates those below."
-            if labelled
-            else "The same cells in every panel, coloured by batch. 'none' is before integration."
-        )
-        for axes, names in _umaps(result):
-            report.figure(axes, f"UMAP of {', '.join(names)}.")
-    if result.cell_types is not None:
-        _cell_type_section(report, result.cell_types, list(summary.index))
-    report.section("All metrics").table(summary, "Mean over the seeds; scroll to the right.")
-    _time_section(report, summary)
-    return report
-
-
-def _umaps(result: EvaluationResult, across: int = 4) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Panels of a few methods at a time; every figure starts with the state before."""
-    from genemodel.reports import plots
-
-    keys = [result.settings.get("batch_key"), result.settings.get("label_key")]
-    columns = [key for key in keys if key is not None]
-    order = [name for name in result.summary().index if name in result.embeddings]
-    layouts = {name: plots.umap_of(result.embeddings[name], most=3000) for name in order}
-    others = [name for name in order if name != "none"]
-    for start in range(0, max(len(others), 1), across - 1):
-        names = ["none", *others[start : start + across - 1]]
-        shown = {name: layouts[name] for name in names}
-        yield plots.embedding_grid(shown, result.obs, columns), names
-
-
-def _cell_type_section(report: Report, cell_types: pd.DataFrame, order: list[str]) -> None:
-    table = cell_types[cell_types["cell_type"] != "all"]
-    columns = {
-        "knn_accuracy": "Share of cells of a type that their 15 nearest cells call right: biology.",
-        "same_batch_ratio": "Neighbours from the cell's own batch, within the type, ÷ chance: 1 is "
-        "mixed, above 1 the batch still shows.",
-    }
-    report.section("Cell types")
-    for name, caption in columns.items():
-        wide = table.pivot_table(index="cell_type", columns="method", values=name, sort=False)
-        report.table(wide[[method for method in order if method in wide]], caption)
-    lost = table[table["lost_into"] != ""]
-    if len(lost):
-        report.text(
-            "Over-correction: types that were apart before and sit inside another type after."
-        )
-        shown = lost[["method", "cell_type", "lost_into", "n"]]
-        report.table(shown, "A lost type.", index=False)
-    else:
-        report.text("No method pulled a cell type into another one that it was apart from before.")
-
-
-def _time_section(report: Report, summary: pd.DataFrame) -> None:
-    from genemodel.reports import plots
-
-    costs = summary[["seconds", "peak_mb"]].rename(columns={"peak_mb": "peak MB"})
-    report.section("Time and memory").figure(
-        plots.metric_bars(costs),
-        "Wall seconds and peak memory above the start, of the method alone; scoring is not in it. "
-        "One after the other in one process, so the peak is a lower bound.",
-    )
-
-
-def _annotation_report(result: EvaluationResult) -> Report:
-    from genemodel.reports import plots
-
-    report = _opening(
-        result,
-        "Annotation",
-        "Labels of one side given to the cells of the other, by genes that all batches measured. "
-        "accuracy, F1 (macro) and balanced (mean over the labels): cells whose label the reference "
-        "has, unknown counted as wrong. forced: the same, had every cell to be named. if called: "
-        "accuracy among the cells not called unknown. unknown: their share; new unknown: their "
-        "share among the cells whose label the reference lacks, where 1 is right. ECE: how far the "
-        "confidence is from how often it is right. AUROC: how well novelty (baselines: 1 - "
-        "confidence) tells cells of a label left out of the reference, each in turn. The baselines "
-        "always answer. Means over the directions.",
-        ["accuracy", "macro_f1", "accuracy_forced", "macro_f1_forced"],
-        "Mean over the directions; higher is better.",
-    )
-    calls, types = cast(pd.DataFrame, result.calls), cast(pd.DataFrame, result.cell_types)
-    kinds = result.table.drop_duplicates("method").set_index("method")["kind"]
-    best: dict[str, Literal["high", "low"]] = {
-        title: way for title, way in COLUMNS["annotate"].values() if way is not None
-    }
-    for name, one in result.directions().items():
-        table = one.headline().drop(columns=["s", "MB"])
-        report.section(name).table(
-            table, "Best first.", best={key: way for key, way in best.items() if key in table}
-        )
-        here = calls[calls["direction"] == name]
-        for method in [method for method in table.index if kinds[method] == "ours"]:
-            report.figure(
-                plots.confusion(here["true"], here[method]),
-                f"{method}: what the cells of each label were called. Labels that the reference "
-                "lacks have no column of their own; 'unknown' is right for them.",
-            )
-        of = types[types["direction"] == name]
-        of = of.assign(
-            cell_type=of["cell_type"].where(of["accuracy"].notna(), of["cell_type"] + " (new)"),
-            right=of["accuracy"].fillna(of["unknown"]),
-        )
-        wide = of.pivot_table(
-            index=["cell_type", "n"], columns="method", values="right", sort=False
-        ).reset_index("n")
-        report.table(
-            wide[["n", *[method for method in table.index if method in wide]]],
-            "Share of each cell type that is called right; for one that the reference lacks (new), "
-            "unknown is right. n cells.",
-        )
-    summary = result.summary()
-    report.section("All metrics").table(summary, "Mean over the directions and seeds.")
-    _time_section(report, summary)
-    return report
-
-
-def _imputation_report(result: EvaluationResult) -> Report:
-    keep = result.settings.get("keep", float("nan"))
-    truth = "truth_pearson_cell" in set(result.table["metric"])
-    report = _opening(
-        result,
-        "Imputation",
-        "Molecular cross-validation: every molecule went at random to the methods (with "
-        f"probability {keep:g}) or was set aside. MSE (log scale, depth taken away) and Poisson "
-        "(loss on counts) are judged on the molecules set aside, as ratios to no denoising: below "
-        "1 is better than doing nothing. r and rho: Pearson and Spearman correlation over all "
-        "entries, zeros included. zeros: mean error of the share of zeros of a gene. 90 % int.: "
-        "share of the counts set aside that lie in the 90 % interval, randomised so that 0.9 is "
-        "exact; methods without an uncertainty of their own are taken for Poisson."
-        + (
-            " truth: correlation with the profile expected from the known mixture." if truth else ""
-        ),
-        ["mse_ratio", "poisson_ratio", "pearson_cell", "pearson_gene"]
-        + (["truth_pearson_cell"] if truth else []),
-        "Ratios: lower is better. Correlations: higher is better.",
-    )
-    summary = result.summary()
-    if result.coverage is not None:
-        _coverage_section(report, result.coverage, list(summary.index))
-    _count_section(report, result, list(summary.index))
-    report.section("All metrics").table(summary, "Mean over the seeds; scroll to the right.")
-    _time_section(report, summary)
-    return report
-
-
-def _coverage_section(report: Report, coverage: pd.DataFrame, order: list[str]) -> None:
-    from genemodel.reports import plots
-
-    whole = coverage[coverage["entries"] == "all"]
-    levels = sorted(whole["level"].unique())
-    curves = {
-        name: [
-            float(whole[(whole["method"] == name) & (whole["level"] == level)]["coverage"].iloc[0])
-            for level in levels
-        ]
-        for name in order
-    }
-    at = coverage[(coverage["level"] == 0.9) & (coverage["entries"] != "all")]
-    wide = at.pivot_table(index="entries", columns="method", values="coverage", sort=False)
-    report.section("Intervals").figure(
-        plots.calibration(levels, curves), "Observed against nominal coverage of held-out counts."
-    )
-    report.table(
-        wide[[name for name in order if name in wide]],
-        "Coverage of the 90 % interval per expression decile (1 lowest, 10 highest) and for the "
-        "entries with a count.",
-    )
-
-
-def _count_section(report: Report, result: EvaluationResult, order: list[str]) -> None:
-    from genemodel.reports import plots
-
-    statistics = dict(result.gene_statistics)
-    observed = statistics.pop("held-out counts", None)
-    if observed is None:
-        return
-    best = [name for name in order if name in statistics and name != "none"][:2]
-    curves = {"held-out counts": (observed["mean"].to_numpy(), observed["variance"].to_numpy())}
-    curves |= {
-        name: (statistics[name]["mean"].to_numpy(), statistics[name]["variance"].to_numpy())
-        for name in best
-    }
-    report.section("Would drawn counts look like the data?").figure(
-        plots.mean_variance(curves),
-        "Mean and variance of each gene at the held-out depth: the counts set aside, and Poisson "
-        "draws from the denoised rates.",
-    )
-    for name in best:
-        report.figure(
-            plots.zero_fraction(observed["zeros"].to_numpy(), statistics[name]["zeros"].to_numpy()),
-            f"Share of zeros of each gene, {name}.",
-        )

@@ -320,11 +320,7 @@ def _embeddings(
 
 def _by_type(report: Report, embeddings: Mapping[str, np.ndarray], obs: pd.DataFrame) -> None:
     first = next(iter(embeddings))
-    report.section("Biology and batch, cell type by cell type").text(
-        f"{first}: biology kept (kNN accuracy to connectivity) and batch removed (same-batch "
-        "ratio, iLISI, batch silhouette) side by side, because either is easy without the other. "
-        "The last column names the type into which a type of one batch vanished."
-    )
+    tables = []
     species = obs["species"].astype(str).to_numpy() if "species" in obs else np.full(len(obs), "")
     for name in np.unique(species):
         part = species == name
@@ -334,4 +330,14 @@ def _by_type(report: Report, embeddings: Mapping[str, np.ndarray], obs: pd.DataF
         table = light_metrics.biology_and_batch(
             embeddings[first][part], obs["batch"][part], obs["cell_type"][part], before_CD=before_CD
         )
-        report.table(table.drop(columns="n_batches"), f"{name or 'all'}: {int(part.sum()):,} cells")
+        tables.append((table.drop(columns="n_batches"), f"{name or 'all'}: {part.sum():,} cells"))
+    if not tables:
+        # One batch of every species is held out: there is nothing to be mixed with.
+        return
+    report.section("Biology and batch, cell type by cell type").text(
+        f"{first}: biology kept (kNN accuracy to connectivity) and batch removed (same-batch "
+        "ratio, iLISI, batch silhouette) side by side, because either is easy without the other. "
+        "The last column names the type into which a type of one batch vanished."
+    )
+    for table, caption in tables:
+        report.table(table, caption)

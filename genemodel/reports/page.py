@@ -10,7 +10,7 @@ import html
 import io
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "number_text"]
+# Pixels of a figure that shrinks to the page: in a window of 1,200 it has 944, and letters of 8
+# points are not read below three quarters of their size. Wider ones are scrolled.
+_SHRINKS_TO = 1_260
+
+__all__ = ["Report", "number_text", "versions"]
 
 _STYLE = """
 :root{--page:#fff;--ink:#1c2430;--soft:#5b6675;--line:#dfe4ea;--fill:#f5f7f9;--accent:#0b62a4;
@@ -65,11 +69,13 @@ td:not(:first-child),th:not(:first-child){padding-left:8px}
 figure{margin:8px 0 26px}
 figure img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);
 border-radius:6px;padding:8px}
+figure.wide img{max-width:none}
 figcaption{color:var(--soft);font-size:13.5px;margin-top:7px;max-width:80ch}
 pre{background:var(--fill);border:1px solid var(--line);border-radius:6px;padding:10px 12px;
 overflow-x:auto;font-size:12.5px;line-height:1.45}
 iframe{width:100%;height:560px;border:1px solid var(--line);border-radius:6px;background:#fff}
 details summary{cursor:pointer;color:var(--accent);margin-bottom:8px}
+figcaption a{white-space:nowrap}
 @media (max-width:860px){.frame{grid-template-columns:minmax(0,1fr);gap:18px;padding:18px 14px 48px}
 nav{position:static}}
 @media print{nav{display:none}.frame{display:block}figure{break-inside:avoid}}
@@ -137,6 +143,8 @@ class Report:
         self.subtitle = subtitle
         self._sections: list[tuple[str, list[str]]] = []
         self._settings: dict[str, Any] = {}
+        self._packages: dict[str, str] = {}
+        self._figures = 0
 
     def section(self, heading: str) -> Self:
         """Start a section; it appears in the table of contents."""
@@ -165,6 +173,7 @@ class Report:
         *,
         units: Mapping[str, str] | None = None,
         best: Mapping[str, Literal["high", "low"]] | None = None,
+        never_best: Collection[str] = (),
         digits: int = 3,
         index: bool = True,
     ) -> Self:
@@ -180,6 +189,8 @@ class Report:
             Column to unit, shown with the heading.
         best
             Column to the better direction; the best values are marked.
+        never_best
+            Names of rows that take no part in that: controls, whose figures say where zero is.
         digits
             Decimals.
         index
@@ -200,7 +211,11 @@ class Report:
             head += f"<th{kind}>{html.escape(str(column).replace('_', ' ') + unit)}</th>"
         scales = {column: _scale(table[column]) for column in table.columns}
         rows = []
-        marked = {column: _best(table[column], direction) for column, direction in best.items()}
+        takes_part = ~table.index.astype(str).isin(list(never_best))
+        marked = {
+            column: _best(table[column].where(takes_part), direction)
+            for column, direction in best.items()
+        }
         for i, (name, row) in enumerate(
             zip(table.index, table.itertuples(index=False), strict=True)
         ):
@@ -237,7 +252,8 @@ class Report:
         caption
             What it shows; also read aloud to those who cannot see it.
         kind
-            ``"png"`` at twice the screen's resolution, or ``"svg"``.
+            ``"png"`` at twice the screen's resolution, with the drawing as SVG behind a link,
+            for a paper; or ``"svg"`` alone.
         close
             Close the figure afterwards, so that a long report does not pile them up.
         """
@@ -252,19 +268,26 @@ class Report:
             )
         if kind not in ("png", "svg"):
             raise ConfigError(f"Report.figure: kind={kind!r} is unknown; use 'png' or 'svg'.")
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format=kind, dpi=160, bbox_inches="tight", facecolor="white")
+        saved = _saved(drawn, kind)
         width = round(96 * drawn.get_size_inches()[0])
+        self._figures += 1
+        words = html.escape(caption)
         if kind == "png":
             # The tight box cut the margins: show at 96 pixels an inch of what was really saved.
-            width = round(int.from_bytes(buffer.getvalue()[16:20], "big") * 96 / 160)
+            width = round(int.from_bytes(saved[16:20], "big") * 96 / 160)
+            vector = base64.b64encode(_saved(drawn, "svg")).decode("ascii")
+            words += (
+                f' <a download="figure-{self._figures}.svg" '
+                f'href="data:image/svg+xml;base64,{vector}">SVG</a>'
+            )
         if close:
             plt.close(drawn)
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        data = base64.b64encode(saved).decode("ascii")
         media = "image/png" if kind == "png" else "image/svg+xml"
-        note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+        note = f"<figcaption>{words}</figcaption>" if words else ""
+        wide = ' class="wide"' if width > _SHRINKS_TO else ""
         return self._add(
-            f'<figure><img src="data:{media};base64,{data}" '
+            f'<figure{wide}><img src="data:{media};base64,{data}" '
             f'alt="{_attribute(caption or "figure")}" width="{width}">{note}</figure>'
         )
 
@@ -279,6 +302,11 @@ class Report:
     def settings(self, settings: Mapping[str, Any]) -> Self:
         """Add settings to the block on how the page was made; nested names are joined by dots."""
         self._settings.update(_flat(settings))
+        return self
+
+    def packages(self, packages: Mapping[str, str]) -> Self:
+        """Add what else the page was made with: names and versions, of libraries or of R's."""
+        self._packages.update(packages)
         return self
 
     def html(self) -> str:
@@ -304,17 +332,15 @@ class Report:
     def _made(self) -> str:
         facts = {
             "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "software": ", ".join(_versions()),
+            "software": ", ".join(f"{n} {v}" for n, v in (_versions() | self._packages).items()),
             "machine": f"{platform.system()} {platform.machine()}, "
             f"{os.cpu_count() or 1} CPU cores, "
             f"Python {platform.python_version()}",
         }
-        rows = "".join(
-            f"<tr><td>{html.escape(key)}</td>"
-            f'<td class="words">{html.escape(_setting_text(value))}</td></tr>'
-            for key, value in {**facts, **self._settings}.items()
-        )
-        return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+        return _rows_of(facts) + (
+            f"<details><summary>{len(self._settings)} settings</summary>"
+            f"{_rows_of(self._settings)}</details>" if self._settings else ""
+        )  # fmt: skip
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the page; an existing file is replaced in one move.
@@ -343,6 +369,28 @@ class Report:
                 f"The report cannot be written to {target}: {error.strerror}. Choose another place."
             ) from error
         return target
+
+
+def _rows_of(facts: Mapping[str, object]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(key)}</td>"
+        f'<td class="words">{html.escape(_setting_text(value))}</td></tr>'
+        for key, value in facts.items()
+    )
+    return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
+
+
+def _saved(figure: Any, kind: Literal["png", "svg"]) -> bytes:
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    # Words stay words, to be edited; the same figure gives the same bytes.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "genemodel"}):
+        figure.savefig(
+            buffer, format=kind, dpi=160, bbox_inches="tight", facecolor="white",
+            metadata={"Date": None} if kind == "svg" else None,
+        )  # fmt: skip
+    return buffer.getvalue()
 
 
 def _scale(column: pd.Series) -> float | None:
@@ -385,15 +433,20 @@ def _setting_text(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _versions() -> list[str]:
-    found = []
-    for name in ("genemodel", "torch", "numpy", "scipy", "anndata", "scikit-learn", "umap-learn"):
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of distributions, by name, of those that are installed."""
+    found = {}
+    for name in names:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            if name == "genemodel":
-                # A checkout that was never installed has no metadata, but knows its version.
-                from genemodel import __version__
-
-                found.append(f"{name} {__version__}")
+            continue
     return found
+
+
+def _versions() -> dict[str, str]:
+    from genemodel import __version__
+
+    # A checkout that was never installed has no metadata, but knows its version.
+    names = ("torch", "numpy", "scipy", "anndata", "scikit-learn", "umap-learn")
+    return {"genemodel": __version__, **versions(names)}

@@ -1,11 +1,13 @@
 """Plots of AnnData, runs and corpora: the public names under ``genemodel.pl``.
 
-Every function returns matplotlib Axes and shows nothing by itself, so the figure can be changed or
-saved: ``gm.pl.embedding(adata)[0].figure.savefig("cells.pdf")``.
+Every function returns matplotlib Axes, so that the figure can be changed, and takes ``ax``,
+``show`` and ``save`` as scanpy's do: ``gm.pl.embedding(adata, color="batch", save="cells.pdf")``.
 """
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +16,39 @@ import pandas as pd
 
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import EMBEDDED, INTEGRATED
+from genemodel.networks.attention import KEY as ATTENTION
+from genemodel.networks.attention import from_uns
 from genemodel.reports import plots
+from genemodel.reports.attention_plot import attention_map
+from genemodel.reports.gene_plots import attribution_bars, gene_map
 from genemodel.reports.perturbation_plot import perturbation_panels
+from genemodel.reports.response_plot import response_panels
 from genemodel.reports.trajectory_plot import trajectory_panels
+from genemodel.settings import some
 
 if TYPE_CHECKING:
     import anndata as ad
     from matplotlib.axes import Axes
 
     from genemodel.corpus.corpus import Corpus
+    from genemodel.networks.attention import AttentionResult
     from genemodel.perturbation.result import PerturbationResult
     from genemodel.reports.comparison import EvaluationResult
     from genemodel.trajectories.result import TrajectoryResult
 
 __all__ = [
     "annotation",
+    "attention",
+    "attributions",
     "calibration",
     "corpus",
     "coverage",
     "embedding",
+    "gene_vectors",
     "integration",
     "intervals",
     "perturbation",
+    "response",
     "scores",
     "training",
     "trajectory",
@@ -47,6 +60,56 @@ _SCORES = {
 }
 
 
+_SHOWN = """\
+ax
+    Axes to draw into, one or a sequence of one a panel; default a new figure.
+show
+    Show the figure, as in a script; a notebook shows it by itself.
+save
+    File to write it to, ``.png``, ``.svg`` or ``.pdf``.
+"""
+
+
+def _plot[R](draw: Callable[..., R]) -> Callable[..., R]:
+    """Give a function that draws what every plot takes: ``ax``, ``show`` and ``save``."""
+
+    @functools.wraps(draw)
+    def plot(
+        *given: Any,
+        ax: "Axes | Sequence[Axes] | np.ndarray | None" = None,
+        show: bool = False,
+        save: str | os.PathLike[str] | None = None,
+        **named: Any,
+    ) -> R:
+        from matplotlib import pyplot as plt
+
+        if ax is None:
+            drawn = draw(*given, **named)
+        else:
+            with plots.into(list(np.ravel(np.asarray(ax, object)))):
+                drawn = draw(*given, **named)
+        first: Axes = np.ravel(np.asarray(drawn, object))[0]
+        if save is not None:
+            file = Path(save)
+            if not file.suffix or not file.absolute().parent.is_dir():
+                raise ConfigError(
+                    f"save={file}: name a file in a folder that is there, with .png, .svg or .pdf."
+                )
+            first.get_figure(root=True).savefig(file, bbox_inches="tight", dpi=200)  # type: ignore[union-attr]
+        if show:
+            plt.show()
+        return drawn
+
+    signature = inspect.signature(draw)
+    taken = inspect.signature(plot, follow_wrapped=False).parameters
+    own = [*signature.parameters.values(), *(taken[name] for name in ("ax", "show", "save"))]
+    plot.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    text = inspect.cleandoc(draw.__doc__ or "")
+    plot.__doc__ = text.replace("\n\nReturns\n---", f"\n{_SHOWN}\nReturns\n---", 1)
+    return plot
+
+
+@_plot
 def embedding(
     adata: "ad.AnnData",
     key: str | None = None,
@@ -82,6 +145,7 @@ def embedding(
     return plots.embedding_panels(layout, adata.obs, columns, title=key)
 
 
+@_plot
 def integration(
     adata: "ad.AnnData",
     *,
@@ -136,6 +200,7 @@ def _layout(adata: "ad.AnnData", key: str, seed: int) -> tuple[np.ndarray, np.nd
     return plots.umap_of(values_CD, seed=seed)
 
 
+@_plot
 def training(run: str | os.PathLike[str]) -> np.ndarray:
     """Draw the curves of a training run: losses against trivial predictors, rate, speed.
 
@@ -180,6 +245,7 @@ def _read(path: Path) -> pd.DataFrame:
     return table
 
 
+@_plot
 def calibration(
     nominal: Sequence[float] | np.ndarray,
     coverage: Sequence[float] | np.ndarray | Mapping[str, Sequence[float]],
@@ -213,6 +279,7 @@ def calibration(
     )
 
 
+@_plot
 def coverage(result: "EvaluationResult") -> np.ndarray:
     """Draw the coverage of prediction intervals of every imputation method that was compared.
 
@@ -245,6 +312,7 @@ def coverage(result: "EvaluationResult") -> np.ndarray:
     )
 
 
+@_plot
 def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) -> np.ndarray:
     """Draw the scores of a comparison, one panel per metric; ours in the strong colour.
 
@@ -260,8 +328,6 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
     array of Axes
         One per metric.
     """
-    from genemodel.reports.comparison import COLUMNS
-
     table = result.summary()
     if metrics is None:
         known = [name for name in _SCORES[result.task] if name in table]
@@ -273,7 +339,7 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
         raise DataError(
             f"The comparison has no metric {missing[0]!r}; it has {', '.join(map(str, table))}."
         )
-    better = {name: direction for name, (_, direction) in COLUMNS[result.task].items()}
+    better = {name: direction for name, (_, direction) in result.columns().items()}
     ours = result.table.loc[result.table["kind"] == "ours", "method"]
     spread = result.spread()[list(metrics)]
     return plots.metric_bars(
@@ -284,6 +350,7 @@ def scores(result: "EvaluationResult", *, metrics: Sequence[str] | None = None) 
     )
 
 
+@_plot
 def annotation(
     adata: "ad.AnnData", *, label_key: str = "cell_type", key: str = "genemodel_label"
 ) -> "Axes":
@@ -312,6 +379,7 @@ def annotation(
     return plots.confusion(adata.obs[label_key], adata.obs[key])
 
 
+@_plot
 def intervals(
     estimates: Mapping[str, tuple[Any, Any, Any]],
     names: Sequence[str],
@@ -337,6 +405,7 @@ def intervals(
     return plots.interval_rows(estimates, names, xlabel=xlabel, title=title)
 
 
+@_plot
 def perturbation(
     result: "PerturbationResult | ad.AnnData", *, key: str = "genemodel_perturb", most: int = 20
 ) -> np.ndarray:
@@ -368,6 +437,115 @@ def perturbation(
     return perturbation_panels(result.statistics, most=most)
 
 
+@_plot
+def attributions(
+    table: pd.DataFrame,
+    *,
+    labels: Sequence[str] | None = None,
+    most: int = 15,
+) -> np.ndarray:
+    """Draw the genes that a model's answer rests on, as bars.
+
+    Parameters
+    ----------
+    table
+        From ``genemodel.attribute``.
+    labels
+        Labels that are drawn, a panel each; default all, at most 12.
+    most
+        Genes of each, the strongest by the mean over cells.
+
+    Returns
+    -------
+    array of Axes
+        One per label; blue speaks for it, orange against it.
+    """
+    return attribution_bars(table, labels=labels, most=most)
+
+
+@_plot
+def gene_vectors(
+    table: pd.DataFrame,
+    color: "Mapping[str, object] | pd.Series | pd.DataFrame | str | None" = None,
+    *,
+    seed: int = 0,
+    most: int = 5000,
+) -> np.ndarray:
+    """Draw vectors of genes in the plane, coloured by what is known of them.
+
+    Parameters
+    ----------
+    table
+        From ``genemodel.gene_vectors``.
+    color
+        Labels of genes by Ensembl id or symbol (a mapping, Series, or DataFrame for several
+        panels), or a column of the table; default the number of cells that hold a gene.
+    seed
+        Seed of the layout.
+    most
+        Genes laid out: labelled ones, then those of most cells.
+
+    Returns
+    -------
+    array of Axes
+        One per colouring.
+    """
+    return gene_map(table, color, seed=seed, most=most)
+
+
+@_plot
+def attention(
+    result: "AttentionResult | ad.AnnData",
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    genes: Sequence[str] = (),
+    cluster: bool = True,
+    key: str = ATTENTION,
+) -> "Axes":
+    """Draw which genes look at which, as a heat map: rows look at columns.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.attention``, or the AnnData that it wrote to.
+    layer, head
+        One of those that were kept apart (``per_head=True``); default their mean.
+    genes
+        Some of the genes, by the names in the result; default all.
+    cluster
+        Put genes beside each other that look alike; otherwise in the order of the result.
+    key
+        Key of ``adata.uns``.
+
+    Returns
+    -------
+    Axes
+    """
+    uns = getattr(result, "uns", None)
+    if uns is not None:
+        if key not in uns:
+            raise DataError(
+                f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
+                "Compute it first with genemodel.attention."
+            )
+        result = from_uns(uns[key])
+    matrix = result.matrix(layer, head)
+    if missing := [name for name in genes if name not in matrix.index]:
+        raise DataError(
+            f"genes: {missing[0]!r} is not in the result; it has "
+            f"{some(list(map(str, matrix.index)))}."
+        )
+    if len(genes):
+        matrix = matrix.loc[list(genes), list(genes)]
+    where = [f"{name} {at}" for name, at in (("layer", layer), ("head", head)) if at is not None]
+    title = f"attention, {', '.join(where) or 'mean of heads'}, {result.summary['cells']:,} cells"
+    return attention_map(
+        matrix, relative=bool(result.summary["relative"]), title=title, cluster=cluster
+    )
+
+
+@_plot
 def trajectory(
     result: "TrajectoryResult | ad.AnnData", *, key: str = "genemodel_time", most: int = 20
 ) -> np.ndarray:
@@ -399,6 +577,26 @@ def trajectory(
     return trajectory_panels(uns[key], uns[key]["summary"], most=most)
 
 
+@_plot
+def response(result: Any, *, most: int = 6) -> np.ndarray:
+    """Draw predicted over measured effects of what was held out, one panel a perturbation.
+
+    Parameters
+    ----------
+    result
+        From ``genemodel.respond``.
+    most
+        Panels, the largest measured effects first.
+
+    Returns
+    -------
+    array of Axes
+        One point a gene; grey where cells are not told from controls.
+    """
+    return response_panels(result.predicted, result.measured, result.tests, most=most)
+
+
+@_plot
 def corpus(corpus: "Corpus", *, most_sources: int = 30) -> np.ndarray:
     """Draw cells, depth and genes per cell of every source of a corpus.
 

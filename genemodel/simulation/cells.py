@@ -36,6 +36,7 @@ from scipy import sparse
 
 from genemodel.errors import ConfigError
 from genemodel.genes import GeneVocabulary
+from genemodel.settings import either_seed
 from genemodel.simulation.biology import HOUSEKEEPING, PLATFORMS, PROGRAMS, TISSUES, TYPES
 from genemodel.simulation.kernels import alias_tables, describe_cells, draw_counts, scatter
 
@@ -602,6 +603,7 @@ def _scale_for(
     return math.exp(middle)
 
 
+@either_seed
 def synthetic(
     n_cells: int,
     *,

@@ -185,7 +185,7 @@ class Job:
             record=Record(
                 run, trainer, self.log, values=self.about["settings"], rank=rank, world=world,
                 peak=device_peak(torch.cuda.get_device_name(fabric.device)) if cuda else None,
-                quiet=self.quiet,
+                quiet=self.quiet, silent=getattr(built.objectives, "silent", ()),
             ),
             ranks=ranks,
             about=self.about,

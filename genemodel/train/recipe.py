@@ -46,6 +46,7 @@ from genemodel.train.job import (
     refuse_other_micro_batches,
 )
 from genemodel.train.loop import Progress
+from genemodel.train.new_genes import NewGenes
 from genemodel.train.processes import Processes, find_processes, supervise
 from genemodel.train.reading import Built, Reading
 from genemodel.train.record import VALIDATION
@@ -53,6 +54,7 @@ from genemodel.train.settings import HoldoutSettings, PretrainSettings
 from genemodel.train.weights import (
     build,
     bundle_of,
+    knowledge_of,
     labels_of,
     medians_of,
     open_start,
@@ -69,6 +71,7 @@ FREE_ON_RESUME = (
     "out",
     "start",  # where the bundle lies; what it holds is compared by itself
     "log.",
+    "knowledge_dir",  # where tables lie; what they hold is compared by itself
     "trainer.max_minutes",
     "trainer.log_every",
     "trainer.checkpoint_every",
@@ -104,6 +107,7 @@ class _Plan:
     train_cells: np.ndarray
     held_out: np.ndarray
     labels: Labels | None
+    new_genes: NewGenes | None
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -156,9 +160,12 @@ def _plan(settings: PretrainSettings) -> _Plan:
         accelerator = choose_device(settings.trainer, processes)
         corpus = Corpus.open(settings.corpus)
         torch.manual_seed(settings.seed)  # new genes of a grown vocabulary start at random
-        start, origin = open_start(settings.start, corpus) if settings.start else (None, "")
-        if start is not None:
+        start, origin, new_genes = None, "", None
+        if settings.start:
+            start, origin, learnt = open_start(settings.start, corpus)
+            new_genes = NewGenes.read(settings.new_genes, settings.knowledge_dir, learnt, start)
             settings = shaped_like(start, settings)
+        knowledge = knowledge_of(settings)
         ways = check_device(
             settings.model,
             torch.device("cuda" if accelerator == "gpu" else "cpu"),
@@ -171,6 +178,7 @@ def _plan(settings: PretrainSettings) -> _Plan:
             "settings": to_values(settings),
             "corpus": corpus.fingerprint,
             "start": origin,
+            "knowledge": knowledge,
             "micro_batches": processes.world * settings.trainer.accumulate,
             "order": ORDER_VERSION,
         }
@@ -181,7 +189,7 @@ def _plan(settings: PretrainSettings) -> _Plan:
             labels = labels_of(corpus, settings.task.labels.label_key, train_cells)
     return _Plan(
         settings, run, corpus, start, about, checkpoint, processes, accelerator, ways,
-        shared(train_cells), shared(held_out), labels,
+        shared(train_cells), shared(held_out), labels, new_genes,
     )  # fmt: skip
 
 
@@ -209,7 +217,9 @@ def _job(plan: _Plan) -> Job:
     )
 
     def build_all() -> Built:
-        model, objectives = build(settings, corpus, plan.train_cells, n_batches, start, plan.labels)
+        model, objectives = build(
+            settings, corpus, plan.train_cells, n_batches, start, plan.labels, plan.new_genes
+        )
         model.recompute = trainer.activation_checkpointing
         if kind == "fsdp" and processes.rank == 0:
             plain.append(copy.deepcopy(model))
@@ -222,6 +232,8 @@ def _job(plan: _Plan) -> Job:
             "python": platform.python_version(),
             "corpus": plan.about["corpus"],
             "start": plan.about["start"],
+            "knowledge": plan.about["knowledge"]
+            or (start.provenance.get("knowledge", {}) if start is not None else {}),
             "cells": int(plan.train_cells.size),
             "steps": progress.step,
             "seed": settings.seed,
@@ -318,6 +330,13 @@ def find_checkpoint(run: Path, about: Mapping[str, Any]) -> Checkpoint | None:
         f"{name}: its content is not what the run started with"
         for name in ("corpus", "start")
         if earlier.get(name, "") != about[name]
+    ]
+    # Runs of before keep no hash of their tables: what they hold is in the checkpoint.
+    then = {key: one["sha256"] for key, one in earlier.get("knowledge", {}).items()}
+    changed += [
+        f"model.knowledge: table {key} is not what the run started with"
+        for key, one in about["knowledge"].items()
+        if "knowledge" in earlier and then.get(key) != one["sha256"]
     ]
     changed += refuse_other_micro_batches(
         earlier["micro_batches"], about["micro_batches"], about["settings"]["trainer"]["accumulate"]

@@ -89,6 +89,8 @@ class Record:
         Operations per second that a device can do at most; None where it is not known.
     quiet
         Say ten lines in all, not one a row.
+    silent
+        Losses that are written and said nowhere; see :class:`genemodel.heads.objective.Objective`.
     """
 
     def __init__(
@@ -102,8 +104,9 @@ class Record:
         world: int,
         peak: float | None,
         quiet: bool = False,
+        silent: Sequence[str] = (),
     ) -> None:
-        self.quiet = quiet
+        self.quiet, self.silent = quiet, frozenset(silent)
         self.run, self.settings, self.log_settings = run, trainer, log
         self.values, self.peak = values, peak
         self.world, self.active = world, rank == 0
@@ -126,7 +129,7 @@ class Record:
         self.rewind(step)
         if self._wandb is None:
             self._wandb = start_wandb(self.run, self.log_settings, self.values)
-        if sys.stderr.isatty():
+        if somebody_looks_on():
             self._bar = tqdm(total=self.settings.max_steps, initial=step, unit="step")
 
     def rewind(self, step: int) -> None:
@@ -179,7 +182,7 @@ class Record:
         """Note one step; write a row where one is due. ``minutes_left`` of those allowed."""
         self._rows.append(
             {
-                **{f"train/{name}": x for name, x in losses.items()},
+                **{f"train/{name}": x for name, x in losses.items() if name not in self.silent},
                 "grad_norm": norm,
                 "fill": fill,
                 "cells": float(cells),
@@ -202,7 +205,7 @@ class Record:
             "step": float(step),
             **mean,
             # Of the row's last step: it costs a pass of its own, so not every step has it.
-            **{f"trivial/{name}": x for name, x in trivial.items()},
+            **{f"trivial/{name}": x for name, x in trivial.items() if name not in self.silent},
             "lr": lr,
             "cells_per_s": total["cells"] * self.world / seconds,
             "tokens_per_s": total["tokens"] * self.world / seconds,
@@ -222,7 +225,7 @@ class Record:
 
     def _say(self, step: int, row: Mapping[str, float], minutes_left: float | None) -> None:
         losses = "  ".join(
-            f"{k.removeprefix('train/')} {v:.3f}" for k, v in row.items() if k.startswith("train/")
+            _loss(name.removeprefix("train/"), row) for name in row if name.startswith("train/")
         )
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -254,15 +257,31 @@ class Record:
         """Write a look at held-out data down."""
         if not self.active:
             return
-        append_row(self.run / VALIDATION, {"step": float(step), **result})
+        unsaid = {f"{kind}/{name}" for kind in ("val", "val_trivial") for name in self.silent}
+        shown = {key: value for key, value in result.items() if key not in unsaid}
+        append_row(self.run / VALIDATION, {"step": float(step), **shown})
         for name in names:
+            if name in self.silent:
+                continue
             loss, trivial = result[f"val/{name}"], result[f"val_trivial/{name}"]
             logger.info(
                 "held out  %-14s %8.4f  trivial %8.4f  ratio %.3f",
                 name, loss, trivial, loss / trivial if trivial else float("nan"),
             )  # fmt: skip
         if self._wandb is not None:
-            self._wandb.log({k: v for k, v in result.items() if k != "step"}, step=step)
+            self._wandb.log({k: v for k, v in shown.items() if k != "step"}, step=step)
+
+
+def _loss(name: str, row: Mapping[str, float]) -> str:
+    """Write a loss beside that of a predictor that ignores the cell."""
+    trivial = row.get(f"trivial/{name}")
+    beside = f" (trivial {trivial:.3f})" if trivial else ""
+    return f"{name} {row[f'train/{name}']:.3f}{beside}"
+
+
+def somebody_looks_on() -> bool:
+    """Whether a bar is seen where standard error goes: on a terminal or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def duration(seconds: float) -> str:

@@ -5,10 +5,11 @@ from typing import Literal
 
 from genemodel.batches.tokens import TokenSettings
 from genemodel.errors import ConfigError
+from genemodel.genes.knowledge import FOLDER
 from genemodel.heads.pretraining import PretrainingSettings
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings
-from genemodel.settings import PathText, check_seed
+from genemodel.settings import ModelText, PathText, SpeciesText, check_seed
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,32 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class NewGenesSettings:
+    """How genes begin that the bundle of ``start`` has not: those of a new species above all.
+
+    Attributes
+    ----------
+    begin
+        ``known``: a gene with orthologs as the mean of theirs, one with knowledge as what knowledge
+        says of its vector, a species as the mean of those known, a decoder's gene at its average;
+        all other genes at random. ``random``: everything at random.
+    orthologs
+        Table of orthologs (as ``genemodel species`` takes it) between ``to`` and the new species;
+        empty for none.
+    to
+        The species whose orthologs these are; the model knows it.
+    knowledge
+        Tables (names in ``knowledge_dir``, or files) that have both genes that the model has learnt
+        and new ones: a ridge regression of learnt gene vectors on them says how the new ones begin.
+    """
+
+    begin: Literal["known", "random"] = "known"
+    orthologs: PathText = ""
+    to: SpeciesText = "human"
+    knowledge: tuple[PathText, ...] = ()
+
+
+@dataclass(frozen=True)
 class PretrainSettings:
     """A pre-training run.
 
@@ -269,14 +296,20 @@ class PretrainSettings:
         context are then the bundle's, whatever ``model`` and ``tokens.context`` say.
     seed
         Of initialisation, order and masks.
+    knowledge_dir
+        Folder in which names of knowledge tables are looked up.
+    new_genes
+        How genes begin that the bundle of ``start`` has not.
     tokens, model, backbone, task, optim, trainer, log, holdout
         Groups of settings.
     """
 
     corpus: PathText
     out: PathText
-    start: PathText = ""
+    start: ModelText = ""
     seed: int = 0
+    knowledge_dir: PathText = FOLDER
+    new_genes: NewGenesSettings = field(default_factory=NewGenesSettings)
     tokens: TokenSettings = field(default_factory=TokenSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     backbone: TuningSettings = field(default_factory=TuningSettings)

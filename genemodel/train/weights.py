@@ -16,7 +16,7 @@ from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.corpus.corpus import Corpus
 from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import DataError
-from genemodel.genes.knowledge import KnowledgeTable
+from genemodel.genes.knowledge import KnowledgeTable, file_digest, find_tables, read_provenance
 from genemodel.genes.vocabulary import EOS, N_SPECIAL, GeneVocabulary
 from genemodel.heads.decode_counts import CountDecoder
 from genemodel.heads.labels import Labels
@@ -24,20 +24,21 @@ from genemodel.heads.pretraining import PretrainingObjectives
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.tuning import merged, tune
 from genemodel.settings import to_values
+from genemodel.train.new_genes import NewGenes
 from genemodel.train.settings import PretrainSettings
 
 logger = logging.getLogger(__name__)
 
 
-def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str]:
-    """Read the bundle to start from, and its fingerprint.
+def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str, GeneVocabulary]:
+    """Read the bundle to start from, its fingerprint, and the vocabulary that it has learnt.
 
-    Its vocabulary must be the corpus's, or the beginning of it.
+    That must be the corpus's, or the beginning of it; the bundle is given grown to the corpus's.
     """
     start = Bundle.load(path, device="cpu")
     mine, theirs = corpus.vocabulary, start.vocabulary
     if mine.fingerprint == theirs.fingerprint:
-        return start, start.fingerprint
+        return start, start.fingerprint, theirs
     if not mine.extends(theirs):
         raise DataError(
             f"corpus {corpus.path} was built with vocabulary {mine.fingerprint[:12]} "
@@ -48,10 +49,10 @@ def open_start(path: str, corpus: Corpus) -> tuple[Bundle, str]:
             "begin with new weights."
         )
     logger.info(
-        "The corpus's vocabulary has %s tokens more than that of %s: they start new.",
+        "The corpus's vocabulary has %s tokens more than that of %s.",
         f"{len(mine) - len(theirs):,}", path,
     )  # fmt: skip
-    return start.grown(mine), start.fingerprint
+    return start.grown(mine), start.fingerprint, theirs
 
 
 def shaped_like(start: Bundle, settings: PretrainSettings) -> PretrainSettings:
@@ -119,8 +120,12 @@ def build(
     n_batches: int,
     start: Bundle | None = None,
     labels: Labels | None = None,
+    new_genes: NewGenes | None = None,
 ) -> tuple[GeneModel, PretrainingObjectives]:
-    """Build backbone and objectives with their starting points: a bundle, or the training cells."""
+    """Build backbone and objectives with their starting points: a bundle, or the training cells.
+
+    Genes that the bundle has not begin as ``new_genes`` says, at random without.
+    """
     model = new_model(settings, corpus) if start is None else start.model.train()
     statistics = GeneStatistics.measure(corpus, train_cells, seed=settings.seed)
     objectives = PretrainingObjectives(
@@ -148,6 +153,8 @@ def build(
             )
         if isinstance(decoder, CountDecoder):
             decoder.start_at(components)
+    if new_genes is not None:
+        new_genes.begin(model, objectives, corpus, train_cells, seed=settings.seed)
     tune(model, settings.backbone)
     return model, objectives
 
@@ -175,9 +182,12 @@ def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
         )
     vocabulary = corpus.vocabulary
     knowledge = {}
-    for name in settings.model.knowledge:
-        table = KnowledgeTable.read(name, vocabulary)
-        key = Path(name).name.split(".")[0]
+    for key, path in find_tables(settings.model.knowledge, settings.knowledge_dir).items():
+        table = KnowledgeTable.read(path, vocabulary)
+        logger.info(
+            "Knowledge %s: %s of %s genes known, %s numbers each.",
+            key, f"{table.n_known:,}", f"{len(vocabulary):,}", table.table_VP.shape[1],
+        )  # fmt: skip
         knowledge[key] = (torch.from_numpy(table.table_VP), torch.from_numpy(table.present_V))
     return GeneModel(
         settings.model,
@@ -186,6 +196,22 @@ def new_model(settings: PretrainSettings, corpus: Corpus) -> GeneModel:
         context=settings.tokens.context,
         knowledge=knowledge,
     )
+
+
+def knowledge_of(settings: PretrainSettings) -> dict[str, dict[str, str]]:
+    """Say what the tables of a run with new weights are: sha256 of the file, and its own words.
+
+    Raises
+    ------
+    ConfigError
+        A table is not there.
+    """
+    if settings.start:
+        return {}  # the bundle has its own
+    return {
+        key: {"sha256": file_digest(path), **read_provenance(path)}
+        for key, path in find_tables(settings.model.knowledge, settings.knowledge_dir).items()
+    }
 
 
 def bundle_of(

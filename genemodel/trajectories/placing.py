@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 from scipy import stats
 
-from genemodel.annotation.label_head import basis_of, unit_logs
+from genemodel.annotation.regression import basis_of, unit_logs
 from genemodel.expression.neighbours import nearest
 from genemodel.expression.normalise import log_normalised
 from genemodel.trajectories.holdouts import Fold, folds

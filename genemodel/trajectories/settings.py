@@ -7,7 +7,7 @@ from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
 from genemodel.perturbation.settings import MIN_AUC, MIN_CELLS, MIN_COVERAGE, NULLS
 from genemodel.perturbation.variants import OPERATIONS, Operation
-from genemodel.settings import PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_seed
 
 PARTS = ("place", "populations", "genes")
 N_GENES = 2000
@@ -127,7 +127,7 @@ class TrajectorySettings(TimeAsked, InputSettings):
 
     input: PathText
     out: PathText
-    model: PathText = ""
+    model: ModelText = ""
     key_added: str = "genemodel_time"
     device: str = "auto"
     overwrite: bool = False

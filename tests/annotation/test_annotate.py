@@ -203,7 +203,7 @@ def test_neither_query_nor_reference_is_overwritten(cells, tmp_path):
     cells["mouse"].write_h5ad(tmp_path / "query.h5ad")
     given = AnnotateSettings(
         model="absent", label_key="cell_type", overwrite=True,
-        query=str(tmp_path / "query.h5ad"), reference=str(tmp_path / "reference.h5ad"),
+        input=str(tmp_path / "query.h5ad"), reference=str(tmp_path / "reference.h5ad"),
         output=str(tmp_path / "query.h5ad"),
     )  # fmt: skip
     for output in (given.query, given.reference):
@@ -225,7 +225,7 @@ def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):
     cells["mouse"].write_h5ad(tmp_path / "mouse.h5ad")
     random_bundle.save(tmp_path / "bundle")
     words = [
-        "annotate", f"model={tmp_path / 'bundle'}", f"query={tmp_path / 'mouse.h5ad'}",
+        "annotate", f"model={tmp_path / 'bundle'}", f"input={tmp_path / 'mouse.h5ad'}",
         f"reference={tmp_path / 'human.h5ad'}", "label_key=cell_type", "k=9", "far_quantile=null",
         "transfer=linear",
         f"output={tmp_path / 'out.h5ad'}", "device=cpu",
@@ -242,7 +242,7 @@ def test_the_verb_equals_the_function(random_bundle, cells, tmp_path, capsys):
     assert list(written.obs_names) == list(query.obs_names)
     assert main(words) == 2
     assert "overwrite=true" in capsys.readouterr().err
-    assert main([*words, "overwrite=true", f"query={tmp_path / 'no.h5ad'}"]) == 2
+    assert main([*words, "overwrite=true", f"input={tmp_path / 'no.h5ad'}"]) == 2
     assert "no.h5ad is no file" in capsys.readouterr().err
 
 

@@ -13,23 +13,23 @@ import scipy.sparse as sp
 from sklearn.metrics import roc_auc_score
 
 import genemodel as gm
-from genemodel.annotation import label_head
 from genemodel.annotation.label_head import (
-    SIGNS,
-    Novelty,
-    Regression,
-    basis_of,
     calibration_error,
-    common_shift,
     folds_of,
     label_counts,
     mixed,
-    own_shifts,
-    signs_of_novelty,
     temperature_of,
-    unit_logs,
     votes,
 )
+from genemodel.annotation.novelty import (
+    CROWD,
+    SIGNS,
+    Novelty,
+    common_shift,
+    own_shifts,
+    signs_of_novelty,
+)
+from genemodel.annotation.regression import LENGTH, Regression, basis_of, unit_logs
 from genemodel.errors import ConfigError, DataError
 
 GENES = 400
@@ -176,7 +176,7 @@ def test_another_condition_is_taken_off_where_types_agree(reference):
     )
     log_RG = unit_logs(reference.X)
     label_R = pd.Categorical(reference.obs["kind"]).codes.astype(int)
-    basis_GD = label_head.basis_of(log_RG, 50, 0)
+    basis_GD = basis_of(log_RG, 50, 0)
     model = Regression.fit(log_RG, label_R, 5, basis_GD, 0.05)
     shift_G, evidence = common_shift(model, log_RG, label_R, unit_logs(changed))
     assert evidence > 0.6
@@ -258,8 +258,8 @@ def test_regression_is_that_of_scikit_learn(reference):
     from sklearn.linear_model import LogisticRegression
 
     log_RG = unit_logs(reference.X)
-    np.testing.assert_allclose(np.sqrt(log_RG.multiply(log_RG).sum(1)), label_head.LENGTH, 1e-5)
-    basis_GD = label_head.basis_of(log_RG, 30, 0)
+    np.testing.assert_allclose(np.sqrt(log_RG.multiply(log_RG).sum(1)), LENGTH, 1e-5)
+    basis_GD = basis_of(log_RG, 30, 0)
     part_CD = np.asarray(log_RG @ basis_GD, float)
     label = pd.Categorical(reference.obs["kind"]).codes.astype(int)
     for those in (label, np.minimum(label, 1)):
@@ -326,7 +326,7 @@ def test_the_limit_is_set_on_types_left_out_but_keeps_known_cells():
     assert (found.probability(known) < found.limit).mean() > 0.985
     assert (found.probability(np.concatenate([known, new]))[400:] > found.limit).mean() > 0.97
     blind = Novelty.fit([signs[0][:, ::1] * [0, 1, 1, 1, 1]], news, 0.95, across=False)
-    assert blind.weight_F[label_head.CROWD] == 0
+    assert blind.weight_F[CROWD] == 0
     near = Novelty.fit([np.concatenate([known, new - 4])], news, 0.9, across=True)
     assert (near.probability(known) <= near.limit).mean() >= 0.89
 

@@ -28,7 +28,7 @@ def mine(tmp_path_factory, small_vocabulary):
 
 def command(mine, small_start, out, *words, backbone="lora"):
     return [
-        "finetune", f"data={mine}", f"out={out}", "task=classify", "label_key=kind",
+        "finetune", f"input={mine}", f"out={out}", "task=classify", "label_key=kind",
         f"model={small_start / 'run' / 'bundle'}", f"backbone={backbone}", "backbone.rank=2",
         "tokens.context=64", "tokens.budget=512", "trainer.accelerator=cpu", "device=cpu",
         "trainer.max_steps=6", "trainer.validate_every=3", "trainer.validation_batches=2",

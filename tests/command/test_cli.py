@@ -126,6 +126,15 @@ def test_an_experiment_changes_groups_and_values_and_the_words_win(said: Said) -
     assert ran == [Cook("cake", 1.0, model=Model(64, 7))]
 
 
+def test_what_one_call_composes_is_not_the_next_ones(kitchen: Path) -> None:
+    """The files are composed once; what is given to the caller is the caller's."""
+    first = config_files.compose("cook", ["dish=soup", "model.width=77", "guests=[ann]"])
+    assert first["model"]["width"] == 77
+    first["guests"].append("bob")
+    again = config_files.compose("cook", ["dish=soup"])
+    assert again["model"]["width"] == 8 and again["guests"] == []
+
+
 def test_two_word_verbs(said: Said) -> None:
     assert said("food", "store", "dish=rice")[0] == 0
     assert ran[0].dish == "rice"
@@ -374,11 +383,15 @@ _SETTINGS = [
 ]
 _PATHS = list(dict.fromkeys((name, key) for name, key, hint in _SETTINGS if _takes_paths(hint)))
 _CALLED_LIKE_PATHS = {
-    "path", "out", "input", "output", "model", "models", "start", "data", "query", "reference",
-    "genes", "orthologs", "vocabulary", "html", "corpus", "sheet", "knowledge",
+    "path", "out", "input", "output", "model", "models", "start", "reference", "genes", "orthologs",
+    "vocabulary", "corpus", "sheet", "knowledge",
 }  # fmt: skip
 # A list of gene names.
-_NO_PATHS = {("impute", "genes"), ("perturb", "genes"), ("trajectory", "genes")}
+# … and sources of a corpus, which may be patterns and addresses.
+_NO_PATHS = {
+    ("impute", "genes"), ("perturb", "genes"), ("corpus build", "input"),
+    ("corpus append", "input"), ("genes", "genes"), ("trajectory", "genes"),
+}  # fmt: skip
 _ADDRESSES = [
     "s3://bucket/x", "s3:bucket", "gs://b/x", "http://host/x", "abfs://c@a/x", "memory://x",
     "me@host:x", "host:/data/x", "file:///data/x",

@@ -21,12 +21,20 @@ def test_generated_cells_to_report(tmp_path):
     assert gm.load(out / "run" / "bundle", device="cpu").species == ("human", "mouse")
 
 
-def test_a_file_with_one_batch_and_no_labels(tmp_path):
-    adata = synthetic(200, species=("human",), n_batches=1, n_genes=500, genes_per_cell=100)
+def test_a_file_with_one_batch_and_no_labels(tmp_path, small_vocabulary):
+    small_vocabulary.save(tmp_path / "genes.tsv")
+    adata = synthetic(
+        200, species=("human",), n_batches=1, n_genes=500, genes_per_cell=100,
+        vocabulary=small_vocabulary,
+    )  # fmt: skip
     adata["human"].obs = pd.DataFrame(index=adata["human"].obs_names)
     adata["human"].write_h5ad(tmp_path / "mine.h5ad")
     settings = DemoSettings(
-        data=(str(tmp_path / "mine.h5ad"),), species="human", out=str(tmp_path / "out"), steps=2
+        input=(str(tmp_path / "mine.h5ad"),),
+        species="human",
+        out=str(tmp_path / "out"),
+        steps=2,
+        vocabulary=str(tmp_path / "genes.tsv"),
     )
     assert "report.html" in demo(settings)
     assert (tmp_path / "out" / "report.html").exists()
@@ -34,7 +42,7 @@ def test_a_file_with_one_batch_and_no_labels(tmp_path):
 
 def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.h5ad: no such file"):
-        demo(DemoSettings(data=("nowhere.h5ad",), out=str(tmp_path / "out")))
+        demo(DemoSettings(input=("nowhere.h5ad",), out=str(tmp_path / "out")))
 
 
 def test_pbmc3k_without_internet_says_so(tmp_path, monkeypatch):
@@ -46,5 +54,5 @@ def test_pbmc3k_without_internet_says_so(tmp_path, monkeypatch):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(sc.datasets, "pbmc3k", unreachable)
-    with pytest.raises(DataError, match="needs the internet.*data=generated"):
-        demo(DemoSettings(data=("pbmc3k",), out=str(tmp_path / "out")))
+    with pytest.raises(DataError, match="needs the internet.*input=generated"):
+        demo(DemoSettings(input=("pbmc3k",), out=str(tmp_path / "out")))

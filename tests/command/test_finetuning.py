@@ -41,7 +41,7 @@ def file(tmp_path_factory):
 @pytest.mark.usefixtures("blank_report")
 def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     out = tmp_path / "new" / "run"
-    words = ["finetune", f"data={file}", "batch_key=[batch,donor]", f"out={out}"]
+    words = ["finetune", f"input={file}", "batch_key=[batch,donor]", f"out={out}"]
     assert main([*words, *TINY]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     embedded, data = ad.read_h5ad(out / "embedded.h5ad"), ad.read_h5ad(file)
@@ -70,7 +70,7 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["data=absent.h5ad"], "absent.h5ad is no file"),
+        (["input=absent.h5ad"], "absent.h5ad is no file"),
         (["out=/dev/null/run"], "no folder that you may write in"),
         (["batch_key=bach"], "did you mean 'batch'"),
         (["integration.latent=0"], "latent=0"),
@@ -98,7 +98,7 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
     ],
 )
 def test_user_errors_are_told_in_a_line(file, tmp_path, capsys, words, said):
-    given = [f"data={file}", "batch_key=batch", f"out={tmp_path / 'run'}"]
+    given = [f"input={file}", "batch_key=batch", f"out={tmp_path / 'run'}"]
     taken = {word.partition("=")[0] for word in words}
     kept = [word for word in given if word.partition("=")[0] not in taken]
     assert main(["finetune", *kept, *words, *TINY[:-1]]) == 2
@@ -109,7 +109,7 @@ def test_user_errors_are_told_in_a_line(file, tmp_path, capsys, words, said):
 
 def test_a_file_that_is_no_h5ad_is_refused(tmp_path, capsys):
     (tmp_path / "a.h5ad").write_text("no")
-    words = ["finetune", f"data={tmp_path / 'a.h5ad'}", "batch_key=b", f"out={tmp_path / 'o'}"]
+    words = ["finetune", f"input={tmp_path / 'a.h5ad'}", "batch_key=b", f"out={tmp_path / 'o'}"]
     assert main(words) == 2
     assert "a.h5ad" in capsys.readouterr().err
 
@@ -138,7 +138,7 @@ def mine(tmp_path_factory, small_vocabulary):
 
 def command(data, start, out, *words):
     return [
-        "finetune", f"data={data}", f"model={start / 'run' / 'bundle'}", f"out={out}",
+        "finetune", f"input={data}", f"model={start / 'run' / 'bundle'}", f"out={out}",
         "batch_key=batch", *STAGE_1, *HEADS, *words,
     ]  # fmt: skip
 
@@ -169,7 +169,12 @@ def test_both_heads_stand_on_the_adapted_backbone(mine, small_start, tmp_path, c
     assert validation["step"].tolist() == [0, 2, 4]
     page = (out / "report.html").read_text()
     assert "used are the weights of step 4" in page and "<td>masked gene</td>" in page
-    assert page.count("<img") == 3 and "90 % intervals hold" in page
+    assert page.count("<img") == 4 and "90 % intervals hold" in page
+    # The result comes first, and nobody reads through the settings to find it.
+    heads = ["Before and after", "Imputed counts", "The backbone on", "The head:", "<summary>"]
+    places = [page.index(head, page.index("<main>")) for head in heads]
+    assert places == sorted(places) and page.index("imputation.gene_vectors") > places[-1]
+    assert "same-batch ratio" in page and "after</td>" in page
     # The held-out groups are donors, whole.
     corpus = Corpus.open(out / "backbone" / "corpus")
     assert corpus.codes("batch")[1] == sorted(data.obs["batch"].astype(str).unique())
@@ -277,7 +282,7 @@ def test_a_corpus_is_streamed_and_its_cells_come_out_in_order(small_start, tmp_p
 
 @pytest.mark.usefixtures("blank_report")
 def test_imputing_a_corpus_of_two_species_is_refused(tiny_corpus, tmp_path, capsys):
-    words = ["finetune", f"data={tiny_corpus}", f"out={tmp_path / 'run'}", "task=impute", *HEADS]
+    words = ["finetune", f"input={tiny_corpus}", f"out={tmp_path / 'run'}", "task=impute", *HEADS]
     assert main(words) == 2
     assert "a corpus for each species" in capsys.readouterr().err
 
@@ -301,7 +306,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(mine, small_start, tmp_path, ca
 )
 def test_what_is_not_of_fine_tuning_is_never_replaced(file, tmp_path, capsys, name, said):
     (tmp_path / name).write_text("mine")
-    words = ["finetune", f"data={file}", "batch_key=batch", f"out={tmp_path}", "overwrite=true"]
+    words = ["finetune", f"input={file}", "batch_key=batch", f"out={tmp_path}", "overwrite=true"]
     assert main([*words, *TINY]) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -313,7 +318,7 @@ def test_log_data_are_refused_by_the_name_of_the_file(file, tmp_path, capsys):
     cells.X = cells.X.astype(np.float32)
     cells.X.data = np.log1p(cells.X.data)
     cells.write_h5ad(tmp_path / "log.h5ad")
-    words = ["finetune", f"data={tmp_path / 'log.h5ad'}", "batch_key=batch"]
+    words = ["finetune", f"input={tmp_path / 'log.h5ad'}", "batch_key=batch"]
     assert main([*words, f"out={tmp_path / 'run'}", *TINY]) == 2
     assert "log.h5ad, X: holds log1p" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -322,7 +327,7 @@ def test_log_data_are_refused_by_the_name_of_the_file(file, tmp_path, capsys):
 def test_python_has_the_defaults_of_the_command_line():
     values = config_files.compose("finetune", ["batch_key=b"])
     composed = parse(FinetuneSettings, {**values, "data": "d", "out": "o"})
-    assert composed == FinetuneSettings(data="d", out="o", batch_key=("b",))
+    assert composed == FinetuneSettings(input="d", out="o", batch_key=("b",))
     assert json.dumps(dataclasses.asdict(composed))
 
 
@@ -415,7 +420,7 @@ def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatc
         return prepare_itself(head, batch, **options)
 
     monkeypatch.setattr(IntegrationHead, "prepare", prepare)
-    given = ["finetune", f"data={mine}", "batch_key=batch", "hold_out=true", *TINY]
+    given = ["finetune", f"input={mine}", "batch_key=batch", "hold_out=true", *TINY]
     given += ["trainer.validate_every=2", "trainer.accelerator=cpu", "holdout.by=batch"]
     assert main([*given, f"out={tmp_path / 'a'}"]) == 0
     trained, looked = ({cell for cell, _ in seen[side]} for side in (True, False))
@@ -423,7 +428,7 @@ def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatc
     # Of a batch that is held out whole the decoder knows nothing.
     assert {code for _, code in seen[False]} == {-1} and -1 not in {c for _, c in seen[True]}
     looks = pd.read_csv(tmp_path / "a" / "heads" / "integrate" / "validation.csv")
-    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/counts"]).all()
+    assert looks["step"].tolist() == [2, 4, 6] and np.isfinite(looks["val/nats_per_count"]).all()
     embedded = ad.read_h5ad(tmp_path / "a" / "embedded.h5ad")
     assert np.isfinite(embedded.obsm["X_integrated"]).all()  # those held out too
     for values in seen.values():
@@ -454,4 +459,4 @@ def test_an_embedding_is_looked_at_on_donors_held_out(mine, tmp_path, monkeypatc
     ],
 )
 def test_a_result_says_which_encoder_it_is_of(given, said):
-    assert encoder_of(FinetuneSettings(data="x", out="y", **given)) == said
+    assert encoder_of(FinetuneSettings(input="x", out="y", **given)) == said

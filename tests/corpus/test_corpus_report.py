@@ -78,3 +78,21 @@ def test_names_are_escaped(make_cells, vocabulary, tmp_path):
     corpus = Corpus.build({"<b>x</b>": make_cells(20)}, tmp_path / "c", vocabulary=vocabulary)
     text = corpus.describe().to_html(tmp_path / "page.html").read_text()
     assert "<b>" not in text and "&lt;b&gt;x" in text
+
+
+def test_the_share_of_counts_kept_is_that_of_the_file(make_cells, vocabulary, tmp_path):
+    cells = make_cells(40, seed=4)
+    names = cells.var_names.to_numpy().astype(object)
+    names[:60] = [f"stranger {n}" for n in range(60)]
+    cells.var_names = names
+    corpus = Corpus.build({"part": cells}, tmp_path / "corpus", vocabulary=vocabulary)
+    everything, kept = int(cells.X.sum()), int(cells.X[:, 60:].sum())
+    report = corpus.describe()
+    assert report.to_frame().loc["part", "counts kept"] == kept / everything < 0.8
+    assert report.facts["counts kept"].startswith(f"{kept:,} of {everything:,} (")
+    assert any("counts of its cells are of genes in the vocabulary" in w for w in report.warnings)
+    assert f"{kept / everything:.1%}" in report.to_text()
+    # Of a corpus that was built before this was noted nothing is claimed.
+    source = corpus.sources[0]
+    object.__setattr__(source, "n_counts", None)
+    assert corpus.describe().facts["counts kept"] == "not noted when the corpus was built"

@@ -16,7 +16,7 @@ from genemodel.cells.input_settings import InputSettings
 from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError, DataError
 from genemodel.finetuning.head_run import HeadRun
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import integrate_cells
 from genemodel.model.tuning import TuningSettings
@@ -262,7 +262,7 @@ def test_heads_on_a_corpus_tell_its_cells(cells, random_bundle, tmp_path, task, 
     Corpus.build([own(cells)], tmp_path / "c", vocabulary=random_bundle.vocabulary)
     out = gm.finetune(
         gm.FinetuneSettings(
-            data=str(tmp_path / "c"), out=str(tmp_path / "out"), task=task, batch_key=("batch",),
+            input=str(tmp_path / "c"), out=str(tmp_path / "out"), task=task, batch_key=("batch",),
             integration=SHORT, imputation=BRIEF,
         )
     )  # fmt: skip

@@ -339,7 +339,7 @@ def test_batches_without_common_genes_are_refused(cells):
 def test_the_verb_runs_from_a_file(cells, tmp_path):
     cells.write_h5ad(tmp_path / "both.h5ad")
     settings = EvaluateSettings(
-        data=tmp_path / "both.h5ad", out=tmp_path / "out", task="annotate", batch_key="species",
+        input=tmp_path / "both.h5ad", out=tmp_path / "out", task="annotate", batch_key="species",
         label_key="kind", methods=("majority",),
     )  # fmt: skip
     text = run(settings)

@@ -15,7 +15,7 @@ from genemodel.evaluation import baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions, highly_variable
 from genemodel.expression.normalise import log_normalised
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.metrics.imputation import mcv_split, score_denoised
 from genemodel.metrics.light import knn_accuracy, same_batch_share
 
@@ -278,6 +278,22 @@ def test_knn_smoothing_adds_up_the_neighbours():
     expected = groups[np.repeat(np.arange(4), 8)].astype(float)
     expected *= counts.sum(axis=1, keepdims=True) / expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("logarithm", "first"),
+    [
+        (False, [0.094257, 0.085677, 0.15384, 0.143377, 0.130649, 0.136667, 0.154373, 0.101162]),
+        (True, [0.068317, 0.079982, 0.141022, 0.09038, 0.179515, 0.184964, 0.147052, 0.108768]),
+    ],
+)
+def test_magic_is_the_published_package(logarithm, first):
+    """Shares of the first cell by magic-impute 3.0.0, ``MAGIC(knn=5, decay=1, t=3, n_pca=5)``."""
+    draw = np.random.default_rng(7)
+    rate = np.exp(draw.normal(size=(20, 3)) @ draw.normal(size=(3, 8)) * 0.6 + 1)
+    adata = ad.AnnData(sp.csr_matrix(draw.poisson(rate).astype(np.float32)))
+    found = imputation_baselines.magic(adata, Conditions(), n_comps=5, logarithm=logarithm)
+    np.testing.assert_allclose(found[0] / found[0].sum(), first, atol=2e-6)
 
 
 def test_alra_rank_and_thresholds():

@@ -20,10 +20,10 @@ from genemodel.evaluation.meter import Meter
 from genemodel.evaluation.methods import METHODS, Denoised, Method, choose
 from genemodel.evaluation.models import loaded, model_methods
 from genemodel.evaluation.sizes import run
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.integrate import integrate
-from genemodel.reports.comparison import EvaluationResult
+from genemodel.reports.comparison import COLUMNS, EvaluationResult
 
 HAS_SCIB = importlib.util.find_spec("scib_metrics") is not None
 needs_scib = pytest.mark.skipif(
@@ -139,6 +139,31 @@ def test_whatever_of_ours_runs_says_which_encoder_made_it(imputed):
     said = replace(imputed[0], encoders={"magic": "a net", "mine": "a net", "absent": "another"})
     assert said.encoder_notes() == ["magic, mine: by a net."]
     assert "magic, mine: by a net." in said.text()
+
+
+def test_the_page_says_what_it_is_sorted_by_and_which_packages_computed_it(imputed):
+    for task, way, title in (("impute", "lowest", "Poisson"), ("annotate", "highest", "forced")):
+        by = {"impute": "poisson_ratio", "annotate": "accuracy_forced"}[task]
+        rows = [
+            {"method": name, "kind": "control" if name == "c" else "baseline", "seed": 0,
+             "metric": metric, "value": value}
+            for name, value in (("a", 0.5), ("b", 0.7), ("c", 0.9), ("d", 0.1))
+            for metric in (by, "seconds", "peak_mb")
+        ]  # fmt: skip
+        result = EvaluationResult(task, pd.DataFrame(rows), {}, software={"a": "tool 1.2"})
+        order = list(result.summary().index)
+        assert order == (["d", "a", "b", "c"] if way == "lowest" else ["c", "b", "a", "d"])
+        assert f"Sorted by {title}, {way} first." in result.text()
+        assert "Software: a: tool 1.2." in result.text() and result.controls() == ["c"]
+    page = imputed[0].report(umaps=False).html()
+    assert "Sorted by Poisson, lowest first." in page and "scanpy 1." in page
+    assert METHODS["integrate"]["none"].software() == ""
+
+
+def test_nothing_is_best_for_not_answering():
+    ways = dict(COLUMNS["annotate"].values())
+    assert [ways[title] for title in ("if called", "unknown", "new unknown")] == [None] * 3
+    assert ways["accuracy"] == ways["forced"] == "high"
 
 
 def test_terminal_text_fits_with_every_integration_column():
@@ -476,7 +501,7 @@ def test_choosing_methods():
 def test_the_verb_runs_from_a_file(cells, tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     settings = EvaluateSettings(
-        data=tmp_path / "cells.h5ad", out=tmp_path / "out", task="impute", layer="counts",
+        input=tmp_path / "cells.h5ad", out=tmp_path / "out", task="impute", layer="counts",
         methods=("gene_mean",), umaps=False,
     )  # fmt: skip
     text = run(settings)
@@ -630,7 +655,7 @@ def test_our_integration_trains_on_the_cells(human_cells, monkeypatch):
 
 def test_our_imputations_share_one_training(human_cells, monkeypatch):
     from genemodel.imputation.model import ImputationModel
-    from genemodel.imputation.training import DecoderSettings
+    from genemodel.imputation.network import DecoderSettings
 
     trainings = []
     train = ImputationModel.train

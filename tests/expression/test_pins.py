@@ -20,7 +20,7 @@ from genemodel.expression.variable_genes import select_genes, variable_counts
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration import overcorrection
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.shared_clusters import SharedClusterCorrection

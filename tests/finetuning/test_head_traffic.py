@@ -11,12 +11,12 @@ from device_traffic import DeviceTraffic, as_if_on_a_device, emptied_to, fake_cu
 import genemodel as gm
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
-from genemodel.imputation.training import (
+from genemodel.imputation.network import (
     DecoderSettings,
     ImputationHead,
     SparseCountEncoder,
-    train_decoder,
 )
+from genemodel.imputation.training import train_decoder
 from genemodel.integration.head import IntegrationHead, IntegrationSettings
 from genemodel.integration.training import train_integration
 from genemodel.model.count_encoder import CountEncoder, CountsBesideBackbone

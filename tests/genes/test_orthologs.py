@@ -7,7 +7,7 @@ import pytest
 
 from genemodel.errors import DataError
 from genemodel.genes import GeneVocabulary, add_species
-from genemodel.genes.orthologs import one_to_one
+from genemodel.genes.orthologs import one_to_one, ortholog_means
 
 COLUMNS = ["token", "species", "ensembl_id", "symbol", "biotype", "aliases"]
 
@@ -301,3 +301,42 @@ def test_real_files_of_added_species_match(grown, shared_data, name):
     assert vocabulary.match(adata.var, species=match.species).project(adata.X).sum() > (
         0.6 * adata.X.sum()
     )
+
+
+def test_means_of_orthologs_hold_every_credible_one(tmp_path):
+    rows = GeneVocabulary.builtin().genes
+    human = rows[rows["species"] == "human"].iloc[:8].copy()
+    human["token"] = np.arange(3, 11)
+    fish = human.iloc[:5].copy()
+    fish["species"], fish["ensembl_id"] = "zebrafish", [f"F{i}" for i in range(5)]
+    fish["symbol"], fish["aliases"] = [f"f{i}" for i in range(5)], ""
+    fish["token"] = [3, 11, 12, 13, 14]  # the first is a one-to-one ortholog
+    vocabulary = GeneVocabulary(pd.concat([human, fish], ignore_index=True))
+    ids = human["ensembl_id"].tolist()
+    pairs = [
+        (ids[0], "F0", 9),  # shares its token: nothing to make up
+        (ids[1], "F1", 6), (ids[1], "F2", 6),  # one gene, two copies
+        (ids[2], "F3", 8), (ids[3], "F3", 4), (ids[4], "F3", 3),  # the last is not credible
+        ("ENSG00000999999", "F4", 9),  # retired
+    ]  # fmt: skip
+    lines = ["human_ensembl\ttarget_ensembl\tn_support"]
+    lines += ["\t".join(map(str, pair)) for pair in [*pairs, pairs[1]]]  # one row twice
+    (tmp_path / "o.tsv").write_text("\n".join(lines) + "\n")
+    weight = ortholog_means(vocabulary, "zebrafish", tmp_path / "o.tsv", "human").toarray()
+    expected = np.zeros((15, 15))
+    expected[11, 4] = expected[12, 4] = 1
+    expected[13, [5, 6]] = 0.5
+    np.testing.assert_array_equal(weight, expected)
+
+
+def test_duplicated_genes_of_the_fish_find_their_human_gene(grown, shared_knowledge):
+    vocabulary, _ = grown
+    table = shared_knowledge / "orthologs_human_to_16species_hcop.tsv.gz"
+    weight = ortholog_means(vocabulary, "zebrafish", table, "human")
+    symbols = vocabulary.genes.set_index(["species", "symbol"])["token"]
+    token = vocabulary.genes.set_index("ensembl_id")["token"]
+    for copy in ("ENSDARG00000045936", "ENSDARG00000103379"):  # pax6b, pax6a
+        row = weight[token[copy]]
+        assert row.indices.tolist() == [symbols["human", "PAX6"]] and row.data.tolist() == [1.0]
+    reached = (np.diff(weight.indptr) > 0).sum()
+    assert 5000 < reached < 9000  # of the 7,661 that have orthologs and share no token

@@ -103,6 +103,18 @@ def test_save_and_read_are_inverse_and_deterministic(tmp_path, name):
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
+def test_files_of_the_same_bytes_are_read_once_and_each_other_under_its_name(tmp_path):
+    for name in ("one.tsv", "two.tsv", "cut.tsv"):
+        GeneVocabulary(table()).save(tmp_path / name)
+    vocabulary = GeneVocabulary.read(tmp_path / "one.tsv")
+    assert GeneVocabulary.read(tmp_path / "two.tsv") is vocabulary
+    (tmp_path / "cut.tsv").write_bytes((tmp_path / "one.tsv").read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"cut\.tsv.*incomplete"):
+        GeneVocabulary.read(tmp_path / "cut.tsv")
+    GeneVocabulary(table(ROWS[:3])).save(tmp_path / "two.tsv")
+    assert GeneVocabulary.read(tmp_path / "two.tsv").species == ("human",)
+
+
 def test_fingerprint_is_the_sha256_of_the_table():
     body = "\t".join(COLUMNS) + "\n" + "".join("\t".join(map(str, r)) + "\n" for r in ROWS)
     fingerprint = GeneVocabulary(table()).fingerprint

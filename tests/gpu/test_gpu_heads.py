@@ -32,7 +32,7 @@ def test_an_embedding_has_the_losses_of_a_cpu(random_bundle, human, device, tune
             where=HeadRun(device=where, trainer=trainer),
         )  # fmt: skip
         assert np.isfinite(embedding_CD).all()
-        losses[where] = model.history["counts"].iloc[[0, -1]].to_numpy()
+        losses[where] = model.history["nats_per_count"].iloc[[0, -1]].to_numpy()
     # Chance is another on a device after the first step; the first has the same start.
     first = {"32-true": 1e-4, "bf16-mixed": 1e-2}[precision]
     wanted, found = losses["cpu"], losses[str(device)]

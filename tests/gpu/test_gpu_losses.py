@@ -51,21 +51,21 @@ def test_losses_and_gradients_are_those_of_full_precision_on_a_cpu(
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True])
-def test_compiled_losses_are_those_that_are_not(pack_random, away, device, half):
-    """All objectives at once; through inductor, on a CPU without its C++, which takes minutes."""
+def test_compiled_losses_are_those_that_are_not(pack_random, away, gpu, half):
+    """All objectives at once, through inductor; what needs none is in `tests/model`."""
     from genemodel.model.compiling import compile_for_training
 
     found = []
     for compiled in (False, True):
         model, task = away()
-        model.to(device)
-        task.to(device)
+        model.to(gpu)
+        task.to(gpu)
         if compiled:
-            backend = "inductor" if device.type == "cuda" else "aot_eager"
-            assert compile_for_training(model, task, backend=backend)
-        prepared = task.prepare(pack_random().to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            assert compile_for_training(model, task, backend="inductor")
+        prepared = task.prepare(pack_random().to(gpu))
+        with torch.autocast(gpu.type, torch.bfloat16, enabled=half):
             parts = task(model, model(prepared.seen), prepared)
         sum(part.total / part.items for part in parts.values()).backward()
         gradient = [w.grad.flatten() for w in model.parameters() if w.grad is not None]

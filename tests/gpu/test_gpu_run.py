@@ -20,6 +20,8 @@ from genemodel.train import memory, recipe
 from genemodel.train.loop import Loop
 from genemodel.train.recipe import pretrain
 
+on_gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
+
 
 def compiled_lightly(monkeypatch, device):
     """On a CPU trace and differentiate as everywhere, but have nothing written in C++."""
@@ -144,12 +146,15 @@ def steps_of(settings, last=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    # On a CPU another precision is three processes more that say nothing about a GPU.
+    [("cpu", "32-true"), on_gpu("cuda", "32-true"), on_gpu("cuda", "bf16-mixed")],
+)
 def test_deterministic_runs_are_equal_to_the_bit_also_when_cut_off(
-    run_settings, device, tmp_path, precision
+    run_settings, there_or_skip, tmp_path, kind, precision
 ):
-    if device.type == "cpu" and precision != "32-true":
-        pytest.skip("three processes more that say nothing about a GPU")
+    device = there_or_skip(kind)
     settings = functools.partial(
         run_settings, device=device, precision=precision, deterministic=True, accumulate=2,
         model={"dropout": 0.1},
@@ -277,14 +282,13 @@ def test_activation_checkpointing_needs_less_memory(run_settings, gpu, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "deterministic"), [("cpu", True), on_gpu("cuda", True), on_gpu("cuda", False)]
+)
 def test_two_devices_train_as_one_with_twice_the_micro_batches(
     run_settings, numbers, there_or_skip, tmp_path, monkeypatch, kind, deterministic
 ):
     device = there_or_skip(kind, 2)
-    if kind == "cpu" and not deterministic:
-        pytest.skip("three processes more that say nothing about a GPU")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))

@@ -119,7 +119,7 @@ def test_labels_are_learnt_on_a_corpus_with_its_tokens(geneformers, tmp_path):
     adata = cells([gene(i) for i in range(GENES)], n_cells=120, seed=3)
     adata.write_h5ad(tmp_path / "c.h5ad")
     words = (
-        f"finetune data={tmp_path / 'c.h5ad'} model={tmp_path / 'b'} out={tmp_path / 'r'} "
+        f"finetune input={tmp_path / 'c.h5ad'} model={tmp_path / 'b'} out={tmp_path / 'r'} "
         "task=classify label_key=cell_type backbone=last trainer.max_steps=4 "
         "holdout.by=batch device=cpu"
     )

@@ -156,7 +156,7 @@ def test_symbols_of_the_name_dictionary_are_known(v2):
 def test_provenance_says_where_from_and_describe_shows_it(v2, tmp_path, capsys):
     assert main(["import", str(v2), f"out={tmp_path / 'b'}", "verify=true"]) == 0
     assert "sha256 of model.safetensors" in capsys.readouterr().out
-    assert main(["describe", f"path={tmp_path / 'b'}"]) == 0
+    assert main(["describe", f"input={tmp_path / 'b'}"]) == 0
     said = capsys.readouterr().out
     assert "licence: Apache-2.0" in said and "token_dictionary_gcX.pkl" in said
     assert "Geneformer of another shape" in said

@@ -10,13 +10,13 @@ import torch
 from genemodel.errors import ConfigError, DataError
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
-from genemodel.imputation.training import (
+from genemodel.imputation.network import (
     Decoder,
     DecoderSettings,
     ImputationHead,
     decode_fraction,
-    train_decoder,
 )
+from genemodel.imputation.training import train_decoder
 
 
 def train(counts, batch=None, settings=None, *, seed=0):

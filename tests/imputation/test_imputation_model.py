@@ -6,12 +6,8 @@ import scipy.sparse as sp
 
 from genemodel.errors import DataError
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import (
-    Decoder,
-    DecoderSettings,
-    SparseCountEncoder,
-    start_at_vectors,
-)
+from genemodel.imputation.network import Decoder, DecoderSettings, SparseCountEncoder
+from genemodel.imputation.starting import start_at_vectors
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=3, batch_cells=32, learning_rate=1e-2)
 N, G = 90, 50

@@ -17,12 +17,12 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.heads.decode_counts import CountDecoder
 from genemodel.imputation import impute as module
+from genemodel.imputation.network import DecoderSettings
 from genemodel.imputation.posterior import (
     posterior_gamma,
     randomised_pit,
     tally_coverage,
 )
-from genemodel.imputation.training import DecoderSettings
 from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
 from genemodel.simulation.cells import synthetic

@@ -4,14 +4,15 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 import genemodel as gm
 from genemodel.command.cli import main
 from genemodel.errors import ConfigError, DataError
-from genemodel.imputation import impute
+from genemodel.imputation import impute, starting, training
 from genemodel.imputation import pretrained as impute_pretrained
 from genemodel.imputation.model import ImputationModel
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.simulation.cells import synthetic
 
 QUICK = DecoderSettings(hidden=16, latent=4, epochs=2)
@@ -169,6 +170,66 @@ def test_gene_vectors_change_the_start(cells, small_start):
         found.append(adata.layers["imputed"])
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
+
+
+def test_training_starts_as_a_decoder_that_knows_the_cells(
+    cells, small_start, tmp_path, monkeypatch
+):
+    """With a rate of next to nothing the answer is the model's own, unless neighbours know more."""
+    bundle = gm.load(small_start / "run" / "bundle", device="cpu")
+    cells = cells[:, np.asarray(cells.X.sum(0)).ravel() > 0]  # of others no decoder is trained
+    chance = torch.Generator().manual_seed(0)
+    for name in ("gene.weight", "projection.project.weight"):  # after few steps they say little
+        weight = bundle.heads[f"decode_counts.{name}"]
+        weight.copy_(0.2 * torch.randn(weight.shape, generator=chance))
+    own = cells.copy()
+    gm.impute(own, bundle, kind="decoder")
+    answers, apart = {}, {}
+    for way in ("believed", "judged", "anew"):
+        settings = DecoderSettings(
+            hidden=16, latent=4, epochs=1, learning_rate=1e-9, from_decoder=way != "anew"
+        )
+        adata = cells.copy()
+        with monkeypatch.context() as patch:
+            if way == "believed":
+                patch.setattr(training, "knows", lambda head, cells: True)
+            model = gm.impute(
+                adata, bundle, backbone="frozen", settings=settings, kind="decoder",
+                batch_key="batch",
+            )  # fmt: skip
+        answers[way] = adata.layers["imputed"]
+        # The factor of a gene is settled on other molecules, and the sum of a cell with it.
+        apart[way] = _of_both(answers[way] / own.layers["imputed"]).std()
+        again = cells.copy()
+        model.save(tmp_path / way)
+        gm.impute(again, gm.load(tmp_path / way, device="cpu"), kind="decoder")
+        np.testing.assert_allclose(again.layers["imputed"], answers[way], rtol=1e-5)
+    said = _of_both(own.layers["imputed"]).std()
+    assert apart["believed"] < 1e-3 * said < 0.5 * said < apart["anew"], (apart, said)
+    # These weights are noise, and the neighbours say so.
+    assert apart["judged"] > 0.5 * said
+
+
+def test_neighbours_predict_what_a_mixture_of_their_counts_says():
+    """Two kinds of cells without a common gene: neighbours tell the kind, the average does not."""
+    draw = np.random.default_rng(0)
+    share_KG = np.kron(np.eye(2), np.full(5, 0.2)) + 1e-9
+    kind_S = np.repeat([0, 1], 30)
+    counts = [
+        sp.csr_matrix(np.stack([draw.multinomial(n, share_KG[k] / share_KG[k].sum())
+                                for k in kind_S]).astype(np.float32))
+        for n in (50, 20)
+    ]  # fmt: skip
+    cells = starting.Shown(torch.zeros(60, 2), *counts)
+    assert np.log(5) < starting.neighbour_nats(cells) < np.log(5) + 0.1
+    assert starting.average_nats(cells) == pytest.approx(np.log(10), abs=0.05)
+
+
+def _of_both(rate_CG):
+    """Of logarithms, what neither the cell nor the gene alone says."""
+    log_CG = np.log(rate_CG)
+    log_CG = log_CG - log_CG.mean(0)
+    return log_CG - log_CG.mean(1, keepdims=True)
 
 
 def test_refusals(trained, cells):

@@ -18,8 +18,11 @@ from genemodel.heads.decode_counts import CountDecoder
 from genemodel.imputation import impute as module
 from genemodel.imputation import pretrained as impute_pretrained
 from genemodel.imputation.model import ImputationModel
+from genemodel.imputation.network import (
+    DecoderSettings,
+    ImputationHead,
+)
 from genemodel.imputation.posterior import posterior_gamma, randomised_pit, tally_coverage
-from genemodel.imputation.training import DecoderSettings, ImputationHead
 from genemodel.inference.cell_vectors import encode
 from genemodel.inference.counts import VocabularyCells
 from genemodel.settings import parse

@@ -14,7 +14,7 @@ from genemodel.cells.annotations import copy_annotations, read_annotations
 from genemodel.cells.sources import open_source
 from genemodel.command.cli import main
 from genemodel.errors import DataError
-from genemodel.imputation.training import DecoderSettings
+from genemodel.imputation.network import DecoderSettings
 from genemodel.integration.head import IntegrationSettings
 from genemodel.simulation.cells import synthetic
 
@@ -290,7 +290,7 @@ def test_impute_a_file_with_features_that_are_no_genes(awkward, tmp_path):
 
 
 def test_annotate(awkward, file, tmp_path):
-    run("annotate", f"query={file}", f"reference={file}", "label_key=cell_type",
+    run("annotate", f"input={file}", f"reference={file}", "label_key=cell_type",
         f"output={tmp_path}/out.h5ad")  # fmt: skip
     found = ad.read_h5ad(tmp_path / "out.h5ad")
     kept(found, awkward, obs=LABELS, uns=[LABEL], obsm=[f"{LABEL}_probability"])
@@ -299,7 +299,7 @@ def test_annotate(awkward, file, tmp_path):
 
 @pytest.mark.usefixtures("blank_report")
 def test_finetune_both_heads(awkward, file, tmp_path):
-    run("finetune", f"data={file}", "task=both", "batch_key=batch", f"out={tmp_path}/run",
+    run("finetune", f"input={file}", "task=both", "batch_key=batch", f"out={tmp_path}/run",
         *TINY, *QUICKER)  # fmt: skip
     embedded = ad.read_h5ad(tmp_path / "run/embedded.h5ad")
     kept(embedded, awkward, uns=["X_integrated"], obsm=["X_integrated"])
@@ -309,7 +309,7 @@ def test_finetune_both_heads(awkward, file, tmp_path):
 
 @pytest.mark.usefixtures("blank_report")
 def test_finetune_classify(awkward, file, bundle, tmp_path):
-    run("finetune", f"data={file}", "task=classify", "label_key=cell_type", f"model={bundle}",
+    run("finetune", f"input={file}", "task=classify", "label_key=cell_type", f"model={bundle}",
         f"out={tmp_path}/run", "backbone=last", "trainer.max_steps=2", "trainer.validate_every=2",
         "trainer.checkpoint_every=2")  # fmt: skip
     found = ad.read_h5ad(tmp_path / "run/labels.h5ad")

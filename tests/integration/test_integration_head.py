@@ -75,7 +75,7 @@ def test_an_unknown_batch_is_the_mean_of_all():
 def test_the_divergence_grows_to_its_weight():
     head = IntegrationHead(20, 2, IntegrationSettings(kl_weight=3.0, kl_ramp=0.5, hidden=8))
     assert [head.weights_at(share)["kl"] for share in (0.0, 0.25, 0.5, 1.0)] == [0, 1.5, 3, 3]
-    assert head.weights == {"counts": 1.0, "kl": 3.0}
+    assert head.weights == {"counts": 1.0, "kl": 3.0, "nats_per_count": 0.0}
 
 
 def test_gene_vectors_are_where_the_genes_start():

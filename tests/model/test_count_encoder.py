@@ -9,7 +9,11 @@ from genemodel.batches.held import HeldCells
 from genemodel.batches.loader import CellStream
 from genemodel.batches.tokens import TokenSettings
 from genemodel.batches.views import View
-from genemodel.imputation.training import Decoder, DecoderSettings, SparseCountEncoder
+from genemodel.imputation.network import (
+    Decoder,
+    DecoderSettings,
+    SparseCountEncoder,
+)
 from genemodel.model.count_encoder import CountEncoder
 
 COUNTS = sp.csr_matrix(np.random.default_rng(0).poisson(0.7, (50, 30)).astype(np.float32))

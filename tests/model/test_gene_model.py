@@ -88,6 +88,24 @@ def test_the_cell_has_its_species_and_depth_from_vectors_of_their_own(pack_rando
     torch.testing.assert_close(before[1:4], after[1:4], rtol=1e-5, atol=1e-6)
 
 
+def test_knowledge_changes_no_other_weight_and_begins_as_large_as_a_gene(pack_random):
+    """So that runs with and without it, and the heads made after it, begin alike."""
+    made, after = {}, {}
+    for names in ((), ("family",)):
+        torch.manual_seed(3)
+        table = {name: (torch.randn(203, 40), torch.ones(203, dtype=torch.bool)) for name in names}
+        torch.manual_seed(3)
+        model = build(dataclasses.replace(SMALL, knowledge=names), knowledge=table)
+        made[names], after[names] = model, torch.rand(3)
+    assert torch.equal(after[()], after["family",])
+    state = made["family",].state_dict()
+    for name, tensor in made[()].state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    embedding = made["family",].embedding
+    added = embedding.knowledge["family"](torch.arange(203))
+    assert added.std().item() == pytest.approx(embedding.token.weight.std().item(), rel=0.2)
+
+
 def test_knowledge_enters_and_absent_genes_share_a_vector(pack_random):
     settings = dataclasses.replace(SMALL, knowledge=("family",))
     present = torch.zeros(203, dtype=torch.bool)

@@ -336,3 +336,105 @@ def test_intervals_keep_the_order_and_refuse_unequal_lengths():
         pl.intervals({"raw": ([1, 2], [0], [2, 3])}, ["A", "B"])
     with pytest.raises(DataError, match="no estimates"):
         pl.intervals({}, ["A"])
+
+
+def _every_plot() -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
+    cells = ad.AnnData(
+        obs=pd.DataFrame(
+            {
+                "cell_type": list("ab") * 10,
+                "batch": list("xxyy") * 5,
+                "genemodel_label": ["a"] * 20,
+            },
+            index=[str(i) for i in range(20)],
+        ),
+        obsm={"X_umap": RNG.normal(size=(20, 2)), "X_integrated": RNG.normal(size=(20, 2))},
+    )
+    return {
+        "embedding": ((cells,), {"color": ["batch", "cell_type", "genemodel_label"]}),
+        "integration": ((cells,), {"before": "X_umap"}),
+        "annotation": ((cells,), {}),
+        "calibration": (([0.5, 0.9], [0.4, 0.8]), {}),
+        "intervals": (({"one": ([1.0], [0.5], [2.0])}, ["g"]), {}),
+    }
+
+
+@pytest.mark.parametrize("name", list(_every_plot()))
+def test_plots_take_axes_and_files_as_scanpys_do(name, tmp_path, monkeypatch):
+    given, options = _every_plot()[name]
+    own = np.ravel(getattr(pl, name)(*given, **options, save=tmp_path / "own.svg"))
+    assert (tmp_path / "own.svg").stat().st_size > 1000
+    plt.close("all")
+    figure, axes = plt.subplots(2, 4)
+    mine = axes.ravel()[: len(own)]
+    size = figure.get_size_inches().copy()
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    drawn = getattr(pl, name)(
+        *given, **options, ax=mine if len(mine) > 1 else mine[0], show=True,
+        save=tmp_path / "mine.png",
+    )  # fmt: skip
+    assert list(np.ravel(drawn)) == list(mine) and shown == [True]
+    assert all(ax.has_data() for ax in mine) and not axes.ravel()[len(own)].has_data()
+    assert plt.get_fignums() == [figure.number] and (figure.get_size_inches() == size).all()
+    assert (tmp_path / "mine.png").exists()
+    with pytest.raises(ConfigError, match=f"and this plot has {len(own)} panels"):
+        getattr(pl, name)(*given, **options, ax=axes)
+    if len(own) > 1:
+        with pytest.raises(ConfigError, match="too few axes"):
+            getattr(pl, name)(*given, **options, ax=axes[0, 0])
+    with pytest.raises(ConfigError, match="name a file in a folder that is there"):
+        getattr(pl, name)(*given, **options, save=tmp_path / "none" / "a.png")
+
+
+def test_every_public_plot_says_what_it_takes():
+    import inspect
+
+    for name in pl.__all__:
+        plot = getattr(pl, name)
+        assert {"ax", "show", "save"} <= set(inspect.signature(plot).parameters), name
+        assert "\nsave\n    File to write it to" in plot.__doc__, name
+
+
+def attention_result(**changes):
+    from genemodel.networks.attention import AttentionResult
+
+    rng = np.random.default_rng(0)
+    weights = rng.gamma(2.0, 0.5, (2, 6, 6)).astype(np.float32)
+    weights[:, 0, 5] = np.nan
+    made = AttentionResult(
+        [f"G{i}" for i in range(6)], weights, np.full((6, 6), 20), [(0, 0), (1, 0)],
+        {"cells": 20, "relative": True},
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_attention_is_drawn_as_it_is(tmp_path):
+    result = attention_result()
+    ax = pl.attention(result, layer=1, cluster=False, save=tmp_path / "a.png")
+    drawn = ax.images[0].get_array()
+    np.testing.assert_array_equal(drawn.mask, np.isnan(result.weights[1]))
+    np.testing.assert_array_equal(drawn.compressed(), result.weights[1][~drawn.mask])
+    assert [label.get_text() for label in ax.get_yticklabels()] == result.genes
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    ordered = pl.attention(result)
+    names = [label.get_text() for label in ordered.get_xticklabels()]
+    mean = result.matrix().loc[names, names].to_numpy()
+    np.testing.assert_array_equal(ordered.images[0].get_array().filled(np.nan), mean)
+    assert sorted(names) == result.genes and "mean of heads, 20 cells" in ordered.get_title()
+    own = plt.figure().gca()
+    assert pl.attention(result, genes=["G1", "G2"], ax=own) is own
+
+
+def test_attention_that_is_not_there_is_refused():
+    adata = ad.AnnData(np.zeros((2, 2), np.float32))
+    with pytest.raises(DataError, match="Compute it first with genemodel.attention"):
+        pl.attention(adata)
+    with pytest.raises(DataError, match="'G9' is not in the result; it has G0"):
+        pl.attention(attention_result(), genes=["G9"])
+    with pytest.raises(DataError, match="no layer 4"):
+        pl.attention(attention_result(), layer=4)
+    with pytest.raises(DataError, match="nothing can be drawn"):
+        pl.attention(attention_result(weights=np.full((2, 6, 6), np.nan, np.float32)))

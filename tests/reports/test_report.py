@@ -146,6 +146,38 @@ def test_tables_mark_the_best_and_name_units():
     assert 'class="best"' not in re.search(r"<tr><td>a</td>.*?</tr>", page)[0]
 
 
+def test_a_control_is_never_the_best():
+    table = pd.DataFrame({"score": [0.5, 0.7, np.nan]}, index=["a", "random", "b"])
+    page = Report("t").table(table, best={"score": "high"}, never_best=["random"]).html()
+    assert 'class="best"' not in re.search(r"<tr><td>random</td>.*?</tr>", page)[0]
+    page = Report("t").table(table.T, best={}, never_best=["score"]).html()
+    assert 'class="best"' not in page
+    three = pd.DataFrame({"score": [0.5, 0.7, 0.6]}, index=["a", "random", "b"])
+    page = Report("t").table(three, best={"score": "high"}, never_best=["random"]).html()
+    assert 'class="best"' in re.search(r"<tr><td>b</td>.*?</tr>", page)[0]
+    assert page.count('class="best"') == 1
+
+
+def test_a_figure_has_its_drawing_behind_a_link_and_a_wide_one_is_not_shrunk():
+    drawn, ax = plt.subplots(figsize=(2, 1))
+    ax.set_title("words to edit")
+    page = Report("t").figure(drawn, "A line").html()
+    vector = base64.b64decode(re.search(r"data:image/svg\+xml;base64,([^\"]+)", page)[1]).decode()
+    assert vector.startswith("<?xml") and ">words to edit</text>" in vector
+    assert 'download="figure-1.svg"' in page and "<figure>" in page
+    wide = Report("t").figure(plt.subplots(figsize=(16, 1))[0]).html()
+    assert '<figure class="wide">' in wide
+
+
+def test_packages_are_told_and_settings_are_folded():
+    report = Report("t").section("One").text("x").packages({"harmonypy": "2.0.0"})
+    page = report.settings({"seed": 3}).html()
+    assert "harmonypy 2.0.0" in read(page).words
+    assert (
+        page.index("<summary>1 settings") < page.index("<td>seed</td>") < page.index("</details>")
+    )
+
+
 def test_contents_link_to_sections_and_the_making_is_told():
     page = Report("t").section("Alpha").text("x").section("Beta").settings({"seed": 3}).html()
     assert re.findall(r'<a href="#(s\d)">([^<]+)</a>', page) == [
@@ -262,3 +294,15 @@ def test_a_demo_without_labels_still_reports(run, tmp_path):
 def test_embeddings_of_other_cells_are_refused(run, tmp_path):
     with pytest.raises(DataError, match="'genemodel' has 120 cells and obs has 119"):
         write_demo_report(tmp_path / "r.html", **{**run, "obs": run["obs"].iloc[1:]})
+
+
+def test_a_demo_of_one_batch_a_species_has_no_section_without_a_table(run, tmp_path):
+    obs = run["obs"].assign(batch=run["obs"]["species"].astype(str))
+    for name, given in (("with", run["obs"]), ("without", obs)):
+        page = write_demo_report(
+            tmp_path / f"{name}.html", **{**run, "obs": given}
+        ).path.read_text()
+        sections = re.findall(r"<section>(.*?)</section>", page, re.DOTALL)
+        by_type = [section for section in sections if "cell type by cell type" in section]
+        assert len(by_type) == (name == "with")
+        assert all("<table>" in section for section in by_type)

@@ -115,3 +115,43 @@ def test_a_mean_over_steps_of_two_sessions_is_the_same(tmp_path, cut):
         tables.append([{k: v for k, v in r.items() if k not in timed} for r in rows(run / METRICS)])
         assert not (run / VALIDATION).exists()
     assert tables[0] == tables[1] and len(tables[0]) == 3
+
+
+def test_losses_stand_beside_the_trivial_predictor_and_silent_ones_nowhere(tmp_path, caplog):
+    kept = Record(
+        tmp_path, TrainerSettings(max_steps=4, log_every=1), LogSettings(), values={}, rank=0,
+        world=1, peak=None, silent=("raw",),
+    )  # fmt: skip
+    kept.start(0)
+    with caplog.at_level("INFO", logger="genemodel"):
+        kept.step(
+            1, losses={"raw": -1895.0, "nats": 3.25}, trivial={"raw": -1800.0, "nats": 4.5}, lr=0.1,
+            norm=1.0, cells=1, tokens=1, fill=1.0, forward_flops=1, waited_s=0.0, minutes_left=None,
+        )  # fmt: skip
+        kept.look(
+            1,
+            {"val/raw": -1.0, "val_trivial/raw": -1.0, "val/nats": 3.0, "val_trivial/nats": 4.0},
+            ["raw", "nats"],
+        )
+    assert "nats 3.250 (trivial 4.500)" in caplog.text
+    assert "ratio 0.750" in caplog.text and "raw" not in caplog.text
+    for name in (METRICS, VALIDATION):
+        (row,) = rows(tmp_path / name)
+        assert not [column for column in row if "raw" in column]
+    assert row == {"step": 1.0, "val/nats": 3.0, "val_trivial/nats": 4.0}
+
+
+def test_a_bar_is_shown_on_a_terminal_and_in_a_notebook(tmp_path, monkeypatch):
+    import sys
+    from types import ModuleType
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    log = record(tmp_path)
+    log.start(0)
+    assert log._bar is None  # lines in a log
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    notebook = record(tmp_path)
+    notebook.start(0)
+    assert notebook._bar is not None
+    notebook._bar.close()

@@ -1,7 +1,9 @@
 """Kill −9 at a random step, start the same command again: every step as if nothing had happened."""
 
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +14,15 @@ SCRIPT = Path(__file__).with_name("traced_run.py")
 STEPS = 18
 
 
-def run(processes, corpus, out, trace, optimiser, kill_after=0, accumulate=2):
-    """Run to the end, or until the processes kill themselves; returns exit code and output."""
-    # Dropout only where its randomness need not be the same for another number of processes.
-    dropout = 0.1 if optimiser == "muon" else 0.0
-    arguments = [SCRIPT, corpus, out, trace, STEPS, optimiser, kill_after, accumulate, dropout]
-    arguments = [str(x) for x in arguments]
-    launch = [
-        "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend",
-        "c10d", "--rdzv-endpoint", "localhost:0",
-    ]  # fmt: skip
+def run(*runs):
+    """Run one after the other to the end, or until they kill themselves; exit codes and output."""
     done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), *arguments],
+        [sys.executable, str(SCRIPT), json.dumps(runs)],
         env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
     )  # fmt: skip
-    return done.returncode, done.stdout
+    assert done.returncode == 0, done.stdout
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
 def lines(trace, rank):
@@ -38,15 +33,25 @@ def lines(trace, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "optimiser"), [(1, "muon"), (2, "adamw")])
 def test_killed_and_resumed_equals_uninterrupted(tiny_corpus, tmp_path, processes, optimiser):
-    whole, parts = tmp_path / "whole_trace", tmp_path / "parts_trace"
-    code, output = run(processes, tiny_corpus, tmp_path / "whole", whole, optimiser)
-    assert code == 0, output
+    # Dropout only where its randomness need not be the same for another number of processes.
+    dropout = 0.1 if optimiser == "muon" else 0.0
+
+    def one(name, *, n=processes, kill_after=0, accumulate=2):
+        places = (str(tiny_corpus), str(tmp_path / name), str(tmp_path / f"{name}_trace"))
+        return (n, *places, STEPS, optimiser, kill_after, accumulate, dropout)
+
     kill_after = random.Random(os.urandom(8)).randint(5, STEPS - 1)
-    arguments = (processes, tiny_corpus, tmp_path / "parts", parts, optimiser)
-    code, output = run(*arguments, kill_after)
-    assert code != 0 and len(lines(parts, 0)) == kill_after, output
-    code, output = run(*arguments)
-    assert code == 0, output
+    runs = [one("whole"), one("parts", kill_after=kill_after), one("parts")]
+    if processes == 2:
+        runs.append(one("alone", n=1, accumulate=4))
+    codes, output = run(*runs)
+    killed = [-signal.SIGKILL] * processes
+    assert codes == [[0] * processes, killed, [0] * processes, [0]][: len(runs)], output
+    whole, parts, alone = (tmp_path / f"{name}_trace" for name in ("whole", "parts", "alone"))
+    # A run again gives the steps after its last checkpoint a second time.
+    assert [line.split(" ", 1)[0] for line in lines(parts, 0)].index(str(kill_after)) == (
+        kill_after - 1
+    ), output
     for rank in range(processes):
         expected = dict(line.split(" ", 1) for line in lines(whole, rank))
         got = [line.split(" ", 1) for line in lines(parts, rank)]
@@ -62,9 +67,6 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_corpus, tmp_path, processe
         assert losses == [[float.fromhex(x) for x in line.split()[2:]] for line in lines(whole, 1)]
         # And the same, but for rounding, as in one process that does all micro-batches itself,
         # although the ranks' shares hold unequal numbers of masked genes.
-        alone = tmp_path / "alone_trace"
-        code, output = run(1, tiny_corpus, tmp_path / "alone", alone, optimiser, accumulate=4)
-        assert code == 0, output
         for line, expected in zip(lines(alone, 0), losses, strict=True):
             got = [float.fromhex(x) for x in line.split()[2:]]
             assert got == pytest.approx(expected, rel=1e-3), line

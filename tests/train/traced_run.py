@@ -1,15 +1,22 @@
 """Run pre-training and note every step exactly: which cells, which masks, which losses.
 
-    python traced_run.py CORPUS OUT TRACE STEPS OPTIMISER KILL_AFTER ACCUMULATE DROPOUT
+    python traced_run.py RUNS
 
-Started by test_resume.py, alone or under torchrun; every rank writes TRACE.<rank>, and kills itself
-without warning after step KILL_AFTER (0: never).
+Started by test_resume.py. RUNS is a JSON list of lists: PROCESSES CORPUS OUT TRACE STEPS OPTIMISER
+KILL_AFTER ACCUMULATE DROPOUT. The runs follow each other, each in processes forked from this one,
+which has imported everything and done nothing: imports take longer than the runs. Every rank writes
+TRACE.<rank>, and kills itself without warning after step KILL_AFTER (0: never). What was said goes
+to standard output, the exit codes of each run to its last lines.
 """
 
 import hashlib
+import json
 import os
 import signal
+import socket
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 from genemodel.settings import parse
@@ -18,9 +25,7 @@ from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 
 
-def main() -> None:
-    corpus, out, trace, max_steps, optimiser = sys.argv[1:6]
-    kill_after, accumulate, dropout = int(sys.argv[6]), int(sys.argv[7]), float(sys.argv[8])
+def train(corpus, out, trace, max_steps, optimiser, kill_after, accumulate, dropout) -> None:
     file = Path(f"{trace}.{os.environ.get('RANK', '0')}").open("a")
     gradient_itself, after_itself = Loop._gradient, Loop._after_step
     digest = ""
@@ -55,7 +60,7 @@ def main() -> None:
                 "model": {"layers": 1, "width": 16, "heads": 2, "ffn": 16, "dropout": dropout},
                 "optim": {"name": optimiser, "warmup_steps": 3, "clip": 0.5},
                 "trainer": {
-                    "max_steps": int(max_steps),
+                    "max_steps": max_steps,
                     "accelerator": "cpu",
                     "accumulate": accumulate,
                     "checkpoint_every": 4,
@@ -66,6 +71,49 @@ def main() -> None:
             },
         )
     )
+
+
+def ranks_of(n: int) -> list[dict[str, str]]:
+    """Give the environment of every process, as torchrun sets it."""
+    if n == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [
+        {
+            "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+            "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "GENEMODEL_SUPERVISED": "1",
+        }
+        for r in range(n)
+    ]  # fmt: skip
+
+
+def forked(environment: dict[str, str], arguments: list) -> int:
+    sys.stdout.flush()
+    assert threading.active_count() == 1, "forking with threads"
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.environ.update(environment)
+        train(*arguments)
+        code = 0
+    except BaseException:  # noqa: BLE001 - as the interpreter would
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    codes = []
+    for processes, *arguments in json.loads(sys.argv[1]):
+        children = [forked(environment, arguments) for environment in ranks_of(processes)]
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+    print(f"\n{json.dumps(codes)}")
 
 
 if __name__ == "__main__":
