@@ -30,7 +30,10 @@ def test_a_file_with_one_batch_and_no_labels(tmp_path, small_vocabulary):
     adata["human"].obs = pd.DataFrame(index=adata["human"].obs_names)
     adata["human"].write_h5ad(tmp_path / "mine.h5ad")
     settings = DemoSettings(
-        input=(str(tmp_path / "mine.h5ad"),), species="human", out=str(tmp_path / "out"), steps=2,
+        input=(str(tmp_path / "mine.h5ad"),),
+        species="human",
+        out=str(tmp_path / "out"),
+        steps=2,
         vocabulary=str(tmp_path / "genes.tsv"),
     )
     assert "report.html" in demo(settings)

@@ -20,7 +20,6 @@ from genemodel.train import memory, recipe
 from genemodel.train.loop import Loop
 from genemodel.train.recipe import pretrain
 
-
 on_gpu = functools.partial(pytest.param, marks=pytest.mark.gpu)
 
 
