@@ -173,6 +173,11 @@ def test_bars_and_tables_say_what_was_not_computed():
     assert texts == {"0.500": "normal", "0.600": "bold", "–": "normal", "0.200": "bold"}
     with pytest.raises(DataError, match="empty"):
         plots.metric_bars(table.iloc[:0])
+    wide = pd.DataFrame(np.ones((3, 6)), columns=list("abcdef"))
+    axes = plots.metric_bars(wide)
+    assert [ax.get_title() for ax in axes] == list("abcdef")
+    # As wide as a page of a window of 1,200 pixels shows nearly unshrunk.
+    assert axes[0].figure.get_size_inches()[0] * 96 < 1_020
 
 
 def test_confusion_rows_are_shares_and_unknown_stands_last():

@@ -165,7 +165,7 @@ def test_a_figure_has_its_drawing_behind_a_link_and_a_wide_one_is_not_shrunk():
     vector = base64.b64decode(re.search(r"data:image/svg\+xml;base64,([^\"]+)", page)[1]).decode()
     assert vector.startswith("<?xml") and ">words to edit</text>" in vector
     assert 'download="figure-1.svg"' in page and "<figure>" in page
-    wide = Report("t").figure(plt.subplots(figsize=(16, 1))[0]).html()
+    wide = Report("t").figure(plt.subplots(figsize=(20, 1))[0]).html()
     assert '<figure class="wide">' in wide
 
 

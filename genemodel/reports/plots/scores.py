@@ -1,5 +1,6 @@
 """Scores of methods: bars, tables, confusion, accuracy by type, estimates with intervals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from genemodel.reports.plots.drawing import _GREY, _OURS, _axes, _clean, _natura
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# Panels in a row that a page of 944 pixels shows without shrinking their letters.
+_ACROSS = 4
 
 
 def _short(value: float) -> str:
@@ -42,10 +46,13 @@ def metric_bars(
         raise DataError("The table of metrics is empty; nothing can be drawn.")
     columns = list(table.columns)
     strong = set(highlight) or set(table.index)
-    figure, axes = _new(1, len(columns), width=2.4, height=1.0)
-    figure.set_size_inches(1.3 + 2.3 * len(columns), 0.9 + 0.3 * len(table))
+    rows, across = math.ceil(len(columns) / _ACROSS), min(_ACROSS, len(columns))
+    figure, axes = _new(rows, across, width=2.4, height=1.0, panels=len(columns))
+    figure.set_size_inches(1.3 + 2.3 * across, rows * (0.9 + 0.3 * len(table)))
+    for ax in axes.ravel()[len(columns) :]:
+        ax.set_visible(False)
     place = np.arange(len(table))[::-1]
-    for ax, column in zip(axes[0], columns, strict=True):
+    for ax, column in zip(axes.ravel(), columns, strict=False):
         values = table[column].to_numpy(float)
         colours = [_OURS if name in strong else _GREY for name in table.index]
         spread = None if errors is None else errors[column].to_numpy(float)
@@ -60,7 +67,7 @@ def metric_bars(
             )
         ax.set_xlim(low * 1.05, (high or 1.0) * 1.32)
         ax.set_yticks(
-            place, list(table.index) if ax is axes[0, 0] else [""] * len(table), fontsize=8
+            place, list(table.index) if ax in axes[:, 0] else [""] * len(table), fontsize=8
         )
         ax.tick_params(axis="x", labelsize=7)
         ax.tick_params(axis="y", length=0)
@@ -68,7 +75,7 @@ def metric_bars(
         if notes and column in notes:
             ax.set_xlabel(notes[column], fontsize=8)
         _clean(ax)
-    return axes[0]
+    return axes.ravel()[: len(columns)]
 
 
 def metric_table(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
