@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 # The order in which a reader meets the guides; pages that are not named here follow by their names.
 GUIDES = [
-    "install", "which_method", "inputs", "genes", "corpus", "training", "embedding", "finetuning",
-    "integration", "few_cells", "annotation", "imputation", "perturbation", "clusters",
-    "contamination", "evaluate", "importing", "gpu", "scale",
+    "install", "which_method", "inputs", "genes", "corpus", "knowledge", "training", "embedding",
+    "finetuning", "integration", "few_cells", "annotation", "imputation", "perturbation",
+    "response", "gene_tasks", "networks", "trajectories", "contamination", "evaluate", "importing", "hub",
+    "command_line", "gpu", "clusters", "scale",
 ]  # fmt: skip
 # Pages that have a place of their own in the index.
 PLACED = {
