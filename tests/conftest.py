@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_corruption.py",
         "test_recipe.py",
         "test_demo.py",
+        "test_notebooks.py",
         "test_tutorial.py",
     )
     place = {name: n for n, name in enumerate(first)}
