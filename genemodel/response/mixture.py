@@ -10,7 +10,6 @@ import numpy as np
 
 from genemodel.metrics.response import (
     differential,
-    discrimination,
     expression_error,
     normal_test,
 )
@@ -20,6 +19,7 @@ from genemodel.response.panels import (
     NOTHING,
     REPLICATE,
     VALUES,
+    ranked,
     scaled_panel,
     values_of,
 )
@@ -258,6 +258,7 @@ def _inner_scores(
 ) -> dict[str, np.ndarray]:
     """Score candidates and a repeat on profiles: name -> (U, values)."""
     targets = [g for genes in measured.own for g in genes]
+    context_U = measured.units.context_T
     of_no_target_G = ~np.isin(np.arange(kept_UG.shape[1]), targets)
     # Chance of the cells that are drawn.
     chance_UG = rng.normal(size=kept_UG.shape) * np.sqrt(measured.noise_UG)
@@ -278,8 +279,8 @@ def _inner_scores(
             drawn_G = effect_UG[u] + chance_UG[u] * moved_U[u]
             tested = normal_test(drawn_G, again.noise_UG[u]).without(~kept_UG[u])
             rows.append(differential(tested, real[u]) | {ERROR: error, NOTHING: nothing})
-        ranked = _ranked(effect_UG, again.judged_UG, of_no_target_G, fold_U)
-        found[name] = values_of(rows, ranked)
+        ranks = _ranked(effect_UG, again.judged_UG, of_no_target_G, fold_U, context_U)
+        found[name] = values_of(rows, ranks)
     rows = []
     for u in range(len(fold_U)):
         noise_G = again.half_noise_UG[u]
@@ -291,18 +292,22 @@ def _inner_scores(
             for x in (again.first_UG, again.second_UG)
         ]
         rows.append(differential(halves[0], halves[1], real[u]) | {ERROR: error, NOTHING: nothing})
-    ranked = _ranked(again.first_UG, again.second_UG, of_no_target_G, fold_U)
-    found[REPLICATE] = values_of(rows, ranked)
+    ranks = _ranked(again.first_UG, again.second_UG, of_no_target_G, fold_U, context_U)
+    found[REPLICATE] = values_of(rows, ranks)
     return found
 
 
 def _ranked(
-    predicted_UG: np.ndarray, measured_UG: np.ndarray, kept_G: np.ndarray, fold_U: np.ndarray
+    predicted_UG: np.ndarray,
+    measured_UG: np.ndarray,
+    kept_G: np.ndarray,
+    fold_U: np.ndarray,
+    context_U: np.ndarray,
 ) -> np.ndarray:
     ranked_U = np.full(len(fold_U), np.nan)
     for fold in np.unique(fold_U):
         at = fold_U == fold
-        ranked_U[at] = discrimination(predicted_UG[at], measured_UG[at], kept_G)
+        ranked_U[at] = ranked(predicted_UG[at], measured_UG[at], kept_G, context_U[at])
     return ranked_U
 
 

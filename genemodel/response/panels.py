@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from genemodel.metrics.response import METRICS, scaled
+from genemodel.metrics.response import METRICS, discrimination, scaled
 
 # Least distance between mean response and a repeat that a score may be divided by (of the
 # challenge's own data the smallest is 0.28), in score and in standard errors.
@@ -36,6 +36,23 @@ def panel(values_UV: np.ndarray) -> dict[str, float]:
     error, nothing = sum_V[VALUES.index(ERROR)], sum_V[VALUES.index(NOTHING)]
     by_name["expression_error"] = float(error / nothing) if nothing > 0 else np.nan
     return {name: by_name[name] for name in METRICS}
+
+
+def ranked(
+    predicted_UG: np.ndarray, measured_UG: np.ndarray, kept_G: np.ndarray, context_U: np.ndarray
+) -> np.ndarray:
+    """Discriminate among what is held out together in one context.
+
+    Contexts differ by more than perturbations do. Where each has one unit, among all of them.
+    """
+    codes, place_U = np.unique(context_U, return_inverse=True)
+    if len(codes) == len(context_U):
+        return discrimination(predicted_UG, measured_UG, kept_G)
+    found_U = np.full(len(context_U), np.nan)
+    for x in range(len(codes)):
+        at = place_U == x
+        found_U[at] = discrimination(predicted_UG[at], measured_UG[at], kept_G)
+    return found_U
 
 
 def telling(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from genemodel.metrics.response import (
     Compared,
     compare,
     differential,
-    discrimination,
     expression_error,
     genes_to_test,
 )
@@ -24,7 +23,7 @@ from genemodel.response.mixture import (
     fit_mixture,
     ingredients,
 )
-from genemodel.response.panels import ERROR, NOTHING, REPLICATE
+from genemodel.response.panels import ERROR, NOTHING, REPLICATE, ranked
 from genemodel.response.predictors import Again, Asked, Measured
 from genemodel.response.sampling import cells_with_effect
 from genemodel.response.screen import Origin, Screen, Unit
@@ -223,10 +222,11 @@ class Judge:
         halves = [self._replicate(unit) for unit in units]
         first_TG, second_TG = (np.stack([half[k] for half in halves]) for k in (0, 1))
         not_targets_G = ~screen.target_G
-        ranked = {
-            name: discrimination(effect_TG, measured_TG, not_targets_G)
+        context_T = np.array([unit.context for unit in units])
+        ranks = {
+            name: ranked(effect_TG, measured_TG, not_targets_G, context_T)
             for name, effect_TG in predictions.items()
-        } | {REPLICATE: discrimination(first_TG, second_TG, not_targets_G)}
+        } | {REPLICATE: ranked(first_TG, second_TG, not_targets_G, context_T)}
         for t, (u, unit) in enumerate(zip(held, units, strict=True)):
             kept_G = ~screen.own_G(unit.perturbation)
             real = self._tested(unit, self.judge).without(~kept_G)
@@ -237,11 +237,11 @@ class Judge:
                 )
                 made = self._made(unit, effect_TG[t]).without(~kept_G)
                 rows.append(
-                    about | {"method": name, "discrimination": ranked[name][t], ERROR: error,
+                    about | {"method": name, "discrimination": ranks[name][t], ERROR: error,
                              NOTHING: nothing} | differential(made, real)
                 )  # fmt: skip
             rows.append(
-                about | {"method": REPLICATE, "discrimination": ranked[REPLICATE][t]}
+                about | {"method": REPLICATE, "discrimination": ranks[REPLICATE][t]}
                 | self._halves(unit, halves[t], real, kept_G)
             )  # fmt: skip
         return rows

@@ -14,7 +14,7 @@ from genemodel.command.cli import main
 from genemodel.errors import ConfigError, DataError
 from genemodel.response.design import design_of
 from genemodel.response.null_test import null_test, p_of_shuffled
-from genemodel.response.panels import REPLICATE, VALUES, panel, telling
+from genemodel.response.panels import REPLICATE, VALUES, panel, ranked, telling
 from genemodel.response.settings import AskedResponse
 
 G = 60
@@ -241,6 +241,19 @@ def test_what_tells_nothing_apart_does_not_count() -> None:
     assert telling(values)[:1] == ("discrimination",)
     assert "direction_fidelity" not in telling(values)
     assert panel(values[REPLICATE])["discrimination"] == pytest.approx(0.95, abs=0.02)
+
+
+def test_discrimination_is_within_contexts() -> None:
+    rng = np.random.default_rng(7)
+    place = np.repeat([0, 1], 4)
+    measured = rng.normal(size=(8, G)) + 3 * rng.normal(size=(2, G))[place]
+    # All that is known is the context: that tells contexts apart, and no perturbation.
+    shared = np.stack([measured[:4].mean(0), measured[4:].mean(0)])[place]
+    kept = np.ones(G, bool)
+    assert ranked(shared, measured, kept, place).mean() == pytest.approx(0.5)
+    assert ranked(measured, measured, kept, place) == pytest.approx(1)
+    assert ranked(measured, measured, kept, np.arange(8)) == pytest.approx(1)
+    assert np.isnan(ranked(measured[:3], measured[:3], kept, np.array([0, 0, 1]))[2])
 
 
 @pytest.mark.parametrize(
