@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 GUIDES = [
     "install", "which_method", "inputs", "genes", "corpus", "knowledge", "training", "embedding",
     "finetuning", "integration", "few_cells", "annotation", "imputation", "perturbation",
-    "response", "gene_tasks", "networks", "trajectories", "contamination", "evaluate", "importing", "hub",
-    "command_line", "gpu", "clusters", "scale",
+    "response", "gene_tasks", "networks", "trajectories", "contamination", "evaluate", "importing",
+    "hub", "command_line", "gpu", "clusters", "scale",
 ]  # fmt: skip
 # Pages that have a place of their own in the index.
 PLACED = {
