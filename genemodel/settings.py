@@ -717,6 +717,12 @@ _VERBOSITY = {
 }  # fmt: skip
 
 
+def somebody_looks_on() -> bool:
+    """Whether a bar is seen where standard error goes: on a terminal or in a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or hasattr(shell, "kernel")
+
+
 if typing.TYPE_CHECKING:
     verbosity: str | int
 

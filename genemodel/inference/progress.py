@@ -1,12 +1,13 @@
 """How far a long pass over cells is: a bar where somebody looks on, lines in the log elsewhere."""
 
 import logging
-import sys
 import time
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm.auto import tqdm
+
+from genemodel.settings import somebody_looks_on
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Progress:
         self._warm: tuple[float, int] | None = None
         self._wait_s = FIRST_S
         self._bar: Any = None
-        if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        if somebody_looks_on():
             self._bar = tqdm(
                 total=total, initial=done, desc=what, unit=f" {unit}", unit_scale=True, leave=False
             )

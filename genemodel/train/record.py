@@ -4,7 +4,6 @@ import csv
 import io
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from genemodel.model.flops import training_flops
+from genemodel.settings import somebody_looks_on
 from genemodel.train.checkpoint import CheckpointWriter
 from genemodel.train.settings import LogSettings, TrainerSettings
 from genemodel.train.wandb_log import start_wandb
@@ -277,11 +277,6 @@ def _loss(name: str, row: Mapping[str, float]) -> str:
     trivial = row.get(f"trivial/{name}")
     beside = f" (trivial {trivial:.3f})" if trivial else ""
     return f"{name} {row[f'train/{name}']:.3f}{beside}"
-
-
-def somebody_looks_on() -> bool:
-    """Whether a bar is seen where standard error goes: on a terminal or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def duration(seconds: float) -> str:

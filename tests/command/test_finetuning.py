@@ -55,7 +55,7 @@ def test_a_run_writes_embedding_and_model(file, tmp_path, capsys):
         "curves.csv", "embedded.h5ad", "finetune.json", "heads", "model", "report.html",
     ]  # fmt: skip
     curves = pd.read_csv(out / "curves.csv")
-    assert set(curves["loss"]) == {"counts", "kl"} and curves["step"].max() == 6
+    assert set(curves["loss"]) == {"nats_per_count", "kl"} and curves["step"].max() == 6
     before = (out / "embedded.h5ad").stat().st_mtime_ns
     assert main([*words, *TINY]) == 0
     assert "is complete" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_a_metric_of_labels_sees_those_given_and_those_known(cells):
         ({"mse_ratio": len}, "already; rename yours"),
         ({"seconds": len}, "already; rename yours"),
         ({"mine": 3}, "'mine' is 3; give a function"),
-        ({"mine": Metric(len, "up")}, "better='up'; high, low or None"),
+        ({"mine": Metric(len, "up")}, "better of 'mine' is 'up'; high, low or None"),
     ],
 )
 def test_what_is_no_metric_is_refused_before_work(cells, metrics, said, monkeypatch):

@@ -99,7 +99,7 @@ def test_genes_move_as_in_the_published_sequence_without_one(tmp_path):
         left = [t for t in sequence if t != gone]
         with torch.no_grad():
             before, after = (
-                theirs(torch.tensor([s]), output_hidden_states=True).hidden_states[-1][0]
+                theirs(torch.tensor([s]), output_hidden_states=True).hidden_states[-2][0]
                 for s in (sequence, left)
             )
         for place, one in enumerate(left):

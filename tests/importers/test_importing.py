@@ -333,7 +333,7 @@ def test_what_is_not_exactly_a_published_model_is_refused_by_name(changed, name,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["import"], "path"),
+        (["import"], "input"),
         (["import", "{m}", "out={m}"], "exists: set overwrite=true"),
         (["import", "{m}", "dictionaries=nowhere"], "dictionaries=nowhere does not exist"),
         (["import", "{m}", "medians=nowhere"], "medians=nowhere is no file"),

@@ -15,7 +15,6 @@ def clock(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have it
 
     def move(seconds):
         now[0] += seconds

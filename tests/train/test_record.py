@@ -143,15 +143,17 @@ def test_losses_stand_beside_the_trivial_predictor_and_silent_ones_nowhere(tmp_p
 
 def test_a_bar_is_shown_on_a_terminal_and_in_a_notebook(tmp_path, monkeypatch):
     import sys
-    from types import ModuleType
+    from types import ModuleType, SimpleNamespace
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    notebook = ModuleType("IPython")
+    notebook.get_ipython = lambda: None  # as where a script has imported it
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
     log = record(tmp_path)
     log.start(0)
     assert log._bar is None  # lines in a log
-    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
-    notebook = record(tmp_path)
-    notebook.start(0)
-    assert notebook._bar is not None
-    notebook._bar.close()
+    notebook.get_ipython = lambda: SimpleNamespace(kernel=None)
+    log = record(tmp_path)
+    log.start(0)
+    assert log._bar is not None
+    log._bar.close()
