@@ -78,8 +78,12 @@ def _integration_report(result: "EvaluationResult", umaps: bool) -> Report:
             "batch: are batches mixed within them (BRAS, iLISI, kBET, graph connectivity, PCR). "
             "total = 0.6 bio + 0.4 batch, all by scib-metrics; each is 1 at best. kNN: share of "
             "cells whose type is called right by their 15 nearest cells of other batches.\n\nRead "
-            "bio and batch together. Random coordinates mix batches perfectly and know no biology: "
-            "the row 'random' shows how much of a total that alone gives."
+            "bio and batch together. Random coordinates mix batches perfectly and know no biology"
+            + (
+                ": the row 'random' shows how much of a total that alone gives."
+                if "random" in result.summary().index
+                else "."
+            )
         )
     elif "batch*" in there:
         words += "batch* = mean of iLISI, PCR and kBET over all cells."
