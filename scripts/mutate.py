@@ -504,6 +504,20 @@ MUTANTS = (
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),
     mutant(
+        "impute-decoder-unjudged", "imputation/starting.py",
+        "enough = average - told > _TOLD * max(average - by_neighbours, 0.0)", "enough = True",
+        "a training starts as the decoder of a model that does not know the cells",
+        "imputation/test_impute_again.py"
+        "::test_training_starts_as_a_decoder_that_knows_the_cells",
+    ),
+    mutant(
+        "impute-start-without-genes", "imputation/starting.py",
+        "    head.gene_GD[known_G] = gene_VF[place_G[known_G]].to(head.gene_GD)\n", "",
+        "the gene vectors of a model's decoder are no start",
+        "imputation/test_impute_again.py"
+        "::test_training_starts_as_a_decoder_that_knows_the_cells",
+    ),
+    mutant(
         "pretrained-factors", "imputation/starting.py",
         "head.bias_G.add_(((found_G + prior) / (expected_G + prior)).log().float())", "pass",
         "a pre-trained decoder expects of other chemistries what it expected of its own",
