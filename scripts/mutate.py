@@ -378,7 +378,7 @@ MUTANTS = (
         "attention-padding", "model/gene_model.py",
         "(batch.segment_T == place_C1).to(", "(batch.segment_T <= place_C1).to(",
         "a cell's components hold those of the cells before it",
-        "model/test_gene_model.py::test_a_cell_does_not_depend_on_its_company_order_or_budget",
+        "model/test_gene_model.py::test_sums_within_cells_are_on_a_gpu_what_they_are_on_a_host",
     ),
     # -- integration -------------------------------------------------------------------------------
     mutant(

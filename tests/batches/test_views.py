@@ -53,6 +53,9 @@ def test_a_cell_is_shared_out_alike_in_any_company(counts):
     later = shared_out(counts, view, np.arange(200), epoch=1)
     np.testing.assert_array_equal(every[0], later[0])  # set aside for good
     assert (every[1] != later[1]).mean() > 0.1  # shown anew
+    half = View(3, 0.5, 0.5)  # the same share in every pass, of other molecules
+    one, two = (shared_out(counts, half, np.arange(200), epoch=e)[1] for e in (0, 1))
+    assert (one != two).mean() > 0.1
     other = shared_out(counts, View(4, 0.2, 0.9, aside=0.1), np.arange(200))
     assert (every[0] != other[0]).any()
 

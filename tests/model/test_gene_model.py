@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from genemodel.errors import ConfigError
+from genemodel.model import gene_model
 from genemodel.model.flops import encoder_flops, gene_head_flops
 from genemodel.model.gene_model import GeneModel
 from genemodel.model.settings import ModelSettings
@@ -44,6 +45,16 @@ def test_a_cell_does_not_depend_on_its_company_order_or_budget(pack_random, chan
     for c in range(4):
         torch.testing.assert_close(alone[c], together[c], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(shuffled[:4], together[[3, 1, 0, 2]], rtol=1e-4, atol=1e-5)
+
+
+def test_sums_within_cells_are_on_a_gpu_what_they_are_on_a_host(pack_random, monkeypatch):
+    """The way of a GPU, taken on a CPU: products with the cells' indicators."""
+    components, batch = build().embedding.components, pack_random()
+    with torch.no_grad():
+        host = components(batch)
+        monkeypatch.setattr(gene_model, "is_host", lambda device: False)
+        there = components(batch)
+    torch.testing.assert_close(there, host, rtol=1e-4, atol=1e-5)
 
 
 def test_a_set_model_ignores_the_order_of_genes_and_a_ranked_one_does_not(pack_random):
