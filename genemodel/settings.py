@@ -99,6 +99,17 @@ def check_out_folder(out: Path) -> None:
         raise ConfigError(f"out={out}: {above} is no folder that you may write in.")
 
 
+def check_replaced_folder(
+    out: Path, verb: str, is_ours: Callable[[Path], bool], *, overwrite: bool
+) -> None:
+    """Refuse a folder for results that is there, unless it is the verb's own and to be replaced."""
+    check_out_folder(out)
+    if out.exists() and not overwrite:
+        raise ConfigError(f"out={out} exists: set overwrite=true, or another name.")
+    if out.exists() and not is_ours(out):
+        raise ConfigError(f"out={out} was not written by {verb}: name another folder.")
+
+
 # What stands before the name of a model on the hub.
 HUB = "hf://"
 _HUB_ADDRESS = re.compile(r"hf://[\w.-]+/[\w.-]+(@[\w./-]+)?")

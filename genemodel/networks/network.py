@@ -51,7 +51,7 @@ from genemodel.networks.settings import (
     NetworkSettings,
 )
 from genemodel.networks.truth import factors, read_edges
-from genemodel.settings import check_out_folder, to_values
+from genemodel.settings import check_replaced_folder, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -181,11 +181,7 @@ def network_file(settings: NetworkSettings) -> str:
     What to print.
     """
     out = Path(settings.out)
-    check_out_folder(out)
-    if out.exists() and not settings.overwrite:
-        raise ConfigError(f"out={out} exists: set overwrite=true, or another name.")
-    if out.exists() and not is_ours(out):
-        raise ConfigError(f"out={out} was not written by network: name another folder.")
+    check_replaced_folder(out, "network", is_ours, overwrite=settings.overwrite)
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
     bundle = None

@@ -37,7 +37,7 @@ from genemodel.perturbation.settings import (
     PerturbSettings,
 )
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_out_folder, either_seed, to_values
+from genemodel.settings import check_replaced_folder, either_seed, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -180,11 +180,7 @@ def perturb_file(settings: PerturbSettings) -> str:
     What to print.
     """
     out = Path(settings.out)
-    check_out_folder(out)
-    if out.exists() and not settings.overwrite:
-        raise ConfigError(f"out={out} exists: set overwrite=true, or another name.")
-    if out.exists() and not is_ours(out):
-        raise ConfigError(f"out={out} was not written by perturb: name another folder.")
+    check_replaced_folder(out, "perturb", is_ours, overwrite=settings.overwrite)
     if not Path(settings.input).exists():
         raise DataError(f"input={settings.input} does not exist.")
     asked = settings.asked

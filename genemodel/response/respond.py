@@ -38,7 +38,7 @@ from genemodel.response.settings import (
     RespondSettings,
 )
 from genemodel.response.vectors import symbols_of
-from genemodel.settings import check_out_folder, some, to_values
+from genemodel.settings import check_replaced_folder, some, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -170,11 +170,7 @@ def respond_file(settings: RespondSettings) -> str:
     What to print.
     """
     out = Path(settings.out)
-    check_out_folder(out)
-    if out.exists() and not settings.overwrite:
-        raise ConfigError(f"out={out} exists: set overwrite=true, or another name.")
-    if out.exists() and not is_ours(out):
-        raise ConfigError(f"out={out} was not written by respond: name another folder.")
+    check_replaced_folder(out, "respond", is_ours, overwrite=settings.overwrite)
     for path in settings.knowledge:
         if not Path(path).is_file():
             raise DataError(f"knowledge={path}: there is no such file.")

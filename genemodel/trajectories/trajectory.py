@@ -31,7 +31,7 @@ from genemodel.perturbation.genes import GeneNames
 from genemodel.perturbation.settings import MIN_AUC, MIN_CELLS, MIN_COVERAGE, NULLS, Asked
 from genemodel.perturbation.statistics import adjusted
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_out_folder, to_values
+from genemodel.settings import check_replaced_folder, to_values
 from genemodel.trajectories.movers import agreement, by_model, with_time
 from genemodel.trajectories.placing import Placer
 from genemodel.trajectories.populations import Interpolator, crossing, population_table
@@ -176,11 +176,7 @@ def trajectory_file(settings: TrajectorySettings) -> str:
     What to print.
     """
     out, path = Path(settings.out), Path(settings.input)
-    check_out_folder(out)
-    if out.exists() and not settings.overwrite:
-        raise ConfigError(f"out={out} exists: set overwrite=true, or another name.")
-    if out.exists() and not is_ours(out):
-        raise ConfigError(f"out={out} was not written by trajectory: name another folder.")
+    check_replaced_folder(out, "trajectory", is_ours, overwrite=settings.overwrite)
     if not path.exists():
         raise DataError(f"input={path} does not exist.")
     adata, reading = read_anndata(path, settings.reading)
