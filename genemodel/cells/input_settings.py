@@ -101,10 +101,14 @@ class InputSettings:
                 )
         return cls(**options, **others)
 
+    def part[T](self, kind: type[T]) -> T:
+        """Take the fields of one of the classes that the settings of a verb are made of."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
     @property
     def reading(self) -> "InputSettings":
         """These alone, of a verb whose settings have further fields."""
-        return InputSettings(**self.options())
+        return self.part(InputSettings)
 
     def but(self, **changes: Any) -> Self:
         """Return a copy with some changed."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -498,11 +498,3 @@ def _without_missing(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value != _REQUIRED
     }
-
-
-def group_files(groups: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """Give every shipped file of the groups, with the key of :data:`GROUPS` that describes it."""
-    for group in groups:
-        for file in sorted((config_folder() / group).glob("*.yaml")):
-            own = f"{group}/{file.stem}"
-            yield (own if own in GROUPS else group), file

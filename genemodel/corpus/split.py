@@ -135,23 +135,6 @@ def hold_out(
     return split
 
 
-def split_cells(
-    corpus: Grouped,
-    *,
-    by: str = "donor",
-    holdout: Sequence[str] | float = 0.1,
-    seed: int = 0,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Divide as :func:`hold_out` does, by names of groups or a share; returns the cells alone."""
-    if isinstance(holdout, float | int):
-        split = hold_out(corpus, by=by, fraction=holdout, seed=seed)
-    elif len(holdout):
-        split = hold_out(corpus, by=by, groups=holdout, seed=seed)
-    else:
-        raise ConfigError("holdout is an empty list: name at least one group, or give a share")
-    return split.train, split.held_out
-
-
 def _cells_of(corpus: Grouped, codes_C: npt.NDArray[np.integer], n: int) -> npt.NDArray[np.int64]:
     """Count the cells of every species in every group; cells of no known group are left out."""
     species_C, species = corpus.codes("species")

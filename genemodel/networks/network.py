@@ -51,7 +51,7 @@ from genemodel.networks.settings import (
     NetworkSettings,
 )
 from genemodel.networks.truth import factors, read_edges
-from genemodel.settings import check_replaced_folder, to_values
+from genemodel.settings import check_replaced_folder, texts, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -102,8 +102,9 @@ def network(
         ``"pearson"``, ``"partial"`` and ``"grnboost"`` ask the cells. By default all that can be
         had.
     tfs
-        Transcription factors: symbols or Ensembl ids, or one file of them. By default those of
-        ``truth``; without it every gene.
+        Transcription factors, which edges start from: symbols or Ensembl ids, or one file with a
+        name in the first column of every line. By default those of ``truth``; without it every
+        gene.
     n_genes
         Targets: so many of the most variable genes, and the transcription factors.
     truth
@@ -121,11 +122,11 @@ def network(
     max_cells
         Most cells that are looked at; 0 for all.
     jacobian_cells
-        Most cells for the Jacobian.
+        Most cells for the Jacobian, which goes backwards through the model once a dimension.
     min_cells, min_coverage
         Least number and share of the cells that hold a gene.
     max_edges
-        Edges kept of a method; 0 for all.
+        Edges kept of a method, the strongest; 0 for all.
     bootstraps
         Resamples of the transcription factors for intervals.
     workers
@@ -154,8 +155,8 @@ def network(
         A gene, column or table is unknown, or no transcription factor is in enough cells.
     """
     asked = Asked(
-        methods=cast("tuple[Method, ...]", _texts(methods)), tfs=_texts(tfs), n_genes=n_genes,
-        truth=str(truth), truth_kind=truth_kind, prior=_texts(prior), show=show,
+        methods=cast("tuple[Method, ...]", texts(methods)), tfs=texts(tfs), n_genes=n_genes,
+        truth=str(truth), truth_kind=truth_kind, prior=texts(prior), show=show,
         donor_key=donor_key, max_cells=max_cells, jacobian_cells=jacobian_cells,
         min_cells=min_cells, min_coverage=min_coverage, max_edges=max_edges,
         bootstraps=bootstraps, workers=workers, batch_tokens=batch_tokens, seed=seed,
@@ -383,9 +384,3 @@ def _stabilities(
         )
         found[method] = stability(one, other, counts_ST, k)
     return found
-
-
-def _texts(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
-    if isinstance(values, str | Path):
-        return (str(values),) if str(values) else ()
-    return tuple(str(value) for value in values)

@@ -37,7 +37,7 @@ from genemodel.perturbation.settings import (
     PerturbSettings,
 )
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_replaced_folder, either_seed, to_values
+from genemodel.settings import check_replaced_folder, either_seed, texts, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -149,9 +149,9 @@ def perturb(
         separate.
     """
     asked = Asked(
-        genes=_texts(genes), perturb_type=perturb_type, rank_shift=rank_shift, combos=combos,
+        genes=texts(genes), perturb_type=perturb_type, rank_shift=rank_shift, combos=combos,
         anchor_gene=anchor_gene, group_needs=group_needs, emb_mode=emb_mode, state_key=state_key,
-        start_state=start_state, goal_state=goal_state, alt_states=_texts(alt_states),
+        start_state=start_state, goal_state=goal_state, alt_states=texts(alt_states),
         donor_key=donor_key, nulls=nulls, position_preserving=position_preserving,
         min_cells=min_cells, min_coverage=min_coverage, min_auc=min_auc, max_cells=max_cells,
         precision=precision, seed=seed,
@@ -238,7 +238,3 @@ def _fill(plan: Plan, blocks: Blocks) -> None:
         for number in missing:
             start, stop = blocks.span(number)
             blocks.keep(number, plan.shifts(np.arange(start, stop), progress.add))
-
-
-def _texts(values: str | Sequence[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(values)

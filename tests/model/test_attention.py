@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from attention_oracle import attend_reference
 from device_traffic import DeviceTraffic, fake_cuda
 
 from genemodel.batches.packing import plan_bins
@@ -10,9 +11,7 @@ from genemodel.batches.tokens import TokenSettings
 from genemodel.model.attention import (
     attend,
     attend_padded,
-    attend_reference,
     flash_fits,
-    thread_blocks,
 )
 
 
@@ -69,6 +68,19 @@ def test_cuda_equals_the_oracle(dtype):
     wanted = torch.autograd.grad((want * weight).sum(), (q, k, v))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=5 * tolerance, atol=5 * tolerance)
+
+
+# Queries of one thread block of FlashAttention-2, at head widths up to 128.
+_QUERIES_A_BLOCK = 128
+
+
+def thread_blocks(
+    length_C: np.ndarray, *, places: int, longest: int, heads: int
+) -> tuple[int, int]:
+    """Thread blocks that the variable-length kernel starts, and those that have work."""
+    launched = -(-longest // _QUERIES_A_BLOCK) * places * heads
+    useful = int((-(-np.asarray(length_C, np.int64) // _QUERIES_A_BLOCK)).sum()) * heads
+    return launched, useful
 
 
 @pytest.mark.parametrize("budget", [16_384, 65_536])

@@ -12,7 +12,6 @@ from genemodel.reports.plots.cells import embedding_grid, embedding_panel, embed
 from genemodel.reports.plots.corpus import source_panels
 from genemodel.reports.plots.counts import (
     calibration,
-    held_out_scatter,
     mean_variance,
     zero_fraction,
 )
@@ -25,16 +24,13 @@ from genemodel.reports.plots.drawing import _lab as _lab
 from genemodel.reports.plots.drawing import _new as _new
 from genemodel.reports.plots.drawing import category_colours, into, palette
 from genemodel.reports.plots.scores import (
-    annotation_bars,
     confusion,
     interval_rows,
     metric_bars,
-    metric_table,
 )
 from genemodel.reports.plots.training import curve_names, loss_curves, throughput_curves
 
 __all__ = [
-    "annotation_bars",
     "calibration",
     "category_colours",
     "confusion",
@@ -42,13 +38,11 @@ __all__ = [
     "embedding_grid",
     "embedding_panel",
     "embedding_panels",
-    "held_out_scatter",
     "interval_rows",
     "into",
     "loss_curves",
     "mean_variance",
     "metric_bars",
-    "metric_table",
     "palette",
     "source_panels",
     "throughput_curves",
