@@ -175,12 +175,7 @@ def network(
 
 
 def network_file(settings: NetworkSettings) -> str:
-    """Infer networks from the cells of a file, and write them as a folder of tables.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Write networks of the cells of a file as a folder of tables; returns what to print."""
     out = Path(settings.out)
     check_replaced_folder(out, "network", is_ours, overwrite=settings.overwrite)
     if not Path(settings.input).exists():

@@ -173,12 +173,7 @@ def perturb(
 
 
 def perturb_file(settings: PerturbSettings) -> str:
-    """Perturb the cells of a file, block by block; the same settings go on after an interruption.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Perturb the cells of a file in blocks; an interrupted run goes on. Returns what to print."""
     out = Path(settings.out)
     check_replaced_folder(out, "perturb", is_ours, overwrite=settings.overwrite)
     if not Path(settings.input).exists():

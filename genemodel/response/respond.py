@@ -164,12 +164,7 @@ def respond(
 
 
 def respond_file(settings: RespondSettings) -> str:
-    """Do the same with the cells of a file.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Do the same with the cells of a file; returns what to print."""
     out = Path(settings.out)
     check_replaced_folder(out, "respond", is_ours, overwrite=settings.overwrite)
     for path in settings.knowledge:

@@ -169,12 +169,7 @@ def trajectory(
 
 
 def trajectory_file(settings: TrajectorySettings) -> str:
-    """Do the same with the cells of a file, and write tables.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Do the same with the cells of a file, and write tables; returns what to print."""
     out, path = Path(settings.out), Path(settings.input)
     check_replaced_folder(out, "trajectory", is_ours, overwrite=settings.overwrite)
     if not path.exists():
