@@ -16,7 +16,6 @@ vocabulary, or shares its tokens with another species, loses no knowledge.
 Axes: V vocabulary, P numbers of a gene, N rows.
 """
 
-import gzip
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.genes.tables import decoded
 from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary
 from genemodel.settings import nearest
-from genemodel.writing import whole
+from genemodel.writing import write_text
 
 MAGIC = "# genemodel knowledge table 1"
 # Where `knowledge build` writes and `model.knowledge` looks names up, unless told otherwise.
@@ -147,14 +146,7 @@ class KnowledgeTable:
         for token in np.flatnonzero(self.present_V):
             row = (f"{x:.{_DIGITS}g}" for x in self.table_VP[token].tolist())
             text.write("\t".join([ids[token], *row]) + "\n")
-        data = text.getvalue().encode()
-        if path.suffix == ".gz":
-            packed = io.BytesIO()
-            with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as stream:
-                stream.write(data)
-            data = packed.getvalue()
-        with whole(path, needed=len(data)) as partial:
-            partial.write_bytes(data)
+        write_text(path, text.getvalue())
 
     def shuffled(self, seed: int) -> "KnowledgeTable":
         """Return the control: the same vectors, dealt to the known genes at random.

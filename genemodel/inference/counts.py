@@ -108,6 +108,18 @@ class VocabularyCells:
     def __len__(self) -> int:
         return self.source.n_cells
 
+    def tokens_beside(self, n_genes: int, what: str) -> np.ndarray:
+        """Token of every gene of an AnnData, −1 for none; refuses other genes than its own."""
+        token_G = np.full(len(self.source.genes), -1, np.int64)
+        for match in self.matches.values():
+            token_G = np.where(token_G < 0, match.token_G, token_G)
+        if len(token_G) != n_genes:
+            raise DataError(
+                f"adata has {n_genes:,} genes, and the counts that were read {len(token_G):,} "
+                f"(layer=raw): {what}. Give adata.raw.to_adata()."
+            )
+        return token_G
+
     @property
     def measured_SV(self) -> np.ndarray:
         """Which genes this source measured, by species code, bool (S, V)."""

@@ -14,7 +14,7 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for, model_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -164,11 +164,7 @@ def network(
     reading = InputSettings.given(options)
     check_key_added(key_added, "uns")
     check_in_memory(adata, "adata", "genemodel network")
-    bundle = None
-    if model is not None:
-        bundle = model_for("network", (Bundle,), model, device="auto" if device is None else device)
-        if device is not None:
-            bundle = bundle.on(device_of(device))
+    bundle = None if model is None else bundle_for("network", model, device)
     result = _networks(adata, bundle, asked, reading)
     adata.uns[key_added] = for_uns(result)
     return result

@@ -14,7 +14,7 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for, model_for
 from genemodel.cells.annotations import read_annotations
 from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
@@ -159,9 +159,7 @@ def perturb(
     reading = InputSettings.given(options)
     check_key_added(key_added, "uns")
     check_in_memory(adata, "adata", "genemodel perturb")
-    bundle = model_for("perturb", (Bundle,), model, device="auto" if device is None else device)
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+    bundle = bundle_for("perturb", model, device)
     _check_mode(bundle, asked)
     cells = VocabularyCells(adata, bundle, reading)
     plan = plan_of(cells, adata.obs, bundle, asked, reading, batch_tokens, "adata")
