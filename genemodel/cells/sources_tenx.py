@@ -15,13 +15,7 @@ import scipy.sparse as sp
 
 from genemodel.cells.contract import Candidate, choose_counts
 from genemodel.cells.genomes import GENOME
-from genemodel.cells.matrices import (
-    Rows,
-    SequentialRows,
-    SparseRows,
-    numeric,
-    refuse_damage,
-)
+from genemodel.cells.matrices import Rows, SequentialRows, SparseRows, numeric, refuse_damage
 from genemodel.cells.source import OpenOptions, Source
 from genemodel.errors import DataError
 from genemodel.genes.recognition import refuse_turned

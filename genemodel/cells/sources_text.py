@@ -24,12 +24,7 @@ from genemodel.cells.matrices import (
 from genemodel.cells.source import OpenOptions, Source
 from genemodel.cells.sources_tenx import is_gzip
 from genemodel.errors import DataError
-from genemodel.genes.recognition import (
-    are_barcodes,
-    name_column,
-    refuse_turned,
-    share_of_genes,
-)
+from genemodel.genes.recognition import are_barcodes, name_column, refuse_turned, share_of_genes
 
 log = logging.getLogger(__name__)
 
