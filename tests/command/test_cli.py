@@ -439,7 +439,7 @@ def test_every_group_is_described_and_every_file_lists_exactly_its_fields() -> N
         entries = config_files.entries(file)
         assert [e.key for e in entries if not e.comment] == [], file
         assert config_files.opening_comment(file), file
-        values = config_files._read(file)
+        values = config_files.values_of(file)
         assert set(_leaves(values)) == set(_fields(settings)), file
         parse(settings, values, where=str(file))
 
