@@ -259,28 +259,7 @@ def _warn_of_empty(empty: int, where: str, n_cells: int, lacking: str) -> None:
 
 @dataclass(frozen=True)
 class EmbedSettings(InputSettings):
-    """Embed a file of any size; how it is read is said by :class:`InputSettings`.
-
-    Attributes
-    ----------
-    model
-        Folder of a bundle, or of an IntegratedModel, which reads the input into memory.
-    input
-        File or folder with raw counts.
-    output
-        h5ad to write: all that the input holds but its counts, with embedding and provenance.
-    key_added
-        Key in obsm; null for X_genemodel.
-    batch_size
-        Most cells at once; 0 for as many as fit the token budget.
-    device
-        auto, cpu, cuda, cuda:1 …; several for a process each, such as [0,1]. Processes that
-        torchrun started take the GPU of their local rank.
-    compile
-        auto (on a GPU from 200,000 cells on), true or false.
-    overwrite
-        Replace an existing output.
-    """
+    """Settings of ``genemodel embed``, see ``configs/embed.yaml``."""
 
     model: ModelText
     input: PathText
