@@ -180,7 +180,6 @@ def network_file(settings: NetworkSettings) -> str:
     if settings.model:
         bundle = model_for("network", (Bundle,), settings.model, device=device_of(settings.device))
     result = _networks(settings.input, bundle, settings.asked, settings.reading)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_result(result, out)
     return f"{result.describe()}\nTables are in {out}"
 

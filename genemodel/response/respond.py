@@ -175,7 +175,6 @@ def respond_file(settings: RespondSettings) -> str:
         bundle = model_for("respond", (Bundle,), settings.model, device=device_of(settings.device))
     adata, reading = read_anndata(settings.input, settings.reading)
     result = _respond(adata, settings.asked, reading, bundle, settings.input)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_result(result, out)
     return f"{result.describe()}\nTables and a page are in {out}"
 

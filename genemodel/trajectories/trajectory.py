@@ -182,7 +182,6 @@ def trajectory_file(settings: TrajectorySettings) -> str:
         adata, **given, model=settings.model or None, key_added=settings.key_added,
         device=settings.device, **reading.options(),
     )  # fmt: skip
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_result(result, without_counts(adata), out)
     return f"{result!r}\nTables are in {out}"
 
