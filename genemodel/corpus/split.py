@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from genemodel.corpus.corpus import JOINT
 from genemodel.errors import ConfigError, DataError
+from genemodel.settings import some
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Split:
         share = self.held_out.size / (self.train.size + self.held_out.size)
         return (
             f"{self.train.size:,} cells to train on, {self.held_out.size:,} ({share:.1%}) held "
-            f"out: {_shown(self.groups)}"
+            f"out: {some(self.groups, _SHOWN)}"
         )
 
 
@@ -198,7 +199,7 @@ def _warn_if_large(
         "holdout.groups to fewer or smaller groups, holdout.fraction lower, or holdout.by to a "
         "column with smaller groups.",
         100 * split.held_out.size / n, f"{split.held_out.size:,}", f"{n:,}", by,
-        _shown([f"{name} ({size[name]:,} cells)" for name in largest]),
+        some([f"{name} ({size[name]:,} cells)" for name in largest], _SHOWN),
     )  # fmt: skip
 
 
@@ -232,7 +233,7 @@ def _named(
     if not found:
         raise ConfigError(
             f"holdout.groups: there is no {by} {name!r} in the corpus; it has "
-            f"{_shown([groups[i] for i in present])}"
+            f"{some([groups[i] for i in present], _SHOWN)}"
         )
     return found
 
@@ -253,7 +254,7 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
     if len(groups) == 1:
         found = f"which has one group only ({groups[0]})"
     elif groups:
-        found = f"of which each group is the only one of a species ({_shown(groups)})"
+        found = f"of which each group is the only one of a species ({some(groups, _SHOWN)})"
     return (
         f"corpus {corpus.path}: cannot hold out by {by}, {found}. "
         + (f"Hold out by {', '.join(others)}, or nothing " if others else "Hold nothing out ")
@@ -261,8 +262,3 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
         "holdout=auto for what there is); or add sources whose column is filled "
         f"(corpus build, corpus append: columns={{{by}: COLUMN}})"
     )
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

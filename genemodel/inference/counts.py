@@ -22,7 +22,7 @@ from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.model.devices import calculates_in_half
-from genemodel.settings import nearest
+from genemodel.settings import nearest, some
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -215,9 +215,8 @@ def refuse_unknown_species(
             + (f": did you mean species={near}?" if near else ".")
         )
     column = "species" if species is None else species.removeprefix("obs:")
-    some = ", ".join(unknown[:5]) + (f", … {len(unknown) - 5} more" if len(unknown) > 5 else "")
     raise DataError(
-        f"{where}: obs[{column!r}] holds the species {some}, but {who} knows "
+        f"{where}: obs[{column!r}] holds the species {some(unknown, 5)}, but {who} knows "
         f"{', '.join(known)}. Leave those cells out, use a model trained with them, or name the "
         "right column with species=obs:COLUMN."
     )
