@@ -742,6 +742,12 @@ _VERBOSITY = {
 }  # fmt: skip
 
 
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Give the end of a refusal that asks for the nearest known name, where one is near."""
+    near = nearest(name, known)
+    return otherwise if near is None else f": did you mean {near!r}?"
+
+
 def somebody_looks_on() -> bool:
     """Whether a bar is seen where standard error goes: on a terminal or in a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

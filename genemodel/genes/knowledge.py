@@ -27,7 +27,7 @@ import numpy as np
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.tables import decoded
 from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary
-from genemodel.settings import nearest
+from genemodel.settings import did_you_mean
 from genemodel.writing import write_text
 
 MAGIC = "# genemodel knowledge table 1"
@@ -220,12 +220,10 @@ def find_tables(names: Sequence[str], folder: str | Path = FOLDER) -> dict[str, 
             path = next((one for one in there if one.is_file()), path)
         if not path.is_file():
             known = tables_in(folder)
-            near = nearest(name, known)
             listed = f"{folder} holds {', '.join(known)}" if known else f"{folder} holds none"
             raise ConfigError(
-                f"model.knowledge: no table {name!r}"
-                + (f": did you mean {near!r}?" if near else "")
-                + f" It is neither a file nor the name of a table ({listed}). Make one with "
+                f"model.knowledge: no table {name!r}{did_you_mean(name, known)}"
+                f" It is neither a file nor the name of a table ({listed}). Make one with "
                 "`genemodel knowledge build`, or set knowledge_dir."
             )
         key = key_of(path)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
-from genemodel.settings import ModelText, PathText, check_least, check_seed, nearest, texts
+from genemodel.settings import ModelText, PathText, check_least, check_seed, did_you_mean, texts
 
 type Method = Literal[
     "attention", "gene_vectors", "perturbation", "jacobian", "pearson", "partial", "grnboost"
@@ -48,11 +48,9 @@ class Asked:
             object.__setattr__(self, name, tuple(filter(None, texts(getattr(self, name)))))
         for method in self.methods:
             if method not in METHODS:
-                near = nearest(method, METHODS)
                 raise ConfigError(
-                    f"methods names {method!r}"
-                    + (f": did you mean {near!r}? " if near else ". ")
-                    + f"There are {', '.join(METHODS)}."
+                    f"methods names {method!r}{did_you_mean(method, METHODS, '.')} "
+                    f"There are {', '.join(METHODS)}."
                 )
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError(f"methods={list(self.methods)} names one twice.")
