@@ -444,6 +444,20 @@ def test_every_group_is_described_and_every_file_lists_exactly_its_fields() -> N
         parse(settings, values, where=str(file))
 
 
+def test_a_file_of_a_group_begins_from_another_one(tmp_path: Path) -> None:
+    small = config_files.compose("pretrain")["model"]
+    tiny = config_files.config_folder() / "model" / "tiny.yaml"
+    entries = {entry.key: entry for entry in config_files.entries(tiny)}
+    assert list(entries) == list(small) == list(config_files.values_of(tiny))
+    assert (entries["layers"].value, entries["norm"].value) == ("2", small["norm"])
+    # A user's own file may begin from a shipped one.
+    (tmp_path / "model").mkdir()
+    own = "# Mine.\ndefaults: [small, _self_]\nlayers: 3\n"
+    (tmp_path / "model" / "mine.yaml").write_text(own, encoding="utf-8")
+    mine = config_files.compose("pretrain", ["model=mine"], user_folder=tmp_path)["model"]
+    assert mine == small | {"layers": 3} != small
+
+
 def _leaves(values: dict[str, object], prefix: str = "") -> list[str]:
     names: list[str] = []
     for key, value in values.items():
