@@ -190,7 +190,7 @@ def test_refusals(tmp_path):
         Report("t").write(tmp_path / "file" / "report.html")
     with pytest.raises(ConfigError, match="got a str"):
         Report("t").figure("figure.png")
-    with pytest.raises(ConfigError, match="name the column 'z'; the table has x"):
+    with pytest.raises(ConfigError, match="names the column 'z'; the table has x"):
         Report("t").table(pd.DataFrame({"x": [1]}), best={"z": "high"})
     plt.close("all")
 
