@@ -93,7 +93,13 @@ class IntegrationSettings:
         check_numbers(
             self,
             positive=(
-                "n_genes", "latent", "hidden", "rank", "steps", "batch_cells", "full_passes",
+                "n_genes",
+                "latent",
+                "hidden",
+                "rank",
+                "steps",
+                "batch_cells",
+                "full_passes",
             ),
             shares=("warm_up", "keep_min", "kl_ramp", "dropout", "feature_dropout"),
             not_negative=("passes", "few_cells", "weight_decay", "kl_weight", "label_weight"),
