@@ -3,7 +3,7 @@
 
     python scripts/bench.py                 # everything, a few minutes on two cores
     python scripts/bench.py tokens packing loader scale step build embed
-    python scripts/bench.py heads --heads 10000 100000 1000000  # the last takes an hour
+    python scripts/bench.py heads --heads 10000 100000 1000000  # the last takes half an hour
     python scripts/bench.py perturb         # --size v2 for Geneformer V2's full width
     python scripts/bench.py gpu             # real training runs on a GPU, about ten minutes
     python scripts/bench.py gpu --device cpu --size tiny    # the same code, small, on a CPU

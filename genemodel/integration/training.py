@@ -288,7 +288,7 @@ class _Plan:
         )  # fmt: skip
         trainer = where.trainer
         at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
-        self.steps = max(settings.steps, math.ceil(settings.passes * n_cells / at_once))
+        self.steps = settings.steps_over(n_cells, at_once)
         # Labels give the network more to learn from than a few cells.
         self.linear = n_cells < settings.few_cells and data.label_C is None
         self.start: LinearStart | None = None
