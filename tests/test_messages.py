@@ -377,15 +377,6 @@ DROPPED = (
     "genemodel.corpus.building:FEW_GENES", "genemodel.corpus.building:MUCH_MITO",
     "genemodel.corpus.building:BuildOptions.of",
 )  # fmt: skip
-_OF_SCORES = {
-    "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
-    "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
-    "genemodel.imputation.impute:_checked_output": "nothing is written to a file",
-    "genemodel.imputation.impute:_refuse_other_genes": "the cells hold what their counts hold",
-    "genemodel.imputation.impute:_refuse_too_large": "looked at before any method runs",
-    "genemodel.imputation.impute:_order": "looked at before any method runs",
-    "genemodel.imputation.pretrained:refuse_without_decoder": "only bundles with one impute so",
-}
 NEVER_SHOWN: dict[str, dict[str, str]] = {
     "any": {
         "genemodel.genes.medians:NonzeroMedians.merge": "all parts are made with the same per_10k",
@@ -395,8 +386,24 @@ NEVER_SHOWN: dict[str, dict[str, str]] = {
         **dict.fromkeys(DROPPED, "nothing is dropped by default"),
         "genemodel.corpus.assembly:build": "a corpus that is there is opened",
     },
-    "gm.evaluate": _OF_SCORES,
-    "evaluate": _OF_SCORES,
+    "gm.evaluate": {
+        "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
+        "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
+        "genemodel.imputation.impute:_checked_output": "nothing is written to a file",
+        "genemodel.imputation.impute:_refuse_other_genes": "the cells hold what their counts hold",
+        "genemodel.imputation.impute:_refuse_too_large": "looked at before any method runs",
+        "genemodel.imputation.impute:_order": "looked at before any method runs",
+        "genemodel.imputation.pretrained:refuse_without_decoder": "only bundles with one impute so",
+    },
+    "evaluate": {
+        "genemodel.metrics.scib:_reference": "every comparison scores 'none'",
+        "genemodel.inference.obs_keys:check_key_added": "the keys are ours",
+        "genemodel.imputation.impute:_checked_output": "nothing is written to a file",
+        "genemodel.imputation.impute:_refuse_other_genes": "the cells hold what their counts hold",
+        "genemodel.imputation.impute:_refuse_too_large": "looked at before any method runs",
+        "genemodel.imputation.impute:_order": "looked at before any method runs",
+        "genemodel.imputation.pretrained:refuse_without_decoder": "only bundles with one impute so",
+    },
     "finetune": {
         **dict.fromkeys(DROPPED, "nothing is dropped by default"),
         "genemodel.imputation.impute:_checked_output": "an AnnData and a file are given",
