@@ -1,12 +1,12 @@
 """Populations of one batch that now lie among a relative of other batches, found without labels.
 
-A batch has no batch effect within itself. So each is cut into populations by itself, where its cells
-lay before the correction, and for each of them it is asked what genes tell it from the cells of its own
-batch around it (found with some cells, measured with others). Cells of other batches that lie
-beside a *shared* population differ by the same genes from those beside its surroundings, and so they
-do where the cut goes through noise, which the encoder hears in every batch alike. Beside a population
-that they do not have they differ by much less, although they are as near. Only differences within a
-batch are compared, so no batch effect takes part.
+A batch has no batch effect within itself. So each is cut into populations by itself, where its
+cells lay before the correction, and for each of them it is asked what genes tell it from the cells
+of its own batch around it (found with some cells, measured with others). Cells of other batches
+that lie beside a *shared* population differ by the same genes from those beside its surroundings,
+and so they do where the cut goes through noise, which the encoder hears in every batch alike.
+Beside a population that they do not have they differ by much less, although they are as near. Only
+differences within a batch are compared, so no batch effect takes part.
 
 Axes: C cells, D width, G genes, P cells of a population, Q cells around it, N populations, K
 neighbours, T telling genes, F folds, W weightings, U cells of other batches that are met.
@@ -36,11 +36,12 @@ _NEIGHBOURS, _COMPONENTS = 30, 20
 # (haemoglobin in ambient RNA), more by noise.
 _TELLING = 50
 _NAMED, _FOLDS = 5, 10
-# The side of a cut that others have less of is the private one. A population is named where all of
-# this holds; chosen on the development sets of docs/experiments.md ("A type of one batch alone").
+# The side of a cut that others have less of, before and after the correction, is the private one.
+# A population is named where all of this holds; chosen on the development sets and on the case of
+# docs/experiments.md ("A type of one batch alone").
 _LEAST_T = 6.0  # its genes tell it in cells that they were not found in
 _LEAST_KEPT = 0.3  # the embedding tells it from its surroundings within its own batch
-_MOST_SHOWN = 0.66  # share of that which other batches show at the same place
+_MOST_SHOWN = 0.7  # share of that which other batches show at the same place
 _MOST_OF_TYPICAL = 0.8  # and of what they show at the batch's other populations (median)
 _LEAST_Z = 2.5  # by so many standard errors
 _LEAST_ABROAD = 0.35  # share of its neighbours that are of other batches: it is merged,
@@ -109,6 +110,7 @@ def private_populations_of(
         In the order of their batches; no cell is in two.
     """
     rng = np.random.default_rng(seed)
+    latent_CD = np.ascontiguousarray(latent_CD, np.float32)
     embedding_CD = np.ascontiguousarray(embedding_CD, np.float32)
     others = np.sort(rng.permutation(len(batch_C))[:MOST_OTHERS])
     parts = [(len(own), code, own) for code, own in rows_by_group(batch_C)]
@@ -120,7 +122,7 @@ def private_populations_of(
         abroad = others[batch_C[others] != code]
         if len(abroad) < _LEAST_CELLS:
             continue
-        place = _Place(counts_CG, batch_C, embedding_CD, own, abroad, others, rng)
+        place = _Place(counts_CG, batch_C, latent_CD, embedding_CD, own, abroad, others, rng)
         found += _apart(list(place.found(code, _populations(latent_CD[own]))))
     return found
 
@@ -130,6 +132,8 @@ class _Measured(NamedTuple):
 
     abroad: float
     abroad_around: float
+    abroad_before: float
+    abroad_before_around: float
     t: float
     kept: float
     shown: float
@@ -144,6 +148,7 @@ class _Place:
         self,
         counts_CG: sparse.csr_matrix,
         batch_C: np.ndarray,
+        latent_CD: np.ndarray,
         embedding_CD: np.ndarray,
         own: np.ndarray,
         abroad: np.ndarray,
@@ -162,12 +167,17 @@ class _Place:
         self.met_UG = normalised(counts_CG[abroad[met_U]], depth=1e4)
         self.batch_U = batch_C[abroad[met_U]]
         self.expected = len(abroad) / len(others)
-        found = nearest(self.own_CD, embedding_CD[others], _NEIGHBOURS + 1)
         at_C = np.searchsorted(others, own)
         at_C[at_C == len(others)] = 0
         at_C[others[at_C] != own] = -1
-        all_CK = without(found, at_C)[0]
-        self.abroad_C = (batch_C[others][all_CK] != batch_C[own[0]]).mean(1)
+        foreign_O = batch_C[others] != batch_C[own[0]]
+        # Share of other batches among a cell's nearest of all, now and before the correction.
+        self.abroad_C, self.abroad_before_C = (
+            foreign_O[
+                without(nearest(place_CD[own], place_CD[others], _NEIGHBOURS + 1), at_C)[0]
+            ].mean(1)
+            for place_CD in (embedding_CD, latent_CD)
+        )
 
     def found(self, code: int, populations: list[np.ndarray]) -> Iterator[PrivatePopulation]:
         """Judge populations of the batch, each given by rows of its cells."""
@@ -183,8 +193,9 @@ class _Place:
         most = min(_MOST_SHOWN, _MOST_OF_TYPICAL * typical)
         for member_P, one in told:
             private = one.shown <= most * one.kept and one.z >= _LEAST_Z
-            abroad_most = min(one.abroad_around, _MOST_OF_EXPECTED * self.expected)
-            if not private or not _LEAST_ABROAD <= one.abroad < abroad_most:
+            most_abroad = min(one.abroad_around, _MOST_OF_EXPECTED * self.expected)
+            fewer = one.abroad_before < one.abroad_before_around
+            if not private or not fewer or not _LEAST_ABROAD <= one.abroad < most_abroad:
                 continue
             inside_C = np.isin(np.arange(len(self.own)), member_P)
             alone_CD = principal_components(log_normalised(self.counts_CG), _COMPONENTS, 0)
@@ -214,7 +225,11 @@ class _Place:
         shown, error_abroad = self._abroad(score_U, member_P, weight_C)
         named = np.argsort(-z_G, kind="stable")[:_NAMED]
         return _Measured(
-            float(share_C @ self.abroad_C), float(weight_C @ self.abroad_C),
+            *(
+                float(part_C @ abroad_C)
+                for abroad_C in (self.abroad_C, self.abroad_before_C)
+                for part_C in (share_C, weight_C)
+            ),
             gap / max(error, 1e-12), kept / gap, shown / gap,
             (kept - shown) / max(float(np.hypot(error, error_abroad)), 1e-12),
             tuple(int(gene) for gene in named),
@@ -245,8 +260,8 @@ class _Place:
     ) -> tuple[float, float]:
         """Difference between other batches' cells beside a population and around it.
 
-        Batch by batch, weighted with the cells beside it: a batch that has the population is the
-        one that is met there.
+        Batch by batch, weighted with those met beside it, and with those met around it: some
+        other batches may lack what is on either side, and the larger difference counts.
         """
         n_batches = int(self.batch_U.max()) + 1
         beside_U = np.bincount(self.abroad_CK[member_P].ravel(), minlength=len(score_U))
@@ -263,7 +278,9 @@ class _Place:
         beside_B = np.bincount(self.batch_U, beside_U * score_U, n_batches)[both_B]
         around_B = np.bincount(self.batch_U, around_U * score_U, n_batches)[both_B]
         step_B = beside_B / mass_B[both_B] - around_B / other_B[both_B]
-        step = float(mass_B[both_B] @ step_B / mass_B[both_B].sum())
+        step = max(
+            float(met_B[both_B] @ step_B / met_B[both_B].sum()) for met_B in (mass_B, other_B)
+        )
         error = sum(
             float(score_U[weight_U > 0].var()) / max(int((weight_U > 0).sum()), 1)
             for weight_U in (beside_U, around_U)
