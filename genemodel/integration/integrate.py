@@ -296,7 +296,9 @@ def integrate_cells(
     )
     result.provenance["vanished"] = [
         *_guard(trained, cells, labels, seed),
-        *told(trained.private, batches, known, correct=settings.correct),
+        *told(
+            trained.private, batches, known, correct=settings.correct, spare=settings.spare_private
+        ),
     ]
     result.provenance["private_cells"] = rows_of(trained.private, used_C)
     warn_of_collapse(result.provenance, "integrate")

@@ -1,4 +1,4 @@
-"""The correction, which spares populations that one batch alone has.
+"""The correction, which can spare populations that one batch alone has, and what is told of them.
 
 Axes: C cells, D width, G genes, S sampled cells.
 """
@@ -59,12 +59,14 @@ def corrected(
     counts_SG: sparse.csr_matrix,
     *,
     correct: bool = True,
+    spare: bool = False,
     look: bool = True,
     seed: int = 0,
 ) -> tuple[SharedClusterCorrection | None, np.ndarray, list[Spared]]:
-    """Correct the latent; where populations of one batch were merged, once more without them.
+    """Correct the latent, and look for populations of one batch that were merged.
 
-    Without such a population the first correction stands as it is.
+    Where they are to be spared it is fitted once more without them; otherwise, and where there are
+    none, the first correction stands as it is.
 
     Parameters
     ----------
@@ -74,8 +76,10 @@ def corrected(
         Rows of those whose counts are at hand, ascending, and their counts.
     correct
         Whether there is a correction at all.
+    spare
+        Whether private populations are left out of it.
     look
-        Whether private populations are looked for.
+        Whether they are looked for.
     seed
         Of both.
 
@@ -97,7 +101,7 @@ def corrected(
         return correction, embedding_CD, []
     rows = [_cells_of(one, latent_CD, batch_C, sample_S) for one in found]
     merged_CD = embedding_CD
-    if correct:
+    if correct and spare:
         alone_C = np.zeros(len(batch_C), bool)
         alone_C[np.concatenate(rows)] = True
         correction = SharedClusterCorrection(seed=seed)
@@ -133,7 +137,12 @@ def _own_share(embedding_CD: np.ndarray, own: np.ndarray, pool: np.ndarray) -> f
 
 
 def told(
-    spared: Sequence[Spared], batches: Sequence[str], names: Sequence[str], *, correct: bool
+    spared: Sequence[Spared],
+    batches: Sequence[str],
+    names: Sequence[str],
+    *,
+    correct: bool,
+    spare: bool,
 ) -> list[str]:
     """Warn of what was found; returns a line for each.
 
@@ -145,20 +154,25 @@ def told(
         Names of the batches.
     names
         Of the genes, as a reader knows them.
-    correct
-        Whether there was a correction to leave them out of.
+    correct, spare
+        Whether there was a correction, and whether they were left out of it.
     """
+    remedy = ""
+    if correct and not spare:
+        remedy = (
+            ", or set integration.spare_private=true, which fits the correction without them, or "
+            "compare with integration.correct=false"
+        )
     lines = []
     for one in spared:
         found = one.found
         markers = ", ".join(names[gene] for gene in found.genes)
         lines.append(f"{len(one.cells):,} cells of {batches[found.batch]} ({markers})")
-        became = (
-            f"{one.own_merged:.0%} after the correction, which was therefore fitted again without "
-            f"them: {one.own_after:.0%} now"
-            if correct
-            else f"{one.own_after:.0%} in the embedding"
-        )
+        became = f"{one.own_after:.0%} in the embedding"
+        if correct and spare:
+            became = (
+                f"{one.own_merged:.0%} with a correction that saw them and {became}, whose did not"
+            )
         logger.warning(
             "%s cells of batch %r (highest in them: %s) seem to be of a population that no other "
             "batch has: cells of other batches beside them differ from those around by %.0f %% of "
@@ -168,7 +182,7 @@ def told(
             "that as label_key (gaps are fine)%s.",
             f"{len(one.cells):,}", batches[found.batch], markers, 100 * found.shown,
             100 * found.own_before, became,
-            ", or compare with integration.correct=false" if correct else "",
+            remedy,
         )  # fmt: skip
     return lines
 

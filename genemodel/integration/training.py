@@ -127,8 +127,7 @@ class Integration:
     start
         Linear components that the latent started at, where the cells were few.
     private
-        Populations of one batch that the correction would have laid among others; none is sought
-        where labels tell.
+        Populations that seem to be of one batch alone; none is sought where labels tell.
     """
 
     net: IntegrationNet
@@ -214,7 +213,7 @@ def train_integration(
         raise out_of_bounds("peak_rate", settings.peak_rate)
     correction, embedding_CD, private = corrected(
         latent_CD, data.batch_C[data.used], np.searchsorted(data.used, data.sample),
-        plan.sample_SG, correct=settings.correct and data.n_batches > 1,
+        plan.sample_SG, correct=settings.correct and data.n_batches > 1, spare=settings.spare_private,
         look=data.label_C is None, seed=seed,
     )  # fmt: skip
     beneath = tuned(built.model)

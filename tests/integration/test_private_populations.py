@@ -107,24 +107,25 @@ def own_share(place, kind):
     return (kind[near[kind == RELATIVE]] == RELATIVE).mean()
 
 
-def test_the_correction_spares_it_and_is_the_plain_one_where_there_is_none():
+def test_the_correction_can_spare_it_and_is_the_plain_one_otherwise():
     counts, batch, kind, latent = cells()
     latent[batch == 1, 0] += 1.0  # half way towards the relative
     plain = SharedClusterCorrection(seed=0).fit_transform(latent, batch).astype(np.float32)
     everything = np.arange(len(batch))
-    correction, spared, (one,) = corrected(latent, batch, everything, counts)
+    correction, spared, (one,) = corrected(latent, batch, everything, counts, spare=True)
     assert (kind[one.cells] == RELATIVE).mean() > 0.9
     assert (correction.evidence_C[one.cells] == 0).all()
     assert own_share(spared, kind) > own_share(plain, kind) + 0.1
     assert one.own_after > one.own_merged + 0.1
     # Of a batch of which some cells were looked at, the others are found by their place.
     some = everything[everything % 4 > 0]
-    _, _, (half,) = corrected(latent, batch, some, counts[some])
+    _, kept_as_it_is, (half,) = corrected(latent, batch, some, counts[some])
+    np.testing.assert_array_equal(kept_as_it_is, plain)
     assert np.isin(np.flatnonzero(kind == RELATIVE), half.cells).mean() > 0.9
     assert corrected(latent, batch, everything, counts, look=False)[2] == []
     counts, batch, _, latent = cells(both=True)
     plain = SharedClusterCorrection(seed=0).fit_transform(latent, batch).astype(np.float32)
-    _, same, none = corrected(latent, batch, everything[: len(batch)], counts)
+    _, same, none = corrected(latent, batch, np.arange(len(batch)), counts, spare=True)
     assert none == []
     np.testing.assert_array_equal(same, plain)
 
@@ -136,12 +137,23 @@ def found_in(rows, batch=0):
 def test_what_is_told_names_batch_genes_and_what_became_of_it(caplog):
     spared = [Spared(found_in(np.arange(30)), np.arange(30), 0.33, 0.62)]
     with caplog.at_level(logging.WARNING):
-        lines = told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=True)
+        lines = told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=True, spare=False)
     assert lines == ["30 cells of donor 7 (CD8A, GZMK)"]
-    for words in ("'donor 7'", "CD8A, GZMK", "80 %", "33%", "62%", "label_key", "correct=false"):
+    for words in (
+        "'donor 7'",
+        "CD8A, GZMK",
+        "80 %",
+        "62%",
+        "label_key",
+        "correct=false",
+        "integration.spare_private=true",
+    ):
         assert words in caplog.text
     caplog.clear()
-    told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=False)
+    told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=True, spare=True)
+    assert "33%" in caplog.text and "spare_private" not in caplog.text
+    caplog.clear()
+    told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=False, spare=False)
     assert "correct=false" not in caplog.text
     assert rows_of(spared, 5 + np.arange(40)) == {"0": list(range(5, 35))}
     var = pd.DataFrame({"gene_symbol": ["CD8A", "CD4"]}, index=["ENSG1", "ENSG2"])
