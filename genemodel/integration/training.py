@@ -213,8 +213,8 @@ def train_integration(
         raise out_of_bounds("peak_rate", settings.peak_rate)
     correction, embedding_CD, private = corrected(
         latent_CD, data.batch_C[data.used], np.searchsorted(data.used, data.sample),
-        plan.sample_SG, correct=settings.correct and data.n_batches > 1, spare=settings.spare_private,
-        look=data.label_C is None, seed=seed,
+        plan.sample_SG, correct=settings.correct and data.n_batches > 1,
+        spare=settings.spare_private, look=data.label_C is None, seed=seed,
     )  # fmt: skip
     beneath = tuned(built.model)
     counts = built.model if isinstance(built.model, CountEncoder) else built.model.counts
