@@ -225,11 +225,8 @@ class _Place:
         shown, error_abroad = self._abroad(score_U, member_P, weight_C)
         named = np.argsort(-z_G, kind="stable")[:_NAMED]
         return _Measured(
-            *(
-                float(part_C @ abroad_C)
-                for abroad_C in (self.abroad_C, self.abroad_before_C)
-                for part_C in (share_C, weight_C)
-            ),
+            float(share_C @ self.abroad_C), float(weight_C @ self.abroad_C),
+            float(share_C @ self.abroad_before_C), float(weight_C @ self.abroad_before_C),
             gap / max(error, 1e-12), kept / gap, shown / gap,
             (kept - shown) / max(float(np.hypot(error, error_abroad)), 1e-12),
             tuple(int(gene) for gene in named),
