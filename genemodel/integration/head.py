@@ -58,6 +58,9 @@ class IntegrationSettings:
         Weight of the cross-entropy on labelled cells (used only with labels).
     correct
         Whether the anchor-gated correction is fitted after training.
+    spare_private
+        Whether it is fitted once more without populations that seem to be of one batch alone, where
+        some are found; without labels they are sought and warned of either way.
     gene_vectors
         Whether the genes start from the gene vectors of a pre-trained model, where there is one.
     few_cells
@@ -85,6 +88,7 @@ class IntegrationSettings:
     feature_dropout: float = 0.2
     label_weight: float = 20.0
     correct: bool = True
+    spare_private: bool = False
     gene_vectors: bool = False
     few_cells: int = 500
 

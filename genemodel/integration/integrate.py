@@ -45,6 +45,7 @@ from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.linear_start import MakesVectors
 from genemodel.integration.model import IntegratedModel
 from genemodel.integration.overcorrection import private_populations, vanished
+from genemodel.integration.sparing import names_for_readers, rows_of, told
 from genemodel.integration.training import Integration, train_integration
 from genemodel.model.tuning import Tune, TuningSettings, check_fits
 from genemodel.settings import check_seed, either_seed, to_values
@@ -120,7 +121,7 @@ def integrate(
     it is given, by the built-in vocabulary, in which orthologs of human and mouse are one.
 
     ``obsm[key_added]`` is float32 (n_obs, latent), in input order; NaN for cells without counts.
-    A warning names populations of one batch that have moved onto others.
+    A warning names populations of one batch that have moved onto others, or would have.
     """
     check_in_memory(adata, "adata", "genemodel finetune task=integrate")
     check_key_added(key_added)
@@ -290,7 +291,16 @@ def integrate_cells(
         **collapse(embedding_CD),
         **_evidence(trained, code_C[used_C], batches),
     }
-    result.provenance["vanished"] = _guard(trained, cells, labels, seed)
+    known = names_for_readers(
+        result.genes, vocabulary, None if isinstance(data, Corpus) else data.var
+    )
+    result.provenance["vanished"] = [
+        *_guard(trained, cells, labels, seed),
+        *told(
+            trained.private, batches, known, correct=settings.correct, spare=settings.spare_private
+        ),
+    ]
+    result.provenance["private_cells"] = rows_of(trained.private, used_C)
     warn_of_collapse(result.provenance, "integrate")
     return result, embedding_CD
 

@@ -135,13 +135,21 @@ class SharedClusterCorrection:
         fitted = f"{clusters} clusters, {batches:,} batches, {latent} dimensions"
         return f"SharedClusterCorrection({fitted if clusters else 'not fitted'})"
 
-    def fit_transform(self, z_CD: np.ndarray, batch_C: np.ndarray) -> np.ndarray:
-        """Fit on all cells and return their corrected latent (float64, (C, D))."""
+    def fit_transform(
+        self, z_CD: np.ndarray, batch_C: np.ndarray, private_C: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Fit on all cells and return their corrected latent (float64, (C, D)).
+
+        Cells of ``private_C`` (bool) are of populations that their batch alone has, whatever their
+        neighbours suggest: no evidence.
+        """
         z_CD = z_CD.astype(np.float64)
         n_cells, n_batches = len(z_CD), int(batch_C.max()) + 1
         n_clusters = min(self.max_clusters, max(2, n_cells // self.cells_per_cluster))
         rng = np.random.default_rng(self.seed)
         evidence_C = self._evidence(_unit(z_CD), batch_C)
+        if private_C is not None:
+            evidence_C[private_C] = 0
         self.evidence_C = evidence_C
         if evidence_C.sum() == 0:
             logger.warning(
