@@ -18,7 +18,12 @@ import torch
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
-from genemodel.cells.annotations import copy_annotations, read_annotations, without_counts
+from genemodel.cells.annotations import (
+    annotations_of,
+    copy_annotations,
+    read_annotations,
+    without_counts,
+)
 from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
@@ -49,10 +54,12 @@ from genemodel.settings import ModelText, PathText, to_values
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
-    import pandas as pd
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
+
+# Columns that tell batches apart, the code of every cell's batch, and their names.
+type Batches = tuple[tuple[str, ...], np.ndarray, list[str]]
 
 
 def provenance_of(
@@ -163,7 +170,7 @@ def embed(
     cells = VocabularyCells(adata, model, reading)
     # A file that we opened is closed; an AnnData is its owner's.
     with nullcontext() if isinstance(adata, ad.AnnData) else closing(cells):
-        keys, code_C, batches = _batches(cells.source.obs, batch_key, reading)
+        keys, code_C, batches = _batches(adata, cells.source, batch_key, reading)
         compiling = compiles(compile, devices[0], len(cells))
         if len(devices) > 1:
             path = None if isinstance(adata, ad.AnnData) else Path(adata)
@@ -204,11 +211,15 @@ def _refuse_of_batches(batch_key: str | Sequence[str] | None) -> None:
 
 
 def _batches(
-    obs: "pd.DataFrame", batch_key: str | Sequence[str] | None, reading: InputSettings
-) -> tuple[tuple[str, ...], np.ndarray, list[str]]:
-    """Columns, batch code of every cell and names of the batches; all empty without a batch_key."""
+    data: "AnnData | str | Path",
+    source: Source,
+    batch_key: str | Sequence[str] | None,
+    reading: InputSettings,
+) -> Batches:
+    """Tell the batches apart; all is empty without a batch_key."""
     if batch_key is None or batch_key == ():
         return (), np.zeros(0, np.int64), []
+    obs = annotations_of(data, source, ("obs",))["obs"]
     keys = keys_of(batch_key)
     name_C, batches = batches_of(
         obs, keys, reading.missing_labels, one="there is nothing to align. Leave batch_key out"
@@ -418,7 +429,7 @@ def embed_file(settings: EmbedSettings) -> Path:
         return _embed_in_memory(settings, model, rank, output)
     cells = VocabularyCells(settings.input, model, settings.reading)
     with closing(cells):
-        _batches(cells.source.obs, settings.batch_key, settings.reading)  # refused before the work
+        batches = _batches(settings.input, cells.source, settings.batch_key, settings.reading)
         compiling = compiles(settings.compile, devices[0], len(cells))
         shards = Shards(
             folder_for(output),
@@ -439,7 +450,7 @@ def embed_file(settings: EmbedSettings) -> Path:
                     _embed_on_workers(settings, cells, devices, shards, compiling)
                 else:
                     _embed_missing(settings, cells, model, shards, compiling, rank)
-                _assemble(settings, cells, model, shards, output)
+                _assemble(settings, cells, model, shards, batches, output)
                 shards.remove()
     return output
 
@@ -548,7 +559,12 @@ def _embed_on_workers(
 
 
 def _assemble(
-    settings: EmbedSettings, cells: VocabularyCells, model: Bundle, shards: Shards, output: Path
+    settings: EmbedSettings,
+    cells: VocabularyCells,
+    model: Bundle,
+    shards: Shards,
+    batches: Batches,
+    output: Path,
 ) -> None:
     """Write the output under another name, block by block, then rename it."""
     import anndata as ad
@@ -557,10 +573,10 @@ def _assemble(
     key = settings.key_added or EMBEDDED
     provenance = provenance_of(cells, model, shards.blocks)
     _report(sum(map(_empty, shards.blocks())), provenance, cells.source)
-    keys, code_C, batches = _batches(cells.source.obs, settings.batch_key, settings.reading)
+    keys, code_C, names = batches
     shifts = None
     if keys:
-        shifts = BatchShifts.fit_blocks(shards.blocks(), code_C, batches)
+        shifts = BatchShifts.fit_blocks(shards.blocks(), code_C, names)
         provenance |= _said(shifts, keys, code_C)
 
     needed = 4 * shards.n_cells * shards.width
