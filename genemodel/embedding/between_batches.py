@@ -57,11 +57,11 @@ class BatchShifts:
         seed: int = 0,
     ) -> "BatchShifts":
         """Fit to blocks of rows, in their order, of which those drawn are held and no others."""
-        rows_F, parts, start = _rows(code_C, len(batches), seed), [], 0
+        rows_F, parts, first = _rows(code_C, len(batches), seed), [], 0
         for block_CD in blocks:
-            stop = start + len(block_CD)
-            parts.append(block_CD[rows_F[(rows_F >= start) & (rows_F < stop)] - start])
-            start = stop
+            stop = first + len(block_CD)
+            parts.append(block_CD[rows_F[(rows_F >= first) & (rows_F < stop)] - first])
+            first = stop
         plain_FD = np.concatenate(parts).astype(np.float64)
         finite_F = np.isfinite(plain_FD).all(1)
         plain_FD, rows_F = plain_FD[finite_F], rows_F[finite_F]
