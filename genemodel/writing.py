@@ -71,14 +71,17 @@ def whole(path: Path, *, needed: int = 0) -> Iterator[Path]:
         remove(partial)
 
 
+def gzipped(data: bytes) -> bytes:
+    """Pack bytes without name and time, so that the same bytes come out always."""
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as stream:
+        stream.write(data)
+    return packed.getvalue()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, gzipped where its name ends in ``.gz``: same text, same bytes."""
-    data = text.encode()
-    if path.suffix == ".gz":
-        packed = io.BytesIO()
-        with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as stream:
-            stream.write(data)
-        data = packed.getvalue()
+    """Write a text file, gzipped where its name ends in ``.gz``."""
+    data = gzipped(text.encode()) if path.suffix == ".gz" else text.encode()
     with whole(path, needed=len(data)) as partial:
         partial.write_bytes(data)
 

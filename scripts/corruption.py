@@ -350,23 +350,28 @@ def judge(kind: str, path: Path, case: Case, whole_digest: str) -> tuple[str, st
         file.write_bytes(original)
 
 
-def work(kind: str, path: Path, cases: list[Case], pipe: Connection) -> None:
-    """Judge cases, one answer each."""
+def work(places: dict[str, Path], cases: list[tuple[str, Case]], pipe: Connection) -> None:
+    """Judge cases of any kinds, one answer each."""
     logging.getLogger("genemodel").propagate = False
-    whole_digest = digest(KINDS[kind][1](path))
-    for case in cases:
-        pipe.send(judge(kind, path, case, whole_digest))
+    wholes: dict[str, str] = {}
+    for kind, case in cases:
+        if kind not in wholes:
+            wholes[kind] = digest(KINDS[kind][1](places[kind]))
+        pipe.send(judge(kind, places[kind], case, wholes[kind]))
     pipe.close()
 
 
-def judged(kind: str, path: Path, cases: list[Case]) -> Iterator[tuple[str, str]]:
-    """Judge cases in a process that may die; it is started again behind the case that killed it."""
+def judged(places: dict[str, Path], cases: list[tuple[str, Case]]) -> Iterator[tuple[str, str]]:
+    """Judge cases in a process that may die; it is started again behind the case that killed it.
+
+    One for all kinds: it takes longer to start than to read a model a hundred times.
+    """
     context = multiprocessing.get_context("spawn")
+    whole = {p: p.read_bytes() for path in places.values() for p in path.rglob("*") if p.is_file()}
     done = 0
     while done < len(cases):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(kind, path, cases[done:], theirs))
-        before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+        process = context.Process(target=work, args=(places, cases[done:], theirs))
         process.start()
         theirs.close()
         try:
@@ -378,7 +383,7 @@ def judged(kind: str, path: Path, cases: list[Case]) -> Iterator[tuple[str, str]
         except EOFError:
             process.kill()
             process.join()
-            for file, content in before.items():
+            for file, content in whole.items():
                 file.write_bytes(content)
             yield "crash", f"the process ended with {process.exitcode}"
             done += 1
@@ -389,19 +394,27 @@ def matrix(
     folder: Path, *, flips: int = 8, cuts: int = 2, seed: int = 0, kinds: tuple[str, ...] = ()
 ) -> dict[str, Counter[str]]:
     """Run all cases; prints what is not as it should be, and gives outcomes per kind."""
-    counts: dict[str, Counter[str]] = {}
-    for kind in kinds or tuple(KINDS):
-        begin = time.perf_counter()
-        path = KINDS[kind][0](folder)
-        cases = list(cases_of(path, flips, cuts, np.random.default_rng(seed)))
-        counts[kind] = Counter()
-        for case, (outcome, said) in zip(cases, judged(kind, path, cases), strict=True):
-            counts[kind][outcome] += 1
-            if outcome not in ("refused", "harmless"):
-                print(f"{kind}: {case.file} {case.damage} {case.place}: {outcome}: {said[:300]}")
-        row = "  ".join(f"{outcome} {counts[kind][outcome]:5d}" for outcome in OUTCOMES)
-        seconds = time.perf_counter() - begin
-        print(f"{kind:11s} {len(cases):5d} cases  {row}  {seconds:.0f} s", flush=True)
+    places = {kind: KINDS[kind][0](folder) for kind in kinds or KINDS}
+    cases = [
+        (kind, case)
+        for kind, path in places.items()
+        for case in cases_of(path, flips, cuts, np.random.default_rng(seed))
+    ]
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in places}
+    left, begin = Counter(kind for kind, _ in cases), time.perf_counter()
+    for (kind, case), (outcome, said) in zip(cases, judged(places, cases), strict=True):
+        counts[kind][outcome] += 1
+        if outcome not in ("refused", "harmless"):
+            print(f"{kind}: {case.file} {case.damage} {case.place}: {outcome}: {said[:300]}")
+        left[kind] -= 1
+        if not left[kind]:
+            row = "  ".join(f"{outcome} {counts[kind][outcome]:5d}" for outcome in OUTCOMES)
+            now = time.perf_counter()
+            print(
+                f"{kind:11s} {counts[kind].total():5d} cases  {row}  {now - begin:.0f} s",
+                flush=True,
+            )
+            begin = now
     return counts
 
 

@@ -11,13 +11,15 @@
     python scripts/faults.py ranks --only 'kill'      # cases whose name matches
 
 Prints one line a case and ends with 1 if any is not as it should be. Processes are forked from this
-one, which has imported everything and started no thread, unless a case needs a launcher's own.
+one, which has imported and composed everything and started no thread, unless a case needs a
+launcher's own.
 """
 
 import argparse
 import csv
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -40,14 +42,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+import zarr  # noqa: F401 - imported when a corpus is opened: here, it is so once
 
 from genemodel import writing
-from genemodel.batches import loader
+from genemodel.batches import loader, packing
 from genemodel.bundle.bundle import Bundle
-from genemodel.command import cli
+from genemodel.command import cli, config_files
+from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
+from genemodel.genes import GeneVocabulary
 from genemodel.heads.pretraining import PretrainingObjectives
+from genemodel.simulation.cells import synthetic
 from genemodel.train import checkpoint, loop, recipe, record
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.exchange import Exchange
@@ -100,6 +107,16 @@ class Process:
     @property
     def said(self) -> str:
         return self.log.read_text(errors="replace")
+
+
+def prepare() -> None:
+    """Do once what every forked run would do again, longer than it trains.
+
+    Compose the settings, and have numba load what it knows before its first function.
+    """
+    for words in ((), ("optim=muon",)):
+        config_files.compose("pretrain", [*WORDS[1:], *words])
+    packing.plan_bins(np.ones(1), budget=1, max_cells=1)
 
 
 def fork(
@@ -349,18 +366,19 @@ def trace_steps(path: Path | None) -> None:
 
 def make_corpus(folder: Path) -> Path:
     """Generate 600 cells over a thousand genes, in a process of its own: it starts threads."""
-    script = (
-        "import sys\n"
-        "from genemodel.corpus.corpus import Corpus\n"
-        "from genemodel.simulation.cells import synthetic\n"
-        "from genemodel.genes import GeneVocabulary\n"
-        "rows = GeneVocabulary.builtin().genes\n"
-        "few = GeneVocabulary(rows[rows['token'] < 1003].reset_index(drop=True))\n"
-        "cells = synthetic(600, species=('human',), n_genes=500, genes_per_cell=60, seed=1,\n"
-        "                  vocabulary=few)['human']\n"
-        "Corpus.build([cells], sys.argv[1], vocabulary=few)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)
+
+    def make() -> None:
+        rows = GeneVocabulary.builtin().genes
+        few = GeneVocabulary(rows[rows["token"] < 1003].reset_index(drop=True))
+        cells = synthetic(
+            600, species=("human",), n_genes=500, genes_per_cell=60, seed=1, vocabulary=few
+        )
+        Corpus.build([cells["human"]], folder, vocabulary=few)
+
+    process = multiprocessing.get_context("fork").Process(target=make)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "no corpus"
     return folder
 
 
@@ -1402,6 +1420,7 @@ def main() -> int:
     table = Table(chosen.only)
     with tempfile.TemporaryDirectory(prefix="genemodel-faults-") as scratch:
         folder = chosen.keep or Path(scratch)
+        prepare()
         corpus = make_corpus(folder / "corpus")
         for group in chosen.groups or known:
             print(group, flush=True)

@@ -9,28 +9,53 @@ pytest_plugins = ["small_cells"]
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+# Files that begin first, the longest before the others, so that two processes end together.
+FIRST = (
+    "test_evaluate.py",
+    "test_sources_in_verbs.py",
+    "test_finetuning.py",
+    "test_label_head.py",
+    "test_units.py",
+    "test_faults.py",
+    "test_impute.py",
+    "test_notebooks.py",
+    "test_gpu_run.py",
+    "test_memory.py",
+    "test_resume.py",
+    "test_corruption.py",
+    "test_recipe.py",
+)
+# Files that search neighbours with pynndescent or draw with umap, which numba compiles anew in
+# every process, for 40 s and 10 s: one process has all of them.
+COMPILING = (
+    "test_evaluate.py",
+    "test_metrics.py",
+    "test_neighbours.py",
+    "test_plots.py",
+    "test_pins.py",
+    "test_demo.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that two processes end together."""
-    first = (
-        "test_faults.py",
-        "test_evaluate.py",
-        "test_sources_in_verbs.py",
-        "test_metrics.py",
-        "test_finetuning.py",
-        "test_label_head.py",
-        "test_units.py",
-        "test_impute.py",
-        "test_gpu_run.py",
-        "test_memory.py",
-        "test_resume.py",
-        "test_corruption.py",
-        "test_recipe.py",
-        "test_demo.py",
-        "test_notebooks.py",
-        "test_tutorial.py",
-    )
-    place = {name: n for n, name in enumerate(first)}
-    items.sort(key=lambda item: place.get(item.path.name, len(first)))
+    """Begin with the files that take longest."""
+    place = {name: n for n, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``--dist loadfile``: give the files that compile to one process, as if they were one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "compiling" if Path(file).name in COMPILING else file
+
+    return Files(config, log)
 
 
 def _real_data() -> Path:

@@ -10,6 +10,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="the notebooks need genemodel[dev]")
 nbclient = pytest.importorskip("nbclient", reason="the notebooks need genemodel[dev]")
 pytest.importorskip("ipykernel", reason="the notebooks need genemodel[dev]")
+run_sync = pytest.importorskip("jupyter_core.utils").run_sync
 pytest.importorskip("scib_metrics", reason="gm.evaluate scores with genemodel[bench]")
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
@@ -83,18 +84,40 @@ def _small(notebook):
     return small
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """A kernel for all: importing what a notebook needs takes longer than running it small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parents[1])]))
+        manager = nbclient.NotebookClient(nbformat.v4.new_notebook()).create_kernel_manager()
+        run_sync(manager.start_kernel)()
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
+# What a kernel that has just been started in a folder does not have to be told.
+AS_IF_NEW = """
+%reset -f
+import os, tempfile
+os.chdir({here!r})
+os.environ["TMPDIR"], tempfile.tempdir = {away!r}, None
+%reset -f
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_small(name, tmp_path, monkeypatch):
+def test_it_runs_small(name, kernel, tmp_path):
     kept = _read(name)
     small = _small(kept)
     here, away = tmp_path / "here", tmp_path / "away"
     here.mkdir()
     away.mkdir()
-    monkeypatch.setenv("TMPDIR", str(away))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parents[1])]))
-    client = nbclient.NotebookClient(small, timeout=300, resources={"metadata": {"path": here}})
+    begin = AS_IF_NEW.format(here=str(here), away=str(away))
+    small.cells.insert(0, nbformat.v4.new_code_cell(begin))
+    client = nbclient.NotebookClient(small, km=kernel, timeout=300)
     client.execute()
+    client.kc.stop_channels()
     assert _figures(small) == _figures(kept)
     assert SAYS[name] in _printed(small)
     assert not list(here.iterdir()), "it leaves nothing behind"

@@ -154,10 +154,12 @@ def _genes_table(path: str | Path) -> tuple[pd.DataFrame, int]:
         }
     )
     # BioMart gives a line per transcript or synonym where one was asked for beside the gene.
-    same = ["ensembl_id", "symbol", "biotype"]
-    genes = genes.groupby(same, sort=False, as_index=False)["aliases"].agg(
-        lambda found: "|".join(dict.fromkeys(filter(None, found)))
-    )
+    # A dictionary and not a groupby, which makes a frame of every one of 50,000 genes.
+    aliases: dict[tuple[str, ...], dict[str, None]] = {}
+    for *gene, alias in genes.itertuples(index=False, name=None):
+        aliases.setdefault(tuple(gene), {})[alias] = None
+    rows = [(*gene, "|".join(filter(None, found))) for gene, found in aliases.items()]
+    genes = pd.DataFrame(rows, columns=genes.columns)
     repeated = genes["ensembl_id"].duplicated()
     if repeated.any():
         raise DataError(

@@ -104,45 +104,67 @@ def test_a_run_cut_off_goes_on_as_if_it_had_not_been(
     assert list(found.values()) == pytest.approx(list(wanted.values()), **bound)
 
 
-ONE_RUN = """
-import hashlib, json, os, sys
-import torch
+RUNS = """
+import hashlib, json, os, sys, traceback
+import zarr
 from genemodel.settings import parse
 from genemodel.train.loop import Loop
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 
-values, last = json.loads(sys.argv[1]), int(sys.argv[2])
-after_step = Loop._after_step
+def train(number, values, last):
+    after_step = Loop._after_step
 
-def noted(loop, report):
-    after_step(loop, report)
-    step = loop.progress.step
-    digest = hashlib.sha256()
-    for parameter in loop.losses.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    print("STEP", step, digest.hexdigest(), *(x.hex() for x in report.losses.values()), flush=True)
-    if step == last:
-        os._exit(9)
+    def noted(loop, report):
+        after_step(loop, report)
+        step = loop.progress.step
+        digest = hashlib.sha256()
+        for parameter in loop.losses.parameters():
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        losses = (x.hex() for x in report.losses.values())
+        print("STEP", number, step, digest.hexdigest(), *losses, flush=True)
+        if step == last:
+            os._exit(9)
 
-Loop._after_step = noted
-pretrain(parse(PretrainSettings, values))
+    Loop._after_step = noted
+    pretrain(parse(PretrainSettings, values))
+
+for number, (values, last) in enumerate(json.loads(sys.argv[1])):
+    pid = os.fork()
+    if not pid:
+        try:
+            train(number, values, last)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == (9 if last else 0), (number, code)
 """
 
 
-def steps_of(settings, last=0):
-    """Weights and losses after every step, to the bit, of a run in a process of its own."""
+def steps_of(*runs):
+    """Weights and losses after every step, to the bit, of runs that end after ``last`` (0: whole).
+
+    One after the other, each in a process of its own, forked from one that has imported everything
+    and not looked for a GPU.
+    """
+    given = [(to_values(settings), last) for settings, last in runs]
     done = subprocess.run(
-        [sys.executable, "-c", ONE_RUN, json.dumps(to_values(settings)), str(last)],
+        [sys.executable, "-c", RUNS, json.dumps(given)],
         env={
             **os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         },
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == (9 if last else 0), done.stderr
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("STEP")]
-    return {int(step): rest for _, step, *rest in lines}
+    assert done.returncode == 0, done.stderr
+    found = [{} for _ in runs]
+    for line in done.stdout.splitlines():
+        if line.startswith("STEP"):
+            _, number, step, *rest = line.split()
+            found[int(number)][int(step)] = rest
+    return found
 
 
 @pytest.mark.slow
@@ -159,11 +181,10 @@ def test_deterministic_runs_are_equal_to_the_bit_also_when_cut_off(
         run_settings, device=device, precision=precision, deterministic=True, accumulate=2,
         model={"dropout": 0.1},
     )  # fmt: skip
-    whole = steps_of(settings(tmp_path / "whole"))
+    cut = settings(tmp_path / "cut")
+    whole, first, rest = steps_of((settings(tmp_path / "whole"), 0), (cut, 6), (cut, 0))
     assert sorted(whole) == list(range(1, 9))
-    first = steps_of(settings(tmp_path / "cut"), last=6)
     assert first == {step: whole[step] for step in range(1, 7)}
-    rest = steps_of(settings(tmp_path / "cut"))
     assert rest == {step: whole[step] for step in range(5, 9)}  # from the checkpoint of step 4
 
 
@@ -295,7 +316,7 @@ def test_two_devices_train_as_one_with_twice_the_micro_batches(
     settings = functools.partial(
         run_settings, device=device, precision="32-true", max_steps=4, deterministic=deterministic
     )
-    steps_of(settings(tmp_path / "one", accumulate=2))
+    steps_of((settings(tmp_path / "one", accumulate=2), 0))
     pretrain(settings(tmp_path / "two", devices=2))
     wanted, found = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert list(found) == list(wanted)

@@ -19,7 +19,7 @@ from genemodel.batches.tokens import TokenSettings
 from genemodel.corpus.corpus import Corpus
 from genemodel.errors import ConfigError
 from genemodel.model.devices import is_out_of_memory
-from genemodel.settings import parse
+from genemodel.settings import parse, to_values
 from genemodel.train import memory
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.data import RankStream
@@ -320,9 +320,10 @@ def test_ranks_agree_on_the_pieces_of_the_one_that_has_least_memory(probed, capl
 
 
 SHORT_OF_MEMORY = """
-import json, os, sys
+import functools, json, os, sys
 import torch
-from genemodel.settings import parse
+from traced_run import in_ranks
+from genemodel.settings import parse, to_values
 from genemodel.train import memory
 from genemodel.train.loop import Losses
 from genemodel.train.recipe import pretrain
@@ -337,38 +338,47 @@ def limited(self, prepared, trivial):
     return forward(self, prepared, trivial)
 
 Losses.forward = limited
-pretrain(parse(PretrainSettings, json.load(open(sys.argv[1]))))
+for values in json.loads(sys.argv[1]):
+    codes = in_ranks(2, functools.partial(pretrain, parse(PretrainSettings, values)))
+    assert codes == [0, 0], codes
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_two_ranks_of_which_one_is_full_train_like_one_that_is_not(corpus, tmp_path, deterministic):
-    from genemodel.settings import to_values
+def of_two_ranks(corpus, out, deterministic):
+    return settings(corpus, out, deterministic=deterministic, max_steps=3, devices=2)
 
-    alone = settings(
-        corpus, tmp_path / "alone", accumulate=2, deterministic=deterministic, max_steps=3
-    )
-    pretrain(alone)
-    both = dataclasses.replace(
-        alone, out=str(tmp_path / "both"),
-        trainer=dataclasses.replace(alone.trainer, accumulate=1, devices=2),
-    )  # fmt: skip
-    (tmp_path / "run.py").write_text(SHORT_OF_MEMORY)
-    (tmp_path / "settings.json").write_text(json.dumps(to_values(both)))
+
+@pytest.fixture(scope="module")
+def short_of_memory(corpus, tmp_path_factory):
+    """Folders of two runs of two ranks each, of which one is full: deterministic, and not.
+
+    Both by one process that has imported everything, which takes longer than they train.
+    """
+    folder = tmp_path_factory.mktemp("short")
+    found = {deterministic: folder / f"{deterministic}" for deterministic in (False, True)}
+    given = [to_values(of_two_ranks(corpus, out, which)) for which, out in found.items()]
+    here = Path(__file__).resolve()
     done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-            str(tmp_path / "run.py"), str(tmp_path / "settings.json"),
-        ],
+        [sys.executable, "-c", SHORT_OF_MEMORY, json.dumps(given)],
         env={
-            **os.environ, "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parent)]),
         },
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    wanted, found = numbers(tmp_path / "alone"), numbers(tmp_path / "both")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_two_ranks_of_which_one_is_full_train_like_one_that_is_not(
+    corpus, short_of_memory, tmp_path, deterministic
+):
+    out = short_of_memory[deterministic]
+    both = of_two_ranks(corpus, out, deterministic)
+    trainer = dataclasses.replace(both.trainer, accumulate=2, devices=1)
+    pretrain(dataclasses.replace(both, out=str(tmp_path), trainer=trainer))
+    wanted, found = numbers(tmp_path), numbers(out)
     assert list(found) == list(wanted)
     assert list(found.values()) == pytest.approx(list(wanted.values()), rel=2e-4)

@@ -14,15 +14,40 @@ SCRIPT = Path(__file__).with_name("traced_run.py")
 STEPS = 18
 
 
-def run(*runs):
-    """Run one after the other to the end, or until they kill themselves; exit codes and output."""
-    done = subprocess.run(
+CASES = [(1, "muon"), (2, "adamw")]
+
+
+@pytest.fixture(scope="module")
+def done(tiny_corpus, tmp_path_factory):
+    """Run all to the end, or until they kill themselves: folder, step of the kill, codes, output.
+
+    By one process for all cases: it takes longer to start than they take to train.
+    """
+    found, runs, at = {}, [], {}
+    for processes, optimiser in CASES:
+        folder = tmp_path_factory.mktemp(optimiser)
+        # Dropout only where its randomness need not be the same for another number of processes.
+        dropout = 0.1 if optimiser == "muon" else 0.0
+        kill_after = random.Random(os.urandom(8)).randint(5, STEPS - 1)
+
+        def one(name, *, n=processes, kill=0, accumulate=2, out=folder, o=optimiser, p=dropout):
+            places = (str(tiny_corpus), str(out / name), str(out / f"{name}_trace"))
+            return (n, *places, STEPS, o, kill, accumulate, p)
+
+        own = [one("whole"), one("parts", kill=kill_after), one("parts")]
+        if processes == 2:
+            own.append(one("alone", n=1, accumulate=4))
+        at[processes] = slice(len(runs), len(runs) + len(own))
+        runs += own
+        found[processes] = folder, kill_after
+    ended = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(runs)],
         env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=560,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+    assert ended.returncode == 0, ended.stdout
+    codes = json.loads(ended.stdout.splitlines()[-1])
+    return {n: (*what, codes[at[n]], ended.stdout) for n, what in found.items()}
 
 
 def lines(trace, rank):
@@ -31,23 +56,13 @@ def lines(trace, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "optimiser"), [(1, "muon"), (2, "adamw")])
-def test_killed_and_resumed_equals_uninterrupted(tiny_corpus, tmp_path, processes, optimiser):
-    # Dropout only where its randomness need not be the same for another number of processes.
-    dropout = 0.1 if optimiser == "muon" else 0.0
-
-    def one(name, *, n=processes, kill_after=0, accumulate=2):
-        places = (str(tiny_corpus), str(tmp_path / name), str(tmp_path / f"{name}_trace"))
-        return (n, *places, STEPS, optimiser, kill_after, accumulate, dropout)
-
-    kill_after = random.Random(os.urandom(8)).randint(5, STEPS - 1)
-    runs = [one("whole"), one("parts", kill_after=kill_after), one("parts")]
-    if processes == 2:
-        runs.append(one("alone", n=1, accumulate=4))
-    codes, output = run(*runs)
+@pytest.mark.parametrize(("processes", "optimiser"), CASES)
+def test_killed_and_resumed_equals_uninterrupted(done, processes, optimiser):
+    folder, kill_after, codes, output = done[processes]
     killed = [-signal.SIGKILL] * processes
-    assert codes == [[0] * processes, killed, [0] * processes, [0]][: len(runs)], output
-    whole, parts, alone = (tmp_path / f"{name}_trace" for name in ("whole", "parts", "alone"))
+    assert len(codes) == 2 + processes
+    assert codes == [[0] * processes, killed, [0] * processes, [0]][: len(codes)], output
+    whole, parts, alone = (folder / f"{name}_trace" for name in ("whole", "parts", "alone"))
     # A run again gives the steps after its last checkpoint a second time.
     assert [line.split(" ", 1)[0] for line in lines(parts, 0)].index(str(kill_after)) == (
         kill_after - 1

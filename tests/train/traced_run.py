@@ -4,11 +4,12 @@
 
 Started by test_resume.py. RUNS is a JSON list of lists: PROCESSES CORPUS OUT TRACE STEPS OPTIMISER
 KILL_AFTER ACCUMULATE DROPOUT. The runs follow each other, each in processes forked from this one,
-which has imported everything and done nothing: imports take longer than the runs. Every rank writes
-TRACE.<rank>, and kills itself without warning after step KILL_AFTER (0: never). What was said goes
-to standard output, the exit codes of each run to its last lines.
+which has imported everything and trained nothing: imports take longer than the runs. Every rank
+writes TRACE.<rank>, and kills itself without warning after step KILL_AFTER (0: never). What was
+said goes to standard output, the exit codes of each run to its last lines.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -17,8 +18,13 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import zarr  # noqa: F401 - imported when a corpus is opened: here, it is so once
+
+from genemodel.batches.packing import plan_bins
 from genemodel.settings import parse
 from genemodel.train.loop import Loop
 from genemodel.train.recipe import pretrain
@@ -90,7 +96,7 @@ def ranks_of(n: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def forked(environment: dict[str, str], arguments: list) -> int:
+def forked(environment: dict[str, str], run: Callable[[], None]) -> int:
     sys.stdout.flush()
     assert threading.active_count() == 1, "forking with threads"
     if pid := os.fork():
@@ -98,7 +104,7 @@ def forked(environment: dict[str, str], arguments: list) -> int:
     code = 1
     try:
         os.environ.update(environment)
-        train(*arguments)
+        run()
         code = 0
     except BaseException:  # noqa: BLE001 - as the interpreter would
         traceback.print_exc()
@@ -108,11 +114,18 @@ def forked(environment: dict[str, str], arguments: list) -> int:
         os._exit(code)
 
 
+def in_ranks(n: int, run: Callable[[], None]) -> list[int]:
+    """Run in so many processes forked from this one, and wait; gives their exit codes."""
+    plan_bins(np.ones(1), budget=1, max_cells=1)  # numba loads itself before its first function
+    children = [forked(environment, run) for environment in ranks_of(n)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
 def main() -> None:
-    codes = []
-    for processes, *arguments in json.loads(sys.argv[1]):
-        children = [forked(environment, arguments) for environment in ranks_of(processes)]
-        codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+    codes = [
+        in_ranks(processes, functools.partial(train, *arguments))
+        for processes, *arguments in json.loads(sys.argv[1])
+    ]
     print(f"\n{json.dumps(codes)}")
 
 
