@@ -38,11 +38,9 @@ from genemodel.imputation.impute_genes import (
 from genemodel.imputation.model import (
     LARGEST_IN_MEMORY,
     MEDIAN_LIBRARY,
-    GammaPosterior,
     ImputationModel,
     Kind,
     Library,
-    TokenBackbone,
     check_batch,
     check_library,
 )
@@ -51,6 +49,7 @@ from genemodel.imputation.network import (
     DecoderSettings,
 )
 from genemodel.imputation.output import InPlace, Layers, Sink, Tables, ToFile
+from genemodel.imputation.posterior import GammaPosterior
 from genemodel.imputation.pretrained import (
     Bring,
     PretrainedImputation,
@@ -59,6 +58,7 @@ from genemodel.imputation.pretrained import (
     median_library,
     refuse_without_decoder,
 )
+from genemodel.imputation.token_backbone import TokenBackbone
 from genemodel.inference.cell_vectors import embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk
 from genemodel.inference.gene_counts import GeneOrder, gene_order
