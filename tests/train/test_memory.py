@@ -23,7 +23,8 @@ from genemodel.settings import parse
 from genemodel.train import memory
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.data import RankStream
-from genemodel.train.loop import Losses, TrainingStopped
+from genemodel.train.loop import TrainingStopped
+from genemodel.train.losses import Losses
 from genemodel.train.memory import pieces_that_fit
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
@@ -324,7 +325,7 @@ import json, os, sys
 import torch
 from genemodel.settings import parse
 from genemodel.train import memory
-from genemodel.train.loop import Losses
+from genemodel.train.losses import Losses
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 
