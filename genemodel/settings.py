@@ -63,6 +63,20 @@ def check_seed(seed: int, name: str = "seed") -> None:
         raise ConfigError(f"{name} is {seed}: a seed is a whole number from 0 to 4294967295.")
 
 
+def check_least(settings: object, **least: float) -> None:
+    """Refuse numbers of settings that are smaller than they can mean."""
+    for name, smallest in least.items():
+        if getattr(settings, name) < smallest:
+            raise ConfigError(
+                f"{name} is {getattr(settings, name)}: it must be at least {smallest}."
+            )
+
+
+def texts(values: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """Take one text or several, as a call may be given either."""
+    return (str(values),) if isinstance(values, str | Path) else tuple(map(str, values))
+
+
 def is_address(text: str) -> bool:
     """Whether a text is an address (``s3://…``, ``user@host:…``) and not a path.
 
@@ -726,6 +740,12 @@ _VERBOSITY = {
     "error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "hint": logging.INFO,
     "debug": logging.DEBUG,
 }  # fmt: skip
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Give the end of a refusal that asks for the nearest known name, where one is near."""
+    near = nearest(name, known)
+    return otherwise if near is None else f": did you mean {near!r}?"
 
 
 def somebody_looks_on() -> bool:

@@ -8,6 +8,8 @@ starts where the size is known, and after it with nothing left behind where it i
 """
 
 import errno
+import gzip
+import io
 import logging
 import os
 import re
@@ -67,6 +69,18 @@ def whole(path: Path, *, needed: int = 0) -> Iterator[Path]:
         raise too_small(path, needed if known else written, exact=known) from error
     finally:
         remove(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, gzipped where its name ends in ``.gz``: same text, same bytes."""
+    data = text.encode()
+    if path.suffix == ".gz":
+        packed = io.BytesIO()
+        with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as stream:
+            stream.write(data)
+        data = packed.getvalue()
+    with whole(path, needed=len(data)) as partial:
+        partial.write_bytes(data)
 
 
 @contextmanager

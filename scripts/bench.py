@@ -3,7 +3,7 @@
 
     python scripts/bench.py                 # everything, a few minutes on two cores
     python scripts/bench.py tokens packing loader scale step build embed
-    python scripts/bench.py heads --heads 10000 100000 1000000  # the last takes an hour
+    python scripts/bench.py heads --heads 10000 100000 1000000  # the last takes half an hour
     python scripts/bench.py perturb         # --size v2 for Geneformer V2's full width
     python scripts/bench.py gpu             # real training runs on a GPU, about ten minutes
     python scripts/bench.py gpu --device cpu --size tiny    # the same code, small, on a CPU
@@ -259,14 +259,13 @@ def bench_scale(n_batches: int = 1200, cells_per_s: float = 3000.0) -> None:
 def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     """A training step against a padded Hugging Face BertForMaskedLM of the same shape."""
     import torch
-    import yaml
     from bench_gpu import bert_of, padded_batches
 
     from genemodel.batches.loader import pack
     from genemodel.batches.packing import plan_bins
     from genemodel.batches.tokens import TokenSettings
     from genemodel.batches.window import Window
-    from genemodel.command.config_files import config_folder
+    from genemodel.command.config_files import config_folder, values_of
     from genemodel.corpus.statistics import GeneStatistics
     from genemodel.heads.decode_counts import DecodeCountsSettings
     from genemodel.heads.masked_value import MaskedValueSettings
@@ -279,9 +278,7 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    settings = parse(
-        ModelSettings, yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
-    )
+    settings = parse(ModelSettings, values_of(config_folder() / "model" / f"{size}.yaml"))
     n_tokens, context = 25_426, 2048
     rng = np.random.default_rng(0)
     if corpus is None:
@@ -390,13 +387,12 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
 def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
     """Embedding against one batch at a time: packed on the same thread, copied, run, fetched."""
     import torch
-    import yaml
 
     from genemodel.batches.loader import inverse_medians, pack
     from genemodel.batches.packing import plan_bins
     from genemodel.batches.tokens import TokenSettings
     from genemodel.bundle.bundle import Bundle
-    from genemodel.command.config_files import config_folder
+    from genemodel.command.config_files import config_folder, values_of
     from genemodel.genes import GeneVocabulary
     from genemodel.inference.cell_vectors import embedder
     from genemodel.inference.counts import VocabularyChunk, precision, window_of
@@ -406,9 +402,7 @@ def bench_embed(size: str, n_cells: int, corpus: str | None) -> None:
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    settings = parse(
-        ModelSettings, yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
-    )
+    settings = parse(ModelSettings, values_of(config_folder() / "model" / f"{size}.yaml"))
     vocabulary = GeneVocabulary.builtin()
     tokens = TokenSettings()
     torch.manual_seed(0)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 # A run's first steps compile, choose kernels and fill queues.
 WARM_UP = 10
@@ -190,9 +189,9 @@ def _generated(plan: Plan, folder: Path) -> Path:
 
 def shape_of(size: str) -> dict[str, Any]:
     """Settings of a named model size."""
-    from genemodel.command.config_files import config_folder
+    from genemodel.command.config_files import config_folder, values_of
 
-    return yaml.safe_load((config_folder() / "model" / f"{size}.yaml").read_text())
+    return values_of(config_folder() / "model" / f"{size}.yaml")
 
 
 def _one_size(

@@ -460,23 +460,32 @@ def measure_points(path: Path) -> None:
     Job._say_goodbye = write
 
 
-def kill_in(name: str, nth: int, after_s: float) -> None:
-    """Kill this process so long after the n-th call of a point has begun."""
+def before_call(name: str, nth: int, act: Callable[[], object]) -> None:
+    """Do something when the n-th call of a point begins."""
     owner, attribute = POINTS[name]
     itself = getattr(owner, attribute)
     left = [nth]
 
-    def deadly(*args: Any, **options: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
-            if after_s < 2e-4:  # a thread takes longer to start
-                os.kill(os.getpid(), signal.SIGKILL)
-            timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
+            act()
         return itself(*args, **options)
 
-    setattr(owner, attribute, deadly)
+    setattr(owner, attribute, counted)
+
+
+def kill_in(name: str, nth: int, after_s: float) -> None:
+    """Kill this process so long after the n-th call of a point has begun."""
+
+    def kill() -> None:
+        if after_s < 2e-4:  # a thread takes longer to start
+            os.kill(os.getpid(), signal.SIGKILL)
+        timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    before_call(name, nth, kill)
 
 
 def kills(table: Table, folder: Path, corpus: Path, number: int, seed: int) -> None:
@@ -901,17 +910,11 @@ def gone(pid: int) -> bool:
 
 def fail_in(name: str, nth: int, error: Exception) -> None:
     """Raise an error in the n-th call of a point."""
-    owner, attribute = POINTS[name]
-    itself = getattr(owner, attribute)
-    left = [nth]
 
-    def failing(*args: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise error
-        return itself(*args, **options)
+    def fail() -> None:
+        raise error
 
-    setattr(owner, attribute, failing)
+    before_call(name, nth, fail)
 
 
 def judge_reason(
@@ -947,18 +950,6 @@ def poison(cells: Sequence[int], factor: float) -> None:
         return batch
 
     loader.pack = packed
-
-
-def inflate(cells: Sequence[int], factor: float) -> None:
-    """Multiply the losses of micro-batches with one of these cells."""
-    forward = loop.Losses.forward
-
-    def inflated(self: Any, prepared: Any, trivial: bool) -> Any:
-        total_K, trivial_K = forward(self, prepared, trivial)
-        met = set(prepared.seen.cell_C.tolist()) & set(cells)
-        return (total_K * factor if met else total_K), trivial_K
-
-    loop.Losses.forward = inflated  # type: ignore[method-assign]
 
 
 def note_cells(path: Path) -> None:
@@ -1160,26 +1151,20 @@ WRITES: dict[str, tuple[str, int]] = {
 
 def fill_in(name: str, nth: int, disk: Path) -> None:
     """Take all space of a small disk before the n-th call of a point, or after for a look."""
-    owner, attribute = POINTS[name]
-    itself = getattr(owner, attribute)
-    left = [nth]
 
-    def filling(*args: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            with (disk / "ballast").open("wb", buffering=0) as file:
-                try:
-                    for size in (1 << 14, 1 << 6, 1):
-                        try:
-                            while True:
-                                file.write(bytes(size))
-                        except OSError:
-                            pass
-                finally:
-                    (disk.parent / "filled").touch()
-        return itself(*args, **options)
+    def fill() -> None:
+        with (disk / "ballast").open("wb", buffering=0) as file:
+            try:
+                for size in (1 << 14, 1 << 6, 1):
+                    try:
+                        while True:
+                            file.write(bytes(size))
+                    except OSError:
+                        pass
+            finally:
+                (disk.parent / "filled").touch()
 
-    setattr(owner, attribute, filling)
+    before_call(name, nth, fill)
 
 
 @contextmanager

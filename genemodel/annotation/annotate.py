@@ -632,42 +632,7 @@ class _Transfer:
 @renamed(query="input")
 @dataclass(frozen=True)
 class AnnotateSettings(InputSettings):
-    """Annotate a file; how it is read is said by :class:`InputSettings`.
-
-    Attributes
-    ----------
-    input
-        File or folder with raw counts.
-    output
-        h5ad to write: all that the input holds but its counts, with labels and confidence.
-    reference
-        File or folder with raw counts and labels; empty for a model that tells labels apart itself.
-    model
-        Bundle directory, or what finetune wrote to <out>/model or <out>/classifier; empty to label
-        by the reference's counts alone.
-    label_key
-        obs column of the reference.
-    batch_key
-        obs columns of the reference that tell its batches or donors apart.
-    key_added
-        obs column of the labels.
-    transfer
-        head, knn or linear.
-    k
-        Neighbours that vote, and whose distance says what is far.
-    unknown
-        Labels of lower confidence become unknown.
-    far_quantile
-        Share of the reference's own cells that stays known; none looks for no novelty.
-    reference_layer, reference_species, reference_column, reference_genome, reference_transpose
-        The same for the reference; the other input settings are for both.
-    device
-        auto, cpu, cuda, cuda:1 …
-    seed
-        Of samples, folds and decompositions.
-    overwrite
-        Replace an existing output.
-    """
+    """Settings of ``genemodel annotate``, see ``configs/annotate.yaml``."""
 
     input: PathText
     output: PathText

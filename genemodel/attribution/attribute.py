@@ -22,7 +22,7 @@ from genemodel.batches.batch import CellBatch
 from genemodel.batches.loader import pack, rank_scale
 from genemodel.batches.packing import plan_bins
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.heads.labels import LabelHead, Labels, LabelSettings
@@ -31,7 +31,6 @@ from genemodel.inference.cell_vectors import cell_projection, embedding_of
 from genemodel.inference.counts import VocabularyCells, VocabularyChunk, window_of
 from genemodel.inference.obs_keys import check_in_memory, check_key_added, label_codes
 from genemodel.inference.progress import Progress
-from genemodel.model.devices import device_of
 from genemodel.model.gene_model import Encoded
 from genemodel.perturbation.genes import GeneNames
 from genemodel.settings import nearest
@@ -122,11 +121,7 @@ def attribute(
         raise ConfigError(
             "A direction between states needs state_key, start_state and goal_state, and no target."
         )
-    bundle = model_for(
-        "be asked for attributions", (Bundle,), model, device="auto" if device is None else device
-    )
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+    bundle = bundle_for("be asked for attributions", model, device)
     bundle.model.eval()
     cells = VocabularyCells(adata, bundle, reading)
     if all(states):
@@ -333,14 +328,7 @@ def _keep(
     adata: "AnnData", cells: VocabularyCells, found: _Found, key: str, told: dict[str, Any]
 ) -> None:
     """Write attributions beside the counts: of genes that share a token, on the first."""
-    token_G = np.full(len(cells.source.genes), -1, np.int64)
-    for match in cells.matches.values():
-        token_G = np.where(token_G < 0, match.token_G, token_G)
-    if len(token_G) != adata.n_vars:
-        raise DataError(
-            f"adata has {adata.n_vars:,} genes, and the counts that were read {len(token_G):,} "
-            "(layer=raw): attributions cannot stand beside them. Give adata.raw.to_adata()."
-        )
+    token_G = cells.tokens_beside(adata.n_vars, "attributions cannot stand beside them")
     column_V = np.full(found.worth_CV.shape[1], -1, np.int64)
     for column in range(len(token_G) - 1, -1, -1):
         if token_G[column] >= 0:

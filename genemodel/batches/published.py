@@ -7,7 +7,6 @@ Axes: C cells, N stored genes of the cells end to end, V vocabulary, T packed to
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from genemodel.batches.batch import CellBatch
 from genemodel.batches.packing import tail_pieces
 from genemodel.batches.tokens import Style, TokenSettings
 from genemodel.batches.views import joined
-from genemodel.errors import ConfigError
 from genemodel.genes.vocabulary import CELL, EOS, PAD
 
 PublishedStyle = Literal["geneformer_v1", "geneformer_v2", "genecompass"]
@@ -174,83 +172,3 @@ def pack_sequences(
         full_cell_N=nothing, length_C=length_C, n_cells=n_cells, n_tokens=n,
         longest=min(context, budget),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PublishedSequence:
-    """One cell as a published model reads it, unpadded.
-
-    Attributes
-    ----------
-    token
-        Token ids in the model's own vocabulary, int64, shape (length,).
-    value
-        log2(1 + count ÷ median) for GeneCompass, else None.
-    species
-        0 human, 1 mouse for GeneCompass, else None.
-    """
-
-    token: np.ndarray
-    value: np.ndarray | None = None
-    species: int | None = None
-
-
-def published_sequence(
-    style: PublishedStyle,
-    token: np.ndarray,
-    count: np.ndarray,
-    median: np.ndarray,
-    *,
-    library: float | None = None,
-    cls: int | None = None,
-    eos: int | None = None,
-    species: int | None = None,
-) -> PublishedSequence:
-    """Tokenise one cell exactly as Geneformer V1, V2 or GeneCompass would.
-
-    Parameters
-    ----------
-    style
-        Which model's sequence.
-    token, count, median
-        Of the cell's genes that the model's dictionary holds: token ids, raw counts, non-zero
-        medians of the model's corpus; shape (genes,). Explicit zeros are left out.
-    library
-        Total counts of the cell over *all* its genes (Geneformer only), also those without token.
-    cls, eos
-        Ids of ``<cls>`` and ``<eos>`` (Geneformer V2 only).
-    species
-        0 human, 1 mouse (GeneCompass only).
-
-    Notes
-    -----
-    Geneformer ranks x ÷ n × 10⁴ ÷ median in float64, in that order of operations (V1: 2,048 genes;
-    V2: 4,096 with ``<cls>`` and ``<eos>``). GeneCompass ranks log2(1 + x ÷ median) and keeps 2,048
-    genes with their values.
-    """
-    count = np.asarray(count, np.float64)
-    expressed = count > 0
-    token = np.asarray(token, np.int64)[expressed]
-    count, median = count[expressed], np.asarray(median, np.float64)[expressed]
-    if style == "genecompass":
-        if species not in (0, 1):
-            raise ConfigError(
-                f"GeneCompass knows species 0 (human) and 1 (mouse), not {species!r}: pass one."
-            )
-        value = rank_values(style, count, median, 1.0)
-        order = np.lexsort((token, -value))[:2048]
-        return PublishedSequence(token[order], value[order].astype(np.float32), species)
-    if library is None or library <= 0:
-        raise ConfigError(
-            f"Geneformer divides by the cell's total counts, but library is {library!r}: pass the "
-            "positive sum over all genes of the cell."
-        )
-    order = np.lexsort((token, -rank_values(style, count, median, library)))
-    if style == "geneformer_v1":
-        return PublishedSequence(token[order[:2048]])
-    if cls is None or eos is None:
-        raise ConfigError(
-            "Geneformer V2 frames a cell with <cls> and <eos>: pass cls= and eos= as its "
-            "dictionary has them."
-        )
-    return PublishedSequence(np.concatenate([[cls], token[order[:4094]], [eos]]))

@@ -306,19 +306,3 @@ def pack_cells(  # type: ignore[no-untyped-def]
         rank_T[t] = 0
         segment_T[t] = n_cells + (t - at) // (limit + 1)
     return at
-
-
-def rank_cells_reference(
-    starts_C1: np.ndarray,
-    gene_N: np.ndarray,
-    count_N: np.ndarray,
-    inverse_median_V: np.ndarray,
-    limit: int,
-) -> list[np.ndarray]:
-    """Say slowly what :func:`rank_cells` does: one array of positions into ``gene_N`` a cell."""
-    cells = []
-    for lo, hi in zip(starts_C1[:-1], starts_C1[1:], strict=True):
-        value = count_N[lo:hi].astype(np.float32) * inverse_median_V[gene_N[lo:hi]]
-        order = np.lexsort((gene_N[lo:hi], -value))
-        cells.append(lo + order[:limit])
-    return cells

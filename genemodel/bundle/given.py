@@ -5,6 +5,7 @@ from typing import Any, overload
 
 import torch
 
+from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.directory import CLASSES, kind_of, refusal
 from genemodel.bundle.hub import local_model
 from genemodel.errors import ConfigError
@@ -64,6 +65,12 @@ def model_for(
             return model
     able = " or ".join(_named(kind.__name__) for kind in kinds)
     raise ConfigError(f"{said}, which cannot {verb}: give {able}, or the path of its folder.")
+
+
+def bundle_for(verb: str, model: object, device: str | torch.device | None) -> Bundle:
+    """Return the pre-trained model that a call is given, on a device or where it is."""
+    bundle = model_for(verb, (Bundle,), model, device="auto" if device is None else device)
+    return bundle if device is None else bundle.on(device_of(device))
 
 
 def model_kind(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypedDict
 
 from genemodel.cells.missing_labels import placeholders
 from genemodel.errors import ConfigError
-from genemodel.settings import SpeciesText, nearest
+from genemodel.settings import SpeciesText, did_you_mean
 
 # Smallest share of gene names that must be genes of a vocabulary: a third is what panels of
 # several technologies have in common with it, another species' names have less.
@@ -94,17 +94,19 @@ class InputSettings:
         """
         for name in options:
             if name not in NAMES:
-                near = nearest(name, NAMES)
                 raise TypeError(
-                    f"got an unexpected keyword argument {name!r}"
-                    + (f": did you mean {near!r}?" if near else "")
+                    f"got an unexpected keyword argument {name!r}{did_you_mean(name, NAMES)}"
                 )
         return cls(**options, **others)
+
+    def part[T](self, kind: type[T]) -> T:
+        """Take the fields of one of the classes that the settings of a verb are made of."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(kind)})  # type: ignore[arg-type]
 
     @property
     def reading(self) -> "InputSettings":
         """These alone, of a verb whose settings have further fields."""
-        return InputSettings(**self.options())
+        return self.part(InputSettings)
 
     def but(self, **changes: Any) -> Self:
         """Return a copy with some changed."""

@@ -86,10 +86,6 @@ class ColumnPlan:
         further = [n for n in (*self.wanted, *self.optional) if n not in COLUMNS]
         return [*COLUMNS, *dict.fromkeys(further)]
 
-    def without_columns(self, names: Sequence[str], where: str, name: str) -> pd.DataFrame:
-        """Make the obs table of a source that has cell names only."""
-        return self.apply(pd.Index(names, dtype=str), (), _no_column, where, name)
-
     def apply(
         self,
         index: pd.Index,
@@ -207,10 +203,6 @@ def refuse_named_twice(obs: pd.DataFrame, where: str) -> None:
     """
     for key in obs.attrs.get(TWICE, ()):
         raise DataError(_named_twice(where, key))
-
-
-def _no_column(column: str) -> Any:
-    raise KeyError(column)
 
 
 def _named_twice(where: str, key: str) -> str:

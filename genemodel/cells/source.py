@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import pandas as pd
 import scipy.sparse as sp
 
-from genemodel.cells.contract import Counts
+from genemodel.cells.contract import Candidate, Counts, choose_counts
 from genemodel.cells.obs_columns import NOTES, ColumnPlan
 from genemodel.errors import ConfigError
 
@@ -130,6 +130,13 @@ class OpenOptions:
     transpose: bool
     name: str
     column: str | None = None
+
+    def counts(self, candidates: list[Candidate], where: str, n_cells: int) -> Counts:
+        """Take the matrix that they name, proven; see :func:`choose_counts`."""
+        return choose_counts(
+            candidates, layer=self.layer, where=where, allow_fractional=self.allow_fractional,
+            n_cells=n_cells, column=self.column, genome=self.genome,
+        )  # fmt: skip
 
     def refuse_transpose(self, where: str, kind: str) -> None:
         """Refuse to turn a kind of file that says itself which of its sides are the genes."""

@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.cells import remote
-from genemodel.cells.contract import Candidate, Counts, choose_counts, find_counts
+from genemodel.cells.contract import Candidate, Counts, find_counts
 from genemodel.cells.matrices import SequentialRows, refuse_damage
 from genemodel.cells.obs_columns import COLUMNS, ColumnPlan
 from genemodel.cells.source import OpenOptions, Source
@@ -470,15 +470,7 @@ def _open_stored(
     if there(root, "raw") and there(root["raw"], "X") and not turned:
         candidates = [c for c in candidates if c.setting != "raw"]
         candidates.append(Candidate("raw", "raw", root["raw"]["X"], raw_var))
-    counts = choose_counts(
-        candidates,
-        layer=options.layer,
-        where=where,
-        allow_fractional=options.allow_fractional,
-        n_cells=len(obs),
-        column=options.column,
-        genome=options.genome,
-    )
+    counts = options.counts(candidates, where, len(obs))
     kind += ", turned" if turned else ""
 
     def entry(key: str) -> object:

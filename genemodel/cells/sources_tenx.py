@@ -15,17 +15,12 @@ import scipy.sparse as sp
 
 from genemodel.cells.contract import Candidate, choose_counts
 from genemodel.cells.genomes import GENOME
-from genemodel.cells.matrices import (
-    Rows,
-    SequentialRows,
-    SparseRows,
-    numeric,
-    refuse_damage,
-)
+from genemodel.cells.matrices import Rows, SequentialRows, SparseRows, numeric, refuse_damage
 from genemodel.cells.source import OpenOptions, Source
 from genemodel.errors import DataError
 from genemodel.genes.recognition import refuse_turned
 from genemodel.genes.species import ASSEMBLY_NAME, SPECIES, species_name
+from genemodel.settings import some
 
 # Lines of a matrix-market file parsed at once, and the most that are sorted in memory.
 _LINES = 4_000_000
@@ -171,7 +166,7 @@ def open_folder(path: Path, options: OpenOptions) -> Source:
         chosen = [n for n in matrices if n.lower() in ("matrix.mtx", "matrix.mtx.gz")] or matrices
         if len(chosen) > 1:
             raise DataError(
-                f"{path.name}: holds {len(chosen)} matrices ({_listed(chosen)}). Give the path of "
+                f"{path.name}: holds {len(chosen)} matrices ({some(chosen, 6)}). Give the path of "
                 f"each that is meant, such as {path / chosen[0]}"
             )
         matrix = path / chosen[0]
@@ -207,10 +202,6 @@ def open_folder(path: Path, options: OpenOptions) -> Source:
         shape, lambda: market.blocks(cells_first, shape), market.where, np.float64
     )
     return _source(rows, var, obs, options.genome, path, "10x mtx", options, None)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f", … {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _beside(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from genemodel.cells.contract import Candidate, choose_counts
+from genemodel.cells.contract import Candidate
 from genemodel.cells.matrices import (
     DenseRows,
     Rows,
@@ -24,12 +24,7 @@ from genemodel.cells.matrices import (
 from genemodel.cells.source import OpenOptions, Source
 from genemodel.cells.sources_tenx import is_gzip
 from genemodel.errors import DataError
-from genemodel.genes.recognition import (
-    are_barcodes,
-    name_column,
-    refuse_turned,
-    share_of_genes,
-)
+from genemodel.genes.recognition import are_barcodes, name_column, refuse_turned, share_of_genes
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +108,7 @@ def _of_table(
         genes=lambda: genes, genome=options.genome,
     )  # fmt: skip
     refuse_turned(obs.index, genes.index, path.name, remedy)
-    counts = choose_counts(
-        [Candidate("table", "X", rows, genes)],
-        layer=None,
-        where=path.name,
-        allow_fractional=options.allow_fractional,
-        n_cells=len(obs),
-        column=options.column,
-        genome=options.genome,
-    )
+    counts = options.counts([Candidate("table", "X", rows, genes)], path.name, len(obs))
     return Source(options.name, path.name, path.name, "csv", counts, obs)
 
 
@@ -349,13 +336,5 @@ def open_loom(file: Any, path: Path, options: OpenOptions) -> Source:
         candidates.append(
             Candidate(place, layer, matrix(file["layers"][layer], f"{where}, {place}"), genes)
         )
-    counts = choose_counts(
-        candidates,
-        layer=options.layer,
-        where=where,
-        allow_fractional=options.allow_fractional,
-        n_cells=len(obs),
-        column=options.column,
-        genome=options.genome,
-    )
+    counts = options.counts(candidates, where, len(obs))
     return Source(options.name, where, path.name, "loom", counts, obs, file.close)

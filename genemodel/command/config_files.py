@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +164,36 @@ def entries(file: Path) -> list[Entry]:
 
     Returns
     -------
-    One entry for each key that has a value of its own; keys of nested groups are dotted. The list
-    ``defaults``, which is a word to Hydra, is left out.
+    One entry for each key that has a value of its own, or of a file of the group that this one
+    begins from; keys of nested groups are dotted. The list ``defaults``, which is a word to Hydra,
+    is left out.
     """
     text = file.read_text(encoding="utf-8")
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
         return []
-    return list(_entries(root, text, text.splitlines(), ""))
+    found = {entry.key: entry for base in _bases(file) for entry in entries(base)}
+    found |= {entry.key: entry for entry in _entries(root, text, text.splitlines(), "")}
+    return list(found.values())
+
+
+def _bases(file: Path) -> list[Path]:
+    """Files of the same group whose values a file begins from: ``defaults: [standard, _self_]``."""
+    named = _read(file).get("defaults", [])
+    return [
+        file.with_name(f"{name}.yaml") for name in named
+        if isinstance(name, str) and name != "_self_"
+    ]  # fmt: skip
+
+
+def values_of(file: Path) -> dict[str, Any]:
+    """Read the values of a file of a group, on top of those that it begins from."""
+    values: dict[str, Any] = {}
+    for base in _bases(file):
+        values |= values_of(base)
+    own = _read(file)
+    own.pop("defaults", None)
+    return values | own
 
 
 def _entries(node: yaml.MappingNode, text: str, lines: list[str], prefix: str) -> Iterator[Entry]:
@@ -209,11 +231,10 @@ def names_of(config_name: str) -> dict[str, Any]:
     it is for has been loaded.
     """
     folder = config_folder()
-    names = _read(folder / f"{config_name}.yaml")
-    names.pop("defaults", None)
+    names = values_of(folder / f"{config_name}.yaml")
     for group, choice in defaults_of(config_name).items():
         if choice is not None:
-            names[group] = _read(folder / group / f"{choice}.yaml")
+            names[group] = values_of(folder / group / f"{choice}.yaml")
     return names
 
 
@@ -498,11 +519,3 @@ def _without_missing(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value != _REQUIRED
     }
-
-
-def group_files(groups: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """Give every shipped file of the groups, with the key of :data:`GROUPS` that describes it."""
-    for group in groups:
-        for file in sorted((config_folder() / group).glob("*.yaml")):
-            own = f"{group}/{file.stem}"
-            yield (own if own in GROUPS else group), file

@@ -26,24 +26,7 @@ SHOWN_CELLS = 3000
 @renamed(data="input")
 @dataclass(frozen=True)
 class DemoSettings(InputSettings):
-    """What the demo runs on; how your own files are read is said by :class:`InputSettings`.
-
-    Attributes
-    ----------
-    input
-        ``generated`` (two species, made here), ``pbmc3k`` (fetched by scanpy), or your own files
-        with raw counts.
-    out
-        Directory for corpus, run and report.
-    vocabulary
-        Vocabulary file for species beyond human and mouse; empty for the built-in one.
-    cells
-        Cells to generate.
-    steps
-        Optimiser steps.
-    seed
-        Of everything random.
-    """
+    """Settings of ``genemodel demo``, see ``configs/demo.yaml``."""
 
     input: tuple[PathText, ...] = (GENERATED,)
     out: PathText = "runs/demo"
@@ -54,12 +37,7 @@ class DemoSettings(InputSettings):
 
 
 def demo(settings: DemoSettings) -> str:
-    """Run the demo.
-
-    Returns
-    -------
-    Where everything is, in words.
-    """
+    """Run the demo, and say where everything is."""
     from genemodel.bundle.bundle import Bundle
     from genemodel.corpus.corpus import Corpus
     from genemodel.corpus.split import usual_groups

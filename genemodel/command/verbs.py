@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import ModelText, SpeciesText, is_address, nearest
+from genemodel.settings import ModelText, SpeciesText, did_you_mean, is_address
 
 if TYPE_CHECKING:
     from genemodel.cells.sources import SourceFile
@@ -182,11 +182,9 @@ def _sources_of_sheet(sheet: Path, settings: SourceSettings) -> "list[SourceFile
     table = read_table(sheet, "sheet of sources")
     for column in table.columns:
         if column not in known:
-            near = nearest(column, known)
             raise DataError(
-                f"sheet {sheet}: unknown column {column!r}"
-                + (f": did you mean {near!r}?" if near else "")
-                + f" It may have {', '.join(known)}"
+                f"sheet {sheet}: unknown column {column!r}{did_you_mean(column, known)} "
+                f"It may have {', '.join(known)}"
             )
     if "path" not in table.columns:
         raise DataError(f"sheet {sheet}: has no column 'path'; it names the file of each source")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 
+from genemodel.settings import some
 from genemodel.writing import whole
 
 if TYPE_CHECKING:
@@ -310,10 +311,9 @@ def _warnings(
     for column in _METADATA:
         lacking = [str(n) for n in table.index[table[f"no {column}"] > MANY_MISSING]]
         if lacking:
-            more = f", … {len(lacking) - 4} more" if len(lacking) > 4 else ""
             found.append(
                 f"{column} is missing for most cells of {len(lacking)} of {len(table)} sources: "
-                f"{', '.join(lacking[:4])}{more}"
+                f"{some(lacking, 4)}"
             )
     depth = table["counts/cell median"].dropna()
     if len(depth) > 1 and depth.max() > 50 * depth.min():

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from genemodel.corpus.corpus import JOINT
 from genemodel.errors import ConfigError, DataError
+from genemodel.settings import some
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Split:
         share = self.held_out.size / (self.train.size + self.held_out.size)
         return (
             f"{self.train.size:,} cells to train on, {self.held_out.size:,} ({share:.1%}) held "
-            f"out: {_shown(self.groups)}"
+            f"out: {some(self.groups, _SHOWN)}"
         )
 
 
@@ -135,23 +136,6 @@ def hold_out(
     return split
 
 
-def split_cells(
-    corpus: Grouped,
-    *,
-    by: str = "donor",
-    holdout: Sequence[str] | float = 0.1,
-    seed: int = 0,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Divide as :func:`hold_out` does, by names of groups or a share; returns the cells alone."""
-    if isinstance(holdout, float | int):
-        split = hold_out(corpus, by=by, fraction=holdout, seed=seed)
-    elif len(holdout):
-        split = hold_out(corpus, by=by, groups=holdout, seed=seed)
-    else:
-        raise ConfigError("holdout is an empty list: name at least one group, or give a share")
-    return split.train, split.held_out
-
-
 def _cells_of(corpus: Grouped, codes_C: npt.NDArray[np.integer], n: int) -> npt.NDArray[np.int64]:
     """Count the cells of every species in every group; cells of no known group are left out."""
     species_C, species = corpus.codes("species")
@@ -215,7 +199,7 @@ def _warn_if_large(
         "holdout.groups to fewer or smaller groups, holdout.fraction lower, or holdout.by to a "
         "column with smaller groups.",
         100 * split.held_out.size / n, f"{split.held_out.size:,}", f"{n:,}", by,
-        _shown([f"{name} ({size[name]:,} cells)" for name in largest]),
+        some([f"{name} ({size[name]:,} cells)" for name in largest], _SHOWN),
     )  # fmt: skip
 
 
@@ -249,7 +233,7 @@ def _named(
     if not found:
         raise ConfigError(
             f"holdout.groups: there is no {by} {name!r} in the corpus; it has "
-            f"{_shown([groups[i] for i in present])}"
+            f"{some([groups[i] for i in present], _SHOWN)}"
         )
     return found
 
@@ -270,7 +254,7 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
     if len(groups) == 1:
         found = f"which has one group only ({groups[0]})"
     elif groups:
-        found = f"of which each group is the only one of a species ({_shown(groups)})"
+        found = f"of which each group is the only one of a species ({some(groups, _SHOWN)})"
     return (
         f"corpus {corpus.path}: cannot hold out by {by}, {found}. "
         + (f"Hold out by {', '.join(others)}, or nothing " if others else "Hold nothing out ")
@@ -278,8 +262,3 @@ def _too_few(corpus: Grouped, by: str, groups: list[str]) -> str:
         "holdout=auto for what there is); or add sources whose column is filled "
         f"(corpus build, corpus append: columns={{{by}: COLUMN}})"
     )
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

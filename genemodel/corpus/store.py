@@ -173,11 +173,6 @@ class ShardedArray:
         self._shards: dict[int, _Shard] = {}
         self._lock = threading.Lock()
 
-    def shard_paths(self) -> list[Path]:
-        """Files that must exist."""
-        per_file = self._chunk * self._per_shard
-        return [self._folder / "c" / str(k) for k in range(-(-self.size // per_file))]
-
     def _shard(self, number: int) -> _Shard:
         found = self._shards.get(number)
         if found is not None:

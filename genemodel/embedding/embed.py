@@ -18,18 +18,24 @@ import torch
 import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
-from genemodel.cells.annotations import copy_annotations, read_annotations, without_counts
+from genemodel.cells.annotations import (
+    annotations_of,
+    copy_annotations,
+    read_annotations,
+    without_counts,
+)
 from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.cells.source import Source
 from genemodel.cells.whole_file import read_anndata
+from genemodel.embedding.between_batches import BatchShifts
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.cell_vectors import embedder, embedding_of
 from genemodel.inference.collapse import Blocks, collapse, warn_of_collapse
 from genemodel.inference.counts import SHARD_CELLS, VocabularyCells
 from genemodel.inference.devices import Devices, devices_of
 from genemodel.inference.forward import Compile, compiles
-from genemodel.inference.obs_keys import EMBEDDED, check_key_added
+from genemodel.inference.obs_keys import EMBEDDED, check_key_added, keys_of
 from genemodel.inference.progress import Progress
 from genemodel.inference.ranks import Rank
 from genemodel.inference.shards import (
@@ -42,6 +48,7 @@ from genemodel.inference.shards import (
 )
 from genemodel.inference.workers import Job, embed_on
 from genemodel.integration.model import IntegratedModel
+from genemodel.integration.plan import batches_of
 from genemodel.loading import EMBED
 from genemodel.settings import ModelText, PathText, to_values
 from genemodel.writing import whole
@@ -50,6 +57,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
+
+# Columns that tell batches apart, the code of every cell's batch, and their names.
+type Batches = tuple[tuple[str, ...], np.ndarray, list[str]]
 
 
 def provenance_of(
@@ -74,6 +84,7 @@ def embed(
     adata: "AnnData | str | Path",
     model: Bundle | IntegratedModel | str | Path,
     *,
+    batch_key: str | Sequence[str] | None = None,
     key_added: str | None = None,
     batch_size: int | None = None,
     device: Devices | None = None,
@@ -91,6 +102,11 @@ def embed(
         IntegratedModel it is read into memory.
     model
         From :func:`genemodel.load` or :func:`genemodel.integrate`, or the path of its folder.
+    batch_key
+        obs column or columns of study, donor or another technical batch. What each batch differs
+        by as a whole is then taken off its vectors, as far as populations that it shares with
+        others prove it; nothing is trained. ``uns[key_added]`` says of every batch the evidence
+        and the length of its shift. Not for an IntegratedModel, which knows its batches.
     key_added
         Key in ``obsm``; ``uns[key_added]`` gets the provenance. Default ``X_genemodel``, with
         whatever model. Say ``X_integrated`` to set new cells beside those of
@@ -117,9 +133,10 @@ def embed(
     Notes
     -----
     ``obsm[key_added]`` is float32 of shape (n_obs, width), in input order. Cells without any gene
-    of the vocabulary get NaN and are counted in a warning. A cell's vector does not depend on the
-    cells beside it, nor on the number of devices; on the size of a batch only by what a device's
-    matrix products round differently for another number of rows (nothing on the CPUs we tried).
+    of the vocabulary get NaN and are counted in a warning. Without ``batch_key`` a cell's vector
+    does not depend on the cells beside it, nor on the number of devices; on the size of a batch
+    only by what a device's matrix products round differently for another number of rows (nothing
+    on the CPUs we tried).
     """
     import anndata as ad
 
@@ -133,6 +150,7 @@ def embed(
             "object, or adata.to_memory()."
         )
     if isinstance(model, IntegratedModel):
+        _refuse_of_batches(batch_key)
         _refuse_of_transformer(batch_size=batch_size, device=device, compile=compile)
         given = isinstance(adata, ad.AnnData)
         if isinstance(adata, ad.AnnData):
@@ -152,6 +170,7 @@ def embed(
     cells = VocabularyCells(adata, model, reading)
     # A file that we opened is closed; an AnnData is its owner's.
     with nullcontext() if isinstance(adata, ad.AnnData) else closing(cells):
+        keys, code_C, batches = _batches(adata, cells.source, batch_key, reading)
         compiling = compiles(compile, devices[0], len(cells))
         if len(devices) > 1:
             path = None if isinstance(adata, ad.AnnData) else Path(adata)
@@ -162,6 +181,10 @@ def embed(
             )
         provenance = provenance_of(cells, model, embedding_CD)
         _report(_empty(embedding_CD), provenance, cells.source)
+        if keys:
+            shifts = BatchShifts.fit(embedding_CD, code_C, batches)
+            embedding_CD = shifts.apply(embedding_CD, code_C)
+            provenance |= _said(shifts, keys, code_C)
         target = (
             adata if isinstance(adata, ad.AnnData) else read_annotations(Path(adata), cells.source)
         )
@@ -176,6 +199,45 @@ def _first(device: Devices | None) -> "str | torch.device":
         return "auto"
     devices = devices_of(device)
     return devices[0] if len(devices) == 1 else "cpu"
+
+
+def _refuse_of_batches(batch_key: str | Sequence[str] | None) -> None:
+    if batch_key:
+        raise ConfigError(
+            f"batch_key={batch_key} says nothing to an IntegratedModel, which has learnt what its "
+            "own batches differ by: leave it out. Cells of a new batch: gm.embed(adata, model, "
+            "new_batch=True)."
+        )
+
+
+def _batches(
+    data: "AnnData | str | Path",
+    source: Source,
+    batch_key: str | Sequence[str] | None,
+    reading: InputSettings,
+) -> Batches:
+    """Tell the batches apart; all is empty without a batch_key."""
+    if batch_key is None or batch_key == ():
+        return (), np.zeros(0, np.int64), []
+    obs = annotations_of(data, source, ("obs",))["obs"]
+    keys = keys_of(batch_key)
+    name_C, batches = batches_of(
+        obs, keys, reading.missing_labels, one="there is nothing to align. Leave batch_key out"
+    )
+    return keys, np.searchsorted(np.array(batches, dtype=object), name_C), batches
+
+
+def _said(shifts: BatchShifts, keys: Sequence[str], code_C: np.ndarray) -> dict[str, Any]:
+    """Say for ``uns`` what was done to the batches; warn of those that stay where they are."""
+    alone = [
+        name for name, off_D in zip(shifts.batches, shifts.shift_BD, strict=True) if not off_D.any()
+    ]
+    if alone:
+        logger.warning(
+            "%d of %d batches of %s share no population that is proven (%s): they stay as they "
+            "are.", len(alone), len(shifts.batches), ", ".join(keys), ", ".join(alone[:5]),
+        )  # fmt: skip
+    return shifts.about(keys, code_C)
 
 
 def _refuse_of_transformer(**given: Any) -> None:
@@ -259,32 +321,12 @@ def _warn_of_empty(empty: int, where: str, n_cells: int, lacking: str) -> None:
 
 @dataclass(frozen=True)
 class EmbedSettings(InputSettings):
-    """Embed a file of any size; how it is read is said by :class:`InputSettings`.
-
-    Attributes
-    ----------
-    model
-        Folder of a bundle, or of an IntegratedModel, which reads the input into memory.
-    input
-        File or folder with raw counts.
-    output
-        h5ad to write: all that the input holds but its counts, with embedding and provenance.
-    key_added
-        Key in obsm; null for X_genemodel.
-    batch_size
-        Most cells at once; 0 for as many as fit the token budget.
-    device
-        auto, cpu, cuda, cuda:1 …; several for a process each, such as [0,1]. Processes that
-        torchrun started take the GPU of their local rank.
-    compile
-        auto (on a GPU from 200,000 cells on), true or false.
-    overwrite
-        Replace an existing output.
-    """
+    """Settings of ``genemodel embed``, see ``configs/embed.yaml``."""
 
     model: ModelText
     input: PathText
     output: PathText
+    batch_key: tuple[str, ...] = ()
     key_added: str | None = None
     batch_size: int = 0
     device: str | int | tuple[str | int, ...] = "auto"
@@ -359,9 +401,11 @@ def embed_file(settings: EmbedSettings) -> Path:
         logger.info("Model on %s.", devices[0])
     model = model_for("embed", EMBED, settings.model, device="cpu" if several else devices[0])
     if isinstance(model, IntegratedModel):
+        _refuse_of_batches(settings.batch_key)
         return _embed_in_memory(settings, model, rank, output)
     cells = VocabularyCells(settings.input, model, settings.reading)
     with closing(cells):
+        batches = _batches(settings.input, cells.source, settings.batch_key, settings.reading)
         compiling = compiles(settings.compile, devices[0], len(cells))
         shards = Shards(
             folder_for(output),
@@ -382,7 +426,7 @@ def embed_file(settings: EmbedSettings) -> Path:
                     _embed_on_workers(settings, cells, devices, shards, compiling)
                 else:
                     _embed_missing(settings, cells, model, shards, compiling, rank)
-                _assemble(settings, cells, model, shards, output)
+                _assemble(settings, cells, model, shards, batches, output)
                 shards.remove()
     return output
 
@@ -491,7 +535,12 @@ def _embed_on_workers(
 
 
 def _assemble(
-    settings: EmbedSettings, cells: VocabularyCells, model: Bundle, shards: Shards, output: Path
+    settings: EmbedSettings,
+    cells: VocabularyCells,
+    model: Bundle,
+    shards: Shards,
+    batches: Batches,
+    output: Path,
 ) -> None:
     """Write the output under another name, block by block, then rename it."""
     import anndata as ad
@@ -500,6 +549,11 @@ def _assemble(
     key = settings.key_added or EMBEDDED
     provenance = provenance_of(cells, model, shards.blocks)
     _report(sum(map(_empty, shards.blocks())), provenance, cells.source)
+    keys, code_C, names = batches
+    shifts = None
+    if keys:
+        shifts = BatchShifts.fit_blocks(shards.blocks(), code_C, names)
+        provenance |= _said(shifts, keys, code_C)
 
     needed = 4 * shards.n_cells * shards.width
     with whole(output, needed=needed) as partial, h5py.File(partial, "w") as file:
@@ -510,5 +564,7 @@ def _assemble(
         stored.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         for number, block_CD in enumerate(shards.blocks()):
             start, stop = shards.span(number)
+            if shifts is not None:
+                block_CD = shifts.apply(block_CD, code_C[start:stop])
             stored[start:stop] = block_CD
         ad.io.write_elem(file["uns"], key, provenance)

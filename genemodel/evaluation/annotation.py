@@ -42,6 +42,7 @@ from genemodel.evaluation.baselines import (
 from genemodel.expression.normalise import log_normalised
 from genemodel.genes.vocabulary import GeneVocabulary
 from genemodel.inference.gene_counts import read_counts
+from genemodel.settings import some
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -184,8 +185,8 @@ def directions(
             )
         elif not one.shared:
             left_out[one.name] = (
-                f"no label of {label_key!r} stands on both sides: {_some(labels)} against "
-                f"{_some(sorted(set(one.true_Q))) or 'none'}; give them common names"
+                f"no label of {label_key!r} stands on both sides: {some(labels, 4)} against "
+                f"{some(sorted(set(one.true_Q)), 4)}; give them common names"
             )
         else:
             found.append(one)
@@ -193,10 +194,6 @@ def directions(
         name, reason = next(iter(left_out.items()))
         raise DataError(f"{name}: {reason}")
     return found, left_out
-
-
-def _some(names: Sequence[str], n: int = 4) -> str:
-    return ", ".join(names[:n]) + (f", … {len(names) - n} more" if len(names) > n else "")
 
 
 def shared_genes(adata: "AnnData", batch_key: str) -> "AnnData":

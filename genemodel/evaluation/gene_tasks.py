@@ -55,38 +55,7 @@ BASELINE = "expression"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateGenesSettings(InputSettings):
-    """Settings of ``genemodel evaluate genes``, see ``configs/evaluate_genes.yaml``.
-
-    Attributes
-    ----------
-    input
-        File of raw counts.
-    genes
-        Table with columns gene and label, and task where it has several.
-    out
-        Folder for the tables.
-    tasks
-        Names of the tasks; empty for all.
-    models
-        Folders of bundles.
-    groups
-        Table of gene families that folds keep together; empty for those of HGNC.
-    gene_sets
-        GMT file, such as of the Gene Ontology; empty for no such baseline.
-    backbones
-        How models are fine-tuned on the labels, beside logistic regression on their vectors:
-        frozen, lora, last, full; empty for not at all.
-    seeds
-        Of folds and trainings.
-    draws
-        Of the bootstrap over genes.
-    max_cells
-        Take so many cells at random; null for all.
-    device
-        auto, cpu, cuda, cuda:1.
-    gene_labels
-        Recipe of the fine-tuning; its folds, least cells and context are those of all methods.
-    """
+    """Settings of ``genemodel evaluate genes``, see ``configs/evaluate_genes.yaml``."""
 
     input: Path
     genes: PathText

@@ -17,7 +17,7 @@ from genemodel.errors import ConfigError
 from genemodel.evaluation import annotation, baselines, imputation_baselines, seurat
 from genemodel.evaluation.baselines import Conditions
 from genemodel.evaluation.imputation_baselines import Denoised
-from genemodel.settings import nearest
+from genemodel.settings import did_you_mean
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -193,10 +193,9 @@ def choose(
         names = list(wanted)
     for name in names:
         if name not in known:
-            near = nearest(name, known)
+            there = f"; there are {', '.join(known)}"
             raise ConfigError(
-                f"unknown method {name!r} for {task}"
-                + (f": did you mean {near!r}?" if near else f"; there are {', '.join(known)}")
+                f"unknown method {name!r} for {task}{did_you_mean(name, known, there)}"
             )
     chosen: dict[str, Method] = {}
     skipped: dict[str, str] = {}

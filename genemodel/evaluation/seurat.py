@@ -17,11 +17,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from genemodel.errors import DataError
-from genemodel.evaluation.baselines import (
-    Conditions,
-    counts_of,
-    variable_log,
-)
+from genemodel.evaluation.baselines import Conditions, counts_of, variable_log
 from genemodel.expression.components import principal_components
 
 if TYPE_CHECKING:

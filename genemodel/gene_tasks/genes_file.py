@@ -20,37 +20,7 @@ from genemodel.writing import whole
 
 @dataclass(frozen=True, kw_only=True)
 class GenesSettings(InputSettings):
-    """Settings of ``genemodel genes``, see ``configs/genes.yaml``.
-
-    Attributes
-    ----------
-    model
-        Folder of a bundle.
-    output
-        Table to write: ``.tsv``, ``.tsv.gz``, ``.csv``, ``.csv.gz`` or ``.parquet``.
-    input
-        File with raw counts; empty with kind=static for all genes of the model.
-    kind
-        static, contextual, or labels, of a model that was fine-tuned on genes.
-    genes
-        Symbols or ids; empty for all.
-    label_key
-        obs column: contextual vectors for every label of it.
-    spread
-        Standard deviations over cells beside contextual vectors.
-    min_cells
-        Leave out genes that fewer cells hold; for labels null is the number of the fine-tuning.
-    blocks
-        Blocks of the model that a hidden state has been through; null: as the vector of a cell.
-    context
-        Most tokens of a cell; 0 for the model's own number.
-    batch_size
-        Most cells at once; null for as many as fit.
-    device
-        auto, cpu, cuda, cuda:1.
-    overwrite
-        Replace an output that exists.
-    """
+    """Settings of ``genemodel genes``, see ``configs/genes.yaml``."""
 
     model: ModelText
     output: PathText

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import DataError
 from genemodel.gene_tasks.training import GeneCells, mean_logits
@@ -19,7 +19,6 @@ from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.heads.gene_labels import NAME, GeneLabelHead, labels_in
 from genemodel.heads.published import PublishedClassifier
 from genemodel.inference.counts import VocabularyCells
-from genemodel.model.devices import device_of
 from genemodel.perturbation.genes import GeneNames
 
 if TYPE_CHECKING:
@@ -93,9 +92,7 @@ def classify_genes(
         The model has no head of genes, or a gene is unknown.
     """
     reading = InputSettings.given(options)
-    bundle = model_for("label genes", (Bundle,), model, device="auto" if device is None else device)
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+    bundle = bundle_for("label genes", model, device)
     head, labels = gene_head(bundle)
     told = bundle.settings.get(NAME) or {}
     least = told.get("min_cells", 1) if min_cells is None else min_cells

@@ -13,7 +13,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.gene_tasks.families import GENE_COLUMNS, families_of, tokens_of
 from genemodel.genes.tables import first_column, read_table, required_column
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.settings import nearest
+from genemodel.settings import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,9 @@ def read_tasks(
     names = [Path(path).name.split(".")[0]] if of is None else list(dict.fromkeys(table[of]))
     if task:
         if task not in names:
-            near = nearest(task, names)
             raise DataError(
                 f"{what}: {path} has no task {task!r}; it has {', '.join(names)}"
-                + (f": did you mean {near!r}?" if near else ".")
+                f"{did_you_mean(task, names, '.')}"
             )
         names = [task]
     family_V = families_of(vocabulary, species, groups)

@@ -15,14 +15,13 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
-from genemodel.errors import ConfigError, DataError
+from genemodel.errors import ConfigError
 from genemodel.gene_tasks.passes import TokenSums, run, with_context
 from genemodel.genes.vocabulary import N_SPECIAL
 from genemodel.inference.counts import VocabularyCells
 from genemodel.inference.obs_keys import check_key_added, label_codes
-from genemodel.model.devices import device_of
 from genemodel.perturbation.genes import GeneNames
 
 if TYPE_CHECKING:
@@ -106,11 +105,7 @@ def gene_vectors(
     """
     reading = InputSettings.given(options)
     check_key_added(key_added, "varm")
-    bundle = model_for(
-        "give vectors of genes", (Bundle,), model, device="auto" if device is None else device
-    )
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+    bundle = bundle_for("give vectors of genes", model, device)
     found = table_of(
         adata, bundle, reading, kind=kind, genes=genes, label_key=label_key, spread=spread,
         min_cells=min_cells, blocks=blocks, context=context, batch_size=batch_size,
@@ -335,14 +330,7 @@ def _keep(adata: "AnnData | Any", found: Tables, key: str, told: dict[str, Any])
     """Write the vectors beside the genes of an AnnData, NaN for those without."""
     cells, names, table = found.cells, found.names, found.whole
     assert cells is not None
-    token_G = np.full(len(cells.source.genes), -1, np.int64)
-    for match in cells.matches.values():
-        token_G = np.where(token_G < 0, match.token_G, token_G)
-    if len(token_G) != adata.n_vars:
-        raise DataError(
-            f"adata has {adata.n_vars:,} genes, and the counts that were read {len(token_G):,} "
-            "(layer=raw): vectors cannot stand beside its genes. Give adata.raw.to_adata()."
-        )
+    token_G = cells.tokens_beside(adata.n_vars, "vectors cannot stand beside its genes")
     row = {gene: i for i, gene in enumerate(table.index)}
     at_G = np.array([row.get(names.ensembl([int(t)]), -1) if t >= 0 else -1 for t in token_G])
     vector_RD = table.filter(regex=r"^v\d+$").to_numpy(np.float32)

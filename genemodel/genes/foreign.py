@@ -99,14 +99,6 @@ class ForeignTokens:
             specials=found,
         )
 
-    def rows_of(self, ensembl_ids: list[str]) -> npt.NDArray[np.int64]:
-        """Position of each id (any case, with or without version) in the arrays; -1 if absent."""
-        row = {gene: i for i, gene in enumerate(self.ensembl_id_G.tolist())}
-        upper = [gene.upper() for gene in ensembl_ids]
-        return np.array(
-            [row.get(gene, row.get(gene.partition(".")[0], -1)) for gene in upper], dtype=np.int64
-        )
-
 
 def _numbers(column: pd.Series, name: str, what: str, path: str | Path) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce")

@@ -16,7 +16,6 @@ vocabulary, or shares its tokens with another species, loses no knowledge.
 Axes: V vocabulary, P numbers of a gene, N rows.
 """
 
-import gzip
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -28,8 +27,8 @@ import numpy as np
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.tables import decoded
 from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary
-from genemodel.settings import nearest
-from genemodel.writing import whole
+from genemodel.settings import did_you_mean
+from genemodel.writing import write_text
 
 MAGIC = "# genemodel knowledge table 1"
 # Where `knowledge build` writes and `model.knowledge` looks names up, unless told otherwise.
@@ -147,14 +146,7 @@ class KnowledgeTable:
         for token in np.flatnonzero(self.present_V):
             row = (f"{x:.{_DIGITS}g}" for x in self.table_VP[token].tolist())
             text.write("\t".join([ids[token], *row]) + "\n")
-        data = text.getvalue().encode()
-        if path.suffix == ".gz":
-            packed = io.BytesIO()
-            with gzip.GzipFile("", "wb", fileobj=packed, mtime=0) as stream:
-                stream.write(data)
-            data = packed.getvalue()
-        with whole(path, needed=len(data)) as partial:
-            partial.write_bytes(data)
+        write_text(path, text.getvalue())
 
     def shuffled(self, seed: int) -> "KnowledgeTable":
         """Return the control: the same vectors, dealt to the known genes at random.
@@ -228,12 +220,10 @@ def find_tables(names: Sequence[str], folder: str | Path = FOLDER) -> dict[str, 
             path = next((one for one in there if one.is_file()), path)
         if not path.is_file():
             known = tables_in(folder)
-            near = nearest(name, known)
             listed = f"{folder} holds {', '.join(known)}" if known else f"{folder} holds none"
             raise ConfigError(
-                f"model.knowledge: no table {name!r}"
-                + (f": did you mean {near!r}?" if near else "")
-                + f" It is neither a file nor the name of a table ({listed}). Make one with "
+                f"model.knowledge: no table {name!r}{did_you_mean(name, known)}"
+                f" It is neither a file nor the name of a table ({listed}). Make one with "
                 "`genemodel knowledge build`, or set knowledge_dir."
             )
         key = key_of(path)

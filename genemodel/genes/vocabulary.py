@@ -8,9 +8,7 @@ a token that a trained model already knows.
 """
 
 import functools
-import gzip
 import hashlib
-import io
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +25,7 @@ import pandas as pd
 from genemodel.errors import DataError
 from genemodel.genes.species import species_name
 from genemodel.genes.tables import COLUMNS, decoded
-from genemodel.writing import whole
+from genemodel.writing import write_text
 
 if TYPE_CHECKING:
     from genemodel.genes.match import GeneMatch, SpeciesIndex
@@ -301,17 +299,9 @@ class GeneVocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write the table; gzipped when the name ends in ``.gz``. Same table, same bytes."""
-        path = Path(path)
         header = [_MAGIC, *(f"# {k}: {v}" for k, v in sorted(self._provenance.items()))]
         header.append(f"# sha256: {self.fingerprint}")
-        data = ("\n".join(header) + "\n" + self._body()).encode()
-        if path.suffix == ".gz":
-            packed = io.BytesIO()
-            with gzip.GzipFile("", "wb", compresslevel=9, fileobj=packed, mtime=0) as stream:
-                stream.write(data)
-            data = packed.getvalue()
-        with whole(path, needed=len(data)) as partial:
-            partial.write_bytes(data)
+        write_text(Path(path), "\n".join(header) + "\n" + self._body())
 
     @classmethod
     def read(cls, path: str | Path) -> "GeneVocabulary":

@@ -16,21 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PushSettings:
-    """Settings of ``genemodel push``, see ``configs/push.yaml``.
-
-    Attributes
-    ----------
-    model
-        Folder of a model.
-    to
-        ``hf://ORG/NAME``, or ``hf://ORG/NAME@BRANCH``.
-    licence
-        Of the weights, as the hub spells it; null: the page does not state one.
-    private
-        Make the repository private where there is none yet.
-    message
-        Of the commit.
-    """
+    """Settings of ``genemodel push``, see ``configs/push.yaml``."""
 
     model: PathText
     to: str

@@ -31,19 +31,7 @@ _DICTIONARY, _MEDIANS = "token_dictionary.json", "gene_median_dictionary.json"
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of ``genemodel export``, see ``configs/export.yaml``.
-
-    Attributes
-    ----------
-    model
-        Folder of the bundle.
-    format
-        ``hf``: a folder that transformers reads.
-    out
-        Folder to write; null for NAME.hf beside the bundle.
-    overwrite
-        Replace a folder that export has written.
-    """
+    """Settings of ``genemodel export``, see ``configs/export.yaml``."""
 
     model: ModelText
     format: Literal["hf"] = "hf"

@@ -46,37 +46,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSettings(InputSettings):
-    """Settings of ``genemodel import``, see ``configs/import.yaml``; how ``cells`` are read too.
-
-    Attributes
-    ----------
-    input
-        Folder of a published model, or of a LoRA adapter.
-    out
-        Folder to write the bundle to; null for NAME.bundle beside the model's.
-    dictionaries
-        Folder of the gene dictionaries, or a table with gene_id, token and nonzero_median; null:
-        they lie in, beside or above the model.
-    medians
-        Table, pickle or JSON with medians of the genes, instead of those found.
-    base
-        Folder of the model that a LoRA adapter was made for; null: where its configuration says.
-    cell
-        What a cell's vector is: the mean over its ``genes``, or its ``opening`` token; null for
-        what the publishers take.
-    cell_layer
-        Blocks below the last one at which it is taken; null for what the publishers take.
-    folded
-        Keep GeneCompass's knowledge as one vector per gene and species: the same numbers to
-        rounding, and faster.
-    verify
-        Print tensors, checksums and, with ``cells``, the loss on masked genes.
-    cells
-        What that loss is measured on: counts in any file that embed reads, or an npz with published
-        ``tokens`` and ``offsets``; null: it is not measured.
-    overwrite
-        Replace a bundle that exists.
-    """
+    """Settings of ``genemodel import``, see ``configs/import.yaml``."""
 
     input: Path
     out: Path | None = None

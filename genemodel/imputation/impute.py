@@ -188,42 +188,7 @@ def impute(
 
 @dataclass(frozen=True)
 class ImputeSettings(InputSettings):
-    """Denoise a file, read as :class:`InputSettings` say, and write the result to another.
-
-    Attributes
-    ----------
-    input
-        File or folder with raw counts.
-    output
-        h5ad or zarr to write: all that the input holds but its counts, with layers and provenance.
-    model
-        Folder of an imputation model, or of a bundle with a count decoder: used as it is, nothing
-        is trained; empty to train on these cells.
-    batch_key
-        obs column of the technical batch, several for nested ones; empty for none.
-    key_added
-        Name of the layer, and beginning of the names of the others.
-    uncertainty
-        Write the standard deviation.
-    draws
-        Number of posterior draws to write.
-    quantiles
-        Levels to write.
-    library
-        null for as sequenced, 0.5x (half of that; any factor), median, or a number of counts.
-    batch
-        Empty for each cell's own, mean for batch-corrected, or the name of a batch.
-    genes
-        Only these; empty for all measured ones.
-    kind
-        posterior, decoder or log.
-    seed
-        Of the split of molecules, the training and the draws.
-    device
-        Where to train, and where the model is: auto, cpu, cuda, cuda:1 …
-    overwrite
-        Replace an existing output.
-    """
+    """Settings of ``genemodel impute``, see ``configs/impute.yaml``."""
 
     input: PathText
     output: PathText

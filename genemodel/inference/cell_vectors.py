@@ -3,8 +3,6 @@
 Axes: B cells of a batch, C cells, D width.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 from torch import Tensor, nn
 
@@ -33,17 +31,6 @@ def embedder(bundle: Bundle, *, batch_size: int | None = None, compile: bool = F
     return Forward(
         bundle, read_out, bundle.model.settings.width, batch_size=batch_size, compile=compile
     )
-
-
-def embed_chunks(
-    cells: VocabularyCells, bundle: Bundle, *, batch_size: int | None = None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first row, embedding_CD float32) for consecutive cells of a source.
-
-    A cell without any known gene gets NaN.
-    """
-    for chunk, vectors_CD in embedder(bundle, batch_size=batch_size).over(cells.chunks()):
-        yield chunk.start, vectors_CD
 
 
 def embedding_of(

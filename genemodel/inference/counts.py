@@ -22,7 +22,7 @@ from genemodel.corpus.corpus import Corpus
 from genemodel.errors import DataError
 from genemodel.genes.match import GeneMatch
 from genemodel.model.devices import calculates_in_half
-from genemodel.settings import nearest
+from genemodel.settings import nearest, some
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -107,6 +107,18 @@ class VocabularyCells:
 
     def __len__(self) -> int:
         return self.source.n_cells
+
+    def tokens_beside(self, n_genes: int, what: str) -> np.ndarray:
+        """Token of every gene of an AnnData, −1 for none; refuses other genes than its own."""
+        token_G = np.full(len(self.source.genes), -1, np.int64)
+        for match in self.matches.values():
+            token_G = np.where(token_G < 0, match.token_G, token_G)
+        if len(token_G) != n_genes:
+            raise DataError(
+                f"adata has {n_genes:,} genes, and the counts that were read {len(token_G):,} "
+                f"(layer=raw): {what}. Give adata.raw.to_adata()."
+            )
+        return token_G
 
     @property
     def measured_SV(self) -> np.ndarray:
@@ -203,9 +215,8 @@ def refuse_unknown_species(
             + (f": did you mean species={near}?" if near else ".")
         )
     column = "species" if species is None else species.removeprefix("obs:")
-    some = ", ".join(unknown[:5]) + (f", … {len(unknown) - 5} more" if len(unknown) > 5 else "")
     raise DataError(
-        f"{where}: obs[{column!r}] holds the species {some}, but {who} knows "
+        f"{where}: obs[{column!r}] holds the species {some(unknown, 5)}, but {who} knows "
         f"{', '.join(known)}. Leave those cells out, use a model trained with them, or name the "
         "right column with species=obs:COLUMN."
     )

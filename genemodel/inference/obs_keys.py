@@ -8,7 +8,7 @@ import pandas as pd
 
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
-from genemodel.settings import nearest
+from genemodel.settings import did_you_mean
 
 JOIN = " | "
 # Where vectors go by default: those of embedding, with whatever model, and those that an
@@ -76,11 +76,9 @@ def column(obs: pd.DataFrame, key: str, what: str, where: str = "adata") -> pd.S
         )
     if key not in obs.columns:
         known = [str(name) for name in obs.columns]
-        near = nearest(key, known)
         raise DataError(
-            f"{where}.obs has no column {key!r} ({what})"
-            + (f": did you mean {near!r}? " if near else ". ")
-            + f"It has {', '.join(known) or 'no columns: give an h5ad whose obs has it'}."
+            f"{where}.obs has no column {key!r} ({what}){did_you_mean(key, known, '.')} "
+            f"It has {', '.join(known) or 'no columns: give an h5ad whose obs has it'}."
         )
     return obs[key]
 

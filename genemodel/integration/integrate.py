@@ -39,6 +39,7 @@ from genemodel.integration.linear_start import MakesVectors
 from genemodel.integration.model import IntegratedModel
 from genemodel.integration.overcorrection import private_populations, vanished
 from genemodel.integration.plan import Plan, Read, plan_integration, read_cells
+from genemodel.integration.sparing import names_for_readers, rows_of, told
 from genemodel.integration.training import Integration, train_integration
 from genemodel.model.tuning import Tune, TuningSettings
 from genemodel.settings import either_seed, to_values
@@ -112,7 +113,7 @@ def integrate(
     it is given, by the built-in vocabulary, in which orthologs of human and mouse are one.
 
     ``obsm[key_added]`` is float32 (n_obs, latent), in input order; NaN for cells without counts.
-    A warning names populations of one batch that have moved onto others.
+    A warning names populations of one batch that have moved onto others, or would have.
     """
     check_in_memory(adata, "adata", "genemodel finetune task=integrate")
     check_key_added(key_added)
@@ -189,7 +190,17 @@ def integrate_cells(
         **collapse(embedding_CD),
         **_evidence(trained, plan.code_C[read.cells.used], plan.batches),
     }
-    result.provenance["vanished"] = _guard(trained, read.cells, plan.labels, seed)
+    known = names_for_readers(
+        result.genes, read.vocabulary, None if isinstance(data, Corpus) else data.var
+    )
+    result.provenance["vanished"] = [
+        *_guard(trained, read.cells, plan.labels, seed),
+        *told(
+            trained.private, plan.batches, known, correct=settings.correct,
+            spare=settings.spare_private,
+        ),
+    ]  # fmt: skip
+    result.provenance["private_cells"] = rows_of(trained.private, read.cells.used)
     warn_of_collapse(result.provenance, "integrate")
     return result, embedding_CD
 

@@ -238,15 +238,19 @@ def batches_of(
     missing_labels: Sequence[str] = (),
     *,
     settled: bool = False,
+    one: str = "there is nothing to integrate. Use gm.embed",
 ) -> tuple[np.ndarray, list[str]]:
-    """Name the batch of every cell, and all batches in order; refuses fewer than two."""
+    """Name the batch of every cell, and all batches in order; refuses fewer than two.
+
+    ``one`` says what a single batch means and what to do about it.
+    """
     name_C = batch_names(obs, keys, missing_labels=missing_labels, settled=settled)
     batches = sorted(set(name_C))
     if len(batches) < 2:
         raise DataError(
             f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds "
-            f"{'one batch only' if batches else 'no cells'}: there is nothing to integrate. Use "
-            "gm.embed, or name the column that tells the batches apart."
+            f"{'one batch only' if batches else 'no cells'}: {one}, or name the column that tells "
+            "the batches apart."
         )
     if 2 * len(batches) > len(name_C):
         raise DataError(

@@ -135,13 +135,21 @@ class SharedClusterCorrection:
         fitted = f"{clusters} clusters, {batches:,} batches, {latent} dimensions"
         return f"SharedClusterCorrection({fitted if clusters else 'not fitted'})"
 
-    def fit_transform(self, z_CD: np.ndarray, batch_C: np.ndarray) -> np.ndarray:
-        """Fit on all cells and return their corrected latent (float64, (C, D))."""
+    def fit_transform(
+        self, z_CD: np.ndarray, batch_C: np.ndarray, private_C: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Fit on all cells and return their corrected latent (float64, (C, D)).
+
+        Cells of ``private_C`` (bool) are of populations that their batch alone has, whatever their
+        neighbours suggest: no evidence.
+        """
         z_CD = z_CD.astype(np.float64)
         n_cells, n_batches = len(z_CD), int(batch_C.max()) + 1
         n_clusters = min(self.max_clusters, max(2, n_cells // self.cells_per_cluster))
         rng = np.random.default_rng(self.seed)
-        evidence_C = self._evidence(_unit(z_CD), batch_C)
+        evidence_C = self.evidence(_unit(z_CD), batch_C)
+        if private_C is not None:
+            evidence_C[private_C] = 0
         self.evidence_C = evidence_C
         if evidence_C.sum() == 0:
             logger.warning(
@@ -214,7 +222,7 @@ class SharedClusterCorrection:
             unit_CD = _unit(corrected_CD)
             joined_CD = np.vstack([unit_CD, _unit(self.reference_CD)])
             code_C = np.repeat([0, 1], [len(unit_CD), len(self.reference_CD)])
-            evidence_C = self._evidence(joined_CD, code_C)[: len(unit_CD)]
+            evidence_C = self.evidence(joined_CD, code_C)[: len(unit_CD)]
             near_CK = _softness(unit_CD, self.centre_KD, self.sigma)
             member_CK = near_CK / near_CK.sum(1, keepdims=True)
             weight_CK = member_CK * evidence_C[:, None]
@@ -227,7 +235,8 @@ class SharedClusterCorrection:
             corrected_CD = z_CD - member_CK @ (common_D + shrink_K * (gap_KD - common_D))
         return corrected_CD
 
-    def _evidence(self, unit_CD: np.ndarray, batch_C: np.ndarray) -> np.ndarray:
+    def evidence(self, unit_CD: np.ndarray, batch_C: np.ndarray) -> np.ndarray:
+        """Tell, for every cell, the evidence above the floor (`shared_evidence`), from 0 to 1."""
         raw_C = shared_evidence(unit_CD, batch_C, self.k)
         return np.clip((raw_C - self.floor) / (1 - self.floor), 0, 1)
 

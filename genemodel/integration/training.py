@@ -10,6 +10,7 @@ cell vector, E width of pre-trained gene vectors, S sampled cells.
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,7 @@ from genemodel.integration.linear_start import (
     vector_share,
 )
 from genemodel.integration.shared_clusters import SharedClusterCorrection
+from genemodel.integration.sparing import Spared, corrected
 from genemodel.model.count_encoder import CountEncoder, CountsBesideVectors
 from genemodel.model.gene_model import GeneModel
 from genemodel.settings import to_values
@@ -124,6 +126,8 @@ class Integration:
         The transformer beneath where it has learnt on, adapters merged.
     start
         Linear components that the latent started at, where the cells were few.
+    private
+        Populations that seem to be of one batch alone; none is sought where labels tell.
     """
 
     net: IntegrationNet
@@ -135,6 +139,7 @@ class Integration:
     steps: int
     backbone: GeneModel | None = None
     start: LinearStart | None = None
+    private: Sequence[Spared] = ()
 
     def __repr__(self) -> str:
         cells, latent = self.latent_CD.shape
@@ -206,11 +211,11 @@ def train_integration(
     latent_CD = plan.encode(built, where.target)
     if not np.isfinite(latent_CD).all():
         raise out_of_bounds("peak_rate", settings.peak_rate)
-    correction, embedding_CD = None, latent_CD
-    if settings.correct and data.n_batches > 1:
-        correction = SharedClusterCorrection(seed=seed)
-        code_C = data.batch_C[data.used]
-        embedding_CD = correction.fit_transform(latent_CD, code_C).astype(np.float32)
+    correction, embedding_CD, private = corrected(
+        latent_CD, data.batch_C[data.used], np.searchsorted(data.used, data.sample),
+        plan.sample_SG, correct=settings.correct and data.n_batches > 1,
+        spare=settings.spare_private, look=data.label_C is None, seed=seed,
+    )  # fmt: skip
     beneath = tuned(built.model)
     counts = built.model if isinstance(built.model, CountEncoder) else built.model.counts
     assert isinstance(counts, CountEncoder) and isinstance(built.objectives, IntegrationHead)
@@ -225,6 +230,7 @@ def train_integration(
         trained.steps,
         beneath,
         plan.start,
+        private,
     )
 
 
@@ -288,7 +294,7 @@ class _Plan:
         )  # fmt: skip
         trainer = where.trainer
         at_once = size * trainer.accumulate * trainer.devices * trainer.num_nodes
-        self.steps = max(settings.steps, math.ceil(settings.passes * n_cells / at_once))
+        self.steps = settings.steps_over(n_cells, at_once)
         # Labels give the network more to learn from than a few cells.
         self.linear = n_cells < settings.few_cells and data.label_C is None
         self.start: LinearStart | None = None

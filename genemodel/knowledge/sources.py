@@ -15,7 +15,7 @@ from genemodel.errors import DataError
 from genemodel.genes.match import tokens_of_names
 from genemodel.genes.tables import first_column, plain_column, read_table, read_text
 from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.settings import nearest, some
+from genemodel.settings import did_you_mean, some
 
 GENE = (
     "ensembl_id", "ensembl_gene_id", "gene_id", "gene_stable_id", "gene", "symbol", "gene_symbol",
@@ -53,11 +53,10 @@ class Columns:
             wanted = self.chosen[role]
             if wanted in table.columns:
                 return wanted
-            near = nearest(wanted, map(str, table.columns))
+            there = list(map(str, table.columns))
             raise DataError(
-                f"columns.{role}={wanted}: {path} has no such column"
-                + (f": did you mean {near!r}?" if near else "")
-                + f" It has {', '.join(map(str, table.columns))}"
+                f"columns.{role}={wanted}: {path} has no such column{did_you_mean(wanted, there)} "
+                f"It has {', '.join(there)}"
             )
         found = first_column(table, usual)
         if found is None and needed:

@@ -32,14 +32,6 @@ METRICS: dict[str, str] = {
     "fold_change_error": "low",
 }
 """Names of the six, and the better direction of each."""
-PUBLISHED = {
-    "discrimination": "pds_cosine",
-    "expression_error": "expr_mse_unbiased_capped_norm",
-    "direction_fidelity": "de_wilcoxon_direction_fidelity_yield_raw",
-    "direction_reach": "de_wilcoxon_direction_reach_raw",
-    "responding_genes": "de_wilcoxon_sig_jaccard",
-    "fold_change_error": "de_wilcoxon_lfc_nmae",
-}
 
 
 @dataclass(frozen=True)

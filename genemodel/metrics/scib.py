@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 BIO = ("isolated_labels", "kmeans_nmi", "kmeans_ari", "silhouette_label", "clisi")
 BATCH = ("bras", "ilisi", "kbet", "graph_connectivity", "pcr")
-TOTALS = ("bio", "batch", "total")
 OURS = (
     "knn_accuracy",
     "knn_accuracy_across",

@@ -11,7 +11,6 @@ Axes: T tokens, H heads, K head width, C cells.
 
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -173,38 +172,3 @@ def _flops_backward(grad_THK: Tensor, q_THK: Tensor, *others: Any, **_: Any) -> 
     # Five matrix products against the forward's two: the scores are computed once more.
     starts_C1 = others[-1]
     return sum(10 * (b - a) ** 2 for a, b in _spans(starts_C1)) * q_THK.shape[1] * q_THK.shape[2]
-
-
-# Queries of one thread block of FlashAttention-2, at head widths up to 128.
-_QUERIES_A_BLOCK = 128
-
-
-def thread_blocks(
-    length_C: np.ndarray, *, places: int, longest: int, heads: int
-) -> tuple[int, int]:
-    """Thread blocks that the variable-length kernel starts, and those that have work.
-
-    Parameters
-    ----------
-    length_C
-        Tokens of every cell that is there.
-    places, longest
-        Shape of the grid: every place gets blocks for the longest cell there could be.
-    heads
-        Attention heads.
-    """
-    launched = -(-longest // _QUERIES_A_BLOCK) * places * heads
-    useful = int((-(-np.asarray(length_C, np.int64) // _QUERIES_A_BLOCK)).sum()) * heads
-    return launched, useful
-
-
-def attend_reference(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, starts_C1: Tensor, longest: int
-) -> Tensor:
-    """Say slowly what :func:`attend` does: one block-diagonal score matrix, then softmax."""
-    assert int(starts_C1.diff().max()) <= longest
-    token = torch.arange(q_THK.shape[0], device=q_THK.device)
-    cell_T = torch.searchsorted(starts_C1[1:].contiguous(), token.to(starts_C1.dtype), right=True)
-    score_HTT = torch.einsum("thk,shk->hts", q_THK, k_THK) * q_THK.shape[-1] ** -0.5
-    score_HTT = score_HTT.masked_fill(cell_T[:, None] != cell_T[None, :], float("-inf"))
-    return torch.einsum("hts,shk->thk", score_HTT.softmax(-1), v_THK)

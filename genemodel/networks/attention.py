@@ -14,12 +14,11 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import check_in_memory, check_key_added
 from genemodel.inference.progress import Progress
-from genemodel.model.devices import device_of
 from genemodel.networks.attention_sums import AttentionSums
 from genemodel.networks.cells import NetworkCells, batches, read_network_cells
 from genemodel.settings import check_seed
@@ -195,9 +194,7 @@ def attention(
     check_in_memory(adata, "adata", "genemodel network")
     check_seed(seed)
     reading = InputSettings.given(options)
-    bundle = model_for("attend", (Bundle,), model, device="auto" if device is None else device)
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+    bundle = bundle_for("attend", model, device)
     cells = read_network_cells(
         adata, bundle.vocabulary, reading, max_cells=max_cells, seed=seed, who="the model"
     )

@@ -25,12 +25,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.expression.normalise import log_normalised
 from genemodel.expression.variable_genes import select_genes
 from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary
-from genemodel.inference.counts import (
-    VocabularyChunk,
-    blocks_of,
-    refuse_unknown_species,
-    window_of,
-)
+from genemodel.inference.counts import VocabularyChunk, blocks_of, refuse_unknown_species, window_of
 from genemodel.perturbation.genes import GeneNames
 from genemodel.settings import some
 

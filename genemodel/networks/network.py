@@ -14,7 +14,7 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for, model_for
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -51,7 +51,7 @@ from genemodel.networks.settings import (
     NetworkSettings,
 )
 from genemodel.networks.truth import factors, read_edges
-from genemodel.settings import check_replaced_folder, to_values
+from genemodel.settings import check_replaced_folder, texts, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -102,8 +102,9 @@ def network(
         ``"pearson"``, ``"partial"`` and ``"grnboost"`` ask the cells. By default all that can be
         had.
     tfs
-        Transcription factors: symbols or Ensembl ids, or one file of them. By default those of
-        ``truth``; without it every gene.
+        Transcription factors, which edges start from: symbols or Ensembl ids, or one file with a
+        name in the first column of every line. By default those of ``truth``; without it every
+        gene.
     n_genes
         Targets: so many of the most variable genes, and the transcription factors.
     truth
@@ -121,11 +122,11 @@ def network(
     max_cells
         Most cells that are looked at; 0 for all.
     jacobian_cells
-        Most cells for the Jacobian.
+        Most cells for the Jacobian, which goes backwards through the model once a dimension.
     min_cells, min_coverage
         Least number and share of the cells that hold a gene.
     max_edges
-        Edges kept of a method; 0 for all.
+        Edges kept of a method, the strongest; 0 for all.
     bootstraps
         Resamples of the transcription factors for intervals.
     workers
@@ -154,8 +155,8 @@ def network(
         A gene, column or table is unknown, or no transcription factor is in enough cells.
     """
     asked = Asked(
-        methods=cast("tuple[Method, ...]", _texts(methods)), tfs=_texts(tfs), n_genes=n_genes,
-        truth=str(truth), truth_kind=truth_kind, prior=_texts(prior), show=show,
+        methods=cast("tuple[Method, ...]", texts(methods)), tfs=texts(tfs), n_genes=n_genes,
+        truth=str(truth), truth_kind=truth_kind, prior=texts(prior), show=show,
         donor_key=donor_key, max_cells=max_cells, jacobian_cells=jacobian_cells,
         min_cells=min_cells, min_coverage=min_coverage, max_edges=max_edges,
         bootstraps=bootstraps, workers=workers, batch_tokens=batch_tokens, seed=seed,
@@ -163,23 +164,14 @@ def network(
     reading = InputSettings.given(options)
     check_key_added(key_added, "uns")
     check_in_memory(adata, "adata", "genemodel network")
-    bundle = None
-    if model is not None:
-        bundle = model_for("network", (Bundle,), model, device="auto" if device is None else device)
-        if device is not None:
-            bundle = bundle.on(device_of(device))
+    bundle = None if model is None else bundle_for("network", model, device)
     result = _networks(adata, bundle, asked, reading)
     adata.uns[key_added] = for_uns(result)
     return result
 
 
 def network_file(settings: NetworkSettings) -> str:
-    """Infer networks from the cells of a file, and write them as a folder of tables.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Write networks of the cells of a file as a folder of tables; returns what to print."""
     out = Path(settings.out)
     check_replaced_folder(out, "network", is_ours, overwrite=settings.overwrite)
     if not Path(settings.input).exists():
@@ -188,7 +180,6 @@ def network_file(settings: NetworkSettings) -> str:
     if settings.model:
         bundle = model_for("network", (Bundle,), settings.model, device=device_of(settings.device))
     result = _networks(settings.input, bundle, settings.asked, settings.reading)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_result(result, out)
     return f"{result.describe()}\nTables are in {out}"
 
@@ -383,9 +374,3 @@ def _stabilities(
         )
         found[method] = stability(one, other, counts_ST, k)
     return found
-
-
-def _texts(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
-    if isinstance(values, str | Path):
-        return (str(values),) if str(values) else ()
-    return tuple(str(value) for value in values)

@@ -14,7 +14,7 @@ import torch
 
 import genemodel
 from genemodel.bundle.bundle import Bundle
-from genemodel.bundle.given import model_for
+from genemodel.bundle.given import bundle_for, model_for
 from genemodel.cells.annotations import read_annotations
 from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
@@ -37,7 +37,7 @@ from genemodel.perturbation.settings import (
     PerturbSettings,
 )
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_replaced_folder, either_seed, to_values
+from genemodel.settings import check_replaced_folder, either_seed, texts, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -149,9 +149,9 @@ def perturb(
         separate.
     """
     asked = Asked(
-        genes=_texts(genes), perturb_type=perturb_type, rank_shift=rank_shift, combos=combos,
+        genes=texts(genes), perturb_type=perturb_type, rank_shift=rank_shift, combos=combos,
         anchor_gene=anchor_gene, group_needs=group_needs, emb_mode=emb_mode, state_key=state_key,
-        start_state=start_state, goal_state=goal_state, alt_states=_texts(alt_states),
+        start_state=start_state, goal_state=goal_state, alt_states=texts(alt_states),
         donor_key=donor_key, nulls=nulls, position_preserving=position_preserving,
         min_cells=min_cells, min_coverage=min_coverage, min_auc=min_auc, max_cells=max_cells,
         precision=precision, seed=seed,
@@ -159,9 +159,7 @@ def perturb(
     reading = InputSettings.given(options)
     check_key_added(key_added, "uns")
     check_in_memory(adata, "adata", "genemodel perturb")
-    bundle = model_for("perturb", (Bundle,), model, device="auto" if device is None else device)
-    if device is not None:
-        bundle = bundle.on(device_of(device))
+    bundle = bundle_for("perturb", model, device)
     _check_mode(bundle, asked)
     cells = VocabularyCells(adata, bundle, reading)
     plan = plan_of(cells, adata.obs, bundle, asked, reading, batch_tokens, "adata")
@@ -173,12 +171,7 @@ def perturb(
 
 
 def perturb_file(settings: PerturbSettings) -> str:
-    """Perturb the cells of a file, block by block; the same settings go on after an interruption.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Perturb the cells of a file in blocks; an interrupted run goes on. Returns what to print."""
     out = Path(settings.out)
     check_replaced_folder(out, "perturb", is_ours, overwrite=settings.overwrite)
     if not Path(settings.input).exists():
@@ -238,7 +231,3 @@ def _fill(plan: Plan, blocks: Blocks) -> None:
         for number in missing:
             start, stop = blocks.span(number)
             blocks.keep(number, plan.shifts(np.arange(start, stop), progress.add))
-
-
-def _texts(values: str | Sequence[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(values)

@@ -36,7 +36,7 @@ from genemodel.perturbation.result import PerturbationResult, correlation, gene_
 from genemodel.perturbation.settings import Asked
 from genemodel.perturbation.states import States, states_of
 from genemodel.perturbation.statistics import Tested, statistics
-from genemodel.settings import nearest, some, to_values
+from genemodel.settings import did_you_mean, some, to_values
 from genemodel.writing import in_bytes
 
 logger = logging.getLogger(__name__)
@@ -266,11 +266,9 @@ def _choose(
     for name in asked.states or (asked.start_state,):
         here = np.flatnonzero(text_C == name)
         if not here.size:
-            near = nearest(name, known)
             raise DataError(
                 f"{where}: no cell has {asked.state_key}={name!r}"
-                + (f": did you mean {near!r}? " if near else ". ")
-                + f"The column holds {some(known)}."
+                f"{did_you_mean(name, known, '.')} The column holds {some(known)}."
             )
         rows.append(sample(here))
     chosen = np.sort(np.concatenate(rows))

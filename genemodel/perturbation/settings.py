@@ -1,13 +1,13 @@
 """What is perturbed and what is measured: one description for the call and for the verb."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
 from genemodel.perturbation.passes import MODES, How, Mode, Precision
 from genemodel.perturbation.variants import OPERATIONS, QUARTILES, Operation
-from genemodel.settings import ModelText, PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_seed, texts
 
 # AUC of telling two states apart below which a shift between them is noise: .5 is chance.
 MIN_AUC = 0.6
@@ -19,49 +19,7 @@ NULLS = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is perturbed and measured.
-
-    Attributes
-    ----------
-    genes
-        Symbols or Ensembl ids, each perturbed alone; ``A+B`` together; ``all`` for every gene in
-        enough cells.
-    perturb_type
-        delete, overexpress, inhibit or activate.
-    rank_shift
-        Quartiles by which inhibit and activate move a gene, 1 to 3; None: to the very end.
-    combos
-        Perturb up to so many of the genes together, in every combination.
-    anchor_gene
-        A gene that each of the others is perturbed with, too.
-    group_needs
-        Cells in which a group is perturbed: those with ``any`` of its genes, or with ``all``.
-    emb_mode
-        A cell's vector: ``cls``, that of its opening token, or ``cell``, the mean of its genes; of
-        the layer that :func:`genemodel.embed` reads. ``cls_and_gene`` and ``cell_and_gene`` also
-        measure every other gene.
-    state_key
-        obs column of the states. With start_state alone only those cells are perturbed; with
-        goal_state shifts are measured towards it, and towards alt_states.
-    start_state, goal_state, alt_states
-        Values of the column.
-    donor_key
-        obs column of donors, which are the replicates.
-    nulls
-        Genes alike in rank, detection and mean that each gene is compared with; 0 for none.
-    position_preserving
-        Measure each deletion a second time with the other genes kept at rank and value.
-    min_cells, min_coverage
-        Least number and share of the cells that a gene must be held by to be tested.
-    min_auc
-        Stop where start and goal are told apart less well, on donors held out; 0: go on.
-    max_cells
-        Most cells that are perturbed, and of every other state; 0 for all.
-    precision
-        On a GPU: float32, or bfloat16, which is faster and rounds small shifts away.
-    seed
-        Of samples and folds.
-    """
+    """What is perturbed and measured, as :func:`genemodel.perturb` describes it."""
 
     genes: tuple[str, ...] = ("all",)
     perturb_type: Operation = "delete"
@@ -94,9 +52,7 @@ class Asked:
                     f"{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}."
                 )
         for name in ("genes", "alt_states"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, tuple(map(str, value)))
+            object.__setattr__(self, name, texts(getattr(self, name)))
         check_seed(self.seed)
         shifted = self.perturb_type in ("inhibit", "activate")
         if self.rank_shift is not None and not (shifted and 1 <= self.rank_shift < QUARTILES):
@@ -159,25 +115,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbSettings(Asked, InputSettings):
-    """Settings of ``genemodel perturb``, see ``configs/perturb.yaml``.
-
-    Attributes
-    ----------
-    model
-        Folder of a bundle.
-    input
-        File or folder with raw counts.
-    out
-        Folder to write tables into.
-    tables
-        Format of the large tables: parquet, or csv (gzipped).
-    batch_tokens
-        Most tokens at once; 0 for the model's own budget.
-    device
-        auto, cpu, cuda, cuda:1 and so on.
-    overwrite
-        Replace an existing ``out``.
-    """
+    """Settings of ``genemodel perturb``, see ``configs/perturb.yaml``."""
 
     model: ModelText
     input: PathText
@@ -196,5 +134,4 @@ class PerturbSettings(Asked, InputSettings):
     @property
     def asked(self) -> Asked:
         """These alone."""
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Asked)}
-        return Asked(**own)
+        return self.part(Asked)

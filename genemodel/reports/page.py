@@ -73,7 +73,6 @@ figure.wide img{max-width:none}
 figcaption{color:var(--soft);font-size:13.5px;margin-top:7px;max-width:80ch}
 pre{background:var(--fill);border:1px solid var(--line);border-radius:6px;padding:10px 12px;
 overflow-x:auto;font-size:12.5px;line-height:1.45}
-iframe{width:100%;height:560px;border:1px solid var(--line);border-radius:6px;background:#fff}
 details summary{cursor:pointer;color:var(--accent);margin-bottom:8px}
 figcaption a{white-space:nowrap}
 @media (max-width:860px){.frame{grid-template-columns:minmax(0,1fr);gap:18px;padding:18px 14px 48px}
@@ -82,15 +81,13 @@ nav{position:static}}
 """
 
 
-def number_text(value: object, digits: int = 3, beside: object = None) -> str:
-    """Write a number for a reader.
+def number_text(value: object, beside: object = None) -> str:
+    """Write a number for a reader: three decimals below 10, fewer above.
 
     Parameters
     ----------
     value
         Anything; what is not a number is written as it is.
-    digits
-        Decimals of a number below 10; larger ones get fewer, tiny ones the scientific form.
     beside
         The largest number of the column, so that all its numbers get the same decimals.
     """
@@ -108,16 +105,12 @@ def number_text(value: object, digits: int = 3, beside: object = None) -> str:
     scale = abs(float(beside)) if isinstance(beside, float | int) else abs(number)
     if number == 0 and not scale:
         return "0"
-    if 0 < scale < 10**-digits:
+    if 0 < scale < 0.001:
         return f"{number:.1e}".replace("-", "−", 1) if number < 0 else f"{number:.1e}"
     # 3 decimals below 10, 2 below 100 and so on: 128.456 reads 128.5.
-    places = max(0, digits - len(str(int(scale))) + 1) if scale < 1000 else 0
+    places = max(0, 4 - len(str(int(scale)))) if scale < 1000 else 0
     text = f"{number:,.{places}f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else text.removeprefix("-")
-
-
-def _attribute(text: object) -> str:
-    return html.escape(str(text), quote=True)
 
 
 class Report:
@@ -171,10 +164,8 @@ class Report:
         table: pd.DataFrame,
         caption: str = "",
         *,
-        units: Mapping[str, str] | None = None,
         best: Mapping[str, Literal["high", "low"]] | None = None,
         never_best: Collection[str] = (),
-        digits: int = 3,
         index: bool = True,
     ) -> Self:
         """Add a table.
@@ -185,30 +176,24 @@ class Report:
             Rows and columns; numbers are written for reading, everything else as text.
         caption
             What it shows.
-        units
-            Column to unit, shown with the heading.
         best
             Column to the better direction; the best values are marked.
         never_best
             Names of rows that take no part in that: controls, whose figures say where zero is.
-        digits
-            Decimals.
         index
             Show the row names.
         """
-        units, best = units or {}, best or {}
-        unknown = [column for column in (*units, *best) if column not in table.columns]
-        if unknown:
+        best = best or {}
+        if unknown := [column for column in best if column not in table.columns]:
             raise ConfigError(
-                f"Report.table: units or best name the column {unknown[0]!r}; the table has "
+                f"Report.table: best names the column {unknown[0]!r}; the table has "
                 f"{', '.join(map(str, table.columns))}."
             )
         words = {column for column in table.columns if _is_words(table[column])}
         head = f"<th>{html.escape(str(table.index.name or ''))}</th>" if index else ""
         for column in table.columns:
-            unit = f" ({units[column]})" if column in units else ""
             kind = ' class="words"' if column in words else ""
-            head += f"<th{kind}>{html.escape(str(column).replace('_', ' ') + unit)}</th>"
+            head += f"<th{kind}>{html.escape(str(column).replace('_', ' '))}</th>"
         scales = {column: _scale(table[column]) for column in table.columns}
         rows = []
         takes_part = ~table.index.astype(str).isin(list(never_best))
@@ -225,9 +210,8 @@ class Report:
                 if column in marked and marked[column][i]:
                     kinds.append("best")
                 kind = f' class="{" ".join(kinds)}"' if kinds else ""
-                cells.append(
-                    f"<td{kind}>{html.escape(number_text(value, digits, scales[column]))}</td>"
-                )
+                text = html.escape(number_text(value, scales[column]))
+                cells.append(f"<td{kind}>{text}</td>")
             rows.append(f"<tr>{''.join(cells)}</tr>")
         label = f'<p class="caption">{html.escape(caption)}</p>' if caption else ""
         return self._add(
@@ -235,15 +219,11 @@ class Report:
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 
-    def figure(
-        self,
-        figure: "Figure | Axes | np.ndarray",
-        caption: str = "",
-        *,
-        kind: Literal["png", "svg"] = "png",
-        close: bool = True,
-    ) -> Self:
-        """Add a figure inside the page.
+    def figure(self, figure: "Figure | Axes | np.ndarray", caption: str = "") -> Self:
+        """Add a figure inside the page, and close it, so that a long report piles up none.
+
+        It stands at twice the screen's resolution, with the drawing as SVG behind a link, for a
+        paper.
 
         Parameters
         ----------
@@ -251,11 +231,6 @@ class Report:
             A matplotlib Figure, or the Axes (or array of Axes) of one.
         caption
             What it shows; also read aloud to those who cannot see it.
-        kind
-            ``"png"`` at twice the screen's resolution, with the drawing as SVG behind a link,
-            for a paper; or ``"svg"`` alone.
-        close
-            Close the figure afterwards, so that a long report does not pile them up.
         """
         from matplotlib import pyplot as plt
 
@@ -266,37 +241,18 @@ class Report:
                 f"Report.figure got a {type(figure).__name__}; pass a matplotlib Figure or its "
                 "Axes."
             )
-        if kind not in ("png", "svg"):
-            raise ConfigError(f"Report.figure: kind={kind!r} is unknown; use 'png' or 'svg'.")
-        saved = _saved(drawn, kind)
-        width = round(96 * drawn.get_size_inches()[0])
+        saved, vector = _saved(drawn, "png"), _saved(drawn, "svg")
+        plt.close(drawn)
         self._figures += 1
-        words = html.escape(caption)
-        if kind == "png":
-            # The tight box cut the margins: show at 96 pixels an inch of what was really saved.
-            width = round(int.from_bytes(saved[16:20], "big") * 96 / 160)
-            vector = base64.b64encode(_saved(drawn, "svg")).decode("ascii")
-            words += (
-                f' <a download="figure-{self._figures}.svg" '
-                f'href="data:image/svg+xml;base64,{vector}">SVG</a>'
-            )
-        if close:
-            plt.close(drawn)
-        data = base64.b64encode(saved).decode("ascii")
-        media = "image/png" if kind == "png" else "image/svg+xml"
-        note = f"<figcaption>{words}</figcaption>" if words else ""
+        # The tight box cut the margins: show at 96 pixels an inch of what was really saved.
+        width = round(int.from_bytes(saved[16:20], "big") * 96 / 160)
         wide = ' class="wide"' if width > _SHRINKS_TO else ""
         return self._add(
-            f'<figure{wide}><img src="data:{media};base64,{data}" '
-            f'alt="{_attribute(caption or "figure")}" width="{width}">{note}</figure>'
-        )
-
-    def page(self, page: str, caption: str) -> Self:
-        """Add another self-contained HTML page, shut in a frame without scripts, folded away."""
-        return self._add(
-            f"<details><summary>{html.escape(caption)}</summary>"
-            f'<iframe sandbox title="{_attribute(caption)}" srcdoc="{_attribute(page)}"></iframe>'
-            "</details>"
+            f'<figure{wide}><img src="data:image/png;base64,{base64.b64encode(saved).decode()}" '
+            f'alt="{html.escape(caption or "figure")}" width="{width}"><figcaption>'
+            f'{html.escape(caption)} <a download="figure-{self._figures}.svg" '
+            f'href="data:image/svg+xml;base64,{base64.b64encode(vector).decode()}">SVG</a>'
+            "</figcaption></figure>"
         )
 
     def settings(self, settings: Mapping[str, Any]) -> Self:

@@ -109,6 +109,19 @@ def _plot[R](draw: Callable[..., R]) -> Callable[..., R]:
     return plot
 
 
+def _kept(result: Any, key: str, call: str) -> Any:
+    """Take what a call left in an AnnData; None where its result itself is given."""
+    uns = getattr(result, "uns", None)
+    if uns is None:
+        return None
+    if key not in uns:
+        raise DataError(
+            f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
+            f"Compute it first with genemodel.{call}."
+        )
+    return uns[key]
+
+
 @_plot
 def embedding(
     adata: "ad.AnnData",
@@ -426,15 +439,9 @@ def perturbation(
         p against matched genes over the shift; the genes with most evidence beside the shift of
         their matched genes, and beside their own with all other genes held in place.
     """
-    uns = getattr(result, "uns", None)
-    if uns is not None:
-        if key not in uns:
-            raise DataError(
-                f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
-                "Compute it first with genemodel.perturb."
-            )
-        return perturbation_panels(uns[key]["statistics"], most=most)
-    return perturbation_panels(result.statistics, most=most)
+    kept = _kept(result, key, "perturb")
+    statistics = result.statistics if kept is None else kept["statistics"]
+    return perturbation_panels(statistics, most=most)
 
 
 @_plot
@@ -522,14 +529,9 @@ def attention(
     -------
     Axes
     """
-    uns = getattr(result, "uns", None)
-    if uns is not None:
-        if key not in uns:
-            raise DataError(
-                f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
-                "Compute it first with genemodel.attention."
-            )
-        result = from_uns(uns[key])
+    kept = _kept(result, key, "attention")
+    if kept is not None:
+        result = from_uns(kept)
     matrix = result.matrix(layer, head)
     if missing := [name for name in genes if name not in matrix.index]:
         raise DataError(
@@ -566,15 +568,10 @@ def trajectory(
         A panel for each part there is: error by method and donor; energy distance by method and
         donor; the genes that go with time most, and their change at every step.
     """
-    uns = getattr(result, "uns", None)
-    if uns is None:
+    kept = _kept(result, key, "trajectory")
+    if kept is None:
         return trajectory_panels(result.tables(), result.summary, most=most)
-    if key not in uns:
-        raise DataError(
-            f"adata.uns has no {key!r}; it has {', '.join(map(str, uns)) or 'nothing'}. "
-            "Compute it first with genemodel.trajectory."
-        )
-    return trajectory_panels(uns[key], uns[key]["summary"], most=most)
+    return trajectory_panels(kept, kept["summary"], most=most)
 
 
 @_plot

@@ -8,11 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from genemodel.metrics.response import (
-    differential,
-    expression_error,
-    normal_test,
-)
+from genemodel.metrics.response import differential, expression_error, normal_test
 from genemodel.response.panels import (
     ERROR,
     MEAN,

@@ -38,7 +38,7 @@ from genemodel.response.settings import (
     RespondSettings,
 )
 from genemodel.response.vectors import symbols_of
-from genemodel.settings import check_replaced_folder, some, to_values
+from genemodel.settings import check_replaced_folder, some, texts, to_values
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -91,7 +91,8 @@ def respond(
     dose_key
         obs column of the dose: numbers, of which the order counts.
     batch_key
-        obs column within which perturbed and control cells are compared.
+        obs column within which perturbed and control cells are compared; with
+        ``holdout="donors"`` what is batch within a donor.
     donor_key
         obs column of donors, with ``holdout="donors"``.
     guide_key
@@ -140,9 +141,9 @@ def respond(
     asked = AskedResponse(
         perturbation_key=perturbation_key, control=control, holdout=holdout, label_key=label_key,
         dose_key=dose_key, batch_key=batch_key, donor_key=donor_key, guide_key=guide_key,
-        predict=_texts(predict), folds=folds, repeats=repeats, permutations=permutations,
+        predict=texts(predict), folds=folds, repeats=repeats, permutations=permutations,
         min_cells=min_cells, min_counts=min_counts, combination=combination,
-        knowledge=_texts(knowledge), cells=cells, seed=seed,
+        knowledge=texts(knowledge), cells=cells, seed=seed,
     )  # fmt: skip
     reading = InputSettings.given(options)
     check_key_added(key_added, "uns")
@@ -163,12 +164,7 @@ def respond(
 
 
 def respond_file(settings: RespondSettings) -> str:
-    """Do the same with the cells of a file.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Do the same with the cells of a file; returns what to print."""
     out = Path(settings.out)
     check_replaced_folder(out, "respond", is_ours, overwrite=settings.overwrite)
     for path in settings.knowledge:
@@ -179,7 +175,6 @@ def respond_file(settings: RespondSettings) -> str:
         bundle = model_for("respond", (Bundle,), settings.model, device=device_of(settings.device))
     adata, reading = read_anndata(settings.input, settings.reading)
     result = _respond(adata, settings.asked, reading, bundle, settings.input)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_result(result, out)
     return f"{result.describe()}\nTables and a page are in {out}"
 
@@ -423,7 +418,3 @@ def _words(
             "methods apart."
         )
     return words + [f"{note[:1].upper()}{note[1:]}." for note in design.notes]
-
-
-def _texts(values: str | Sequence[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(map(str, values))

@@ -16,13 +16,7 @@ from genemodel.metrics.response import (
     expression_error,
     genes_to_test,
 )
-from genemodel.response.mixture import (
-    OURS,
-    Mixture,
-    baselines,
-    fit_mixture,
-    ingredients,
-)
+from genemodel.response.mixture import OURS, Mixture, baselines, fit_mixture, ingredients
 from genemodel.response.panels import ERROR, NOTHING, REPLICATE, ranked
 from genemodel.response.predictors import Again, Asked, Measured
 from genemodel.response.sampling import cells_with_effect

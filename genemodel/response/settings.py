@@ -1,11 +1,11 @@
 """What is predicted and what it is judged by: one description for the call and for the verb."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
-from genemodel.settings import ModelText, PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_least, check_seed, texts
 
 type Holdout = Literal["targets", "cell_types", "doses", "donors"]
 HOLDOUTS = ("targets", "cell_types", "doses", "donors")
@@ -20,51 +20,7 @@ TARGET_FOLDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class AskedResponse:
-    """What is predicted and what it is judged by.
-
-    Attributes
-    ----------
-    perturbation_key
-        obs column of what was done to a cell.
-    control
-        Its value of cells to which nothing was done.
-    holdout
-        What is predicted without having been seen: ``targets`` (perturbations), ``cell_types``,
-        ``doses`` or ``donors``.
-    label_key
-        obs column of the cell type or condition within which effects are measured.
-    dose_key
-        obs column of the dose: numbers, of which the order counts.
-    batch_key
-        obs column within which perturbed and control cells are compared; with holdout=donors what
-        is batch within a donor.
-    donor_key
-        obs column of donors, with holdout=donors.
-    guide_key
-        obs column of the guide: guides of one target should do the same.
-    predict
-        Also predict these, which were not measured: targets (``A+B`` together), doses, or contexts
-        that hold controls only; these by themselves where nothing is named.
-    folds
-        Parts in which things are held out; 0: five for targets, else each alone.
-    repeats
-        Times that controls are dealt into halves and cells drawn.
-    permutations
-        Shuffles of the test whether there is an effect at all.
-    min_cells
-        Fewest cells of a perturbation in a context, and of its controls.
-    min_counts
-        Fewest molecules of a gene that a group of median size is expected to hold.
-    combination
-        Text between the targets of a combination.
-    knowledge
-        Files of what is known of targets: sets of genes (``.gmt``), or tables with a gene and
-        numbers in every row; by symbol.
-    cells
-        Cells to make for every prediction; 0 for none.
-    seed
-        Of all chance.
-    """
+    """What is predicted and what it is judged by, as :func:`genemodel.respond` describes it."""
 
     perturbation_key: str
     control: str
@@ -91,9 +47,7 @@ class AskedResponse:
                 f"holdout is {self.holdout!r}: it must be one of {', '.join(HOLDOUTS)}."
             )
         for name in ("predict", "knowledge"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, tuple(map(str, value)))
+            object.__setattr__(self, name, texts(getattr(self, name)))
         object.__setattr__(self, "control", str(self.control))
         check_seed(self.seed)
         needed = {"cell_types": "label_key", "doses": "dose_key", "donors": "donor_key"}
@@ -117,12 +71,7 @@ class AskedResponse:
                 f"perturbation_key, label_key, dose_key, donor_key and guide_key are "
                 f"{', '.join(keys)}: one column cannot be two of these."
             )
-        for name, least in (
-            ("folds", 0), ("repeats", 1), ("permutations", 99), ("min_cells", 4), ("cells", 0),
-            ("min_counts", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least {least}.")
+        check_least(self, folds=0, repeats=1, permutations=99, min_cells=4, cells=0, min_counts=0)
         if self.folds == 1:
             raise ConfigError("folds is 1: with everything held out nothing is left to learn from.")
         if not self.combination:
@@ -136,21 +85,7 @@ class AskedResponse:
 
 @dataclass(frozen=True, kw_only=True)
 class RespondSettings(AskedResponse, InputSettings):
-    """Settings of ``genemodel respond``, see ``configs/respond.yaml``.
-
-    Attributes
-    ----------
-    input
-        File or folder with raw counts.
-    out
-        Folder to write tables and a page into.
-    model
-        Folder of a bundle, whose vectors of genes are tried; empty for none.
-    device
-        auto, cpu, cuda, cuda:1 and so on.
-    overwrite
-        Replace an existing ``out``.
-    """
+    """Settings of ``genemodel respond``, see ``configs/respond.yaml``."""
 
     input: PathText
     out: PathText
@@ -170,5 +105,4 @@ class RespondSettings(AskedResponse, InputSettings):
     @property
     def asked(self) -> AskedResponse:
         """These alone."""
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(AskedResponse)}
-        return AskedResponse(**own)
+        return self.part(AskedResponse)

@@ -5,7 +5,7 @@ Axes: C cells, D latent, G genes, K components, N drawn cells.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -39,22 +39,6 @@ FLOORS = (HALF, OTHER_DONORS)
 DRAWN = 500
 COMPONENTS = 30
 METRICS = ("energy", "kernel", "wasserstein")
-
-
-@dataclass(frozen=True)
-class Populations:
-    """How far predicted populations are from those that were held out.
-
-    Attributes
-    ----------
-    table
-        One row a method: means over donors (of their times), and how much worse than ours.
-    long
-        One row a held-out time, donor and method.
-    """
-
-    table: pd.DataFrame
-    long: pd.DataFrame
 
 
 class Interpolator:

@@ -1,13 +1,12 @@
 """What is asked of an ordered column: one description for the call and for the verb."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from genemodel.cells.input_settings import InputSettings
 from genemodel.errors import ConfigError
 from genemodel.perturbation.settings import MIN_AUC, MIN_CELLS, MIN_COVERAGE, NULLS
 from genemodel.perturbation.variants import OPERATIONS, Operation
-from genemodel.settings import ModelText, PathText, check_seed
+from genemodel.settings import ModelText, PathText, check_least, check_seed, texts
 
 PARTS = ("place", "populations", "genes")
 N_GENES = 2000
@@ -20,41 +19,7 @@ PERTURBED, PERTURBED_CELLS = 50, 200
 
 @dataclass(frozen=True, kw_only=True)
 class TimeAsked:
-    """What is asked of an ordered column.
-
-    Attributes
-    ----------
-    time_key
-        obs column of times or stages: numbers, texts with one number each (``300_minutes``), or
-        ordered categories.
-    order
-        Its values from the earliest to the latest, where they are names; cells of other values are
-        placed and not learnt from.
-    donor_key
-        obs column of donors (animals, lines, batches), which are held out and are the replicates.
-    parts
-        Of ``place`` (cells on the column), ``populations`` (of a time held out) and ``genes``.
-    n_genes
-        Variable genes that cells are placed by and populations compared in.
-    steps
-        Training steps of the latent and its decoder, for every time held out.
-    genes
-        Genes that a model is asked about: symbols or ids; empty for those that go with time most.
-    n_perturbed
-        How many those are.
-    perturb_type
-        What is done to them: delete, overexpress, inhibit or activate.
-    nulls
-        Genes alike in rank, detection and mean that each gene is compared with.
-    min_cells, min_coverage
-        Least number and share of the cells that a gene must be held by.
-    min_auc
-        A step whose two times the model tells apart less well is left out; 0 for none.
-    max_cells
-        Most cells of a time in which genes are perturbed.
-    seed
-        Of folds, samples, decompositions and training.
-    """
+    """What is asked of an ordered column, as :func:`genemodel.trajectory` describes it."""
 
     time_key: str
     order: tuple[str, ...] = ()
@@ -74,9 +39,7 @@ class TimeAsked:
 
     def __post_init__(self) -> None:
         for name in ("order", "parts", "genes"):
-            value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, tuple(map(str, value)))
+            object.__setattr__(self, name, texts(getattr(self, name)))
         if not self.time_key:
             raise ConfigError("time_key is empty: name the obs column of times or stages.")
         if self.donor_key == self.time_key:
@@ -93,12 +56,7 @@ class TimeAsked:
             raise ConfigError(
                 f"perturb_type is {self.perturb_type!r}: it must be one of {', '.join(OPERATIONS)}."
             )
-        for name, least in (
-            ("n_genes", 10), ("steps", 1), ("n_perturbed", 1), ("max_cells", 10), ("nulls", 0),
-            ("min_cells", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least {least}.")
+        check_least(self, n_genes=10, steps=1, n_perturbed=1, max_cells=10, nulls=0, min_cells=0)
         for name in ("min_auc", "min_coverage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be in [0, 1].")
@@ -107,23 +65,7 @@ class TimeAsked:
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectorySettings(TimeAsked, InputSettings):
-    """Settings of ``genemodel trajectory``, see ``configs/trajectory.yaml``.
-
-    Attributes
-    ----------
-    input
-        File or folder with raw counts.
-    out
-        Folder to write tables into.
-    model
-        Folder of a bundle; empty for none.
-    key_added
-        obs column of the time that cells are placed at, and key of ``uns``.
-    device
-        auto, cpu, cuda, cuda:1 and so on.
-    overwrite
-        Replace an existing ``out``.
-    """
+    """Settings of ``genemodel trajectory``, see ``configs/trajectory.yaml``."""
 
     input: PathText
     out: PathText
@@ -139,5 +81,4 @@ class TrajectorySettings(TimeAsked, InputSettings):
     @property
     def asked(self) -> TimeAsked:
         """These alone."""
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(TimeAsked)}
-        return TimeAsked(**own)
+        return self.part(TimeAsked)

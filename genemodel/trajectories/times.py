@@ -13,7 +13,7 @@ import pandas as pd
 from genemodel.cells.missing_labels import without_placeholders
 from genemodel.errors import ConfigError, DataError
 from genemodel.inference.obs_keys import column
-from genemodel.settings import nearest, some
+from genemodel.settings import did_you_mean, some
 
 # With two times there is nothing between two others.
 MIN_TIMES = 3
@@ -97,11 +97,9 @@ def times_of(
         raise ConfigError(f"order={some(named)} names a value twice.")
     for name in named:
         if name not in known:
-            near = nearest(name, known)
             raise DataError(
                 f"{where}: order names {name!r}, which no cell has in obs[{time_key!r}]"
-                + (f": did you mean {near!r}? " if near else ". ")
-                + f"The column holds {some(known)}."
+                f"{did_you_mean(name, known, '.')} The column holds {some(known)}."
             )
     number = {name: _number(name) for name in known}
     if named:

@@ -31,7 +31,7 @@ from genemodel.perturbation.genes import GeneNames
 from genemodel.perturbation.settings import MIN_AUC, MIN_CELLS, MIN_COVERAGE, NULLS, Asked
 from genemodel.perturbation.statistics import adjusted
 from genemodel.perturbation.variants import Operation
-from genemodel.settings import check_replaced_folder, to_values
+from genemodel.settings import check_replaced_folder, texts, to_values
 from genemodel.trajectories.movers import agreement, by_model, with_time
 from genemodel.trajectories.placing import Placer
 from genemodel.trajectories.populations import Interpolator, crossing, population_table
@@ -142,8 +142,8 @@ def trajectory(
         The column is not there, has no order or fewer than three times; no raw counts.
     """
     asked = TimeAsked(
-        time_key=time_key, order=_texts(order), donor_key=donor_key, parts=_texts(parts),
-        n_genes=n_genes, steps=steps, genes=_texts(genes), n_perturbed=n_perturbed,
+        time_key=time_key, order=texts(order), donor_key=donor_key, parts=texts(parts),
+        n_genes=n_genes, steps=steps, genes=texts(genes), n_perturbed=n_perturbed,
         perturb_type=perturb_type, nulls=nulls, min_cells=min_cells, min_coverage=min_coverage,
         min_auc=min_auc, max_cells=max_cells, seed=seed,
     )  # fmt: skip
@@ -169,12 +169,7 @@ def trajectory(
 
 
 def trajectory_file(settings: TrajectorySettings) -> str:
-    """Do the same with the cells of a file, and write tables.
-
-    Returns
-    -------
-    What to print.
-    """
+    """Do the same with the cells of a file, and write tables; returns what to print."""
     out, path = Path(settings.out), Path(settings.input)
     check_replaced_folder(out, "trajectory", is_ours, overwrite=settings.overwrite)
     if not path.exists():
@@ -187,7 +182,6 @@ def trajectory_file(settings: TrajectorySettings) -> str:
         adata, **given, model=settings.model or None, key_added=settings.key_added,
         device=settings.device, **reading.options(),
     )  # fmt: skip
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_result(result, without_counts(adata), out)
     return f"{result!r}\nTables are in {out}"
 
@@ -332,7 +326,3 @@ def _ask(
     result.steps, auc = by_model(cells, adata.obs, bundle, times, perturbed, reading, "adata")
     result.summary["auc"] = auc
     result.summary["agreement"] = agreement(result.genes, result.steps, asked.perturb_type)
-
-
-def _texts(values: str | Sequence[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(values)

@@ -15,9 +15,11 @@ from sklearn.metrics import roc_auc_score
 import genemodel as gm
 from genemodel.annotation.label_head import (
     calibration_error,
+    confidence_of_halves,
     folds_of,
     label_counts,
     mixed,
+    temperature_for,
     temperature_of,
     votes,
 )
@@ -88,6 +90,7 @@ def test_labels_confidence_and_probabilities_are_written(reference, query, tmp_p
     assert (said == given.obs["kind"]).mean() > 0.9
     about = given.uns["genemodel_label"]
     assert about["calibrated_on"] == "batches"
+    assert "confidence_of_halves" not in about  # asked for across species only
     probability_CL = given.obsm["genemodel_label_probability"]
     np.testing.assert_allclose(probability_CL.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(
@@ -198,10 +201,63 @@ def test_two_species_meet_in_their_orthologs_without_a_model():
     gm.annotate(mouse, human, label_key="cell_type", batch_key="batch")
     right = (mouse.obs["genemodel_label"].astype(str) == mouse.obs["cell_type"].astype(str)).mean()
     assert right > mouse.obs["cell_type"].value_counts(normalize=True).max() + 0.2
+    confidence = mouse.obs["genemodel_label_confidence"].mean()
+    assert confidence <= mouse.uns["genemodel_label"]["confidence_of_halves"] + 0.01
     bare = human.copy()
     bare.obs = bare.obs.drop(columns="species")
     with pytest.raises(DataError, match="0 genes of the same name.*Name the species of both"):
         gm.annotate(parts["mouse"].copy(), bare, label_key="cell_type")
+
+
+@pytest.fixture(scope="module")
+def two_species():
+    """Cells of two species, of which seven genes in eight tell other types in each."""
+    draw = np.random.default_rng(3)
+    here_LG, there_LG = profiles(6, 0.6), profiles(6, 0.6)
+    for gene in draw.permutation(GENES)[: 7 * GENES // 8]:
+        there_LG[:, gene] = draw.permutation(there_LG[:, gene])
+    label_R, label_C = draw.integers(0, 6, 300), draw.integers(0, 6, 200)
+    return cells_of(here_LG, label_R, seed=1), label_R, cells_of(there_LG, label_C, seed=2), label_C
+
+
+def test_another_species_is_labelled_alike_but_with_less_confidence(two_species):
+    counts_RG, label_R, counts_CG, label_C = two_species
+    plain, far = (
+        label_counts(counts_RG, label_R, counts_CG, keep=None, far=far) for far in (False, True)
+    )
+    best_C = plain.probability_CL.argmax(1)
+    np.testing.assert_array_equal(far.probability_CL.argmax(1), best_C)
+    right_C = best_C == label_C
+    before, after = (calibration_error(one.probability_CL.max(1), right_C) for one in (plain, far))
+    # The confidence that cells of the reference's own species taught is what is wrong.
+    assert plain.probability_CL.max(1).mean() > right_C.mean() + 0.1
+    assert after < before - 0.05
+    assert "confidence_of_halves" not in plain.about
+    assert far.about["temperature"] > plain.about["temperature"]
+    asked = far.about["confidence_of_halves"]
+    assert far.probability_CL.max(1).mean() == pytest.approx(asked, abs=0.01)
+
+
+def test_halves_of_the_genes_agree_on_cells_of_the_same_species(two_species):
+    counts_RG, label_R, counts_CG, _ = two_species
+    alike_CG = cells_of(profiles(6, 0.6), np.arange(200) % 6, seed=4)
+    same, other = (
+        confidence_of_halves(counts_RG, label_R, cells_CG, 6, 0.05, 0.3, 0)
+        for cells_CG in (alike_CG, counts_CG)
+    )
+    assert same > 0.9
+    assert other < same - 0.2
+
+
+def test_the_temperature_for_a_confidence_gives_it():
+    log_CL = np.random.default_rng(0).normal(0, 3, (500, 5))
+    for wanted in (0.3, 0.6, 0.9):
+        scaled_CL = np.exp(log_CL / temperature_for(log_CL, wanted))
+        confidence = (scaled_CL / scaled_CL.sum(1, keepdims=True)).max(1).mean()
+        assert confidence == pytest.approx(wanted, abs=2e-3)
+    # Nothing is less sure than a share of all labels, nor surer than 1: as near as it gets.
+    assert temperature_for(log_CL, 0.1) == pytest.approx(np.exp(3))
+    assert temperature_for(log_CL, 1.0) == pytest.approx(np.exp(-3))
 
 
 def test_a_reference_of_two_types_and_one_of_three_cells(query):

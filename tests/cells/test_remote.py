@@ -78,17 +78,12 @@ def s3(files):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_files_in_memory_give_the_same_corpus(workers, bucket, here, vocabulary, tmp_path):
-    sources = [f"{bucket}/human.h5ad", f"{bucket}/mouse.zarr"]
-    corpus = Corpus.build(
-        sources, tmp_path / "c", vocabulary=vocabulary, workers=workers, **SETTINGS
-    )
-    assert corpus.fingerprint == here.fingerprint
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_emulated_s3_gives_the_same_corpus(workers, s3, here, vocabulary, tmp_path):
-    sources = [f"{s3}/human.h5ad", f"{s3}/mouse.zarr"]
+@pytest.mark.parametrize("where", ["bucket", "s3"])
+def test_files_in_memory_and_on_an_emulated_s3_give_the_same_corpus(
+    where, workers, request, here, vocabulary, tmp_path
+):
+    place = request.getfixturevalue(where)
+    sources = [f"{place}/human.h5ad", f"{place}/mouse.zarr"]
     corpus = Corpus.build(
         sources, tmp_path / "c", vocabulary=vocabulary, workers=workers, **SETTINGS
     )

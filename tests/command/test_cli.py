@@ -432,14 +432,30 @@ def test_every_group_is_described_and_every_file_lists_exactly_its_fields() -> N
     folder = config_files.config_folder()
     on_disk = {path.name for path in folder.iterdir() if path.is_dir()} - {"experiment"}
     assert {name.partition("/")[0] for name in config_files.GROUPS} == on_disk
-    for key, file in config_files.group_files(sorted(on_disk)):
+    for file in sorted(path for name in on_disk for path in (folder / name).glob("*.yaml")):
+        own = f"{file.parent.name}/{file.stem}"
+        key = own if own in config_files.GROUPS else file.parent.name
         settings = cli._reach(config_files.GROUPS[key])
         entries = config_files.entries(file)
         assert [e.key for e in entries if not e.comment] == [], file
         assert config_files.opening_comment(file), file
-        values = config_files._read(file)
+        values = config_files.values_of(file)
         assert set(_leaves(values)) == set(_fields(settings)), file
         parse(settings, values, where=str(file))
+
+
+def test_a_file_of_a_group_begins_from_another_one(tmp_path: Path) -> None:
+    small = config_files.compose("pretrain")["model"]
+    tiny = config_files.config_folder() / "model" / "tiny.yaml"
+    entries = {entry.key: entry for entry in config_files.entries(tiny)}
+    assert list(entries) == list(small) == list(config_files.values_of(tiny))
+    assert (entries["layers"].value, entries["norm"].value) == ("2", small["norm"])
+    # A user's own file may begin from a shipped one.
+    (tmp_path / "model").mkdir()
+    own = "# Mine.\ndefaults: [small, _self_]\nlayers: 3\n"
+    (tmp_path / "model" / "mine.yaml").write_text(own, encoding="utf-8")
+    mine = config_files.compose("pretrain", ["model=mine"], user_folder=tmp_path)["model"]
+    assert mine == small | {"layers": 3} != small
 
 
 def _leaves(values: dict[str, object], prefix: str = "") -> list[str]:

@@ -175,7 +175,7 @@ def test_the_settings_of_a_run_run_again(typed: Said, tmp_path: Path) -> None:
     )[1]
     values = yaml.safe_load(changed)
     assert (values["out"], values["optim"]["lr"], values["trainer"]["max_steps"]) == ("new", 1.0, 3)
-    short = yaml.safe_load((config_files.config_folder() / "tokens" / "short.yaml").read_text())
+    short = config_files.values_of(config_files.config_folder() / "tokens" / "short.yaml")
     assert values["tokens"] == short
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from genemodel.corpus.corpus import Corpus
-from genemodel.corpus.split import hold_out, split_cells, usual_groups
+from genemodel.corpus.split import hold_out, usual_groups
 from genemodel.errors import ConfigError, DataError
 
 
@@ -25,14 +25,15 @@ def groups(corpus, *columns):
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.9])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_split_is_complete_and_no_group_straddles(corpus, by, share, seed):
-    train, held = split_cells(corpus, by=by, holdout=share, seed=seed)
+    split = hold_out(corpus, by=by, fraction=share, seed=seed)
+    train, held = split.train, split.held_out
     np.testing.assert_array_equal(np.sort(np.r_[train, held]), np.arange(len(corpus)))
     assert train.size and held.size and (np.diff(train) > 0).all() and (np.diff(held) > 0).all()
     columns = ("dataset", by) if by in ("donor", "batch") else (by,)
     codes = groups(corpus, *columns)
     assert not set(codes[train]) & set(codes[held])
-    again = split_cells(corpus, by=by, holdout=share, seed=seed)
-    np.testing.assert_array_equal(again[1], held)
+    again = hold_out(corpus, by=by, fraction=share, seed=seed)
+    np.testing.assert_array_equal(again.held_out, held)
 
 
 def test_the_share_is_one_of_cells_and_at_least_one_group(corpus):
@@ -106,23 +107,23 @@ def test_no_warning_for_an_ordinary_hold_out(corpus, caplog):
 
 
 def test_another_seed_holds_out_other_groups(corpus):
-    chosen = {tuple(split_cells(corpus, holdout=0.3, seed=s)[1]) for s in range(8)}
+    chosen = {tuple(hold_out(corpus, fraction=0.3, seed=s).held_out) for s in range(8)}
     assert len(chosen) > 1
 
 
 def test_donors_of_different_data_sets_are_different_donors(corpus):
     dataset = groups(corpus, "dataset")
-    _, held = split_cells(corpus, by="donor", holdout=["a / donor1"])
+    held = hold_out(corpus, by="donor", groups=["a / donor1"]).held_out
     assert set(dataset[held]) == {0}
-    _, held = split_cells(corpus, by="donor", holdout=["donor1"])
+    held = hold_out(corpus, by="donor", groups=["donor1"]).held_out
     assert set(dataset[held]) == {0, 1}
 
 
 def test_cells_of_unknown_donor_are_trained_on(corpus):
     codes = groups(corpus, "dataset", "donor")
-    train, held = split_cells(corpus, holdout=0.9)
-    assert (codes[held] >= 0).all() and (codes == -1).sum() == 30
-    assert np.isin(np.flatnonzero(codes == -1), train).all()
+    split = hold_out(corpus, fraction=0.9)
+    assert (codes[split.held_out] >= 0).all() and (codes == -1).sum() == 30
+    assert np.isin(np.flatnonzero(codes == -1), split.train).all()
 
 
 def test_neither_order_nor_company_changes_which_group_goes_first(make_cells, vocabulary, tmp_path):
@@ -139,7 +140,7 @@ def _ranked(corpus):
     codes, names = corpus.codes("dataset", "donor")
     seen: list[str] = []
     for k in range(1, len(names)):
-        _, held = split_cells(corpus, holdout=k / len(names))
+        held = hold_out(corpus, fraction=k / len(names)).held_out
         seen += sorted({names[i] for i in np.unique(codes[held])} - set(seen))
     return seen
 
@@ -156,8 +157,6 @@ def test_refusals_name_what_is_there(corpus):
         hold_out(corpus, by="dataset", groups=["x"])
     with pytest.raises(ConfigError, match="names all 3 groups of dataset"):
         hold_out(corpus, by="dataset", groups=["a", "b", "c"])
-    with pytest.raises(ConfigError, match="empty list"):
-        split_cells(corpus, by="dataset", holdout=[])
     for share in (0.0, 1.0, 7):
         with pytest.raises(ConfigError, match="no share of the cells"):
             hold_out(corpus, fraction=share)

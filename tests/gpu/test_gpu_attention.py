@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from attention_oracle import attend_reference
 
-from genemodel.model.attention import attend, attend_padded, attend_reference
+from genemodel.model.attention import attend, attend_padded
 
 # Number format: bound on outputs and, as a share of its length, on gradients.
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 1e-2)}

@@ -47,6 +47,20 @@ def test_passes_raise_the_number_of_steps():
     np.testing.assert_array_equal(trained.embedding_CD, trained.latent_CD)
 
 
+def test_above_full_passes_more_cells_take_no_more_steps():
+    settings = IntegrationSettings(steps=1, passes=20, full_passes=1000)
+    assert settings.steps_over(500, 100) == 100
+    assert settings.steps_over(1000, 100) == settings.steps_over(10**6, 100) == 200
+    trained = train(
+        random_counts(), np.arange(60) % 2,
+        settings=IntegrationSettings(
+            steps=2, passes=3, full_passes=20, batch_cells=10, hidden=8, rank=4, latent=3,
+            correct=False, few_cells=0,
+        ),
+    )  # fmt: skip
+    assert trained.steps == 6
+
+
 SMALL = {"passes": 0, "few_cells": 0, "hidden": 16, "rank": 4, "latent": 4, "correct": False}
 
 

@@ -223,4 +223,4 @@ def test_evidence_begins_at_the_floor():
     raw = np.array([0.0, 0.4, 0.7, 1.0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_clusters, "shared_evidence", lambda *_: raw)
-        np.testing.assert_allclose(correction._evidence(None, None), [0, 0, 0.5, 1])
+        np.testing.assert_allclose(correction.evidence(None, None), [0, 0, 0.5, 1])

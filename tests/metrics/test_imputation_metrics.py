@@ -12,7 +12,6 @@ from genemodel.metrics.imputation import (
     count_agreement,
     expression_bins,
     gene_statistics,
-    interval_coverage,
     mcv_split,
     mixture_expectation,
     predictive_coverage,
@@ -179,22 +178,6 @@ def test_gene_statistics_describe_counts_and_draws(counts, truth):
     perfect = count_agreement(0.5 * truth[:, split.gene_kept_G], split)
     halved = count_agreement(0.25 * truth[:, split.gene_kept_G], split)
     assert halved["mean_error"] == pytest.approx(perfect["mean_error"] + 1.0, abs=0.35)
-
-
-def test_interval_coverage_by_hand():
-    observed = np.array([[0, 1, 5], [0, 0, 9]])
-    low, high = np.zeros((2, 3)), np.array([[0, 1, 4], [0, 0, 9]])
-    table = interval_coverage(low, high, sp.csr_matrix(observed), bins=2)
-    assert table.at["all", "coverage"] == pytest.approx(5 / 6)
-    assert table.at["all", "above"] == pytest.approx(1 / 6)
-    assert table.at["all", "width"] == pytest.approx(14 / 6)
-    assert table.at["nonzero", "coverage"] == pytest.approx(2 / 3)
-    assert table.at["1", "coverage"] == 1.0  # gene 1; gene 0 has no expression
-    assert table.at["2", "coverage"] == 0.5
-    with pytest.raises(DataError, match="above its upper"):
-        interval_coverage(high + 1, high, observed)
-    with pytest.raises(DataError, match="same shape"):
-        interval_coverage(low[:1], high, observed)
 
 
 def test_expression_bins_are_equal_and_ordered():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from attention_oracle import attend_reference
 from device_traffic import DeviceTraffic, fake_cuda
 
 from genemodel.batches.packing import plan_bins
@@ -10,9 +11,7 @@ from genemodel.batches.tokens import TokenSettings
 from genemodel.model.attention import (
     attend,
     attend_padded,
-    attend_reference,
     flash_fits,
-    thread_blocks,
 )
 
 
@@ -23,15 +22,19 @@ def case(seed=0, tokens=300, heads=3, width=16):
     return *qkv, starts
 
 
+def check_equal(out, expected, inputs):
+    """Outputs are equal, and so are the gradients of any sum of theirs."""
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(out)
+    got, want = (torch.autograd.grad(x, inputs, weight) for x in (out, expected))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_output_and_gradients_equal_the_oracle():
     q, k, v, starts = case()
     out, expected = attend(q, k, v, starts, 300), attend_reference(q, k, v, starts, 300)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    weight = torch.randn_like(out)
-    got = torch.autograd.grad(out, (q, k, v), weight)
-    want = torch.autograd.grad(expected, (q, k, v), weight)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    check_equal(out, expected, (q, k, v))
 
 
 def test_a_cell_cannot_see_its_neighbours():
@@ -71,6 +74,19 @@ def test_cuda_equals_the_oracle(dtype):
         torch.testing.assert_close(a.float(), b.float(), rtol=5 * tolerance, atol=5 * tolerance)
 
 
+# Queries of one thread block of FlashAttention-2, at head widths up to 128.
+_QUERIES_A_BLOCK = 128
+
+
+def thread_blocks(
+    length_C: np.ndarray, *, places: int, longest: int, heads: int
+) -> tuple[int, int]:
+    """Thread blocks that the variable-length kernel starts, and those that have work."""
+    launched = -(-longest // _QUERIES_A_BLOCK) * places * heads
+    useful = int((-(-np.asarray(length_C, np.int64) // _QUERIES_A_BLOCK)).sum()) * heads
+    return launched, useful
+
+
 @pytest.mark.parametrize("budget", [16_384, 65_536])
 def test_most_thread_blocks_of_the_grid_have_work(budget):
     """At most five are started for one that is needed, at lengths as real cells have them."""
@@ -93,12 +109,7 @@ def test_padded_attention_equals_the_oracle(longest):
     """The way of GPUs without the variable-length kernel, tried where there is no GPU."""
     q, k, v, starts = case()
     out, expected = (f(q, k, v, starts, longest) for f in (attend_padded, attend_reference))
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    weight = torch.randn_like(out)
-    got = torch.autograd.grad(out, (q, k, v), weight)
-    want = torch.autograd.grad(expected, (q, k, v), weight)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    check_equal(out, expected, (q, k, v))
 
 
 @pytest.mark.parametrize(("width", "fits"), [(64, True), (256, True), (264, False), (20, False)])

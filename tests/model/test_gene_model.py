@@ -215,13 +215,12 @@ def test_impossible_shapes_are_refused(change, words):
 
 
 def test_named_sizes_have_the_promised_shape(repository):
-    import yaml
-
+    from genemodel.command.config_files import values_of
     from genemodel.settings import parse
 
     shapes = {"small": (6, 256), "base": (12, 768), "large": (18, 1152)}
     for name, (layers, width) in shapes.items():
-        values = yaml.safe_load((repository / "configs" / "model" / f"{name}.yaml").read_text())
+        values = values_of(repository / "configs" / "model" / f"{name}.yaml")
         settings = parse(ModelSettings, values)
         assert (settings.layers, settings.width) == (layers, width)
         assert np.isclose(settings.head_width, 64)

@@ -147,15 +147,6 @@ def test_calibration_draws_methods_and_deciles():
         plots.calibration([0.5, 0.9], [0.1, 0.2, 0.3])
 
 
-def test_held_out_scatter_reports_correlations_over_all_entries():
-    predicted = RNG.gamma(1.0, 2.0, 5000)
-    ax = plots.held_out_scatter(RNG.poisson(predicted), predicted, most=100)
-    assert "n = 5,000" in ax.get_title() and "Spearman 0." in ax.get_title()
-    assert len(ax.collections[0].get_offsets()) == 100
-    with pytest.raises(DataError, match="3 observed and 4 predicted"):
-        plots.held_out_scatter(np.ones(3), np.ones(4))
-
-
 def test_gene_plots_draw_every_gene():
     mean = RNG.gamma(1.0, 1.0, 50)
     ax = plots.mean_variance({"observed": (mean, 2 * mean), "predicted": (mean, mean)})
@@ -164,13 +155,10 @@ def test_gene_plots_draw_every_gene():
     assert "30 genes, mean difference 0.100" in ax.get_title()
 
 
-def test_bars_and_tables_say_what_was_not_computed():
+def test_bars_say_what_was_not_computed():
     table = pd.DataFrame({"bio": [0.5, 0.6], "batch": [np.nan, 0.2]}, index=["PCA", "ours"])
     axes = plots.metric_bars(table, highlight=["ours"])
     assert {t.get_text().strip() for t in axes[1].texts} == {"not computed", "0.200"}
-    ax = plots.metric_table(table)
-    texts = {t.get_text(): t.get_fontweight() for t in ax.texts}
-    assert texts == {"0.500": "normal", "0.600": "bold", "–": "normal", "0.200": "bold"}
     with pytest.raises(DataError, match="empty"):
         plots.metric_bars(table.iloc[:0])
     wide = pd.DataFrame(np.ones((3, 6)), columns=list("abcdef"))
@@ -185,13 +173,6 @@ def test_confusion_rows_are_shares_and_unknown_stands_last():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "unknown"]
     np.testing.assert_allclose(ax.images[0].get_array(), [[0.5, 0.5, 0], [0, 0.5, 0.5]])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a (2)", "b (2)"]
-
-
-def test_annotation_bars_draw_every_method():
-    table = pd.DataFrame({"ours": [0.9, 0.8], "other": [0.7, 0.6]}, index=["a", "b"])
-    ax = plots.annotation_bars(table)
-    assert len(ax.patches) == 4
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ours", "other"]
 
 
 # -- gm.pl ------------------------------------------------------------------------------------

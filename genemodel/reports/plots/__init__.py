@@ -10,12 +10,7 @@ matplotlib and umap are imported where they are used: importing this module cost
 from genemodel.reports.plots.cells import _fuzzy_graph as _fuzzy_graph
 from genemodel.reports.plots.cells import embedding_grid, embedding_panel, embedding_panels, umap_of
 from genemodel.reports.plots.corpus import source_panels
-from genemodel.reports.plots.counts import (
-    calibration,
-    held_out_scatter,
-    mean_variance,
-    zero_fraction,
-)
+from genemodel.reports.plots.counts import calibration, mean_variance, zero_fraction
 from genemodel.reports.plots.drawing import _GREY as _GREY
 from genemodel.reports.plots.drawing import _OURS as _OURS
 from genemodel.reports.plots.drawing import _THEIRS as _THEIRS
@@ -24,17 +19,10 @@ from genemodel.reports.plots.drawing import _clean as _clean
 from genemodel.reports.plots.drawing import _lab as _lab
 from genemodel.reports.plots.drawing import _new as _new
 from genemodel.reports.plots.drawing import category_colours, into, palette
-from genemodel.reports.plots.scores import (
-    annotation_bars,
-    confusion,
-    interval_rows,
-    metric_bars,
-    metric_table,
-)
+from genemodel.reports.plots.scores import confusion, interval_rows, metric_bars
 from genemodel.reports.plots.training import curve_names, loss_curves, throughput_curves
 
 __all__ = [
-    "annotation_bars",
     "calibration",
     "category_colours",
     "confusion",
@@ -42,13 +30,11 @@ __all__ = [
     "embedding_grid",
     "embedding_panel",
     "embedding_panels",
-    "held_out_scatter",
     "interval_rows",
     "into",
     "loss_curves",
     "mean_variance",
     "metric_bars",
-    "metric_table",
     "palette",
     "source_panels",
     "throughput_curves",

@@ -199,6 +199,15 @@ def _unit(xy_C2: np.ndarray) -> np.ndarray:
     return (xy_C2 - (low + high) / 2) / span_2 + 0.5
 
 
+def _check_columns(obs: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in obs]
+    if missing:
+        raise DataError(
+            f"obs has no column {missing[0]!r}; it has "
+            f"{', '.join(map(str, obs.columns)) or 'none'}."
+        )
+
+
 def embedding_grid(
     layouts: Mapping[str, np.ndarray | tuple[np.ndarray, np.ndarray]],
     obs: pd.DataFrame,
@@ -221,12 +230,7 @@ def embedding_grid(
     array of Axes
         Shape (columns, layouts).
     """
-    missing = [column for column in columns if column not in obs]
-    if missing:
-        raise DataError(
-            f"obs has no column {missing[0]!r}; it has "
-            f"{', '.join(map(str, obs.columns)) or 'none'}."
-        )
+    _check_columns(obs, columns)
     if not layouts or not columns:
         raise DataError("A grid of embeddings needs at least one layout and one obs column.")
     figure, axes = _new(len(columns), len(layouts), width=3.0, height=3.1)
@@ -292,12 +296,7 @@ def embedding_panels(
     """
     if len(columns) == 1:
         return embedding_grid({title: layout}, obs, columns).ravel()
-    missing = [column for column in columns if column not in obs]
-    if missing:
-        raise DataError(
-            f"obs has no column {missing[0]!r}; it has "
-            f"{', '.join(map(str, obs.columns)) or 'none'}."
-        )
+    _check_columns(obs, columns)
     if not columns:
         raise DataError("An embedding is drawn by at least one obs column; none was named.")
     xy_C2, at = layout

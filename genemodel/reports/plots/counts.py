@@ -77,37 +77,6 @@ def calibration(
     return axes.ravel()
 
 
-def held_out_scatter(
-    observed: np.ndarray, predicted: np.ndarray, *, ax: "Axes | None" = None, most: int = 50_000
-) -> "Axes":
-    """Draw held-out against predicted values on logarithmic axes, with both correlations.
-
-    Correlations are over all entries; the plot shows at most ``most`` of them, zeros included.
-    """
-    from scipy import stats
-
-    observed, predicted = _pair(observed, predicted)
-    pearson = stats.pearsonr(np.log1p(observed), np.log1p(predicted)).statistic
-    spearman = stats.spearmanr(observed, predicted).statistic
-    ax = _axes(ax, 4.0, 3.6)
-    rng = np.random.default_rng(0)
-    at = rng.choice(len(observed), most, replace=False) if len(observed) > most else slice(None)
-    x, y = np.log1p(predicted[at]), np.log1p(observed[at])
-    # Counts are whole: without a little spread all points of one count lie on one line.
-    y = y + rng.uniform(-0.04, 0.04, len(y))
-    top = 1.03 * max(float(x.max()), float(y.max()), 0.5)
-    ax.scatter(x, y, s=3, lw=0, alpha=0.25, color=_OURS, rasterized=True)
-    ax.plot([0, top], [0, top], color="#888888", lw=1, ls="--")
-    ax.set(xlim=(-0.06 * top, top), ylim=(-0.06 * top, top), aspect="equal")
-    ax.set_xlabel("log(1 + predicted)")
-    ax.set_ylabel("log(1 + held out)")
-    ax.set_title(
-        f"Pearson {pearson:.3f} (log), Spearman {spearman:.3f}\nn = {len(observed):,}", fontsize=9
-    )
-    _clean(ax)
-    return ax
-
-
 def _pair(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(first, float).ravel(), np.asarray(second, float).ravel()
     if first.shape != second.shape or len(first) < 2:

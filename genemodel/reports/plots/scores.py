@@ -78,50 +78,6 @@ def metric_bars(
     return axes.ravel()[: len(columns)]
 
 
-def metric_table(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
-    """Draw a table of scores whose cells are shaded from worst to best of their column (0 to 1)."""
-    from matplotlib import colormaps
-
-    if table.empty:
-        raise DataError("The table of metrics is empty; nothing can be drawn.")
-    ax = _axes(ax, 1.2 + 0.85 * table.shape[1], 0.7 + 0.32 * len(table))
-    shades = colormaps["Blues"]
-    values = table.to_numpy(float)
-    for j in range(values.shape[1]):
-        column = values[:, j]
-        low, high = np.nanmin(column), np.nanmax(column)
-        for i, value in enumerate(column):
-            place = 0.5 if high == low else (value - low) / (high - low)
-            known = np.isfinite(value)
-            ax.add_patch(_cell(j, i, shades(0.08 + 0.55 * place) if known else "#F4F4F4"))
-            best = known and value == high
-            ax.text(
-                j + 0.5, i + 0.5, f"{value:.3f}" if known else "–", ha="center", va="center",
-                fontsize=8, fontweight="bold" if best else "normal",
-            )  # fmt: skip
-    ax.set(xlim=(0, values.shape[1]), ylim=(len(table), 0))
-    ax.set_xticks(
-        np.arange(values.shape[1]) + 0.5, [str(c).replace("_", " ") for c in table.columns]
-    )
-    ax.tick_params(
-        axis="x",
-        labelrotation=35,
-        labelsize=8,
-        length=0,
-        top=True,
-        labeltop=True,
-        bottom=False,
-        labelbottom=False,
-    )
-    for label in ax.get_xticklabels():
-        label.set(ha="left")
-    ax.set_yticks(np.arange(len(table)) + 0.5, list(table.index), fontsize=8)
-    ax.tick_params(axis="y", length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    return ax
-
-
 def _cell(x: float, y: float, colour: Any) -> Any:
     from matplotlib.patches import Rectangle
 
@@ -167,39 +123,6 @@ def confusion(
     ax.set_ylabel("true (cells)")
     ax.set_title(f"per cent of the true label, {len(true):,} cells", fontsize=9)
     ax.figure.colorbar(image, ax=ax, shrink=0.6, format=PercentFormatter(1.0))
-    return ax
-
-
-def annotation_bars(per_type: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
-    """Draw accuracy per cell type for several methods.
-
-    Parameters
-    ----------
-    per_type
-        Cell types in rows, methods in columns, values between 0 and 1.
-    ax
-        Axes to draw into.
-    """
-    if per_type.empty:
-        raise DataError("The table of accuracies is empty; nothing can be drawn.")
-    ax = _axes(ax, 5.4, 0.9 + 0.28 * len(per_type) * max(1, 0.55 * per_type.shape[1]))
-    height = 0.8 / per_type.shape[1]
-    place = np.arange(len(per_type))[::-1]
-    for j, (colour, method) in enumerate(
-        zip(palette(per_type.shape[1]), per_type.columns, strict=True)
-    ):
-        ax.barh(
-            place + 0.4 - (j + 0.5) * height,
-            per_type[method],
-            height=0.9 * height,
-            color=colour,
-            label=str(method),
-        )
-    ax.set_yticks(place, list(per_type.index), fontsize=8)
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("accuracy")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    _clean(ax)
     return ax
 
 
