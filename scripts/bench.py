@@ -261,9 +261,10 @@ def bench_step(size: str, n_cells: int, corpus: str | None) -> None:
     import torch
     from bench_gpu import bert_of, padded_batches
 
-    from genemodel.batches.loader import Window, pack
+    from genemodel.batches.loader import pack
     from genemodel.batches.packing import plan_bins
     from genemodel.batches.tokens import TokenSettings
+    from genemodel.batches.window import Window
     from genemodel.command.config_files import config_folder, values_of
     from genemodel.corpus.statistics import GeneStatistics
     from genemodel.heads.decode_counts import DecodeCountsSettings

@@ -104,7 +104,8 @@ class Phases:
     def of_the_loop(self) -> Iterator[None]:
         """Mark the phases of every step that the training loop takes meanwhile."""
         from genemodel.train.exchange import Exchange
-        from genemodel.train.loop import Loop, Losses
+        from genemodel.train.loop import Loop
+        from genemodel.train.losses import Losses
 
         def marked(name: str, inner: Callable[..., Any], after: str = "") -> Callable[..., Any]:
             def call(*arguments: Any, **options: Any) -> Any:

@@ -110,7 +110,7 @@ def _published(bert: nn.Module, cells: list[list[int]], gene: int, batch: int) -
 
 def bench_perturb(size: str, n_cells: int, n_genes: int, batch: int) -> None:
     """Time both on the same cells and genes."""
-    from genemodel.batches.loader import Window
+    from genemodel.batches.window import Window
     from genemodel.perturbation.passes import How, Perturber
 
     shape = SHAPES[size]

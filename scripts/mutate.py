@@ -498,8 +498,8 @@ MUTANTS = (
         "command/test_finetuning.py::test_a_run_that_was_cut_off_goes_on_and_another_is_refused",
     ),
     mutant(
-        "same-draws", "imputation/impute.py",
-        "np.random.default_rng((seed, block.start))", "np.random.default_rng(seed)",
+        "same-draws", "imputation/writing.py",
+        "np.random.default_rng((wanted.seed, block.start))", "np.random.default_rng(wanted.seed)",
         "every block of cells gets the same posterior draws",
         "imputation/test_impute.py::test_blocks_of_equal_cells_get_draws_of_their_own",
     ),

@@ -95,8 +95,9 @@ def pack_random():
     """Make a packed batch of random cells: ``pack_random(seed, lengths=...)``."""
     import numpy as np
 
-    from genemodel.batches.loader import Window, pack
+    from genemodel.batches.loader import pack
     from genemodel.batches.tokens import TokenSettings
+    from genemodel.batches.window import Window
 
     def make(
         seed=0, *, lengths=(40, 7, 90, 23), n_tokens=203, budget=256, context=128, cells=None,

@@ -70,8 +70,9 @@ from genemodel.inference.obs_keys import (
     keys_of,
     label_codes,
 )
-from genemodel.integration.integrate import batches_of, integrate_cells
+from genemodel.integration.integrate import integrate_cells
 from genemodel.integration.model import IntegratedModel
+from genemodel.integration.plan import batches_of
 from genemodel.model.devices import device_of
 from genemodel.model.settings import ModelSettings
 from genemodel.model.tuning import TuningSettings, check_fits

@@ -47,8 +47,8 @@ from genemodel.inference.shards import (
     refuse_full_disk,
 )
 from genemodel.inference.workers import Job, embed_on
-from genemodel.integration.integrate import batches_of
 from genemodel.integration.model import IntegratedModel
+from genemodel.integration.plan import batches_of
 from genemodel.loading import EMBED
 from genemodel.settings import ModelText, PathText, to_values
 from genemodel.writing import whole

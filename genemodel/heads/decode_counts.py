@@ -19,6 +19,7 @@ from genemodel.batches.batch import CellBatch, sums_within
 from genemodel.corpus.statistics import GeneStatistics, PrincipalGenes
 from genemodel.errors import ConfigError
 from genemodel.expression.likelihood import negative_binomial_loss
+from genemodel.expression.rates import at_library, log_shares, logits
 from genemodel.heads.masking import Chosen
 from genemodel.heads.objective import Passed
 from genemodel.model.gene_model import initialise
@@ -175,8 +176,8 @@ class CountDecoder(nn.Module):
         """Log mean count of every measured gene; shape (C, V)."""
         shift_CD = self.batch(batch_C.clamp_min(0)).masked_fill((batch_C < 0)[:, None], 0.0)
         z_CD = self.projection(cell_CD) + shift_CD
-        logit_CV = (z_CD @ self.gene.weight.T).float() + self.base_SV.index_select(0, species_C)
-        return _per_library(logit_CV, library_C, measured_CV)
+        logit_CV = logits(z_CD, self.gene.weight, self.base_SV.index_select(0, species_C))
+        return at_library(log_shares(logit_CV, measured_CV), library_C)
 
     def forward(
         self,
@@ -201,11 +202,6 @@ class CountDecoder(nn.Module):
         if not trivial:
             return loss, None
         with torch.no_grad():
-            trivial_CV = _per_library(self.trivial_SV[species_C], library_C, measured_CV)
+            trivial_CV = log_shares(self.trivial_SV[species_C], measured_CV)
+            trivial_CV = at_library(trivial_CV, library_C)
             return loss, negative_binomial_loss(trivial_CV, self.trivial_theta_V, *counts, **ways)
-
-
-def _per_library(logit_CV: Tensor, library_C: Tensor, measured_CV: Tensor) -> Tensor:
-    """Share the library out over the measured genes; unmeasured ones get a finite nothing."""
-    logit_CV = logit_CV.masked_fill(~measured_CV, -60.0)
-    return logit_CV.log_softmax(-1) + library_C.log()[:, None]

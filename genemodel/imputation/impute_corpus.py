@@ -24,6 +24,7 @@ from genemodel.imputation.network import (
     DecoderSettings,
 )
 from genemodel.imputation.output import Layers, Tables, ToFile
+from genemodel.imputation.starting import pretrained_vectors
 from genemodel.imputation.training import train_decoder
 from genemodel.inference.cell_vectors import embedder
 from genemodel.inference.counts import corpus_chunks
@@ -98,10 +99,7 @@ def impute_corpus(
     if settings.gene_vectors:
         if bundle is None:
             raise ConfigError("gene_vectors=true needs a pre-trained model: give model=BUNDLE.")
-        weight_VE = bundle.heads.get(
-            "decode_counts.gene.weight", bundle.model.embedding.token.weight
-        )
-        vectors_GE = weight_VE.detach().float().cpu().numpy()[token_G[kept_G]]
+        vectors_GE = pretrained_vectors(bundle)[token_G[kept_G]]
     backbone = None if bundle is None or tuning is None else backbone_of(bundle, tuning)
     trained = train_decoder(
         data, settings, gene_G=token_G[kept_G], gene_vectors_GE=vectors_GE, backbone=backbone,

@@ -14,7 +14,6 @@ Axes: C cells, G genes, M posterior draws, Q quantile levels.
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,8 +28,6 @@ from genemodel.bundle.bundle import VOCABULARY, Bundle
 from genemodel.bundle.directory import IMPUTATION, read_model, write_model
 from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.errors import ConfigError, DataError
-from genemodel.expression.normalise import depth_factor
-from genemodel.finetuning.backbone import Backbone
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
 from genemodel.genes.vocabulary import GeneVocabulary
@@ -41,12 +38,8 @@ from genemodel.imputation.network import (
     VectorEncoder,
     decode_fraction,
 )
-from genemodel.imputation.posterior import (
-    expected_log1p,
-    posterior_draws,
-    posterior_gamma,
-    rate_quantiles,
-)
+from genemodel.imputation.posterior import GammaPosterior, posterior_gamma
+from genemodel.imputation.token_backbone import TokenBackbone
 from genemodel.imputation.training import (
     Coverage,
     TrainedDecoder,
@@ -70,100 +63,6 @@ LARGEST_IN_MEMORY = 4e9
 _FEWEST = 20
 # Counts that a gene is given which was measured and never seen; the decoder starts from the same.
 _UNSEEN = 0.1
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class GammaPosterior:
-    """Gamma distributions of the rates of some cells and genes.
-
-    Attributes
-    ----------
-    shape_CG, rate_CG
-        Parameters, float64 (C, G). The rate is NaN where a cell without counts was asked for at
-        another library than its own.
-    """
-
-    shape_CG: NDArray[np.float64]
-    rate_CG: NDArray[np.float64]
-
-    def __repr__(self) -> str:
-        return f"GammaPosterior({' cells × '.join(f'{n:,}' for n in self.shape_CG.shape)} genes)"
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Posterior mean, (C, G)."""
-        return self.shape_CG / self.rate_CG
-
-    @property
-    def sd(self) -> NDArray[np.float64]:
-        """Posterior standard deviation of the rate (not of a new count), (C, G)."""
-        return np.sqrt(self.shape_CG) / self.rate_CG
-
-    def log_mean(self, library_C: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Give the expected log1p CP10k of another measurement of the same cells, (C, G).
-
-        Parameters
-        ----------
-        library_C
-            Counts of that measurement per cell, to which the rates belong.
-        """
-        # Below one count the logarithm of a share would be of the library and not of the cell.
-        scale_C = depth_factor(np.maximum(library_C, 1.0).astype(np.float64))
-        return expected_log1p(self.shape_CG, self.rate_CG, scale_C)
-
-    def quantiles(self, levels: Sequence[float]) -> NDArray[np.float64]:
-        """Quantiles of the rate, (Q, C, G)."""
-        return rate_quantiles(self.shape_CG, self.rate_CG, levels)
-
-    def draws(self, n: int, generator: np.random.Generator) -> NDArray[np.float32]:
-        """Draw rates independently, (M, C, G) float32."""
-        return posterior_draws(self.shape_CG, self.rate_CG, n, generator)
-
-
-@dataclass(frozen=True)
-class TokenBackbone:
-    """A transformer beneath a decoder of the data's own genes.
-
-    Attributes
-    ----------
-    backbone
-        The transformer, and what of it learns.
-    n_tokens
-        Size of its vocabulary (V).
-    token_G
-        Token of every gene of the data, -1 where it knows none.
-    species_C
-        Species code of every cell.
-    """
-
-    backbone: Backbone
-    n_tokens: int
-    token_G: NDArray[np.integer]
-    species_C: NDArray[np.integer]
-
-    def over_tokens(
-        self, counts_CK: sp.csr_matrix, kept_G: NDArray[np.integer]
-    ) -> tuple[sp.csr_matrix, NDArray[np.integer]]:
-        """Put some genes of the data in the places of their tokens, the others behind.
-
-        Of several genes of one token the first has its place.
-
-        Returns
-        -------
-        tuple
-            Counts (C, V + others), and the column of every kept gene.
-        """
-        token_K = np.asarray(self.token_G)[kept_G]
-        _, first = np.unique(token_K, return_index=True)
-        own_K = np.zeros(len(token_K), bool)
-        own_K[first] = True
-        own_K &= token_K >= 0
-        place_K = np.where(own_K, token_K, self.n_tokens + np.cumsum(~own_K) - 1)
-        entries = counts_CK.tocoo()
-        shape = (counts_CK.shape[0], self.n_tokens + int((~own_K).sum()))
-        placed = sp.csr_matrix((entries.data, (entries.row, place_K[entries.col])), shape)
-        placed.sort_indices()
-        return placed, place_K
 
 
 class ImputationModel:

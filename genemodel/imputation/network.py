@@ -21,6 +21,7 @@ from genemodel.batches.batch import CellBatch, sums_within
 from genemodel.errors import ConfigError
 from genemodel.expression.likelihood import MultinomialLoss
 from genemodel.expression.normalise import depth_factor
+from genemodel.expression.rates import log_shares
 from genemodel.finetuning.setting_ranges import check_numbers
 from genemodel.heads.parts import LossPart
 from genemodel.imputation.posterior import (
@@ -286,7 +287,7 @@ class ImputationHead(nn.Module):
         self.register_load_state_dict_pre_hook(_alike_before)
         place_V = torch.arange(n_genes) if place_V is None else place_V
         self.register_buffer("place_V", place_V, persistent=False)
-        trivial_G = torch.log_softmax(self.bias_G.detach(), 0)
+        trivial_G = log_shares(self.bias_G.detach())
         self.register_buffer("trivial_G", trivial_G, persistent=False)
 
     @property
@@ -337,7 +338,7 @@ class ImputationHead(nn.Module):
     def log_fraction(self, latent_CD: Tensor, batch_C: Tensor) -> Tensor:
         """Log share of molecules per gene, (C, G); rows exponentiate to one."""
         shifted_CD = self.shifted(latent_CD, batch_C)
-        return torch.log_softmax(torch.addmm(self.bias_G, shifted_CD, self.gene_GD.t()), 1)
+        return log_shares(torch.addmm(self.bias_G, shifted_CD, self.gene_GD.t()))
 
 
 def _alike_before(head: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

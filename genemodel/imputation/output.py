@@ -21,8 +21,8 @@ from genemodel.cells.annotations import (
 from genemodel.cells.source import Source
 from genemodel.errors import ConfigError
 from genemodel.imputation.impute_genes import Columns
-from genemodel.imputation.model import GammaPosterior
 from genemodel.imputation.network import BLOCK_CELLS
+from genemodel.imputation.posterior import GammaPosterior
 from genemodel.writing import whole
 
 if TYPE_CHECKING:

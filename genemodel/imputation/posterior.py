@@ -9,7 +9,8 @@ entries. A rate is in counts at the cell's own library unless an exposure says o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.stats import nbinom
 
 from genemodel.errors import DataError
 from genemodel.expression.likelihood import negative_binomial_by_gene
+from genemodel.expression.normalise import depth_factor
 
 Floats = NDArray[np.floating]
 DISPERSION_SHAPES_K: NDArray[np.float64] = np.geomspace(0.05, 2000.0, 20)
@@ -220,6 +222,54 @@ def rate_quantiles(shape_CG: Floats, rate_CG: Floats, level_Q: ArrayLike) -> NDA
     """Quantiles of the rate itself (credible interval), (Q, C, G)."""
     level_Q11 = np.asarray(level_Q, dtype=np.float64).reshape(-1, 1, 1)
     return gammaincinv(shape_CG, level_Q11) / rate_CG
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class GammaPosterior:
+    """Gamma distributions of the rates of some cells and genes.
+
+    Attributes
+    ----------
+    shape_CG, rate_CG
+        Parameters, float64 (C, G). The rate is NaN where a cell without counts was asked for at
+        another library than its own.
+    """
+
+    shape_CG: NDArray[np.float64]
+    rate_CG: NDArray[np.float64]
+
+    def __repr__(self) -> str:
+        return f"GammaPosterior({' cells × '.join(f'{n:,}' for n in self.shape_CG.shape)} genes)"
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Posterior mean, (C, G)."""
+        return self.shape_CG / self.rate_CG
+
+    @property
+    def sd(self) -> NDArray[np.float64]:
+        """Posterior standard deviation of the rate (not of a new count), (C, G)."""
+        return np.sqrt(self.shape_CG) / self.rate_CG
+
+    def log_mean(self, library_C: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Give the expected log1p CP10k of another measurement of the same cells, (C, G).
+
+        Parameters
+        ----------
+        library_C
+            Counts of that measurement per cell, to which the rates belong.
+        """
+        # Below one count the logarithm of a share would be of the library and not of the cell.
+        scale_C = depth_factor(np.maximum(library_C, 1.0).astype(np.float64))
+        return expected_log1p(self.shape_CG, self.rate_CG, scale_C)
+
+    def quantiles(self, levels: Sequence[float]) -> NDArray[np.float64]:
+        """Quantiles of the rate, (Q, C, G)."""
+        return rate_quantiles(self.shape_CG, self.rate_CG, levels)
+
+    def draws(self, n: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        """Draw rates independently, (M, C, G) float32."""
+        return posterior_draws(self.shape_CG, self.rate_CG, n, generator)
 
 
 def randomised_pit(

@@ -68,7 +68,7 @@ class PretrainedImputation:
     Parameters
     ----------
     cells
-        The data, over the bundle's vocabulary; of one species.
+        The data, of one species, over the vocabulary of a bundle that has a count decoder.
     seed
         Of the split of molecules.
 
@@ -81,20 +81,12 @@ class PretrainedImputation:
 
     Raises
     ------
-    ConfigError
-        The bundle has no count decoder, or there are several species.
     DataError
         No cell has counts.
     """
 
     def __init__(self, cells: VocabularyCells, *, seed: int) -> None:
         bundle = cells.bundle
-        refuse_without_decoder(bundle)
-        if len(cells.matches) > 1:
-            raise ConfigError(
-                f"{cells.source.where}: holds several species, whose genes are other tokens in "
-                "each: impute one species at a time."
-            )
         ((species, match),) = cells.matches.items()
         self.cells = cells
         self.known_G = np.flatnonzero(match.token_G >= 0)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genemodel.bundle.bundle import Bundle
 from genemodel.expression.components import principal_components
 from genemodel.expression.neighbours import nearest_others
 from genemodel.expression.normalise import log_normalised
@@ -41,6 +42,15 @@ class Shown:
     vector_SF: Tensor
     seen_SG: sp.csr_matrix
     held_SG: sp.csr_matrix
+
+
+def pretrained_vectors(bundle: Bundle) -> NDArray[np.float32]:
+    """Gene vectors of a pre-trained model by token, (V, E).
+
+    Those of the count decoder where the model has one, because they say what ours are to say.
+    """
+    weight_VE = bundle.heads.get("decode_counts.gene.weight", bundle.model.embedding.token.weight)
+    return np.asarray(weight_VE.detach().float().cpu().numpy(), np.float32)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from genemodel.batches.loader import Window
+from genemodel.batches.window import Window
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.source import Source

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
-from genemodel.batches.loader import BATCHES_AHEAD, PACKING_THREADS, Window, pack, rank_scale
+from genemodel.batches.loader import BATCHES_AHEAD, PACKING_THREADS, pack, rank_scale
 from genemodel.batches.packing import plan_bins
 from genemodel.batches.tokens import TokenSettings
 from genemodel.batches.transfer import on_device
+from genemodel.batches.window import Window
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError
 from genemodel.inference.counts import VocabularyChunk, precision, window_of

@@ -19,6 +19,7 @@ from torch.nn import functional
 from genemodel.batches.batch import CellBatch
 from genemodel.errors import ConfigError
 from genemodel.expression.likelihood import negative_binomial_loss
+from genemodel.expression.rates import at_library, log_shares, logits
 from genemodel.finetuning.setting_ranges import check_numbers
 from genemodel.heads.parts import LossPart
 from genemodel.model.count_encoder import CountEncoder
@@ -250,15 +251,15 @@ class IntegrationHead(nn.Module):
         if self.training:
             z_CD = mean_CD + torch.randn_like(mean_CD) * (0.5 * log_var_CD).exp()
         row_N, gene_N, count_N = self._read(batch)
-        log_library_C1 = batch.per_cell(count_N).clamp_min(1.0).log()[:, None]
+        library_C = batch.per_cell(count_N).clamp_min(1.0)
         stored = (row_N, gene_N, count_N)
-        log_mean_CG = self.log_share(z_CD, batch.batch_C[:n_cells]) + log_library_C1
+        log_mean_CG = at_library(self.log_share(z_CD, batch.batch_C[:n_cells]), library_C)
         counts = negative_binomial_loss(log_mean_CG, self.log_theta_G, *stored)
         divergence = gaussian_kl(mean_CD, log_var_CD)
         alone = None
         if trivial:
             with torch.no_grad():
-                flat_CG = functional.log_softmax(self.trivial_G, 0) + log_library_C1
+                flat_CG = at_library(log_shares(self.trivial_G), library_C)
                 alone = negative_binomial_loss(flat_CG, self.log_theta_G, *stored)
         parts = {
             "counts": LossPart(counts, prepared.items["counts"], alone),
@@ -310,8 +311,8 @@ class IntegrationHead(nn.Module):
         hidden_CH = functional.gelu(
             self.decode_norm(self.decode_in(torch.cat([z_CD, which_CB], 1)))
         )
-        logit_CG = self.decode_out(hidden_CH) @ self.gene_GR.T + self.intercept_G
-        return functional.log_softmax(logit_CG + which_CB @ self.batch_gene_BG, 1)
+        logit_CG = logits(self.decode_out(hidden_CH), self.gene_GR, self.intercept_G)
+        return log_shares(logit_CG + which_CB @ self.batch_gene_BG)
 
 
 def gaussian_kl(mean_CD: Tensor, log_var_CD: Tensor) -> Tensor:

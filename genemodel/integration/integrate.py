@@ -17,46 +17,38 @@ import genemodel
 from genemodel.bundle.bundle import Bundle
 from genemodel.bundle.given import model_for
 from genemodel.bundle.history import STEP
-from genemodel.bundle.training_manifest import TrainingManifest
 from genemodel.cells.copies import may_copy
 from genemodel.cells.input_settings import InputOptions, InputSettings, reads_cells
 from genemodel.corpus.corpus import Corpus
-from genemodel.errors import ConfigError, DataError
 from genemodel.expression.components import singular_vectors
 from genemodel.expression.normalise import log_normalised
 from genemodel.finetuning.beneath import backbone_of, beneath_of, learnt_from
 from genemodel.finetuning.head_run import HeadRun
 from genemodel.finetuning.training_cells import TrainingCells
-from genemodel.genes.vocabulary import GeneVocabulary
-from genemodel.inference.cell_vectors import corpus_vectors, encode
+from genemodel.inference.cell_vectors import encode
 from genemodel.inference.collapse import collapse, warn_of_collapse
 from genemodel.inference.counts import VocabularyChunk
-from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.obs_keys import (
     INTEGRATED,
-    batch_names,
     check_in_memory,
     check_key_added,
-    check_label_is_no_batch,
     keys_of,
-    label_codes,
 )
 from genemodel.integration.head import IntegrationSettings
 from genemodel.integration.linear_start import MakesVectors
 from genemodel.integration.model import IntegratedModel
 from genemodel.integration.overcorrection import private_populations, vanished
+from genemodel.integration.plan import Plan, Read, plan_integration, read_cells
 from genemodel.integration.sparing import names_for_readers, rows_of, told
 from genemodel.integration.training import Integration, train_integration
-from genemodel.model.tuning import Tune, TuningSettings, check_fits
-from genemodel.settings import check_seed, either_seed, to_values
+from genemodel.model.tuning import Tune, TuningSettings
+from genemodel.settings import either_seed, to_values
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
-
-MIN_CELLS = 50
 
 
 @either_seed
@@ -174,135 +166,98 @@ def integrate_cells(
     """
     start = time.perf_counter()
     reading = reading or InputSettings()
-    missing_labels = reading.missing_labels
-    check_seed(seed)
-    _check_tuning(bundle, tuning)
-    check_label_is_no_batch(keys, label_key)
-    settled = isinstance(data, Corpus)
-    obs = data.obs if not isinstance(data, Corpus) else data.obs()
-    name_C, batches = batches_of(obs, keys, missing_labels, settled=settled)
-    label_C: np.ndarray | None = None
-    labels: list[str] = []
-    if label_key is not None:
-        label_C, labels = label_codes(
-            obs, label_key, missing_labels=missing_labels, settled=settled
-        )
-    n_cells = len(name_C)
-    if n_cells < MIN_CELLS:
-        raise DataError(f"adata has {n_cells} cells: fewer than {MIN_CELLS} cannot be integrated.")
-    code_C = np.searchsorted(np.array(batches, dtype=object), name_C)
-    live = bundle is not None and tuning.tune != "frozen"
-    vocabulary = None
-    features_CF = species_C = None
-    if isinstance(data, Corpus):
-        vocabulary = data.vocabulary if bundle is None else bundle.vocabulary
-        genes = [str(token) for token in range(len(vocabulary))]
-        if bundle is not None and not live:
-            features_CF = corpus_vectors(data, bundle)
-        cells = TrainingCells.of_corpus(data, code_C, label_C=label_C, held_out=held_out, seed=seed)
-        if bundle is not None:
-            code_N, names = data.codes("species")
-            species_C = np.array([bundle.species.index(name) for name in names])[code_N]
-    else:
-        if bundle is not None:
-            vocabulary = bundle.vocabulary
-        elif reading.species is not None:
-            vocabulary = GeneVocabulary.builtin()
-        counts = read_counts(
-            data, bundle=bundle, vocabulary=vocabulary, reading=reading, features=not live,
-        )  # fmt: skip
-        if vocabulary is not None and not live:
-            # Most of a vocabulary is in no single data set, and would only take memory.
-            counts = counts.only(counts.seen())
-        genes, features_CF = counts.genes, counts.features_CF
-        cells = TrainingCells.held(
-            counts.counts_CG, code_C, label_C=label_C, held_out=held_out,
-            species_C=None if bundle is None else counts.species_C, seed=seed,
-        )  # fmt: skip
-        species_C = counts.species_C
-    used_C = cells.used
-    if len(used_C) < n_cells:
-        logger.warning(
-            "%s of %s cells have no counts and get NaN.",
-            f"{n_cells - len(used_C):,}", f"{n_cells:,}",
-        )  # fmt: skip
-    lost = sorted(set(range(len(batches))) - set(code_C[used_C].tolist()))
-    if len(used_C) < MIN_CELLS or lost:
-        lacking = f"batch {batches[lost[0]]!r} has" if lost else "fewer than 50 cells have"
-        raise DataError(
-            f"adata: {lacking} {'no cell with' if lost else ''} counts of known genes: leave it "
-            "out, or check layer and species."
-        )
-    vectors_VE = None
-    if settings.gene_vectors:
-        if bundle is None:
-            raise ConfigError("gene_vectors=true needs a pre-trained model: give model=.")
-        weight_VE = bundle.model.embedding.token.weight.detach().float().cpu().numpy()
-        vectors_VE = weight_VE[[int(token) for token in genes]]
-    trained = train_integration(
-        cells,
-        settings=settings,
-        vectors_NF=features_CF,
-        backbone=backbone_of(bundle, tuning) if bundle is not None and live else None,
-        gene_vectors_VE=vectors_VE,
-        makes_vectors=None if bundle is None else _vectors_of(bundle, cells, genes, species_C),
-        where=where,
-        seed=seed,
+    plan = plan_integration(
+        data, keys, label_key, bundle, tuning, reading=reading, settings=settings, seed=seed
     )
-    own = (
-        TrainingManifest.of(data, cells.train)
-        if isinstance(data, Corpus)
-        else _manifest(counts, cells.train, vocabulary, trained.gene_G, data.obs)
-    )
-    training = learnt_from(own, bundle)
-    if trained.backbone is not None and bundle is not None:
-        how = f"{tuning.tune}, beneath an integration of {len(used_C):,} cells"
-        bundle = beneath_of(bundle, trained.backbone, how, trained.history, training)
-    embedding_CD = np.full((n_cells, settings.latent), np.nan, np.float32)
-    embedding_CD[used_C] = trained.embedding_CD
-    result = IntegratedModel(
-        net=trained.net,
-        correction=trained.correction,
-        genes=[genes[column] for column in trained.gene_G],
-        settings=settings,
-        batch_keys=keys,
-        batches=batches,
-        labels=labels,
-        bundle=bundle,
-        vocabulary=vocabulary,
-        history=trained.history,
-        training=training,
-    )
+    read = read_cells(plan, reading=reading, held_out=held_out, seed=seed)
+    trained = _train(plan, read, settings, where, seed)
+    result, embedding_CD = _model_of(plan, read, trained, keys, settings)
     result.provenance = {
         "genemodel": genemodel.__version__,
         "task": "integrate",
         "batch_key": list(keys),
         "label_key": label_key or "",
-        "model": "" if bundle is None else bundle.fingerprint,
+        "model": "" if result.bundle is None else result.bundle.fingerprint,
         "backbone": "" if bundle is None else tuning.tune,
         "settings": to_values(settings),
         "seed": seed,
-        "cells": len(used_C),
+        "cells": len(read.cells.used),
         "genes": len(trained.gene_G),
         "steps": trained.steps,
         **({} if trained.start is None else {"vector_share": trained.start.share}),
         "losses": _last_losses(trained.history),
         "seconds": round(time.perf_counter() - start, 2),
         **collapse(embedding_CD),
-        **_evidence(trained, code_C[used_C], batches),
+        **_evidence(trained, plan.code_C[read.cells.used], plan.batches),
     }
     known = names_for_readers(
-        result.genes, vocabulary, None if isinstance(data, Corpus) else data.var
+        result.genes, read.vocabulary, None if isinstance(data, Corpus) else data.var
     )
     result.provenance["vanished"] = [
-        *_guard(trained, cells, labels, seed),
+        *_guard(trained, read.cells, plan.labels, seed),
         *told(
-            trained.private, batches, known, correct=settings.correct, spare=settings.spare_private
+            trained.private, plan.batches, known, correct=settings.correct,
+            spare=settings.spare_private,
         ),
-    ]
-    result.provenance["private_cells"] = rows_of(trained.private, used_C)
+    ]  # fmt: skip
+    result.provenance["private_cells"] = rows_of(trained.private, read.cells.used)
     warn_of_collapse(result.provenance, "integrate")
     return result, embedding_CD
+
+
+def _train(
+    plan: Plan, read: Read, settings: IntegrationSettings, where: HeadRun, seed: int
+) -> Integration:
+    """Train on cells that were read."""
+    bundle, vectors_VE, makes_vectors, backbone = plan.bundle, None, None, None
+    if bundle is not None:
+        makes_vectors = _vectors_of(bundle, read.cells, read.genes, read.species_C)
+        if settings.gene_vectors:
+            weight_VE = bundle.model.embedding.token.weight.detach().float().cpu().numpy()
+            vectors_VE = weight_VE[[int(token) for token in read.genes]]
+        if plan.live:
+            backbone = backbone_of(bundle, plan.tuning)
+    return train_integration(
+        read.cells,
+        settings=settings,
+        vectors_NF=read.features_CF,
+        backbone=backbone,
+        gene_vectors_VE=vectors_VE,
+        makes_vectors=makes_vectors,
+        where=where,
+        seed=seed,
+    )
+
+
+def _model_of(
+    plan: Plan,
+    read: Read,
+    trained: Integration,
+    keys: tuple[str, ...],
+    settings: IntegrationSettings,
+) -> tuple[IntegratedModel, np.ndarray]:
+    """Make the model that embeds further cells, and the embedding of these."""
+    bundle, used_C = plan.bundle, read.cells.used
+    training = learnt_from(read.manifest(plan.data, trained.gene_G), bundle)
+    if trained.backbone is not None and bundle is not None:
+        how = f"{plan.tuning.tune}, beneath an integration of {len(used_C):,} cells"
+        bundle = beneath_of(bundle, trained.backbone, how, trained.history, training)
+    embedding_CD = np.full((len(plan.code_C), settings.latent), np.nan, np.float32)
+    embedding_CD[used_C] = trained.embedding_CD
+    model = IntegratedModel(
+        net=trained.net,
+        correction=trained.correction,
+        genes=[read.genes[column] for column in trained.gene_G],
+        settings=settings,
+        batch_keys=keys,
+        batches=plan.batches,
+        labels=plan.labels,
+        bundle=bundle,
+        vocabulary=read.vocabulary,
+        history=trained.history,
+        training=training,
+    )
+    return model, embedding_CD
 
 
 def _vectors_of(
@@ -325,69 +280,6 @@ def _vectors_of(
         )
 
     return make
-
-
-def _manifest(
-    counts: GeneCounts,
-    train: np.ndarray,
-    vocabulary: GeneVocabulary | None,
-    gene_G: np.ndarray,
-    obs: "pd.DataFrame",
-) -> TrainingManifest:
-    """Take down cells in memory: over the vocabulary, or over the genes that the model reads."""
-    told = sorted(set(obs["dataset"].dropna().astype(str))) if "dataset" in obs else []
-    name = told[0] if len(told) == 1 else "AnnData"
-    if vocabulary is None:
-        return TrainingManifest.of_counts(counts.counts_CG[:, gene_G], train, name=name)
-    assert counts.species_C is not None
-    species_C = np.array(vocabulary.species, dtype=object)[counts.species_C]
-    return TrainingManifest.of_counts(counts.over(vocabulary), train, species_C, name=name)
-
-
-def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:
-    """Refuse a backbone that is to learn where there is none, or not as asked for."""
-    if tuning.tune == "scratch":
-        raise ConfigError(
-            "backbone='scratch' means new weights, which pre-training makes: `genemodel finetune "
-            "backbone=scratch`, or gm.pretrain; then give the bundle with backbone='frozen'."
-        )
-    if bundle is None:
-        if tuning.tune != "frozen":
-            raise ConfigError(
-                f"backbone={tuning.tune!r} adapts a pre-trained model: give model=BUNDLE, or "
-                "leave backbone out."
-            )
-        return
-    check_fits(tuning, bundle.model.settings)
-
-
-def batches_of(
-    obs: "pd.DataFrame",
-    keys: Sequence[str],
-    missing_labels: Sequence[str] = (),
-    *,
-    settled: bool = False,
-    one: str = "there is nothing to integrate. Use gm.embed",
-) -> tuple[np.ndarray, list[str]]:
-    """Name the batch of every cell, and all batches in order; refuses fewer than two.
-
-    ``one`` says what a single batch means and what to do about it.
-    """
-    name_C = batch_names(obs, keys, missing_labels=missing_labels, settled=settled)
-    batches = sorted(set(name_C))
-    if len(batches) < 2:
-        raise DataError(
-            f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds "
-            f"{'one batch only' if batches else 'no cells'}: {one}, or name the column that tells "
-            "the batches apart."
-        )
-    if 2 * len(batches) > len(name_C):
-        raise DataError(
-            f"adata.obs[{', '.join(map(repr, keys))}] (batch_key) holds {len(batches):,} batches "
-            f"of {len(name_C):,} cells, so that most are of one cell: nothing can be learnt of "
-            "them. Name a column of batches, not of cells or of measurements."
-        )
-    return name_C, batches
 
 
 def _last_losses(history: "pd.DataFrame") -> dict[str, float]:

@@ -14,8 +14,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from genemodel.batches.batch import CellBatch
-from genemodel.batches.loader import Window, pack, rank_scale
+from genemodel.batches.loader import pack, rank_scale
 from genemodel.batches.packing import plan_bins
+from genemodel.batches.window import Window
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.annotations import annotations_of
 from genemodel.cells.input_settings import InputSettings

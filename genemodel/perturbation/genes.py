@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from genemodel.batches.loader import Window
+from genemodel.batches.window import Window
 from genemodel.errors import ConfigError, DataError
 from genemodel.genes.vocabulary import N_SPECIAL, GeneVocabulary
 from genemodel.perturbation.passes import Perturber

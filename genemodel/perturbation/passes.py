@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
-from genemodel.batches.loader import Window, inverse_medians, pack, rank_scale
+from genemodel.batches.loader import inverse_medians, pack, rank_scale
 from genemodel.batches.packing import plan_bins
+from genemodel.batches.window import Window
 from genemodel.bundle.bundle import Bundle
 from genemodel.errors import ConfigError
 from genemodel.expression.normalise import DEPTH

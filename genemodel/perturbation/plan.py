@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 import genemodel
-from genemodel.batches.loader import Window
+from genemodel.batches.window import Window
 from genemodel.bundle.bundle import Bundle
 from genemodel.cells.input_settings import InputSettings
 from genemodel.cells.missing_labels import without_placeholders

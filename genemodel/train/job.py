@@ -26,7 +26,8 @@ from genemodel.model.flops import device_peak
 from genemodel.train.checkpoint import Checkpoint, newest_checkpoint
 from genemodel.train.data import RankStream
 from genemodel.train.exchange import Kind, make_fabric
-from genemodel.train.loop import Loop, Losses, Progress, stopped_name
+from genemodel.train.loop import Loop, Progress, stopped_name
+from genemodel.train.losses import Losses
 from genemodel.train.processes import OUT_OF_TIME, Processes, StopSignals, Unfinished, requeue
 from genemodel.train.ranks import BUILD, Ranks
 from genemodel.train.reading import Built, Reading

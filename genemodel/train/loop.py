@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from genemodel.batches.batch import CellBatch
 from genemodel.batches.order import Position
@@ -30,9 +30,11 @@ from genemodel.train import ranks as at
 from genemodel.train.checkpoint import Checkpoint, CheckpointWriter, newest_checkpoint
 from genemodel.train.exchange import Exchange, Kind
 from genemodel.train.guard import Guard
+from genemodel.train.losses import Losses
 from genemodel.train.memory import later_bytes, pieces_that_fit, set_aside
 from genemodel.train.optim import build_optimisers, lr_share
 from genemodel.train.processes import REFUSED, STOPPING, StopSignals
+from genemodel.train.profiler import Profiler
 from genemodel.train.ranks import Ranks
 from genemodel.train.record import Record
 from genemodel.train.settings import OptimSettings, TrainerSettings
@@ -56,36 +58,6 @@ class Stream(Protocol):
 
     def __iter__(self) -> Generator[tuple[list[CellBatch], Position]]:
         """Start from the stream's position."""
-
-
-class Losses(nn.Module):
-    """Model and objectives as one module: what the ranks' exchange wraps.
-
-    Parameters
-    ----------
-    model
-        Encodes a micro-batch.
-    objectives
-        See :class:`~genemodel.heads.objective.Objective`.
-    """
-
-    def __init__(self, model: nn.Module, objectives: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-        self.objectives: Any = objectives
-
-    @property
-    def names(self) -> list[str]:
-        """Objectives in the order of every axis K."""
-        return list(self.objectives.weights)
-
-    def forward(self, prepared: Any, trivial: bool) -> tuple[Tensor, Tensor]:
-        """Losses of one prepared micro-batch, (K,), and the trivial predictors' where asked for."""
-        parts = self.objectives(self.model, self.model(prepared.seen), prepared, trivial=trivial)
-        total_K = torch.stack([parts[name].total.float() for name in self.names])
-        if not trivial:
-            return total_K, torch.zeros_like(total_K)
-        return total_K, torch.stack([parts[name].trivial.float() for name in self.names])
 
 
 @dataclass
@@ -300,7 +272,7 @@ class Loop:
             return
         stream = self._train(self.progress.position, self.pieces)
         steps = _steps(stream, settings.accumulate)
-        profiler = _Profiler(self.run, settings.profile, self.exchange.rank)
+        profiler = Profiler(self.run, settings.profile, self.exchange.rank)
         # A roll-back puts another progress in its place.
         while self.progress.step < settings.max_steps and not self.progress.ended:
             self._ranks.at(at.DATA)
@@ -717,63 +689,6 @@ def _steps(stream: Stream, accumulate: int) -> Iterator[tuple[list[list[CellBatc
         if len(micro_batches) == accumulate:
             yield micro_batches, position
             micro_batches = []
-
-
-# Steps left out of a profile: to compile and warm up, and for the profiler itself.
-_UNPROFILED = (3, 2)
-
-
-class _Profiler:
-    """A trace of a few steps after the first ones, for chrome://tracing or Perfetto."""
-
-    def __init__(self, run: Path, steps: int, rank: int) -> None:
-        self._profiler: Any = None
-        self._left = sum(_UNPROFILED)  # before the first step that is profiled
-        if not steps:
-            return
-        from torch.profiler import ProfilerActivity, profile, schedule
-
-        folder = run / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-
-        def write(profiler: Any) -> None:
-            if self._left >= 0:
-                return
-            path = folder / f"rank-{rank}.json"
-            profiler.export_chrome_trace(str(path))
-            where = "device" if torch.cuda.is_available() else "cpu"
-            key = f"self_{where}_time_total"
-            table = profiler.key_averages().table(sort_by=key, row_limit=30)
-            path.with_suffix(".txt").write_text(table)
-            logger.info("Profile of %d steps: %s", min(-self._left, steps), path)
-
-        wait, warmup = _UNPROFILED
-        self._profiler = profile(
-            activities=activities,
-            schedule=schedule(wait=wait, warmup=warmup, active=steps, repeat=1),
-            on_trace_ready=write,
-        )
-        self._profiler.start()
-
-    def step(self) -> None:
-        """Tell that a step is done."""
-        self._left -= 1
-        if self._profiler is not None:
-            self._profiler.step()
-
-    def close(self) -> None:
-        """End the recording."""
-        if self._profiler is None:
-            return
-        self._profiler.stop()
-        if self._left >= 0:
-            logger.warning(
-                "Nothing was profiled: the run ended within the %d steps that are left out.",
-                sum(_UNPROFILED),
-            )
 
 
 def stopped_name(stopped_by: Any) -> str:

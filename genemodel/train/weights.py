@@ -233,7 +233,7 @@ def bundle_of(
     model
         The backbone.
     weights
-        Of model and objectives, as :class:`~genemodel.train.loop.Losses` names them.
+        Of model and objectives, as :class:`~genemodel.train.losses.Losses` names them.
     vocabulary, medians_V, settings, provenance, history, label_names
         Kept with them.
     kept

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from genemodel.batches.loader import Window, pack, rank_scale
+from genemodel.batches.loader import pack, rank_scale
 from genemodel.batches.published import pack_sequences, rank_values
 from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.window import Window
 from genemodel.genes.vocabulary import CELL, EOS
 
 

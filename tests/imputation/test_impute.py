@@ -17,6 +17,7 @@ from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.heads.decode_counts import CountDecoder
 from genemodel.imputation import impute as module
+from genemodel.imputation import plan, ways
 from genemodel.imputation.network import DecoderSettings
 from genemodel.imputation.posterior import (
     posterior_gamma,
@@ -116,7 +117,7 @@ def test_draws_have_the_mean_and_variance_of_the_posterior(done):
 
 
 def test_blocks_of_equal_cells_get_draws_of_their_own(cells, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_CELLS", 30)
+    monkeypatch.setattr(ways, "BLOCK_CELLS", 30)
     half = small(cells, 30)
     adata = ad.concat([half, half], index_unique="-")
     gm.impute(adata, settings=QUICK, draws=2, key_added="drawn")
@@ -296,7 +297,7 @@ def test_a_failure_leaves_no_half_file(cells, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_write", fail)
+    monkeypatch.setattr(module, "write", fail)
     with pytest.raises(KeyboardInterrupt):
         gm.impute(small(cells), output=tmp_path / "o.h5ad", settings=QUICK)
     assert list(tmp_path.iterdir()) == []
@@ -434,7 +435,7 @@ def test_a_symbol_that_the_data_know_by_id_counts_as_measured(cells, random_bund
     ],
 )  # fmt: skip
 def test_refusals_before_any_work(cells, options, words, monkeypatch):
-    monkeypatch.setattr(module, "_read", None)  # nothing may get that far
+    monkeypatch.setattr(plan, "_read", None)  # nothing may get that far
     with pytest.raises((ConfigError, DataError), match=words):
         gm.impute(small(cells), **options)
 
@@ -543,7 +544,7 @@ def test_a_file_of_the_output_s_name_stays_where_the_work_fails(cells, tmp_path,
 
     output = tmp_path / "o.h5ad"
     output.write_text("what was there")
-    monkeypatch.setattr(module, "_write", fail)
+    monkeypatch.setattr(module, "write", fail)
     with pytest.raises(KeyboardInterrupt):
         gm.impute(small(cells), output=output, overwrite=True, settings=QUICK)
     assert list(tmp_path.iterdir()) == [output] and output.read_text() == "what was there"

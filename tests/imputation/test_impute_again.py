@@ -9,7 +9,7 @@ import torch
 import genemodel as gm
 from genemodel.command.cli import main
 from genemodel.errors import ConfigError, DataError
-from genemodel.imputation import impute, starting, training
+from genemodel.imputation import plan, starting, training
 from genemodel.imputation import pretrained as impute_pretrained
 from genemodel.imputation.model import ImputationModel
 from genemodel.imputation.network import DecoderSettings
@@ -138,7 +138,7 @@ def test_a_file_is_read_in_a_stream(trained, cells, small_start, tmp_path, monke
     other.write_h5ad(tmp_path / "other.h5ad")
     options = {"uncertainty": True, "library": "median"}
     gm.impute(other, model, **options)
-    monkeypatch.setattr(impute, "_read", None)  # what takes up all counts at once
+    monkeypatch.setattr(plan, "_read", None)  # what takes up all counts at once
     monkeypatch.setattr(impute_pretrained, "BLOCK_CELLS", 32)
     found = gm.impute(tmp_path / "other.h5ad", model, output=tmp_path / "out.h5ad", **options)
     assert len(found) == 0

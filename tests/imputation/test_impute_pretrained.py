@@ -15,7 +15,7 @@ from genemodel.corpus.statistics import GeneStatistics
 from genemodel.errors import ConfigError, DataError
 from genemodel.expression.thinning import split_molecules
 from genemodel.heads.decode_counts import CountDecoder
-from genemodel.imputation import impute as module
+from genemodel.imputation import plan
 from genemodel.imputation import pretrained as impute_pretrained
 from genemodel.imputation.model import ImputationModel
 from genemodel.imputation.network import (
@@ -173,7 +173,7 @@ def test_a_file_is_read_in_a_stream_and_holds_what_memory_would(
     cells, bundle, untrained, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(impute_pretrained, "BLOCK_CELLS", 32)
-    monkeypatch.setattr(module, "_read", None)  # what takes up all counts at once
+    monkeypatch.setattr(plan, "_read", None)  # what takes up all counts at once
     cells.write_h5ad(tmp_path / "in.h5ad")
     adata = cells.copy()
     options = {"uncertainty": True, "draws": 1, "library": "median"}

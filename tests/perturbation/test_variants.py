@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from genemodel.batches.loader import Window, pack
+from genemodel.batches.loader import pack
 from genemodel.batches.tokens import TokenSettings
+from genemodel.batches.window import Window
 from genemodel.genes.vocabulary import CELL, N_SPECIAL
 from genemodel.perturbation.variants import OPERATIONS, Moves, goal_places, vary
 

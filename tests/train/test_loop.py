@@ -9,7 +9,8 @@ import torch
 from genemodel.batches.order import Position
 from genemodel.settings import parse
 from genemodel.train.checkpoint import newest_checkpoint
-from genemodel.train.loop import Loop, Losses, Progress
+from genemodel.train.loop import Loop, Progress
+from genemodel.train.losses import Losses
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 

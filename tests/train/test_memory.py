@@ -23,7 +23,8 @@ from genemodel.settings import parse, to_values
 from genemodel.train import memory
 from genemodel.train.checkpoint import newest_checkpoint
 from genemodel.train.data import RankStream
-from genemodel.train.loop import Losses, TrainingStopped
+from genemodel.train.loop import TrainingStopped
+from genemodel.train.losses import Losses
 from genemodel.train.memory import pieces_that_fit
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
@@ -325,7 +326,7 @@ import torch
 from traced_run import in_ranks
 from genemodel.settings import parse, to_values
 from genemodel.train import memory
-from genemodel.train.loop import Losses
+from genemodel.train.losses import Losses
 from genemodel.train.recipe import pretrain
 from genemodel.train.settings import PretrainSettings
 
