@@ -213,15 +213,17 @@ class _Place:
         weight_C = np.bincount(around.ravel(), minlength=len(self.own)) / around.size
         share_C = inside_C / len(member_P)
         gene_FT, weight_FT, z_G = self._telling(share_C, weight_C)
-        score_C, score_U = np.zeros(len(self.own)), np.zeros(len(self.batch_U))
+        score_C = np.zeros(len(self.own))
         for fold, (gene_T, weight_T) in enumerate(zip(gene_FT, weight_FT, strict=True)):
             asked = self.fold_C == fold
             score_C[asked] = self.value_CG[asked][:, gene_T] @ weight_T
-            score_U += np.asarray(self.met_UG[:, gene_T] @ weight_T).ravel() / _FOLDS
         gap, error = _step(score_C, share_C, weight_C)
         if gap <= 0:
             return None
         kept = float((share_C - weight_C) @ score_C[self.home_CK].mean(1))
+        # Other batches' cells took no part in finding the genes: all folds score them at once.
+        weight_G = np.bincount(gene_FT.ravel(), weight_FT.ravel() / _FOLDS, self.counts_CG.shape[1])
+        score_U = np.asarray(self.met_UG @ weight_G).ravel()
         shown, error_abroad = self._abroad(score_U, member_P, weight_C)
         named = np.argsort(-z_G, kind="stable")[:_NAMED]
         return _Measured(

@@ -160,8 +160,8 @@ def told(
     remedy = ""
     if correct and not spare:
         remedy = (
-            ", or set integration.spare_private=true, which fits the correction without them, or "
-            "compare with integration.correct=false"
+            "; or have the correction fitted without them (a setting of integration that spares "
+            "private populations)"
         )
     lines = []
     for one in spared:

@@ -145,16 +145,15 @@ def test_what_is_told_names_batch_genes_and_what_became_of_it(caplog):
         "80 %",
         "62%",
         "label_key",
-        "correct=false",
-        "integration.spare_private=true",
+        "fitted without them",
     ):
         assert words in caplog.text
     caplog.clear()
     told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=True, spare=True)
-    assert "33%" in caplog.text and "spare_private" not in caplog.text
+    assert "33%" in caplog.text and "fitted without them" not in caplog.text
     caplog.clear()
     told(spared, ["donor 7"], ["GZMK", "CD4", "CD8A"], correct=False, spare=False)
-    assert "correct=false" not in caplog.text
+    assert "fitted without them" not in caplog.text
     assert rows_of(spared, 5 + np.arange(40)) == {"0": list(range(5, 35))}
     var = pd.DataFrame({"gene_symbol": ["CD8A", "CD4"]}, index=["ENSG1", "ENSG2"])
     assert names_for_readers(["ENSG2", "other"], None, var) == ["CD4", "other"]
