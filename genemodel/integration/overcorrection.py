@@ -9,6 +9,7 @@ import numpy as np
 
 from genemodel.expression.neighbours import nearest
 
+# Fewer cells have no neighbourhood to lose; more than the next two only cost time.
 MIN_CELLS = 10
 LOOKED_AT = 200
 OTHERS = 5000

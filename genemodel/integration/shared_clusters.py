@@ -114,6 +114,9 @@ class SharedClusterCorrection:
         of corrected cells, and the evidence per fitted cell (0 = private population).
     """
 
+    # The first three, the cells of a cluster, the most clusters and the rounds are Harmony's
+    # defaults (Korsunsky et al. 2019). k: five lose .004 of the total, 20 .016 of biology
+    # (docs/experiments.md, 24 November 2026). floor: of the first recipe, not varied alone.
     theta: float = 2.0
     sigma: float = 0.1
     ridge: float = 1.0
