@@ -318,6 +318,13 @@ class Loop:
 
     # -- one step --------------------------------------------------------------------------------
 
+    def _seed(self, seed: int) -> None:
+        """Seed the device of the run: on a CPU alone, as all others take time where none is."""
+        if self.fabric.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
     def _gradient(
         self, micro_batches: list[list[CellBatch]], signals: StopSignals, *, trivial: bool
     ) -> tuple[_Report, list[Tensor]]:
@@ -344,7 +351,7 @@ class Loop:
         for i, pieces in enumerate(prepared):
             # Dropout's randomness has an address too: it belongs to the micro-batch, not the rank.
             number = first + i * exchange.world + exchange.rank
-            torch.manual_seed(hash((self.seed, number)) & 0x7FFFFFFF)
+            self._seed(hash((self.seed, number)) & 0x7FFFFFFF)
             for j, piece in enumerate(pieces):
                 whole = j + 1 == len(pieces)
                 last = whole and i + 1 == len(prepared)
