@@ -277,6 +277,35 @@ MUTANTS = (
         "train/test_loop.py::test_the_gradient_is_clipped_and_its_norm_said_before",
     ),
     mutant(
+        "full-passes-off", "integration/head.py",
+        "min(n_cells, self.full_passes)", "n_cells",
+        "a million cells take an hour",
+        "integration/test_integration.py::test_above_full_passes_more_cells_take_no_more_steps",
+    ),
+    mutant(
+        "halves-unasked", "annotation/label_head.py",
+        "temperature = max(temperature, temperature_for(log_CL[seen_C], asked))", "pass",
+        "another species is labelled as surely as the reference's own",
+        "annotation/test_label_head.py"
+        "::test_another_species_is_labelled_alike_but_with_less_confidence",
+    ),
+    mutant(
+        "private-anything", "integration/private_populations.py",
+        "if not private or not fewer or", "if not fewer or",
+        "populations that others have too are called private",
+        "integration/test_private_populations.py"
+        "::test_what_others_have_too_and_what_lies_apart_raise_no_alarm",
+    ),
+    mutant(
+        "shift-unproven", "embedding/between_batches.py",
+        "(evidence_N >= LEAST_EVIDENCE)[:, None]", "(evidence_N >= 0)[:, None]",
+        "a batch that shares nothing is moved all the same",
+        "embedding/test_between_batches.py"
+        "::test_batches_of_other_types_without_an_effect_stay_where_they_are",
+        "embedding/test_between_batches.py"
+        "::test_a_batch_that_shares_nothing_stays_and_is_named",
+    ),
+    mutant(
         "dropout-seed", "train/loop.py",
         "hash((self.seed, number))", "hash((self.seed,))",
         "the same dropout at every step and rank",
