@@ -12,6 +12,7 @@ Axes: C cells, D width, G genes, P cells of a population, Q cells around it, N p
 neighbours, T telling genes, F folds, W weightings, U cells of other batches that are met.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -128,17 +129,15 @@ def private_populations_of(
 
 
 class _Measured(NamedTuple):
-    """What a population is like: abroad, and what tells it, as a share of the whole difference."""
+    """What tells a population, as a share of the whole difference; weights of it and around it."""
 
-    abroad: float
-    abroad_around: float
-    abroad_before: float
-    abroad_before_around: float
     t: float
     kept: float
     shown: float
     z: float
     genes: tuple[int, ...]
+    share_C: np.ndarray
+    weight_C: np.ndarray
 
 
 class _Place:
@@ -167,17 +166,27 @@ class _Place:
         self.met_UG = normalised(counts_CG[abroad[met_U]], depth=1e4)
         self.batch_U = batch_C[abroad[met_U]]
         self.expected = len(abroad) / len(others)
-        at_C = np.searchsorted(others, own)
-        at_C[at_C == len(others)] = 0
-        at_C[others[at_C] != own] = -1
-        foreign_O = batch_C[others] != batch_C[own[0]]
-        # Share of other batches among a cell's nearest of all, now and before the correction.
-        self.abroad_C, self.abroad_before_C = (
-            foreign_O[
-                without(nearest(place_CD[own], place_CD[others], _NEIGHBOURS + 1), at_C)[0]
+        self._places, self._others = (embedding_CD, latent_CD), others
+        self._foreign_O = batch_C[others] != batch_C[own[0]]
+
+    @functools.cached_property
+    def abroad_C(self) -> tuple[np.ndarray, np.ndarray]:
+        """Share of other batches among a cell's nearest of all, now and before the correction.
+
+        Sought only where a population may be private: it takes most of the time.
+        """
+        at_C = np.searchsorted(self._others, self.own)
+        at_C[at_C == len(self._others)] = 0
+        at_C[self._others[at_C] != self.own] = -1
+        now_C, before_C = (
+            self._foreign_O[
+                without(nearest(place_CD[self.own], place_CD[self._others], _NEIGHBOURS + 1), at_C)[
+                    0
+                ]
             ].mean(1)
-            for place_CD in (embedding_CD, latent_CD)
+            for place_CD in self._places
         )
+        return now_C, before_C
 
     def found(self, code: int, populations: list[np.ndarray]) -> Iterator[PrivatePopulation]:
         """Judge populations of the batch, each given by rows of its cells."""
@@ -193,15 +202,19 @@ class _Place:
         most = min(_MOST_SHOWN, _MOST_OF_TYPICAL * typical)
         for member_P, one in told:
             private = one.shown <= most * one.kept and one.z >= _LEAST_Z
-            most_abroad = min(one.abroad_around, _MOST_OF_EXPECTED * self.expected)
-            fewer = one.abroad_before < one.abroad_before_around
-            if not private or not fewer or not _LEAST_ABROAD <= one.abroad < most_abroad:
+            if not private:
+                continue
+            now_C, before_C = self.abroad_C
+            abroad, around = float(one.share_C @ now_C), float(one.weight_C @ now_C)
+            most_abroad = min(around, _MOST_OF_EXPECTED * self.expected)
+            fewer = float(one.share_C @ before_C) < float(one.weight_C @ before_C)
+            if not fewer or not _LEAST_ABROAD <= abroad < most_abroad:
                 continue
             inside_C = np.isin(np.arange(len(self.own)), member_P)
             alone_CD = principal_components(log_normalised(self.counts_CG), _COMPONENTS, 0)
             before = float(inside_C[nearest_others(alone_CD, _NEIGHBOURS)[0][member_P]].mean())
             yield PrivatePopulation(
-                code, self.own, self.own[member_P], one.genes, before, one.abroad,
+                code, self.own, self.own[member_P], one.genes, before, abroad,
                 max(0.0, one.shown / one.kept), one.z,
             )  # fmt: skip
 
@@ -227,11 +240,9 @@ class _Place:
         shown, error_abroad = self._abroad(score_U, member_P, weight_C)
         named = np.argsort(-z_G, kind="stable")[:_NAMED]
         return _Measured(
-            float(share_C @ self.abroad_C), float(weight_C @ self.abroad_C),
-            float(share_C @ self.abroad_before_C), float(weight_C @ self.abroad_before_C),
             gap / max(error, 1e-12), kept / gap, shown / gap,
             (kept - shown) / max(float(np.hypot(error, error_abroad)), 1e-12),
-            tuple(int(gene) for gene in named),
+            tuple(int(gene) for gene in named), share_C, weight_C,
         )  # fmt: skip
 
     def _telling(
