@@ -12,7 +12,7 @@ from genemodel.imputation.model import ImputationModel, Library, check_library
 from genemodel.imputation.network import DecoderSettings
 from genemodel.imputation.output import Layers
 from genemodel.imputation.pretrained import refuse_without_decoder
-from genemodel.model.tuning import Tune, TuningSettings, check_fits
+from genemodel.model.tuning import Tune, TuningSettings, check_fits, refuse_scratch
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -177,11 +177,7 @@ def _check_backbone(
 ) -> None:
     if trained is not None:
         raise ConfigError("backbone is of a training, and this model is trained: give one.")
-    if tuning.tune == "scratch":
-        raise ConfigError(
-            "backbone='scratch' means new weights, which pre-training makes: `genemodel finetune "
-            "backbone=scratch`, or gm.pretrain; then give the bundle with backbone='frozen'."
-        )
+    refuse_scratch(tuning)
     if bundle is None:
         raise ConfigError(
             f"backbone={tuning.tune!r} reads a pre-trained model: give model=BUNDLE, or leave "

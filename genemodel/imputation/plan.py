@@ -1,6 +1,6 @@
 """What an imputation will do, settled and refused before any work: cells, genes, batches, outputs.
 
-Axes: C cells, G genes of the data, E width of a gene vector, P output columns (genes asked for).
+Axes: C cells, G genes of the data, P output columns (genes asked for).
 """
 
 import logging

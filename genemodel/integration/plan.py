@@ -21,7 +21,7 @@ from genemodel.inference.cell_vectors import corpus_vectors
 from genemodel.inference.gene_counts import GeneCounts, read_counts
 from genemodel.inference.obs_keys import batch_names, check_label_is_no_batch, label_codes
 from genemodel.integration.head import IntegrationSettings
-from genemodel.model.tuning import TuningSettings, check_fits
+from genemodel.model.tuning import TuningSettings, check_fits, refuse_scratch
 from genemodel.settings import check_seed
 
 if TYPE_CHECKING:
@@ -208,7 +208,9 @@ def _refuse_lost(plan: Plan, cells: TrainingCells) -> None:
         )  # fmt: skip
     lost = sorted(set(range(len(plan.batches))) - set(plan.code_C[used_C].tolist()))
     if len(used_C) < MIN_CELLS or lost:
-        lacking = f"batch {plan.batches[lost[0]]!r} has" if lost else "fewer than 50 cells have"
+        lacking = (
+            f"batch {plan.batches[lost[0]]!r} has" if lost else f"fewer than {MIN_CELLS} cells have"
+        )
         raise DataError(
             f"adata: {lacking} {'no cell with' if lost else ''} counts of known genes: leave it "
             "out, or check layer and species."
@@ -217,11 +219,7 @@ def _refuse_lost(plan: Plan, cells: TrainingCells) -> None:
 
 def _check_tuning(bundle: Bundle | None, tuning: TuningSettings) -> None:
     """Refuse a backbone that is to learn where there is none, or not as asked for."""
-    if tuning.tune == "scratch":
-        raise ConfigError(
-            "backbone='scratch' means new weights, which pre-training makes: `genemodel finetune "
-            "backbone=scratch`, or gm.pretrain; then give the bundle with backbone='frozen'."
-        )
+    refuse_scratch(tuning)
     if bundle is None:
         if tuning.tune != "frozen":
             raise ConfigError(

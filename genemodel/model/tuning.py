@@ -77,6 +77,15 @@ class AdaptedLinear(nn.Linear):
         return F.linear(x_TI, self.sum(), self.bias)
 
 
+def refuse_scratch(tuning: TuningSettings) -> None:
+    """Refuse new weights where a head is put on a model that is there."""
+    if tuning.tune == "scratch":
+        raise ConfigError(
+            "backbone='scratch' means new weights, which pre-training makes: `genemodel finetune "
+            "backbone=scratch`, or gm.pretrain; then give the bundle with backbone='frozen'."
+        )
+
+
 def check_fits(settings: TuningSettings, shape: ModelSettings) -> None:
     """Refuse more blocks or a larger rank than a model of this shape has."""
     if settings.tune == "last" and settings.layers > shape.layers:
